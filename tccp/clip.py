@@ -1,0 +1,332 @@
+"""The clip table: what preprocessing writes and everything about training data reads.
+
+One Parquet row is one talking shot of one person. Pictures are encoded still images, so any frame is read without its
+neighbours; one row is one row group, so a table of any length is read row by row in the same memory. Scenes are stored
+with the head in them and without loss: the mask is drawn when a row is read (`tccp.data`), and a lossy still would have
+carried traces of the head across the mask's edge.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Float32, Int16, UInt8
+
+from tccp.config import FPS, SAMPLES_PER_FRAME, TccpError
+
+SCHEMA_VERSION = 1
+GEOMETRY_VERSION = 1
+"""Raised whenever head boxes or crops of the same footage come out differently, so that clip ids change with them."""
+STORED_MARGIN = 1.25
+"""Side of the stored face picture over the side of the head box: the room that jitter may use."""
+MIN_CLIP_FRAMES = 16
+AUDIO_CONTEXT_FRAMES = 5
+"""Frames of sound kept before and after a clip where the footage has them, so that mel windows at its ends are true."""
+JPEG_QUALITY = 95
+
+_VERSION_KEY = b"tccp.clip.schema_version"
+_FLOATS = pa.list_(pa.float32())
+_STILLS = pa.list_(pa.binary())
+
+SCHEMA = pa.schema(
+    [
+        ("clip_id", pa.string()),
+        ("schema_version", pa.int32()),
+        ("source", pa.string()),  # file name, relative to the folder that was given
+        ("source_hash", pa.string()),  # of the file's bytes
+        ("track", pa.int32()),  # person and shot within the source
+        ("start_s", pa.float64()),  # after the source's common start; a whole number of frames
+        ("num_frames", pa.int32()),
+        ("source_width", pa.int32()),
+        ("source_height", pa.int32()),
+        ("picture_px", pa.int32()),  # side of scene and identity stills
+        ("head_box", _FLOATS),  # f x 4: x0 y0 x1 y1, source pixels, row-major
+        ("stored_box", _FLOATS),  # f x 4: what the face stills show
+        ("landmarks", _FLOATS),  # f x 68 x 2: 0..1 of the head box
+        ("landmark_confidence", _FLOATS),  # f: 0 where a short gap was bridged
+        ("scene", _STILLS),  # f stills, letterboxed to a square, head not masked, lossless
+        ("face", _STILLS),  # f stills of stored_box
+        ("identity", _STILLS),  # head-box crops of the person from outside this clip
+        ("audio", pa.binary()),  # 16 kHz mono PCM, little-endian int16, num_frames * 640 samples
+        ("audio_before", pa.binary()),  # up to AUDIO_CONTEXT_FRAMES of sound, whole frames
+        ("audio_after", pa.binary()),
+        ("blur", pa.float32()),  # 0 sharp .. 1 blurred
+        ("face_px", pa.float32()),  # brow to chin, source pixels
+        ("brightness", pa.float32()),  # mean luma of the head box, 0..1
+        ("yaw_deg", pa.float32()),  # median over the clip
+        ("sync_confidence", pa.float32()),  # null until a synchrony network has measured it
+        ("av_offset_ms", pa.float32()),  # likewise
+    ],
+    metadata={_VERSION_KEY: str(SCHEMA_VERSION)},
+)
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Numbers to filter clips by; units are those of the clip table's columns, None is not measured."""
+
+    blur: float
+    face_px: float
+    brightness: float
+    yaw_deg: float
+    sync_confidence: float | None = None
+    av_offset_ms: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Clip:
+    """One row of the clip table, with numeric columns as arrays and pictures still encoded."""
+
+    clip_id: str
+    source: str
+    source_hash: str
+    track: int
+    start_s: float
+    num_frames: int
+    source_width: int
+    source_height: int
+    picture_px: int
+    head_box: Float32[np.ndarray, "f 4"]
+    stored_box: Float32[np.ndarray, "f 4"]
+    landmarks: Float32[np.ndarray, "f 68 2"]
+    landmark_confidence: Float32[np.ndarray, "f"]
+    scene: list[bytes]
+    face: list[bytes]
+    identity: list[bytes]
+    audio: Int16[np.ndarray, "samples"]
+    audio_before: Int16[np.ndarray, "before"]
+    audio_after: Int16[np.ndarray, "after"]
+    quality: Quality
+
+    def __post_init__(self) -> None:
+        for name in ("head_box", "stored_box", "landmarks", "landmark_confidence", "scene", "face"):
+            if len(getattr(self, name)) != self.num_frames:
+                raise TccpError(
+                    f"clip {self.clip_id}: {name} has {len(getattr(self, name))} frames, num_frames is {self.num_frames}"
+                )
+        if len(self.audio) != self.num_frames * SAMPLES_PER_FRAME:
+            raise TccpError(
+                f"clip {self.clip_id}: {len(self.audio)} samples of sound; {self.num_frames} frames need "
+                f"{self.num_frames * SAMPLES_PER_FRAME}"
+            )
+        if len(self.audio_before) % SAMPLES_PER_FRAME:
+            raise TccpError(f"clip {self.clip_id}: sound before the clip must be whole frames")
+        if not self.identity:
+            raise TccpError(f"clip {self.clip_id} has no identity picture")
+
+    @property
+    def start_frame(self) -> int:
+        return round(self.start_s * FPS)
+
+
+_QUALITY = [field.name for field in fields(Quality)]
+_FLOAT_SHAPES = {"head_box": (4,), "stored_box": (4,), "landmarks": (68, 2), "landmark_confidence": ()}
+_SOUND = ("audio", "audio_before", "audio_after")
+
+
+def clip_id_of(source_hash: str, track: int, start_frame: int) -> str:
+    """Stable content hash of a clip, 32 hex digits: of the file's bytes, not its name, and of where the clip lies in it."""
+    key = f"{source_hash}/{track}/{start_frame}/{GEOMETRY_VERSION}"
+    return hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+
+
+def stored_box_of(head_box: Float32[np.ndarray, "f 4"]) -> Float32[np.ndarray, "f 4"]:
+    """Head boxes enlarged by STORED_MARGIN about their centres."""
+    center = (head_box[:, :2] + head_box[:, 2:]) / 2
+    half = (head_box[:, 2:] - head_box[:, :2]) / 2 * STORED_MARGIN
+    return np.concatenate([center - half, center + half], axis=1).astype(np.float32)
+
+
+def encode_still(picture: UInt8[np.ndarray, "h w 3"], lossless: bool = False) -> bytes:
+    """RGB picture as JPEG (quality 95, colour at full resolution), or as PNG."""
+    if lossless:
+        suffix, flags = ".png", [cv2.IMWRITE_PNG_COMPRESSION, 1]
+    else:
+        suffix, flags = ".jpg", [
+            cv2.IMWRITE_JPEG_QUALITY,
+            JPEG_QUALITY,
+            cv2.IMWRITE_JPEG_SAMPLING_FACTOR,
+            cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444,
+        ]
+    done, data = cv2.imencode(suffix, cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), flags)
+    assert done, f"cannot encode a picture of shape {picture.shape}"
+    return data.tobytes()
+
+
+def decode_still(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
+    """RGB picture of an encoded still. Raises TccpError if the bytes are no picture."""
+    picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
+    if picture is None:
+        raise TccpError(f"a still of {len(data)} bytes does not decode: the clip table is damaged, preprocess again")
+    return np.asarray(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB), np.uint8)
+
+
+def clips_to_table(clips: Iterable[Clip]) -> pa.Table:
+    """Clip table (SCHEMA) of clips, in their order."""
+    return pa.Table.from_pylist([_to_row(clip) for clip in clips], schema=SCHEMA)
+
+
+def _to_row(clip: Clip) -> dict[str, object]:
+    row: dict[str, object] = {name: getattr(clip, name) for name in SCHEMA.names if hasattr(clip, name)}
+    row |= {"schema_version": SCHEMA_VERSION, **asdict(clip.quality)}
+    row |= {name: np.ascontiguousarray(getattr(clip, name), np.float32).ravel() for name in _FLOAT_SHAPES}
+    row |= {name: getattr(clip, name).astype("<i2").tobytes() for name in _SOUND}
+    return row
+
+
+def clip_from_row(table: pa.Table, row: int = 0) -> Clip:
+    """One row of a clip table as a Clip. Raises TccpError if the table is of another schema."""
+    check_schema(table.schema, "this table")
+    values: dict = {}
+    for name in SCHEMA.names:
+        cell = table.column(name)[row]
+        if name in _FLOAT_SHAPES:
+            flat = cell.values.to_numpy(zero_copy_only=False).astype(np.float32)
+            values[name] = flat.reshape(-1, *_FLOAT_SHAPES[name])
+        elif name in _SOUND:
+            values[name] = np.frombuffer(cell.as_py(), "<i2").astype(np.int16)
+        else:
+            values[name] = cell.as_py()
+    version = values.pop("schema_version")
+    if version != SCHEMA_VERSION:
+        raise TccpError(_other_version("this row", version))
+    return Clip(quality=Quality(**{name: values.pop(name) for name in _QUALITY}), **values)
+
+
+def check_schema(schema: pa.Schema, where: str) -> None:
+    """Raises TccpError, naming the reason, unless `schema` is that of a clip table of this version.
+
+    The version stands in the file's metadata; a table that lost its metadata on the way (Ray Data blocks) is judged by
+    its columns here and by each row's `schema_version` in `clip_from_row`.
+    """
+    version = (schema.metadata or {}).get(_VERSION_KEY)
+    if version is not None and version != str(SCHEMA_VERSION).encode():
+        raise TccpError(_other_version(where, version.decode(errors="replace")))
+    missing = [name for name in SCHEMA.names if name not in schema.names]
+    if missing:
+        raise TccpError(f"{where} is not a clip table: it has no column {missing[0]}; make one with `tccp preprocess`")
+
+
+def _other_version(where: str, version: object) -> str:
+    return f"{where} has clip schema version {version}, this code reads {SCHEMA_VERSION}: preprocess the footage again"
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` that becomes `path` on success and disappears on an error.
+
+    Raises TccpError if the folder cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        raise TccpError(f"cannot write {path}: {error.strerror}; choose a folder that can be written") from None
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o666 & ~_umask())  # mkstemp's files are private, the table is not
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_table(rows: Iterable[Clip] | Iterable[pa.Table], path: Path) -> int:
+    """Writes clips, or clip tables, to one Parquet file, one row per row group; returns the number of rows.
+
+    Streams: one row is in memory at a time. The file appears under its name only when it is whole.
+    """
+    lossless = [name for name in SCHEMA.names if SCHEMA.field(name).type in (_FLOATS, pa.binary())]
+    count = 0
+    with (
+        atomic_path(Path(path)) as temporary,
+        pq.ParquetWriter(
+            temporary,
+            SCHEMA,
+            compression={name: "zstd" if name in lossless else "none" for name in SCHEMA.names},
+            use_dictionary=False,
+            write_statistics=False,
+        ) as writer,
+    ):
+        for item in rows:
+            table = item if isinstance(item, pa.Table) else clips_to_table([item])
+            check_schema(table.schema, "a batch of rows")
+            for row in range(table.num_rows):
+                writer.write_table(table.select(SCHEMA.names).slice(row, 1).cast(SCHEMA), row_group_size=1)
+                count += 1
+    return count
+
+
+class ClipTable:
+    """Random access to a clip table on disk. Only ids, and the clips used last, are in memory.
+
+    Raises TccpError if the file is absent, not a clip table, or of another schema version; KeyError for an unknown id.
+    """
+
+    def __init__(self, path: Path, keep: int = 8) -> None:
+        path = Path(path)
+        path = path / "clips.parquet" if path.is_dir() else path
+        try:
+            self._file = pq.ParquetFile(path)
+        except FileNotFoundError:
+            raise TccpError(f"no clip table at {path}: make one with `tccp preprocess`") from None
+        except (pa.ArrowInvalid, OSError) as error:
+            raise TccpError(f"{path} is not a readable clip table ({str(error).splitlines()[0]})") from None
+        check_schema(self._file.schema_arrow, str(path))
+        if self._file.num_row_groups != self._file.metadata.num_rows:
+            raise TccpError(f"{path} does not have one row per row group: write it with tccp.clip.write_table")
+        index = self._file.read(columns=["clip_id", "num_frames"])
+        self.ids: list[str] = index.column("clip_id").to_pylist()
+        self.num_frames: dict[str, int] = dict(zip(self.ids, index.column("num_frames").to_pylist(), strict=True))
+        self._row = {clip_id: row for row, clip_id in enumerate(self.ids)}
+        if len(self._row) != len(self.ids):
+            raise TccpError(f"{path} has the same clip_id in several rows: preprocess the footage again")
+        self._cache: OrderedDict[str, Clip] = OrderedDict()
+        self._keep = keep
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __iter__(self) -> Iterator[Clip]:
+        return (self[clip_id] for clip_id in self.ids)
+
+    def __getitem__(self, clip_id: str) -> Clip:
+        if clip_id in self._cache:
+            self._cache.move_to_end(clip_id)
+            return self._cache[clip_id]
+        clip = clip_from_row(self.rows([clip_id]))
+        self._cache[clip_id] = clip
+        while len(self._cache) > self._keep:
+            self._cache.popitem(last=False)
+        return clip
+
+    def rows(self, clip_ids: Sequence[str]) -> pa.Table:
+        """The rows of these clips, in the order given, as a columnar batch."""
+        return self._file.read_row_groups([self._row[clip_id] for clip_id in clip_ids])
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> ClipTable:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
