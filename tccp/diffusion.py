@@ -1,0 +1,90 @@
+"""Forward process, what the network predicts, and the training loss (paper section 3 and Eq. 8)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tccp.config import DiffusionSettings
+from tccp.models.conditions import Conditions
+from tccp.models.mvcontrolnet import MVControlNet
+
+CLEAN_TIME = 0
+"""Diffusion time told to the network for a clean first frame."""
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """q(z_t | z_0) = N(sqrt(abar_t) z_0, (1 - abar_t) I), t = 0..T-1 (Eqs. 1, 2)."""
+
+    alphas_cumprod: Float[Tensor, " T"]  # double precision
+    prediction: Literal["epsilon", "v"]
+
+    @classmethod
+    def from_settings(cls, settings: DiffusionSettings) -> NoiseSchedule:
+        betas = torch.linspace(
+            settings.beta_start, settings.beta_end, settings.num_train_timesteps, dtype=torch.float64
+        )
+        if settings.zero_terminal_snr:
+            betas = rescale_zero_terminal_snr(betas)
+        return cls(torch.cumprod(1 - betas, dim=0), settings.prediction)
+
+    @property
+    def num_train_timesteps(self) -> int:
+        return len(self.alphas_cumprod)
+
+    def coefficients(self, t: Int[Tensor, "b f"]) -> tuple[Float[Tensor, "b 1 f 1 1"], Float[Tensor, "b 1 f 1 1"]]:
+        """sqrt(abar_t) and sqrt(1 - abar_t), shaped to multiply latents."""
+        abar = rearrange(self.alphas_cumprod.to(t.device)[t], "b f -> b 1 f 1 1")
+        return abar.sqrt().float(), (1 - abar).sqrt().float()
+
+    def add_noise(
+        self, latents: Float[Tensor, "b c f h w"], noise: Float[Tensor, "b c f h w"], t: Int[Tensor, "b f"]
+    ) -> Float[Tensor, "b c f h w"]:
+        signal, sigma = self.coefficients(t)
+        return signal * latents + sigma * noise
+
+    def target(
+        self, latents: Float[Tensor, "b c f h w"], noise: Float[Tensor, "b c f h w"], t: Int[Tensor, "b f"]
+    ) -> Float[Tensor, "b c f h w"]:
+        """What the network is to predict: the noise (Eq. 5), or v = sqrt(abar) eps - sqrt(1 - abar) z_0."""
+        if self.prediction == "epsilon":
+            return noise
+        signal, sigma = self.coefficients(t)
+        return signal * noise - sigma * latents
+
+
+
+def window_loss(
+    model: MVControlNet,
+    schedule: NoiseSchedule,
+    latents: Float[Tensor, "b c f h w"],
+    noise: Float[Tensor, "b c f h w"],
+    t: Int[Tensor, " b"],
+    conditions: Conditions,
+    control_latents: Float[Tensor, "b c f h w"] | None,
+    initial: Float[Tensor, "b c h w"] | None = None,
+) -> Float[Tensor, " b"]:
+    """Prediction error, one value per window (Eq. 6).
+
+    latents: clean, normalised by the auto-encoder.
+    t: diffusion time per window, 0..T-1.
+    initial: the clean first frame the window continues from (Eq. 8). It is never noised, is told time 0, and its
+        place is left out of the loss. None where a window starts from noise alone (the first-frame variants).
+    """
+    num_frames = latents.shape[2]
+    times = t[:, None].expand(-1, num_frames)
+    noisy = schedule.add_noise(latents, noise, times)
+    target = schedule.target(latents, noise, times)
+    if initial is not None:
+        times = torch.cat([torch.full_like(times[:, :1], CLEAN_TIME), times[:, 1:]], dim=1)
+        noisy = torch.cat([initial.unsqueeze(2), noisy[:, :, 1:]], dim=2)
+    predicted = model(noisy, times, conditions, control_latents)
+    start = 0 if initial is None else 1
+    return ((predicted[:, :, start:] - target[:, :, start:]) ** 2).mean(dim=(1, 2, 3, 4))

@@ -1,0 +1,121 @@
+"""The auto-encoder of latent diffusion (diffusers' AutoencoderKL), which alone knows how latents are scaled.
+
+Latents of landmark images, faces and masked scenes have different means and spreads, so each kind of picture is
+normalised by its own statistics, per channel; outside this module latents are always normalised.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from einops import rearrange
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from tccp.config import AutoencoderSettings, TccpError
+from tccp.variants import PICTURE_KINDS, PictureKind
+
+STATISTICS_FILE = "latent_statistics.json"
+
+
+def to_model(pictures: UInt8[Tensor, "*n h w 3"]) -> Float[Tensor, "*n 3 h w"]:
+    """Bytes at rest -> [-1, 1] in models."""
+    return pictures.movedim(-1, -3).float() / 127.5 - 1
+
+
+def to_bytes(pictures: Float[Tensor, "*n 3 h w"]) -> UInt8[Tensor, "*n h w 3"]:
+    """Inverse of `to_model`, rounded; values outside [-1, 1] are clipped."""
+    return ((pictures.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(-3, -1)
+
+
+class PictureAutoencoder(nn.Module):
+    """Pictures `b 3 f h w` in [-1, 1] <-> normalised latents `b c f h w`, frame by frame."""
+
+    def __init__(self, vae: AutoencoderKL):
+        super().__init__()
+        self.vae = vae
+        channels = vae.config.latent_channels
+        self.register_buffer("mean", torch.zeros(len(PICTURE_KINDS), channels))
+        self.register_buffer("std", torch.ones(len(PICTURE_KINDS), channels))
+
+    @classmethod
+    def from_settings(cls, settings: AutoencoderSettings) -> PictureAutoencoder:
+        levels = len(settings.block_channels)
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            block_out_channels=settings.block_channels,
+            layers_per_block=settings.layers_per_block,
+            latent_channels=settings.latent_channels,
+            norm_num_groups=settings.norm_groups,
+            mid_block_add_attention=settings.mid_attention,
+        )
+        return cls(vae)
+
+    @property
+    def downsampling(self) -> int:
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def latent_channels(self) -> int:
+        return self.vae.config.latent_channels
+
+    def _scale(self, kind: PictureKind) -> tuple[Tensor, Tensor]:
+        row = PICTURE_KINDS.index(kind)
+        return self.mean[row].view(1, -1, 1, 1, 1), self.std[row].view(1, -1, 1, 1, 1)
+
+    def encode(self, pictures: Float[Tensor, "b 3 f h w"], kind: PictureKind) -> Float[Tensor, "b c f hl wl"]:
+        """Mean of the posterior, normalised for its kind."""
+        mean, std = self._scale(kind)
+        raw = self.vae.encode(rearrange(pictures, "b c f h w -> (b f) c h w")).latent_dist.mode()
+        return (rearrange(raw, "(b f) c h w -> b c f h w", f=pictures.shape[2]) - mean) / std
+
+    def decode(self, latents: Float[Tensor, "b c f hl wl"], kind: PictureKind) -> Float[Tensor, "b 3 f h w"]:
+        mean, std = self._scale(kind)
+        raw = rearrange(latents * std + mean, "b c f h w -> (b f) c h w")
+        return rearrange(self.vae.decode(raw).sample, "(b f) c h w -> b c f h w", f=latents.shape[2])
+
+    @torch.no_grad()
+    def fit_statistics(self, pictures: Mapping[PictureKind, Iterable[Float[Tensor, "n 3 h w"]]]) -> None:
+        """Sets each kind's mean and spread per channel from batches of pictures, in one pass over them."""
+        for kind, batches in pictures.items():
+            count, total, squares = 0, 0.0, 0.0
+            for batch in batches:
+                raw = self.vae.encode(batch.to(self.mean.device)).latent_dist.mode().double()
+                values = rearrange(raw, "n c h w -> c (n h w)")
+                count += values.shape[1]
+                total, squares = total + values.sum(dim=1), squares + (values**2).sum(dim=1)
+            if not count:
+                raise TccpError(f"no pictures of kind {kind!r} to fit latent statistics on")
+            mean = total / count
+            row = PICTURE_KINDS.index(kind)
+            self.mean[row] = mean
+            self.std[row] = (squares / count - mean**2).clamp_min(1e-8).sqrt()
+
+    def save(self, folder: Path) -> None:
+        """A diffusers AutoencoderKL folder with one more file, the latent statistics."""
+        self.vae.save_pretrained(folder)
+        statistics = {
+            kind: {"mean": self.mean[row].tolist(), "std": self.std[row].tolist()}
+            for row, kind in enumerate(PICTURE_KINDS)
+        }
+        (folder / STATISTICS_FILE).write_text(json.dumps(statistics, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> PictureAutoencoder:
+        """Loads what `save` wrote, or any AutoencoderKL folder; without statistics, fit them before use."""
+        try:
+            autoencoder = cls(AutoencoderKL.from_pretrained(folder, local_files_only=True))
+        except (OSError, ValueError) as error:
+            raise TccpError(f"{folder} is not a diffusers AutoencoderKL folder: {str(error).splitlines()[0]}") from None
+        path = folder / STATISTICS_FILE
+        if path.exists():
+            statistics = json.loads(path.read_text())
+            for row, kind in enumerate(PICTURE_KINDS):
+                autoencoder.mean[row] = torch.tensor(statistics[kind]["mean"])
+                autoencoder.std[row] = torch.tensor(statistics[kind]["std"])
+        return autoencoder

@@ -1,0 +1,199 @@
+"""Sampling: one window, a chain of windows, and the two stages (paper sections 4.2 and 4.4).
+
+The state of a window is a value. `advance(model, schedule, states)` moves windows that stand at different steps, with
+different solvers and guidance, in one evaluation of the network. The command line and the serving layer both use it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tccp.config import SamplingSettings
+from tccp.data import rng_seed
+from tccp.diffusion import CLEAN_TIME, NoiseSchedule
+from tccp.models.conditions import Conditions
+from tccp.models.mvcontrolnet import MVControlNet
+from tccp.solvers import SolverPlan, solver_plan
+
+
+@dataclass(frozen=True)
+class WindowState:
+    """One window on its way from noise to latents.
+
+    latents: where it stands; the first frame is `initial`, bit for bit, whenever there is one.
+    step: the next step of `plan`; the window is finished at `len(plan)`.
+    history: the last predicted clean latents (DPM-Solver++); None before the first step.
+    seed: of the window's noise. Step k draws from (seed, k), so a state can be kept, copied and resumed.
+    conditions: with a batch of 1.
+    """
+
+    latents: Float[Tensor, "c f h w"]
+    step: int
+    history: Float[Tensor, "c f h w"] | None
+    seed: int
+    plan: SolverPlan
+    guidance_scale: float
+    conditions: Conditions
+    control: Float[Tensor, "c f h w"]
+    initial: Float[Tensor, "c h w"] | None
+
+    @property
+    def finished(self) -> bool:
+        return self.step == len(self.plan)
+
+
+def _noise(like: Tensor, seed: int, step: int) -> Tensor:
+    generator = torch.Generator().manual_seed(rng_seed("sampling", seed, step))
+    return torch.randn(like.shape, generator=generator).to(like)
+
+
+def _with_initial(latents: Tensor, initial: Tensor | None) -> Tensor:
+    return latents if initial is None else torch.cat([initial.unsqueeze(1), latents[:, 1:]], dim=1)
+
+
+def start_window(
+    schedule: NoiseSchedule,
+    settings: SamplingSettings,
+    conditions: Conditions,
+    control: Float[Tensor, "c f h w"],
+    initial: Float[Tensor, "c h w"] | None,
+    seed: int,
+) -> WindowState:
+    """A window of noise, ready for `advance`."""
+    plan = solver_plan(schedule, settings.solver, settings.steps)
+    latents = _with_initial(_noise(control, seed, -1), initial)
+    return WindowState(latents, 0, None, seed, plan, settings.guidance_scale, conditions, control, initial)
+
+
+@torch.no_grad()
+def advance(model: MVControlNet, schedule: NoiseSchedule, states: Sequence[WindowState]) -> list[WindowState]:
+    """Every state one step further; the network is evaluated once for all of them.
+
+    States may stand at different steps of different plans. A state with guidance takes a second place in the batch, with
+    its conditions dropped. Raises ValueError for a finished state.
+    """
+    if not states:
+        return []
+    if any(state.finished for state in states):
+        raise ValueError("a finished window cannot be advanced")
+    steps = [state.plan[state.step] for state in states]
+    predicted = _predict(model, states, [step.t for step in steps])
+
+    def column(values: Iterable[float]) -> Tensor:
+        # double, so that coefficients of nearly equal size cancel exactly as planned
+        return torch.tensor(list(values), dtype=torch.float64, device=predicted.device).view(-1, 1, 1, 1, 1)
+
+    z = torch.stack([state.latents for state in states]).double()
+    signal, sigma = column(step.signal for step in steps), column(step.sigma for step in steps)
+    clean = signal * z - sigma * predicted if schedule.prediction == "v" else (z - sigma * predicted) / signal
+    before = torch.stack([state.history if state.history is not None else state.latents for state in states]).double()
+    noise = torch.stack(
+        [_noise(s.latents, s.seed, s.step) if step.noise else torch.zeros_like(s.latents) for s, step in zip(states, steps, strict=True)]
+    )
+    after = (
+        column(step.keep for step in steps) * z
+        + column(step.data for step in steps) * clean
+        + column(step.history for step in steps) * before
+        + column(step.noise for step in steps) * noise
+    )
+    return [
+        dataclasses.replace(
+            state,
+            latents=_with_initial(after[i].to(state.latents), state.initial),
+            history=clean[i].to(state.latents),
+            step=state.step + 1,
+        )
+        for i, state in enumerate(states)
+    ]
+
+
+def _predict(model: MVControlNet, states: Sequence[WindowState], t: Sequence[int]) -> Float[Tensor, "b c f h w"]:
+    """The network's prediction per state, in double precision, guidance applied (Ho and Salimans 2022)."""
+    guided = [i for i, state in enumerate(states) if state.guidance_scale != 1.0]
+    rows = [*range(len(states)), *guided]
+    latents = torch.stack([states[i].latents for i in rows])
+    control = torch.stack([states[i].control for i in rows])
+    times = torch.tensor([t[i] for i in rows], device=latents.device)[:, None].repeat(1, latents.shape[2])
+    for row, i in enumerate(rows):
+        if states[i].initial is not None:
+            times[row, 0] = CLEAN_TIME
+    dropped = torch.arange(len(rows), device=latents.device) >= len(states)
+    conditions = Conditions.cat([states[i].conditions for i in rows]).drop(dropped)
+    predicted = model(latents, times, conditions, control).double()
+    out = predicted[: len(states)].clone()
+    for row, i in enumerate(guided, start=len(states)):
+        out[i] = predicted[row] + states[i].guidance_scale * (predicted[i] - predicted[row])
+    return out
+
+
+def run_window(model: MVControlNet, schedule: NoiseSchedule, state: WindowState) -> Float[Tensor, "c f h w"]:
+    """All steps of one window."""
+    while not state.finished:
+        (state,) = advance(model, schedule, [state])
+    return state.latents
+
+
+@dataclass(frozen=True)
+class FrameInputs:
+    """What a stage is told about one frame: control latents `c h w` and the per-frame conditions."""
+
+    control: Float[Tensor, "c h w"]
+    audio: Float[Tensor, "80 16"] | None = None
+    lips: Float[Tensor, "3 s s"] | None = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The pair of networks that generates one kind of picture: the first frame, then windows that continue it."""
+
+    first: MVControlNet
+    sequence: MVControlNet
+    schedule: NoiseSchedule
+    settings: SamplingSettings
+
+    def _state(
+        self, model: MVControlNet, frames: Sequence[FrameInputs], identity: Tensor, initial: Tensor | None, seed: int
+    ) -> WindowState:
+        kinds = model.config.condition_kinds
+        audio = [frame.audio for frame in frames if frame.audio is not None]
+        lips = [frame.lips for frame in frames if frame.lips is not None]
+        conditions = Conditions(
+            audio=torch.stack(audio)[None] if "audio" in kinds else None,
+            identity=identity[None] if "identity" in kinds else None,
+            lips=torch.stack(lips)[None] if "lips" in kinds else None,
+        )
+        control = torch.stack([frame.control for frame in frames], dim=1)
+        return start_window(self.schedule, self.settings, conditions, control, initial, seed)
+
+    def chain(
+        self, frames: Iterable[FrameInputs], identity: Float[Tensor, "3 h w"], seed: int
+    ) -> Iterator[Float[Tensor, "c h w"]]:
+        """Latents of every frame of one uninterrupted run, in order, as windows finish.
+
+        The first-frame network makes frame 0; each window continues from the last frame before it, whose latents are
+        handed on as they are, never decoded, and adds `window - 1` frames. The last window is filled up by repeating its
+        last inputs and what is surplus is not given out. Memory does not grow with the number of frames.
+        """
+        source = iter(frames)
+        last = next(source, None)
+        if last is None:
+            return
+        position = 0
+        state = self._state(self.first, [last], identity, None, rng_seed(seed, position))
+        latents = run_window(self.first, self.schedule, state)[:, 0]
+        yield latents
+        num_new = self.sequence.config.num_frames - 1
+        while new := list(islice(source, num_new)):
+            window = [last, *new, *[new[-1]] * (num_new - len(new))]
+            position += len(new)
+            state = self._state(self.sequence, window, identity, latents, rng_seed(seed, position))
+            generated = run_window(self.sequence, self.schedule, state)
+            yield from generated[:, 1 : len(new) + 1].unbind(dim=1)
+            last, latents = new[-1], generated[:, len(new)]
