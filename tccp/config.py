@@ -10,10 +10,11 @@ import difflib
 import functools
 import json
 import os
+import re
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
@@ -35,8 +36,11 @@ class TccpError(ValueError):
     """A user's mistake. The message is one line: what was given, what is allowed, what to do."""
 
 
+_Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class HeadBoxSettings(_Frozen):
@@ -80,7 +84,7 @@ class NetworkSettings(_Frozen):
     attention_head_dim: PositiveInt = 64
     condition_dim: PositiveInt = 128
     time_embedding_dim: PositiveInt = 128
-    dropout: NonNegativeFloat = 0.1
+    dropout: float = Field(0.1, ge=0, lt=1)
     norm_groups: PositiveInt = 32
     pooled_conditions: bool = False  # condition tokens, pooled, added to the time embedding (not in the paper)
     first_frame_channels: bool = False  # clean first frame on every frame's channels (not in the paper)
@@ -91,15 +95,21 @@ class DiffusionSettings(_Frozen):
     """Forward process. T and the linear schedule are Table 3's; the end points are DDPM's (our reading)."""
 
     num_train_timesteps: PositiveInt = 1000
-    beta_start: PositiveFloat = 1e-4
-    beta_end: PositiveFloat = 0.02
+    beta_start: float = Field(1e-4, gt=0, lt=1)
+    beta_end: float = Field(0.02, gt=0, lt=1)
     prediction: Literal["epsilon", "v"] = "epsilon"
     zero_terminal_snr: bool = False
 
     @model_validator(mode="after")
+    def _betas_rise(self) -> DiffusionSettings:
+        if self.beta_start > self.beta_end:
+            raise ValueError(f"beta_start {self.beta_start} is above beta_end {self.beta_end}: noise must not shrink")
+        return self
+
+    @model_validator(mode="after")
     def _epsilon_needs_signal(self) -> DiffusionSettings:
         if self.zero_terminal_snr and self.prediction == "epsilon":
-            raise ValueError("zero_terminal_snr needs prediction=v: at zero signal the noise says nothing about the picture")
+            raise ValueError("zero_terminal_snr needs prediction=v: at zero signal, noise says nothing of the picture")
         return self
 
 
@@ -110,15 +120,13 @@ class TrainingSettings(_Frozen):
     learning_rate: PositiveFloat = 2e-4
     schedule: Literal["constant", "linear"] = "constant"  # linear: down to zero at max_steps
     warmup_steps: int = Field(0, ge=0)
-    adam_betas: tuple[float, float] = (0.9, 0.999)
+    adam_betas: tuple[_Decay, _Decay] = (0.9, 0.999)
     gradient_clip: PositiveFloat | None = None
-    ema_decay: float = Field(0.9999, ge=0, lt=1)
-    ema_warmup: bool = False
+    ema_decay: _Decay = 0.9999  # reached gradually: (1 + k) / (10 + k) at update k while that is less
     condition_dropout: float = Field(0.0, ge=0, lt=1)  # share of windows trained without conditions, for guidance
     initial_frames: Literal["truth", "generated", "mix"] = "truth"
     initial_frame_noise: NonNegativeFloat = 0.0  # standard deviation, in latent units, of noise on the clean frame
     freeze_video_branch: bool = False
-    train_video_branch_only: bool = False
     checkpoint_every: PositiveInt = 1000
     log_every: PositiveInt = 10
 
@@ -172,15 +180,22 @@ class Settings(_Frozen):
             )
         return self
 
+    @model_validator(mode="after")
+    def _variant_overrides_fit(self) -> Settings:
+        for variant in self.variant_overrides:
+            try:
+                self.for_variant(variant)
+            except TccpError as error:
+                raise ValueError(f"variant_overrides.{variant}: {error}") from None
+        return self
+
     @property
     def latent_px(self) -> int:
         return self.picture_px // self.autoencoder.downsampling
 
     def for_variant(self, variant: VariantName) -> Settings:
         """These settings with the variant's own overrides applied, and none left to apply."""
-        return override(
-            self.model_copy(update={"variant_overrides": {}}), self.variant_overrides.get(variant, {})
-        )
+        return override(self.model_copy(update={"variant_overrides": {}}), self.variant_overrides.get(variant, {}))
 
 
 def paper() -> Settings:
@@ -221,7 +236,6 @@ def toy() -> Settings:
             warmup_steps=50,
             gradient_clip=1.0,
             ema_decay=0.998,
-            ema_warmup=True,
             condition_dropout=0.1,
             initial_frame_noise=0.15,
             checkpoint_every=250,
@@ -258,6 +272,8 @@ def override(settings: Settings, values: Mapping[str, Any]) -> Settings:
     known = _known_keys(type(settings))
     tree = settings.model_dump()
     for key, value in values.items():
+        if key == "preset":
+            raise TccpError(f"setting preset cannot be overridden (given: {value}): choose one with --preset")
         if key not in known and not key.startswith("variant_overrides."):
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean {near[0]}?" if near else f"; known keys are {', '.join(known)}"
@@ -268,16 +284,18 @@ def override(settings: Settings, values: Mapping[str, Any]) -> Settings:
     return _validated(tree)
 
 
-def _validated(tree: Mapping[str, Any]) -> Settings:
+def _validated(tree: object) -> Settings:
     try:
         return Settings.model_validate(tree)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "settings"
+        if first["type"] == "value_error":  # from a validator above: it says what was given itself
+            raise TccpError(f"setting {where}: {first['ctx']['error']}") from None
         raise TccpError(f"setting {where}: {first['msg']} (given: {str(first['input'])[:120]})") from None
 
 
-def load_settings(preset: PresetName | str = "toy", overrides: Sequence[str] = ()) -> Settings:
+def load_settings(preset: str = "toy", overrides: Sequence[str] = ()) -> Settings:
     """A preset with `key=value` overrides from the command line; values are JSON where they parse as such."""
     if preset not in PRESETS:
         raise TccpError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
@@ -290,7 +308,7 @@ def load_settings(preset: PresetName | str = "toy", overrides: Sequence[str] = (
             values[key.strip()] = json.loads(text)
         except json.JSONDecodeError:
             values[key.strip()] = text
-    return override(PRESETS[preset](), values)  # type: ignore[index]
+    return override(PRESETS[preset](), values)
 
 
 def settings_to_json(settings: Settings) -> str:
@@ -319,5 +337,8 @@ def git_commit() -> str:
 
 
 def storage_root(given: str | Path | None = None) -> Path:
-    """Where runs and artifacts live: `--storage`, else `TCCP_STORAGE`, else `~/.tccp`."""
-    return Path(given or os.environ.get("TCCP_STORAGE") or "~/.tccp").expanduser()
+    """Where runs and artifacts live: `--storage`, else `TCCP_STORAGE`, else `~/.tccp`. Raises TccpError for a URL."""
+    storage = str(given or os.environ.get("TCCP_STORAGE") or "~/.tccp")
+    if re.match(r"[a-z][a-z0-9+]*:/", storage):  # one slash: what a Path makes of two
+        raise TccpError(f"storage {storage} is a URL: give a folder of this machine or a mounted one")
+    return Path(storage).expanduser()

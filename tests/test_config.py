@@ -1,0 +1,239 @@
+"""Settings: the paper's table to the letter, nothing unknown accepted, nothing invalid carried into a run."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import pydantic
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tccp import config
+from tccp.config import PRESETS, Settings, TccpError, VariantName, load_settings, override
+
+# Table 3 of the paper, and Wav2Lip's size for its lip reference; written here a second time on purpose.
+TABLE_3 = {
+    "network.base_channels": 128,
+    "network.channel_multipliers": (1, 2, 4),
+    "network.blocks_per_scale": 2,
+    "network.condition_dim": 128,
+    "network.attention_head_dim": 64,
+    "network.time_embedding_dim": 128,
+    "network.dropout": 0.1,
+    "network.pooled_conditions": False,
+    "network.first_frame_channels": False,
+    "autoencoder.downsampling": 16,
+    "autoencoder.latent_channels": 16,
+    "diffusion.num_train_timesteps": 1000,
+    "diffusion.beta_start": 1e-4,
+    "diffusion.beta_end": 0.02,
+    "diffusion.prediction": "epsilon",
+    "diffusion.zero_terminal_snr": False,
+    "sampling.solver": "ddpm",
+    "sampling.steps": 1000,
+    "window": 8,
+    "picture_px": 256,
+    "lips.source": "wav2lip",
+    "lips.size_px": 96,
+    "training.batch_size": 192,
+    "training.max_steps": 150_000,
+    "training.learning_rate": 2e-4,
+    "training.ema_decay": 0.9999,
+    "training.initial_frame_noise": 0.0,
+}
+
+
+def value_at(settings: Settings, key: str) -> object:
+    value: object = settings
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+@pytest.mark.parametrize("key", TABLE_3)
+@pytest.mark.parametrize("variant", get_args(VariantName))
+def test_paper_is_table_3_to_the_letter_for_every_variant(key: str, variant: VariantName) -> None:
+    assert value_at(config.paper().for_variant(variant), key) == TABLE_3[key]
+
+
+def test_the_models_clock() -> None:
+    assert (config.FPS, config.SAMPLE_RATE_HZ, config.SAMPLES_PER_FRAME) == (25, 16_000, 640)
+    assert config.FPS * config.SAMPLES_PER_FRAME == config.SAMPLE_RATE_HZ
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_name_themselves_and_survive_json(preset: str) -> None:
+    settings = load_settings(preset)
+    assert settings.preset == preset
+    assert config.settings_from_json(config.settings_to_json(settings)) == settings
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("variant", get_args(VariantName))
+def test_a_variants_own_overrides_are_applied_and_none_are_left(preset: str, variant: VariantName) -> None:
+    settings = load_settings(preset)
+    own = settings.for_variant(variant)
+    for key, value in settings.variant_overrides.get(variant, {}).items():
+        assert value_at(own, key) == value
+    assert own.variant_overrides == {}
+    assert own.for_variant(variant) == own
+
+
+def test_settings_and_their_groups_are_frozen() -> None:
+    settings = load_settings("toy")
+    with pytest.raises(pydantic.ValidationError, match="frozen"):
+        settings.seed = 1
+    with pytest.raises(pydantic.ValidationError, match="frozen"):
+        settings.training.batch_size = 1
+
+
+@pytest.mark.parametrize(
+    ("item", "key", "value"),
+    [
+        ("training.max_steps=100", "training.max_steps", 100),
+        ("training.learning_rate=1e-5", "training.learning_rate", 1e-5),
+        ("training.gradient_clip=null", "training.gradient_clip", None),
+        ("training.schedule=constant", "training.schedule", "constant"),
+        ("network.pooled_conditions=false", "network.pooled_conditions", False),
+        ("network.channel_multipliers=[1, 2]", "network.channel_multipliers", (1, 2)),
+        (" seed = 7", "seed", 7),
+        ('sampling={"steps": 5}', "sampling.steps", 5),
+    ],
+)
+def test_overrides_of_the_command_line(item: str, key: str, value: object) -> None:
+    before, after = load_settings("toy"), load_settings("toy", [item])
+    assert value_at(after, key) == value
+    assert value_at(before, key) != value
+    assert override(after, {key: value_at(before, key)}) == before, "something else changed with it"
+
+
+def test_later_overrides_win() -> None:
+    assert load_settings("toy", ["seed=1", "seed=2"]).seed == 2
+
+
+def test_an_override_for_one_variant_holds_for_it_alone_beside_what_the_preset_says() -> None:
+    settings = load_settings("toy", ["variant_overrides.face_sequence.training.max_steps=9"])
+    assert settings.for_variant("face_sequence").training.max_steps == 9
+    assert settings.for_variant("face_sequence").network.first_frame_channels
+    assert settings.for_variant("face_first") == load_settings("toy").for_variant("face_first")
+
+
+@pytest.mark.parametrize(
+    ("preset", "items", "says"),
+    [
+        ("tiny", [], ["'tiny'", "paper", "toy"]),
+        ("toy", ["training.max_step=5"], ["'training.max_step'", "did you mean training.max_steps?"]),
+        ("toy", ["zzz=5"], ["'zzz'", "known keys are", "training.max_steps"]),
+        ("toy", ["training.max_steps.more=5"], ["'training.max_steps.more'"]),
+        ("toy", ["training.max_steps"], ["'training.max_steps'", "key=value"]),
+        ("toy", ["training.max_steps=0"], ["training.max_steps", "greater than 0", "given: 0"]),
+        ("toy", ["training.max_steps=many"], ["training.max_steps", "integer", "given: many"]),
+        ("toy", ["training=5"], ["training", "given: 5"]),
+        ("toy", ['training={"bogus": 5}'], ["training.bogus"]),
+        ("toy", ["training.accumulation=3"], ["accumulation 3 does not divide batch_size 16"]),
+        ("toy", ["training.adam_betas=[0.9, 1.5]"], ["training.adam_betas", "less than 1"]),
+        ("toy", ["training.learning_rate=Infinity"], ["training.learning_rate", "finite"]),
+        ("toy", ["headbox.jitter_size=NaN"], ["headbox.jitter_size", "finite"]),
+        ("toy", ["network.dropout=1.5"], ["network.dropout", "less than 1"]),
+        ("toy", ["picture_px=100"], ["picture_px 100 is not a multiple of 32"]),
+        ("toy", ["autoencoder.downsampling=16"], ["4 levels", "downsample by 8", "16"]),
+        ("toy", ["diffusion.prediction=epsilon"], ["zero_terminal_snr needs prediction=v"]),
+        ("toy", ["diffusion.beta_start=0.5"], ["beta_start 0.5", "beta_end 0.02"]),
+        ("toy", ["sampling.solver=euler"], ["sampling.solver", "'ddpm'", "given: euler"]),
+        ("toy", ["variant_overrides.lips.seed=1"], ["variant_overrides.lips", "'face_first'"]),
+        (
+            "toy",
+            ["variant_overrides.face_first.training.max_step=1"],
+            ["face_first", "did you mean training.max_steps?"],
+        ),
+        ("toy", ["variant_overrides.face_first.training.max_steps=0"], ["face_first", "greater than 0"]),
+        ("toy", ["preset=paper"], ["preset", "cannot be overridden", "--preset"]),
+    ],
+)
+def test_a_mistake_is_refused_in_one_line_that_names_it(preset: str, items: list[str], says: list[str]) -> None:
+    with pytest.raises(TccpError) as caught:
+        load_settings(preset, items)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "Value error" not in message, "pydantic's own words"
+    for part in says:
+        assert part in message
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"bogus": 1}', '{"training": {"bogus": 1}}', '{"seed": -1}', ""])
+def test_json_that_is_not_settings_is_refused(text: str) -> None:
+    with pytest.raises(TccpError) as caught:
+        config.settings_from_json(text)
+    assert "\n" not in str(caught.value)
+
+
+@given(
+    seed=st.integers(0, 2**63),
+    learning_rate=st.floats(1e-12, 1e3),
+    betas=st.tuples(st.floats(0, 0.999), st.floats(0, 0.999)),
+    clip=st.none() | st.floats(1e-6, 1e6),
+)
+def test_json_keeps_every_bit(seed: int, learning_rate: float, betas: tuple[float, float], clip: float | None) -> None:
+    values = {
+        "seed": seed,
+        "training.learning_rate": learning_rate,
+        "training.adam_betas": betas,
+        "training.gradient_clip": clip,
+    }
+    settings = override(load_settings("toy"), values)
+    assert config.settings_from_json(config.settings_to_json(settings)) == settings
+
+
+def test_overriding_leaves_the_given_settings_alone() -> None:
+    settings = load_settings("toy")
+    override(settings, {"variant_overrides.face_first.training.max_steps": 3, "sampling.steps": 1})
+    assert settings == load_settings("toy")
+
+
+def test_storage_is_what_was_given_else_the_environments_else_at_home(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("TCCP_STORAGE", "~/mine")
+    assert config.storage_root(tmp_path / "given") == tmp_path / "given"
+    assert config.storage_root() == tmp_path / "home" / "mine"
+    monkeypatch.setenv("TCCP_STORAGE", "")
+    assert config.storage_root() == tmp_path / "home" / ".tccp"
+    monkeypatch.delenv("TCCP_STORAGE")
+    assert config.storage_root() == tmp_path / "home" / ".tccp"
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/tccp", Path("s3://bucket/tccp")])
+def test_a_url_is_never_taken_for_a_folder_here(url: str | Path) -> None:
+    with pytest.raises(TccpError, match=r"s3:.*is a URL"):
+        config.storage_root(url)
+
+
+def output_of(command: list[str], folder: Path) -> str:
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_git_commit_names_the_checkout_and_its_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "tccp"
+    package.mkdir()
+    for module in ("__init__.py", "config.py"):
+        shutil.copy(Path(config.__file__).parent / module, package)
+    seen = [sys.executable, "-c", "import tccp.config; print(tccp.config.git_commit())"]
+    assert output_of(seen, tmp_path) == "unknown"
+
+    for name in ("AUTHOR", "COMMITTER"):
+        monkeypatch.setenv(f"GIT_{name}_NAME", "test")
+        monkeypatch.setenv(f"GIT_{name}_EMAIL", "test@example.invalid")
+
+    (tmp_path / ".gitignore").write_text("__pycache__/\n")
+    for command in (["git", "init"], ["git", "add", "."], ["git", "commit", "-m", "a start"]):
+        output_of(command, tmp_path)
+    head = output_of(["git", "rev-parse", "HEAD"], tmp_path)
+    assert output_of(seen, tmp_path) == head
+    (package / "config.py").write_text((package / "config.py").read_text() + "# changed\n")
+    assert output_of(seen, tmp_path) == head + "+changes"
