@@ -1,0 +1,49 @@
+"""Checks for the shared libraries that the wheels of cv2 and mediapipe expect from the system (Debian's names).
+
+As root (a container, CI) the missing ones are installed through apt-get; otherwise one line says what to install.
+Runs before anything is installed, so it uses the standard library alone.
+"""
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+
+PACKAGES = {
+    "libGL.so.1": "libgl1",
+    "libgthread-2.0.so.0": "libglib2.0-0",
+    "libxcb.so.1": "libxcb1",
+    "libEGL.so.1": "libegl1",
+    "libGLESv2.so.2": "libgles2",
+}
+
+
+def missing_packages() -> list[str]:
+    missing = []
+    for library, package in PACKAGES.items():
+        try:
+            ctypes.CDLL(library)
+        except OSError:
+            missing.append(package)
+    return missing
+
+
+def main() -> str | int:
+    missing = missing_packages() if sys.platform == "linux" else []
+    if not missing:
+        return 0
+    names = " ".join(missing)
+    if os.geteuid() == 0 and shutil.which("apt-get"):
+        print(f"Installing system libraries that cv2 and mediapipe need: {names}", file=sys.stderr)
+        install = ["apt-get", "install", "--quiet=2", "--no-install-recommends", "--yes", *missing]
+        environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+        for command in (["apt-get", "update", "--quiet=2"], install):
+            if subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, stdout=sys.stderr).returncode:
+                return f"System libraries are missing and `{' '.join(command)}` failed; needed are: {names}"
+        return 0
+    return f"System libraries are missing: install them with `sudo apt-get install {names}`, then run make again"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

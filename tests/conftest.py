@@ -1,0 +1,114 @@
+"""What every test stands on: checked shapes, one thread, a storage of its own, the shared clips, the closing count."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Generator, Iterator
+from pathlib import Path
+
+# Before numpy, torch or cv2 are imported: with one thread the order of sums, so every bit of a result, is fixed.
+for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OPENCV_FOR_THREADS_NUM"):
+    os.environ[_variable] = "1"
+
+import hypothesis
+import jaxtyping
+import pytest
+
+# Before any of them is imported: annotations, array shapes among them, are checked at every call.
+jaxtyping.install_import_hook(["tccp", "preprocessing", "ray_jobs"], "beartype.beartype")
+
+# No deadline: two tests share two cores. In CI hypothesis itself draws the same examples every time.
+hypothesis.settings.register_profile("tccp", deadline=None)
+hypothesis.settings.load_profile("tccp")
+
+ROOT = Path(__file__).resolve().parent.parent
+CLIPS_FIXTURES = {"shared", "shared_clips", "shared_weights"}
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of shared clips and weights, which is no part of the project."""
+    folder = Path(os.environ.get("TCCP_SHARED") or ROOT.parent / "shared").resolve()
+    if not folder.is_dir():
+        pytest.skip(f"no shared folder at {folder}: set TCCP_SHARED")
+    return folder
+
+
+def _subfolder(shared: Path, name: str) -> Path:
+    folder = shared / name
+    if not folder.is_dir():
+        pytest.skip(f"the shared folder has no {name}/")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_clips(shared: Path) -> Path:
+    return _subfolder(shared, "clips")
+
+
+@pytest.fixture(scope="session")
+def shared_weights(shared: Path) -> Path:
+    return _subfolder(shared, "weights")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_storage_at_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test writes to the user's own storage, not even one that forgot to ask for `storage`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TCCP_STORAGE", str(tmp_path_factory.mktemp("storage")))
+        yield
+
+
+@pytest.fixture
+def storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty storage of the test's own, also for the commands that it starts (TCCP_STORAGE)."""
+    folder = tmp_path / "storage"
+    folder.mkdir()
+    monkeypatch.setenv("TCCP_STORAGE", str(folder))
+    return folder
+
+
+def _skip_marker(item: pytest.Item) -> pytest.MarkDecorator | None:
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            return pytest.mark.skip(reason="no CUDA device")
+    if item.get_closest_marker("cluster") and importlib.util.find_spec("ray") is None:
+        return pytest.mark.skip(reason="Ray is not installed: pip install -c constraints.txt -e '.[train,serve]'")
+    return None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if CLIPS_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.clips)
+        if skip := _skip_marker(item):
+            item.add_marker(skip)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Where clips are required (CI with the shared folder beside it), a clip test that was skipped has failed."""
+    report = yield
+    required = os.environ.get("TCCP_REQUIRE_CLIPS") and item.get_closest_marker("clips")
+    if required and report.skipped and not hasattr(report, "wasxfail"):
+        why = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.outcome = "failed"
+        report.longrepr = f"skipped although the shared folder is there (TCCP_REQUIRE_CLIPS): {why}"
+    return report
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """The last line, in the one form that people and CI read: what passed, failed and was skipped."""
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None or hasattr(config, "workerinput") or config.option.collectonly:
+        return
+
+    def count(*outcomes: str) -> int:
+        return sum(len(reporter.stats.get(outcome, ())) for outcome in outcomes)
+
+    print(f"{count('passed')} passed, {count('failed', 'error')} failed, {count('skipped', 'xfailed')} skipped")
