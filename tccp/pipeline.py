@@ -1,0 +1,179 @@
+"""The pipeline folder: what training exports and everything downstream reads.
+
+    <folder>/manifest.json                 format, settings, and per component its files' SHA-256 and its provenance
+    <folder>/autoencoder/                  diffusers AutoencoderKL + latent_statistics.json
+    <folder>/lips/                         the lip source's network, where there is one
+    <folder>/<variant>/                    config.json + safetensors
+
+No pickles. Loading refuses a folder whose files are not those of the manifest, and says which file and why.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tccp.clip import atomic_path
+from tccp.config import Settings, TccpError, VariantName, git_commit, settings_from_json
+from tccp.diffusion import NoiseSchedule
+from tccp.models.autoencoder import PictureAutoencoder
+from tccp.models.lips import LipSource, open_lip_source
+from tccp.models.mvcontrolnet import MVControlNet
+from tccp.sampling import Stage
+from tccp.variants import FIRST_OF, TWO_STAGE
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+SHAPING = ("preset", "window", "picture_px", "autoencoder", "network", "diffusion", "lips", "variant_overrides")
+"""Settings that components of one pipeline must share: they decide shapes, latents, or what is predicted."""
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest. Raises TccpError if there is none or it is of another format."""
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise TccpError(f"no pipeline at {folder} ({MANIFEST} is missing): train one with `tccp train all --weights {folder}`") from None
+    except (OSError, ValueError) as error:
+        raise TccpError(f"{path} cannot be read: {error}") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else None
+        raise TccpError(f"{path} is of pipeline format {found}; this version reads {FORMAT}: export the weights again")
+    return manifest
+
+
+def _shaping(settings: Settings) -> dict[str, Any]:
+    return {name: json.loads(settings.model_dump_json(include={name}))[name] for name in SHAPING}
+
+
+def check_settings(folder: Path, settings: Settings) -> None:
+    """Raises TccpError that names the first setting in which a pipeline that exists differs from `settings`."""
+    if not (folder / MANIFEST).exists():
+        return
+    stored = _shaping(settings_from_json(json.dumps(read_manifest(folder)["settings"])))
+    for name, value in _shaping(settings).items():
+        if stored[name] != value:
+            raise TccpError(
+                f"{folder} holds weights of other settings: {name} is {json.dumps(stored[name])[:100]} there and "
+                f"{json.dumps(value)[:100]} here; use that preset or another --weights folder"
+            )
+
+
+def save_component(
+    folder: Path,
+    name: str,
+    settings: Settings,
+    write: Callable[[Path], object],
+    provenance: Mapping[str, Any],
+) -> None:
+    """Adds or replaces one component: written aside, renamed, and then entered in the manifest.
+
+    Raises TccpError if the folder holds weights of other settings or cannot be written.
+    """
+    check_settings(folder, settings)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=folder))
+    except OSError as error:
+        raise TccpError(f"cannot write {folder}: {error.strerror}; choose a folder that can be written") from None
+    try:
+        write(temporary)
+        files = {str(path.relative_to(temporary)): _digest(path) for path in sorted(temporary.rglob("*")) if path.is_file()}
+        final = folder / name
+        if final.exists():
+            shutil.rmtree(final)
+        temporary.chmod(0o755)
+        os.replace(temporary, final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    exists = (folder / MANIFEST).exists()
+    manifest = read_manifest(folder) if exists else {"format": FORMAT, "components": {}}
+    manifest["settings"] = json.loads(settings.model_dump_json())
+    manifest["components"][name] = {"files": files, "provenance": {"git_commit": git_commit(), **provenance}}
+    with atomic_path(folder / MANIFEST) as path:
+        path.write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def verified(folder: Path, name: str) -> Path:
+    """The component's folder, every file checked against the manifest. Raises TccpError naming the file and the reason."""
+    manifest = read_manifest(folder)
+    if name not in manifest["components"]:
+        have = ", ".join(manifest["components"]) or "nothing"
+        raise TccpError(f"{folder} has no {name} (it has {have}): train it with `tccp train {name} --weights {folder}`")
+    for relative, digest in manifest["components"][name]["files"].items():
+        path = folder / name / relative
+        if not path.is_file():
+            raise TccpError(f"{path} is missing: the pipeline folder is incomplete, copy it again or train {name} anew")
+        if _digest(path) != digest:
+            raise TccpError(f"{path} is not the file of the manifest (its SHA-256 differs): copy it again or train {name} anew")
+    return folder / name
+
+
+def has_component(folder: Path, name: str) -> bool:
+    return (folder / MANIFEST).exists() and name in read_manifest(folder)["components"]
+
+
+def load_network(folder: Path, name: VariantName, device: torch.device | str = "cpu") -> MVControlNet:
+    path = verified(folder, name)
+    try:
+        return MVControlNet.from_pretrained(path, use_safetensors=True, local_files_only=True).to(device).eval()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise TccpError(f"{path} cannot be loaded: {str(error).splitlines()[0][:200]}") from None
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Everything generation needs, loaded."""
+
+    settings: Settings
+    autoencoder: PictureAutoencoder
+    networks: Mapping[VariantName, MVControlNet]
+    lips: LipSource | None
+    device: torch.device
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        variants: Iterable[VariantName] = TWO_STAGE,
+        *,
+        preset: str | None = None,
+        device: torch.device | str = "cpu",
+        lip_weights: Path | None = None,
+    ) -> Pipeline:
+        """Loads and verifies a pipeline folder.
+
+        preset: raises TccpError if the folder's weights are of another preset. lip_weights: in place of the folder's own.
+        """
+        manifest = read_manifest(folder)
+        settings = settings_from_json(json.dumps(manifest["settings"]))
+        if preset is not None and settings.preset != preset:
+            raise TccpError(f"{folder} holds weights of preset {settings.preset!r}, not {preset!r}: give the weights of {preset!r}, or --preset {settings.preset}")
+        autoencoder = PictureAutoencoder.load(verified(folder, "autoencoder")).to(device).eval()
+        lips = None
+        if settings.lips.source != "none":
+            weights = lip_weights or verified(folder, "lips")
+            lips = open_lip_source(settings.lips, weights, device)
+        networks = {name: load_network(folder, name, device) for name in variants}
+        return cls(settings, autoencoder, networks, lips, torch.device(device))
+
+    def stage(self, sequence: VariantName) -> Stage:
+        """The chain that ends in `sequence`, with its first-frame network."""
+        settings = self.settings.for_variant(sequence)
+        schedule = NoiseSchedule.from_settings(settings.diffusion)
+        return Stage(self.networks[FIRST_OF[sequence]], self.networks[sequence], schedule, settings.sampling)

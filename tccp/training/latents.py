@@ -1,0 +1,124 @@
+"""The latent cache: what training reads, computed once per clip and jitter draw.
+
+Scenes are masked before they are encoded, so each draw of the mask has latents of its own. A file is memory-mapped and a
+window reads only its own frames: memory does not grow with the data set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from torch import Tensor
+
+from tccp.clip import Clip, ClipTable, atomic_path
+from tccp.config import Settings
+from tccp.data import PlannedWindow, rng_seed, view
+from tccp.models.autoencoder import PictureAutoencoder, to_model
+from tccp.models.conditions import Conditions
+from tccp.models.lips import weights_hash
+from tccp.progress import progress
+from tccp.training.lips import LipSources, LipTable
+from tccp.variants import ConditionKind, PictureKind, Variant
+
+ENCODE_BATCH = 64
+PICTURES: dict[PictureKind, str] = {"face": "face", "landmark": "landmark_pictures", "scene": "masked_scene"}
+"""Kind of latents -> the field of ClipView they are encoded from."""
+
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """Windows ready for the loss: normalised latents `b c f h w` and condition inputs."""
+
+    latents: Float[Tensor, "b c f h w"]
+    control: Float[Tensor, "b c f h w"]
+    conditions: Conditions
+
+
+def encode_clip(
+    clip: Clip, settings: Settings, draw: int, seed: int, autoencoder: PictureAutoencoder
+) -> dict[str, np.ndarray]:
+    """Latents `f c h w` of every kind (half precision), mel `f 80 16` and identity `s s 3` of one clip under one draw."""
+    seen = view(clip, settings, draw, seed)
+    device = autoencoder.mean.device
+    arrays: dict[str, np.ndarray] = {"mel": seen.mel, "identity": np.ascontiguousarray(seen.identity)}
+    with torch.inference_mode():
+        for kind, name in PICTURES.items():
+            parts = []
+            for batch in torch.from_numpy(getattr(seen, name)).split(ENCODE_BATCH):
+                latents = autoencoder.encode(to_model(batch).to(device).unsqueeze(2), kind)
+                parts.append(latents.squeeze(2).half().cpu().numpy())
+            arrays[kind] = np.concatenate(parts)
+    return arrays
+
+
+class LatentCache:
+    """`<root>/<hash>/<clip_id>-<draw>.safetensors`; the hash is of everything the latents depend on."""
+
+    def __init__(
+        self,
+        root: Path,
+        table: ClipTable,
+        settings: Settings,
+        autoencoder: PictureAutoencoder,
+        lips: LipSources | None,
+    ):
+        self.table = table
+        self.settings = settings
+        self.autoencoder = autoencoder
+        self.lips = LipTable(root / "lips", lips) if lips else None
+        key = f"{weights_hash(autoencoder)} {settings.headbox.model_dump_json()} {settings.picture_px} {settings.seed}"
+        self.folder = root / "latents" / hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
+
+    def path(self, clip_id: str, draw: int) -> Path:
+        return self.folder / f"{clip_id}-{draw}.safetensors"
+
+    def build(self) -> None:
+        """Computes what is missing. Interrupted, it goes on where it was."""
+        draws = range(self.settings.headbox.draws)
+        missing = [(c, d) for c in self.table.ids for d in draws if not self.path(c, d).exists()]
+        with progress() as bar:
+            task = bar.add_task("encoding clips to latents", total=len(missing))
+            for clip_id, draw in missing:
+                arrays = encode_clip(self.table[clip_id], self.settings, draw, self.settings.seed, self.autoencoder)
+                with atomic_path(self.path(clip_id, draw)) as temporary:
+                    save_file(arrays, temporary)
+                bar.advance(task)
+            if self.lips:
+                task = bar.add_task("drawing lip references", total=len(self.table))
+                self.lips.write(self.table, lambda done, total: bar.update(task, completed=done))
+
+    def batch(self, planned: Sequence[PlannedWindow], row: Variant, num_frames: int) -> TrainingBatch:
+        """The windows of one step. Which jitter draw a window takes is drawn from (seed, id, epoch)."""
+        kinds = row.conditions_with(self.settings.lips.source)
+        columns: dict[str, list[np.ndarray]] = {"latents": [], "control": [], **{kind: [] for kind in kinds}}
+        for epoch, (clip_id, start) in planned:
+            draw = rng_seed(self.settings.seed, "draw", clip_id, start, epoch) % self.settings.headbox.draws
+            frames = slice(start, start + num_frames)
+            with safe_open(self.path(clip_id, draw), framework="numpy") as file:
+                columns["latents"].append(file.get_slice(row.generates)[frames])
+                columns["control"].append(file.get_slice(row.control)[frames])
+                if "audio" in kinds:
+                    columns["audio"].append(file.get_slice("mel")[frames])
+                if "identity" in kinds:
+                    columns["identity"].append(file.get_tensor("identity"))
+            if "lips" in kinds:
+                assert self.lips is not None
+                columns["lips"].append(self.lips.read(clip_id, start, num_frames))
+        return self._tensors(columns, kinds)
+
+    def _tensors(self, columns: dict[str, list[np.ndarray]], kinds: Sequence[ConditionKind]) -> TrainingBatch:
+        stacked = {name: torch.from_numpy(np.stack(values)) for name, values in columns.items()}
+        pictures = {name: to_model(stacked[name]) for name in kinds if name != "audio"}
+        return TrainingBatch(
+            latents=stacked["latents"].float().transpose(1, 2).contiguous(),
+            control=stacked["control"].float().transpose(1, 2).contiguous(),
+            conditions=Conditions(audio=stacked["audio"] if "audio" in kinds else None, **pictures),
+        )

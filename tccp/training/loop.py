@@ -1,0 +1,175 @@
+"""The training loop: steps, EMA, checkpoints, metrics and progress. It knows neither Ray nor DeepSpeed nor the model.
+
+A run is a folder: `settings.json`, `run.json` (commit, command), `metrics.jsonl`, `checkpoints/step-N/`. Everything random
+about step k is seeded by (seed, k) or by window ids, so a run that was cut and resumed is the same run, bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+
+from tccp.config import Settings, TccpError, TrainingSettings, git_commit, settings_to_json
+from tccp.data import rng_seed
+from tccp.progress import progress
+from tccp.training.engine import Engine
+
+KEEP_CHECKPOINTS = 2
+EMA_FILE = "ema.pt"
+
+
+class NonFiniteLoss(TccpError):
+    """The loss is not a number any more; the last good checkpoint stays."""
+
+
+@contextmanager
+def atomic_folder(final: Path):
+    """A temporary folder beside `final` that takes its name when the block succeeds and vanishes when it does not."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
+    try:
+        yield temporary
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(temporary, final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    path: Path
+
+    @classmethod
+    def open(cls, path: Path, settings: Settings, *, resume: bool) -> RunFolder:
+        """Makes the folder, or takes it up again.
+
+        Raises TccpError if it holds a run and `resume` is off, or a run with other settings.
+        """
+        text = settings_to_json(settings)
+        stored = path / "settings.json"
+        if stored.exists():
+            if not resume:
+                raise TccpError(f"{path} holds a run already: give --resume to go on with it, or another --run name")
+            if stored.read_text() != text:
+                raise TccpError(f"{path} was started with other settings ({stored}): resume with those, or start anew")
+        else:
+            path.mkdir(parents=True, exist_ok=True)
+            stored.write_text(text)
+            record = {"git_commit": git_commit(), "command": [Path(sys.argv[0]).name, *sys.argv[1:]]}
+            (path / "run.json").write_text(json.dumps(record, indent=2) + "\n")
+        return cls(path)
+
+    def checkpoint(self, step: int) -> Path:
+        return self.path / "checkpoints" / f"step-{step:07d}"
+
+    def latest(self) -> int | None:
+        """Number of finished steps of the newest complete checkpoint."""
+        found = sorted((self.path / "checkpoints").glob("step-*"))
+        return int(found[-1].name.removeprefix("step-")) if found else None
+
+    def prune(self) -> None:
+        for old in sorted((self.path / "checkpoints").glob("step-*"))[:-KEEP_CHECKPOINTS]:
+            shutil.rmtree(old)
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """losses: one value per step that was run here. seconds: wall clock of those steps."""
+
+    losses: list[float] = field(repr=False)
+    seconds: float = 0.0
+    steps: int = 0
+
+
+def fit(
+    engine: Engine,
+    loss_of: Callable[[int, int], Tensor],
+    settings: TrainingSettings,
+    *,
+    seed: int,
+    ema: EMAModel,
+    run: RunFolder | None = None,
+    title: str = "training",
+    stop_at: int | None = None,
+    describe_step: Callable[[int], Sequence[str]] | None = None,
+) -> FitResult:
+    """Trains from the newest checkpoint of `run`, or from the start, to `settings.max_steps`.
+
+    loss_of(step, micro): the loss of one micro-batch, a pure function of its arguments and the module's parameters.
+    stop_at: ends the call early, after a checkpoint, as an interruption would; the learning rate still heads for max_steps.
+    describe_step: what step k trained on, for the error message when its loss is not finite.
+    Raises NonFiniteLoss; nothing of that step is kept.
+    """
+    device = next(engine.module.parameters()).device
+    done = (run.latest() if run else None) or 0
+    if run and done:
+        engine.load(run.checkpoint(done))
+        ema.load_state_dict(torch.load(run.checkpoint(done) / EMA_FILE, weights_only=True))
+        ema.to(device)
+        _truncate_metrics(run.path / "metrics.jsonl", done)
+    last = min(settings.max_steps, stop_at or settings.max_steps)
+    losses: list[float] = []
+    started = time.monotonic()
+    engine.module.train()
+    with progress() as bar:
+        task = bar.add_task(title, total=settings.max_steps, completed=done)
+        for step in range(done, last):
+            torch.manual_seed(rng_seed(seed, "step", step))  # dropout
+            loss = 0.0
+            for micro in range(settings.accumulation):
+                value = loss_of(step, micro)
+                loss += value.item() / settings.accumulation
+                if not math.isfinite(loss):
+                    what = f"; it trained on {', '.join(describe_step(step))}" if describe_step else ""
+                    kept = f"the checkpoint at step {run.latest()} is kept" if run and run.latest() else "no checkpoint yet"
+                    raise NonFiniteLoss(
+                        f"the loss is {loss} at step {step}{what}; {kept}; lower training.learning_rate or set "
+                        "training.gradient_clip, then resume"
+                    )
+                engine.backward(value)
+                updated = engine.step()
+            if updated:
+                ema.step(engine.module.parameters())
+            losses.append(loss)
+            bar.update(task, completed=step + 1, description=f"{title}  loss {loss:.4f}")
+            if run and (step % settings.log_every == 0 or step + 1 == last):
+                _append_metrics(run, step, loss, engine, time.monotonic() - started)
+            if run and ((step + 1) % settings.checkpoint_every == 0 or step + 1 == last):
+                with atomic_folder(run.checkpoint(step + 1)) as folder:
+                    engine.save(folder)
+                    torch.save(ema.state_dict(), folder / EMA_FILE)
+                run.prune()
+    return FitResult(losses, time.monotonic() - started, len(losses))
+
+
+def _append_metrics(run: RunFolder, step: int, loss: float, engine: Engine, seconds: float) -> None:
+    record = {
+        "step": step,
+        "loss": loss,
+        "grad_norm": engine.grad_norm,
+        "learning_rate": engine.learning_rate,
+        "seconds": round(seconds, 3),
+    }
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def _truncate_metrics(path: Path, done: int) -> None:
+    """Drops what was logged after the checkpoint that is resumed from: those steps are run again."""
+    if path.exists():
+        kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] < done]
+        path.write_text("".join(line + "\n" for line in kept))
