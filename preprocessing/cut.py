@@ -1,0 +1,73 @@
+"""Runs of a person on screen to clips of bounded length, with the frames their identity pictures come from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+
+from preprocessing.identity import choose_frames
+from preprocessing.spans import Span, spans_from_table, spans_to_table
+from tccp.clip import MIN_CLIP_FRAMES
+from tccp.config import FPS, TccpError
+
+_HELD_OUT = 4  # frames kept back for the identity picture where a run is too short for two clips
+
+
+def cut_clips(batch: pa.Table, max_clip_s: float = 5.0) -> pa.Table:
+    """Spans with head boxes, cut into clips of MIN_CLIP_FRAMES frames to `max_clip_s` seconds.
+
+    Clips of a run are about equally long. A run makes at least two clips where it can, for each takes its identity
+    pictures from outside itself; a shorter one keeps a few frames back. All spans of a track must be in one batch.
+    Raises TccpError if max_clip_s is too short to divide any run.
+    """
+    max_frames = int(max_clip_s * FPS)
+    if max_frames < 2 * MIN_CLIP_FRAMES:
+        raise TccpError(f"max_clip_s {max_clip_s:g} is too short: give at least {2 * MIN_CLIP_FRAMES / FPS:g} seconds")
+    spans = spans_from_table(batch)
+    tracks: dict[tuple[str, int | None], list[Span]] = {}
+    for span in spans:
+        if span.reason is None:
+            tracks.setdefault((span.path, span.track), []).append(span)
+    clips = []
+    for span in spans:
+        clips += [span] if span.reason else _cut(span, max_frames, tracks[span.path, span.track])
+    return spans_to_table(clips)
+
+
+def _cut(run: Span, max_frames: int, track: Sequence[Span]) -> list[Span]:
+    given = run.identity_path is not None
+    alone = len(track) == 1
+    parts = -(-run.num_frames // max_frames)
+    length = run.num_frames
+    if alone and not given and parts == 1:
+        if run.num_frames >= 2 * MIN_CLIP_FRAMES:
+            parts = 2
+        else:
+            length = max(run.num_frames - _HELD_OUT, min(run.num_frames - 1, MIN_CLIP_FRAMES))
+    if length < MIN_CLIP_FRAMES:
+        text = f"{run.num_frames} frames of a face in a row; a clip needs {MIN_CLIP_FRAMES} and one for identity"
+        return [run.set_aside("too_short", text)]
+    edges = [run.start_frame + length * part // parts for part in range(parts + 1)]
+    clips = []
+    for start, stop in zip(edges, edges[1:], strict=False):
+        clip = run.cut(start, stop)
+        clips.append(clip if given else _with_identity(clip, track))
+    if length < run.num_frames:
+        held = run.cut(run.start_frame + length, run.stop_frame)
+        clips.append(held.set_aside("identity", "kept back for the identity picture of the clip before"))
+    return clips
+
+
+def _with_identity(clip: Span, track: Sequence[Span]) -> Span:
+    places = choose_frames(track, clip.start_frame, clip.stop_frame)
+    if not places:
+        return clip.set_aside("no_identity", "no frame outside the clip shows the person")
+    boxes = []
+    for run, frame in places:
+        head_box = track[run].head_box
+        assert head_box is not None, "cut_clips comes after fit_head_boxes"
+        boxes.append(head_box[frame - track[run].start_frame])
+    return replace(clip, identity_frames=tuple(frame for _, frame in places), identity_box=np.stack(boxes))

@@ -1,0 +1,104 @@
+"""Who is on screen: shots, and within each the main person's landmarks, in one pass over the film."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Bool
+
+from preprocessing.decode import frames_at
+from preprocessing.shots import CutFinder
+from preprocessing.spans import Span, spans_from_table, spans_to_table
+from tccp import faces
+from tccp.config import FPS
+from tccp.media import MediaError
+
+MAX_BRIDGED_FRAMES = FPS // 2
+"""Gaps without a face up to here, just under half a second, are bridged; longer ones end the clip."""
+
+
+def find_tracks(
+    batch: pa.Table,
+    backend: str = "mediapipe",
+    weights: Path | None = None,
+    on_frame: Callable[[], object] = lambda: None,
+) -> Iterator[pa.Table]:
+    """Spans of film to spans of one person on screen, with `track`, `landmarks_px` and `confidence`; a table per film.
+
+    A cut ends a span. Each shot is one track: that of the face that is there most, as `tccp.faces.track` says. Frames
+    without it are set aside as `no_face`, or bridged in a straight line with confidence 0 where they are few. Only
+    numbers are kept from frame to frame.
+    """
+    detector = None
+    try:
+        for span in spans_from_table(batch):
+            if span.reason is None:
+                detector = detector or faces.open_backend(backend, weights)
+                yield spans_to_table(_tracks(span, detector, on_frame))
+            else:
+                yield spans_to_table([span])
+    finally:
+        if detector is not None:
+            detector.close()
+
+
+def _tracks(span: Span, detector: faces.FaceBackend, on_frame: Callable[[], object]) -> list[Span]:
+    cutter = CutFinder()
+    found: list[list[faces.Face]] = []  # of the frames since the last known cut
+    shots: list[Span] = []
+    start = span.start_frame
+    try:
+        for _, picture in frames_at(Path(span.path), range(span.start_frame, span.stop_frame)):
+            found.append(detector.detect(picture))
+            for cut in cutter.add(picture):
+                length = span.start_frame + cut - start
+                shots += _runs(replace(span.cut(start, start + length), track=len({s.track for s in shots})), found[:length])
+                found, start = found[length:], start + length
+            on_frame()
+    except MediaError as error:
+        return [span.set_aside(error.reason, str(error))]
+    return shots + _runs(replace(span.cut(start, span.stop_frame), track=len({s.track for s in shots})), found)
+
+
+def _runs(shot: Span, found: Sequence[Sequence[faces.Face]]) -> list[Span]:
+    """The spans of one shot on which its main person is to be seen, and those set aside, in order of time."""
+    person = faces.track(found)
+    seen = np.array([face is not None and face.landmarks_px is not None for face in person], bool)
+    points = np.full((len(person), 68, 2), np.nan, np.float32)
+    confidence = np.zeros(len(person), np.float32)
+    for i in np.flatnonzero(seen):
+        points[i], confidence[i] = person[i].landmarks_px, person[i].confidence
+    spans: list[Span] = []
+    done = 0
+    for first, stop in [*runs(seen), (len(person), len(person))]:
+        if first > done:
+            gap = shot.cut(shot.start_frame + done, shot.start_frame + first)
+            spans.append(gap.set_aside("no_face", f"{shot.path}: nobody's face is to be seen"))
+        if stop > first:
+            run = shot.cut(shot.start_frame + first, shot.start_frame + stop)
+            filled = _bridged(points[first:stop], seen[first:stop])
+            spans.append(replace(run, landmarks_px=filled, confidence=confidence[first:stop]))
+        done = stop
+    return spans
+
+
+def runs(seen: Bool[np.ndarray, "f"], max_bridged: int = MAX_BRIDGED_FRAMES) -> list[tuple[int, int]]:
+    """[first, stop) of each stretch that begins and ends with a face and has no longer gap in it than `max_bridged`."""
+    stretches: list[tuple[int, int]] = []
+    for i in map(int, np.flatnonzero(seen)):
+        if stretches and i - stretches[-1][1] <= max_bridged:
+            stretches[-1] = (stretches[-1][0], i + 1)
+        else:
+            stretches.append((i, i + 1))
+    return stretches
+
+
+def _bridged(points: np.ndarray, seen: Bool[np.ndarray, "f"]) -> np.ndarray:
+    frames = np.arange(len(points))
+    flat = points.reshape(len(points), -1)
+    filled = [np.interp(frames, frames[seen], column[seen]) for column in flat.T]
+    return np.stack(filled, axis=1).reshape(points.shape).astype(np.float32)

@@ -1,0 +1,114 @@
+"""What flows between the preprocessing steps: spans of footage, one row each, as a columnar batch.
+
+A span is a stretch of one source. A step cuts spans, adds columns to them, or sets them aside by giving them a `reason`;
+rows with a reason pass through every later step untouched. So the spans of a source always cover each of its frames
+exactly once, and nothing is dropped without being counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Float32
+
+SPAN_SCHEMA = pa.schema(
+    [
+        ("path", pa.string()),
+        ("source", pa.string()),
+        ("source_hash", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("start_frame", pa.int64()),
+        ("num_frames", pa.int64()),
+        ("warnings", pa.list_(pa.string())),
+        ("reason", pa.string()),  # null: still in
+        ("message", pa.string()),
+        ("track", pa.int32()),
+        ("landmarks_px", pa.list_(pa.float32())),  # f x 68 x 2, source pixels
+        ("confidence", pa.list_(pa.float32())),  # f; 0 where a gap was bridged
+        ("head_box", pa.list_(pa.float32())),  # f x 4, source pixels
+        ("identity_path", pa.string()),  # an identity picture that comes with the footage
+        ("identity_frames", pa.list_(pa.int64())),  # else k frames of the source ...
+        ("identity_box", pa.list_(pa.float32())),  # ... and the head's box in each, k x 4
+    ]
+)
+_FLOAT_SHAPES = {"landmarks_px": (68, 2), "confidence": (), "head_box": (4,), "identity_box": (4,)}
+
+
+@dataclass(frozen=True, eq=False)
+class Span:
+    """One row of SPAN_SCHEMA; columns of steps still to come are None or empty."""
+
+    path: str
+    source: str
+    source_hash: str | None = None
+    width: int | None = None
+    height: int | None = None
+    start_frame: int = 0
+    num_frames: int = 0
+    warnings: tuple[str, ...] = ()
+    reason: str | None = None
+    message: str | None = None
+    track: int | None = None
+    landmarks_px: Float32[np.ndarray, "f 68 2"] | None = None
+    confidence: Float32[np.ndarray, "f"] | None = None
+    head_box: Float32[np.ndarray, "f 4"] | None = None
+    identity_path: str | None = None
+    identity_frames: tuple[int, ...] = ()
+    identity_box: Float32[np.ndarray, "k 4"] | None = None
+
+    @property
+    def stop_frame(self) -> int:
+        return self.start_frame + self.num_frames
+
+    def cut(self, start_frame: int, stop_frame: int) -> Span:
+        """The part from one frame of the source to another, with its columns cut alike."""
+        part = slice(start_frame - self.start_frame, stop_frame - self.start_frame)
+        columns = {
+            name: None if value is None else value[part]
+            for name, value in ((name, getattr(self, name)) for name in ("landmarks_px", "confidence", "head_box"))
+        }
+        return replace(self, start_frame=start_frame, num_frames=stop_frame - start_frame, **columns)
+
+    def set_aside(self, reason: str, message: str) -> Span:
+        """This span, out: with a short stable reason code and one line for people, without its columns."""
+        return replace(
+            self, reason=reason, message=message, landmarks_px=None, confidence=None, head_box=None, identity_box=None
+        )
+
+
+_NAMES = [field.name for field in fields(Span)]
+assert _NAMES == SPAN_SCHEMA.names
+
+
+def spans_to_table(spans: Iterable[Span]) -> pa.Table:
+    """Columnar batch (SPAN_SCHEMA) of spans, in their order."""
+    rows = []
+    for span in spans:
+        row = {name: getattr(span, name) for name in _NAMES}
+        row |= {name: None if row[name] is None else row[name].ravel() for name in _FLOAT_SHAPES}
+        rows.append(row)
+    return pa.Table.from_pylist(rows, schema=SPAN_SCHEMA)
+
+
+def spans_from_table(batch: pa.Table) -> list[Span]:
+    """Inverse of `spans_to_table`. Columns that are absent (a bare list of paths) take their defaults."""
+    present = [name for name in _NAMES if name in batch.column_names]
+    spans = []
+    for row in range(batch.num_rows):
+        values: dict = {}
+        for name in present:
+            cell = batch.column(name)[row]
+            if not cell.is_valid:
+                continue
+            if name in _FLOAT_SHAPES:
+                flat = cell.values.to_numpy(zero_copy_only=False).astype(np.float32)
+                values[name] = flat.reshape(-1, *_FLOAT_SHAPES[name])
+            else:
+                value = cell.as_py()
+                values[name] = tuple(value) if isinstance(value, list) else value
+        spans.append(Span(**values))
+    return spans
