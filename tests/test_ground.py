@@ -1,0 +1,260 @@
+"""The ground: what is pinned, declared, layered and promised by README and Makefile holds."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import tccp
+
+ROOT = Path(__file__).resolve().parent.parent
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+CODE = [folder for name in ("tccp", "preprocessing", "ray_jobs") if (folder := ROOT / name).is_dir()]
+README = (ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else ""
+README_COMMANDS = [
+    shlex.split(line, comments=True)
+    for block in re.findall(r"```(?:bash|sh|console)?\n(.*?)```", README, re.DOTALL)
+    for line in block.replace("\\\n", " ").splitlines()
+    if line.removeprefix("$ ").startswith(("make ", "tccp "))
+]
+
+
+def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+
+
+# Packages
+
+
+def pins() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    requirements = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    versions = {}
+    for requirement in requirements:
+        (specifier,) = requirement.specifier
+        assert specifier.operator == "==", f"{requirement} is not an exact pin"
+        assert "+" not in specifier.version, f"{requirement} names one build: the index decides between CUDA and CPU"
+        versions[canonicalize_name(requirement.name)] = specifier.version
+    assert len(versions) == len(requirements), "a package is pinned twice"
+    return versions
+
+
+def installed_closure() -> Iterator[importlib.metadata.Distribution]:
+    """What `make` installed for this project: tccp[preprocess,dev] and everything that it pulls in."""
+    seen: set[tuple[str, str]] = set()
+    queue = [Requirement(text) for text in [*PROJECT["dependencies"], *EXTRAS["preprocess"], *EXTRAS["dev"]]]
+    while queue:
+        requirement = queue.pop()
+        name = canonicalize_name(requirement.name)
+        for extra in ("", *requirement.extras):
+            if (name, extra) in seen:
+                continue
+            seen.add((name, extra))
+            distribution = importlib.metadata.distribution(name)
+            if not extra:
+                yield distribution
+            for text in distribution.requires or []:
+                inner = Requirement(text)
+                if inner.marker is None or inner.marker.evaluate({"extra": extra}):
+                    queue.append(inner)
+
+
+@pytest.mark.parametrize("extra", ["", *EXTRAS])
+def test_every_requirement_is_pinned_to_a_version_that_it_allows(extra: str) -> None:
+    versions = pins()
+    for text in EXTRAS[extra] if extra else PROJECT["dependencies"]:
+        requirement = Requirement(text)
+        pinned = versions[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(pinned), f"{requirement} does not allow the pinned {pinned}"
+
+
+def test_everything_that_is_installed_for_the_project_is_at_its_pin() -> None:
+    versions = pins()
+    cuda = re.compile("nvidia-|cuda-|triton$")  # pinned exactly by torch's own CUDA build
+    for distribution in installed_closure():
+        name = canonicalize_name(distribution.name)
+        if not cuda.match(name):
+            assert distribution.version.partition("+")[0] == versions[name], f"{name} is not at its pin"
+
+
+def test_torchvision_stays_out() -> None:
+    assert not {"torchvision", "torchaudio"} & set(pins())
+    with pytest.raises(importlib.metadata.PackageNotFoundError):
+        importlib.metadata.distribution("torchvision")
+
+
+def test_every_wheel_that_owns_cv2_is_pinned_to_one_version() -> None:
+    owners = {name: version for name, version in pins().items() if name.startswith("opencv-")}
+    assert "opencv-contrib-python" in owners
+    assert len(set(owners.values())) == 1
+
+
+def imported_packages(files: list[Path]) -> dict[str, Path]:
+    packages = {}
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module or ""]
+            else:
+                continue
+            packages.update((name.partition(".")[0], file.relative_to(ROOT)) for name in names)
+    ours = {folder.name for folder in (*CODE, ROOT / "tests")} | {file.stem for file in files}
+    return {name: file for name, file in packages.items() if name not in sys.stdlib_module_names and name not in ours}
+
+
+@pytest.mark.parametrize("part", ["code", "tests"])
+def test_every_import_is_of_a_declared_requirement(part: str) -> None:
+    """Not of one that something else happens to bring along. Only tests may import what `dev` brings."""
+    extras = ["preprocess", "train", "serve"] if part == "code" else EXTRAS
+    texts = [*PROJECT["dependencies"], *(text for extra in extras for text in EXTRAS[extra])]
+    declared = {canonicalize_name(Requirement(text).name) for text in texts}
+    folders = CODE if part == "code" else [ROOT / "tests"]
+    providers = importlib.metadata.packages_distributions()
+    for package, file in imported_packages([path for folder in folders for path in folder.rglob("*.py")]).items():
+        names = {canonicalize_name(name) for name in providers.get(package, [package])}
+        assert names & declared, f"{file} imports {package} ({', '.join(names)}), which pyproject.toml does not declare"
+
+
+def test_the_version_is_said_once() -> None:
+    assert PROJECT["dynamic"] == ["version"]
+    assert importlib.metadata.version("tccp") == tccp.__version__
+
+
+# Layers
+
+
+def contract(name: str) -> dict:
+    (found,) = [contract for contract in PYPROJECT["tool"]["importlinter"]["contracts"] if contract["type"] == name]
+    return found
+
+
+def test_imports_go_one_way_and_heavy_packages_stay_where_they_belong() -> None:
+    result = run(str(Path(sys.executable).with_name("lint-imports")), "--no-cache", "--no-logo")
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_every_module_has_its_layer() -> None:
+    listed = set(re.findall(r"[\w.]+", " ".join(contract("layers")["layers"])))
+    modules = {
+        f"tccp.{path.stem}"
+        for path in (ROOT / "tccp").iterdir()
+        if path.suffix == ".py" or (path.is_dir() and any(path.rglob("*.py")))
+    } - {"tccp.__init__", "tccp.__main__"}
+    assert modules <= listed, "name them in pyproject.toml, section importlinter"
+    roots = set(PYPROJECT["tool"]["importlinter"]["root_packages"])
+    assert {folder.name for folder in CODE} <= roots, "root_packages in pyproject.toml lacks a package"
+
+
+# What people type
+
+
+def make_targets() -> set[str]:
+    (phony,) = re.findall(r"^\.PHONY: (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    return set(phony.split())
+
+
+def test_make_alone_is_help_and_help_lists_every_target() -> None:
+    environment = {"MAKEFLAGS": "", "MAKELEVEL": ""}
+    shown = run("make", "help", **environment).stdout
+    assert run("make", **environment).stdout == shown
+    described = dict(re.findall(r"^make (\w+) +(\S.*)$", shown, re.MULTILINE))
+    assert set(described) == make_targets()
+    assert {"demo", "test", "check", "clean", "help"} <= set(described)
+
+
+def test_readme_shows_how_to_start() -> None:
+    assert README, "there is no README.md"
+    assert ["make", "demo"] in README_COMMANDS
+    assert ["make", "test"] in README_COMMANDS
+
+
+@pytest.mark.parametrize("command", README_COMMANDS, ids=" ".join)
+def test_a_command_of_readme_exists(command: list[str]) -> None:
+    """Make targets by name; `tccp` verbs and every option given to one by the verb's own help."""
+    if command[0] == "make":
+        assert {word for word in command[1:] if "=" not in word} <= make_targets()
+        return
+    verb = [word for word in command[1:2] if not word.startswith("-")]
+    result = run(sys.executable, "-m", "tccp.cli", *verb, "--help", COLUMNS="200")
+    assert result.returncode == 0, result.stdout + result.stderr
+    offered = set(re.findall(r"(?<![\w-])--?[a-zA-Z][\w-]*", result.stdout))
+    for option in (word.partition("=")[0] for word in command[1:] if word.startswith("-")):
+        assert option in offered, f"{' '.join(command)}: {verb} has no {option}"
+
+
+# The tree
+
+
+def tree() -> list[Path]:
+    listed = run("git", "ls-files", "--cached", "--others", "--exclude-standard", "-z")
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    return [path for name in listed.stdout.split("\0") if name and (path := ROOT / name).is_file()]
+
+
+def test_no_path_of_a_machine_is_in_the_tree() -> None:
+    machine = re.compile(rb"(?<![\w.~$}<-])/(?:work|root|home|Users|opt|farm|tmp|mnt)/[\w.]")
+    found = []
+    for path in tree():
+        content = path.read_bytes()
+        if b"\0" not in content:  # text
+            found += [
+                f"{path.relative_to(ROOT)}:{number}: {line.decode(errors='replace').strip()[:100]}"
+                for number, line in enumerate(content.splitlines(), 1)
+                if machine.search(line)
+            ]
+    assert not found, "\n".join(found)
+
+
+def test_ci_runs_the_tests_and_requires_the_clips_where_they_are() -> None:
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    assert run("bash", "-n", str(script)).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("environment", "status", "count"),
+    [
+        ({"TCCP_REQUIRE_CLIPS": ""}, 0, "2 passed, 0 failed, 1 skipped"),
+        ({"TCCP_REQUIRE_CLIPS": "1"}, 1, "2 passed, 1 failed, 0 skipped"),
+    ],
+)
+def test_a_skipped_clip_test_fails_where_clips_are_required(
+    tmp_path: Path, environment: dict[str, str], status: int, count: str
+) -> None:
+    """Also: the shared fixtures set the marker by themselves, and the last line is the count."""
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
+    (tmp_path / "tests" / "test_clips.py").write_text(
+        "import os\n"
+        "def test_without(storage): assert os.environ['TCCP_STORAGE'] == str(storage)\n"
+        "def test_folder(shared): assert shared.is_dir()\n"
+        "def test_clips(shared_clips): pass\n"
+    )
+    (tmp_path / "shared").mkdir()
+    pytest_here = [sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(tmp_path)]
+    result = run(
+        *pytest_here, "-p", "no:cacheprovider", "-n", "1", str(tmp_path / "tests"),
+        TCCP_SHARED=str(tmp_path / "shared"), **environment,
+    )  # fmt: skip
+    assert result.returncode == status, result.stdout + result.stderr
+    assert result.stdout.splitlines()[-1] == count
+    assert "the shared folder has no clips/" in result.stdout
