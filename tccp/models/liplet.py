@@ -1,0 +1,145 @@
+"""Liplet: a small audio-driven lip network of our own, for users without Wav2Lip's weights.
+
+From 0.2 s of sound and one picture of the person it draws how that person's mouth looks for that sound, in one
+canonical frontal frame: head pose is normalised away, opening and width are not. The layout follows Wav2Lip's idea
+(two encoders, one decoder); as the output frame is not the identity picture's, the picture enters as a code that
+modulates every level, and only the coarsest features are passed on in place.
+"""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from einops import rearrange
+from jaxtyping import Bool, Float, UInt8
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tccp.config import TccpError
+from tccp.landmarks import MEAN_FACE, head_pose
+
+# The canonical frame, in MEAN_FACE's coordinates (outer eye corners 1 apart, y down from their line): a square from the
+# nose base to below the chin of an open mouth, on the plane of the lips.
+_VIEW_LEFT, _VIEW_TOP, _VIEW_SIDE = -0.55, 0.47, 1.10
+_LIPS_Z = float(MEAN_FACE[48:60, 2].mean())
+_MAX_SHRINK = 2.5  # a face turned by more than about 65 degrees shows too little of the mouth to make it frontal
+
+
+def mouth_transform(landmarks: Float[np.ndarray, "68 2"], size_px: int) -> Float[np.ndarray, "2 3"] | None:
+    """Affine map from landmark coordinates to pixels of the canonical mouth picture.
+
+    It undoes the pose of the plane of the lips, which `head_pose` takes from nose and eye corners alone: how far the
+    mouth is open or wide does not enter. None if points are missing (not finite), or the head is turned too far.
+    """
+    pose = head_pose(landmarks[None])
+    plane = pose.scale[0] * pose.rotation[0, :2, :2]
+    if not np.isfinite(plane).all():
+        return None
+    stretch = np.linalg.svd(plane, compute_uv=False)
+    if stretch[1] <= 0 or stretch[0] > _MAX_SHRINK * stretch[1] or np.linalg.det(plane) <= 0:
+        return None
+    to_face = np.linalg.inv(plane)
+    corner = pose.project(np.array([_VIEW_LEFT, _VIEW_TOP, _LIPS_Z]))[0]
+    return np.column_stack([to_face, -to_face @ corner]) * (size_px / _VIEW_SIDE)
+
+
+def mouth_picture(
+    face: UInt8[np.ndarray, "h w 3"], landmarks: Float[np.ndarray, "68 2"], size_px: int
+) -> UInt8[np.ndarray, "{size_px} {size_px} 3"] | None:
+    """The mouth of a face crop in the canonical frame: Liplet's training target.
+
+    landmarks: iBUG order, crop coordinates 0..1. None where the face cannot be made frontal (`mouth_transform`).
+    """
+    transform = mouth_transform(landmarks * np.array(face.shape[1::-1]), size_px)
+    if transform is None:
+        return None
+    # OpenCV counts from pixel centres, landmarks from pixel edges.
+    transform[:, 2] += transform[:, :2].sum(axis=1) * 0.5 - 0.5
+    shrink = np.linalg.det(transform[:, :2]) ** -0.5
+    if shrink > 1.5:  # a bilinear warp alone would alias
+        face = cv2.GaussianBlur(face, (0, 0), 0.4 * float(shrink))
+    size = (size_px, size_px)
+    return cv2.warpAffine(face, transform, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+
+
+def mouth_region(size_px: int) -> Bool[np.ndarray, "{size_px} {size_px}"]:
+    """Where lips can be in the canonical mouth picture: an ellipse around the mouth, open jaw included."""
+    y, x = (np.indices((size_px, size_px)) + 0.5) * (_VIEW_SIDE / size_px)
+    return ((x + _VIEW_LEFT) / 0.38) ** 2 + ((y + _VIEW_TOP - 0.93) / 0.34) ** 2 <= 1
+
+
+def identity_picture(identity: UInt8[np.ndarray, "h w 3"], size_px: int) -> UInt8[np.ndarray, "{size_px} {size_px} 3"]:
+    """The whole identity head crop at Liplet's size: no landmarks, hence no detector, are needed at inference."""
+    return cv2.resize(identity, (size_px, size_px), interpolation=cv2.INTER_AREA)
+
+
+class _Modulated(nn.Module):
+    """Convolution, group norm, scale and shift from a code, SiLU."""
+
+    def __init__(self, c_in: int, c_out: int, code_dim: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm = nn.GroupNorm(4, c_out, affine=False)
+        self.modulation = nn.Linear(code_dim, 2 * c_out)
+
+    def forward(self, x: Float[Tensor, "b c h w"], code: Float[Tensor, "b d"]) -> Float[Tensor, "b e h w"]:
+        scale, shift = rearrange(self.modulation(code), "b (n c) -> n b c 1 1", n=2)
+        return functional.silu(self.norm(self.conv(x)) * (1 + scale) + shift)
+
+
+def _encode(c_in: int, c_out: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(c_in, c_out, 3, stride, 1), nn.GroupNorm(4, c_out), nn.SiLU())
+
+
+class Liplet(ModelMixin, ConfigMixin):
+    """Lip network; `size_px` is the side of its pictures, a multiple of 8, `channels` its width, a multiple of 4."""
+
+    @register_to_config
+    def __init__(self, size_px: int = 32, channels: int = 16) -> None:
+        super().__init__()
+        if size_px % 8 or channels % 4 or min(size_px, channels) <= 0:
+            raise TccpError(f"liplet of {size_px} px and {channels} channels: size is a multiple of 8, channels of 4")
+        c, base, code = channels, size_px // 8, 8 * channels
+        self.audio_encoder = nn.Sequential(  # mel bands are channels: a formant's place means something
+            nn.Conv1d(80, 4 * c, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv1d(4 * c, 4 * c, 3, stride=2, padding=1),
+            nn.SiLU(),
+            nn.Conv1d(4 * c, 4 * c, 3, stride=2, padding=1),
+            nn.SiLU(),
+            nn.Flatten(),
+            nn.Linear(4 * c * 4, code),
+        )
+        self.picture_encoder = nn.Sequential(
+            nn.PixelUnshuffle(2), _encode(12, c, 1), _encode(c, 2 * c, 2), _encode(2 * c, 4 * c, 2)
+        )
+        self.picture_code = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(4 * c * 16, code))
+        self.start = nn.Parameter(torch.randn(4 * c, base, base))
+        self.decoder = nn.ModuleList(
+            [
+                _Modulated(4 * c + 4 * c, 4 * c, code),
+                _Modulated(4 * c, 2 * c, code),
+                _Modulated(2 * c, 2 * c, code),
+                _Modulated(2 * c, c, code),
+                _Modulated(c, c, code),
+            ]
+        )
+        self.output = nn.Sequential(nn.Conv2d(c, 12, 3, padding=1), nn.PixelShuffle(2), nn.Tanh())
+
+    def forward(self, mel: Float[Tensor, "b 80 16"], identity: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b 3 s s"]:
+        """The identity's mouth for this sound, canonical frame, RGB in [-1, 1].
+
+        mel: the networks' centred window (`tccp.audio.mel_windows`), in [-4, 4].
+        identity: the whole head crop (`identity_picture`), RGB in [-1, 1].
+        """
+        features = self.picture_encoder(identity)
+        code = functional.silu(self.audio_encoder(mel / 4) + self.picture_code(features))
+        x = torch.cat((self.start.expand(len(mel), -1, -1, -1), features), dim=1)
+        for level, block in enumerate(self.decoder):
+            if level in (1, 3):
+                x = functional.interpolate(x, scale_factor=2, mode="nearest")
+            x = block(x, code)
+        return self.output(x)

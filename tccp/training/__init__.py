@@ -1,0 +1,1 @@
+"""Training: the loops, what they read, and what they write."""

@@ -1,0 +1,203 @@
+"""Lip references for training: cross-fitted Liplets, and the derived table of lip pictures.
+
+A network trained on a clip has seen how its mouth moved and would serve it lips that are better than any it can draw
+for new footage. So the clips are split in two folds, each fold is served by the network trained on the other one, and
+new footage by fold 0's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+
+from tccp.clip import Clip, ClipTable, atomic_path, decode_still
+from tccp.config import LipSettings, Settings, TccpError
+from tccp.data import rng_seed
+from tccp.models.lips import LipletSource, LipSource, load_liplet, open_lip_source
+from tccp.training.liplet import clip_sound, collect_samples, train_liplet
+
+FOLDS = 2
+_RECORD = "folds.json"
+_RECORD_VERSION = 1
+
+
+def assign_folds(sources: Mapping[str, str]) -> dict[str, int]:
+    """Fold of every clip, from its source; `sources` maps clip_id to the hash of the file it was cut from.
+
+    Clips of one source stay together, unless all clips have the same one. Sources (or clips) are dealt in the order of
+    a stable hash, so the folds are as even in number as can be and do not depend on the order of the table.
+    Raises TccpError if there are fewer than two clips.
+    """
+    if len(sources) < FOLDS:
+        raise TccpError(
+            f"liplet is never trained on the clip it serves: it needs {FOLDS} clips or more, given {len(sources)}; "
+            "cut the footage into shorter clips or set lips.source=none"
+        )
+    by_clip = len(set(sources.values())) == 1
+    group = {clip_id: clip_id if by_clip else source for clip_id, source in sources.items()}
+    order = sorted(set(group.values()), key=lambda name: (rng_seed("lip fold", name), name))
+    fold = {name: i % FOLDS for i, name in enumerate(order)}
+    return {clip_id: fold[group[clip_id]] for clip_id in sources}
+
+
+def train_liplets(
+    table: ClipTable,
+    settings: Settings,
+    out: Path,
+    seed: int,
+    on_step: Callable[[int, int, float], None] | None = None,
+) -> Path:
+    """Train the cross-fitted networks into `out`, and return it. A fold that is complete is not trained again.
+
+    `out/fold_<k>` serves the clips of fold k (it is trained on all others); `out/folds.json` records who is where.
+    on_step: called with (fold, steps done, loss).
+    Raises TccpError if there are too few clips, or `out` holds networks of other clips, settings or seed.
+    """
+    sources = {clip.clip_id: clip.source_hash for clip in table}
+    folds = assign_folds(sources)
+    record = {
+        "version": _RECORD_VERSION,
+        "seed": seed,
+        "settings": settings.lips.model_dump(mode="json"),
+        "folds": folds,
+        "sources": sources,
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / _RECORD
+    if not path.exists():
+        with atomic_path(path) as partial_record:
+            partial_record.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+    elif json.loads(path.read_text()) != record:
+        raise TccpError(f"{out} holds liplets of other clips, settings or seed: give another folder or remove this one")
+    for fold in range(FOLDS):
+        if (out / f"fold_{fold}").is_dir():
+            continue
+        train_ids = [clip_id for clip_id in table.ids if folds[clip_id] != fold]
+        samples = collect_samples(
+            (table[clip_id] for clip_id in train_ids),
+            sum(table.num_frames[clip_id] for clip_id in train_ids),
+            settings.lips.size_px,
+        )
+        report = (lambda step, loss, fold=fold: on_step(fold, step, loss)) if on_step else None
+        network = train_liplet(samples, settings.lips, rng_seed("lip fold", seed, fold), report)
+        partial = Path(tempfile.mkdtemp(prefix=f".fold_{fold}.", dir=out))
+        try:
+            network.save_pretrained(partial)
+            partial.rename(out / f"fold_{fold}")
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    return out
+
+
+@dataclass(frozen=True)
+class LipSources:
+    """Which source serves which clip. `sources` has one entry per fold, or a single one not trained on these clips."""
+
+    sources: tuple[LipSource, ...]
+    folds: Mapping[str, int] = field(default_factory=dict)
+    source_folds: Mapping[str, set[int]] = field(default_factory=dict)
+
+    @property
+    def hash(self) -> str:
+        """Of all networks together: the key of the derived table."""
+        return hashlib.blake2b(" ".join(source.hash for source in self.sources).encode(), digest_size=8).hexdigest()
+
+    @property
+    def for_new_footage(self) -> LipSource:
+        """The source for generation: what a pipeline folder carries."""
+        return self.sources[0]
+
+    def for_clip(self, clip_id: str, source_hash: str) -> LipSource:
+        """The source whose network has seen nothing of this clip, nor of other cuts of the same footage."""
+        if len(self.sources) == 1:
+            return self.sources[0]
+        if clip_id in self.folds:
+            return self.sources[self.folds[clip_id]]
+        folds = self.source_folds.get(source_hash, {0})
+        if len(folds) > 1:
+            raise TccpError(
+                f"clip {clip_id} was not there when the liplets were trained, and every one of them has seen other "
+                "footage of the same file: train them again on the present clips"
+            )
+        return self.sources[next(iter(folds))]
+
+
+def open_lip_sources(
+    settings: LipSettings, weights: Path | None, device: str | torch.device = "cpu"
+) -> LipSources | None:
+    """Sources for a clip table; None for `none`.
+
+    weights: a Wav2Lip `.pth`, or the folder written by `train_liplets`.
+    Raises TccpError if they are missing, incomplete, or of another size than the settings say.
+    """
+    if settings.source != "liplet":
+        source = open_lip_source(settings, weights, device)
+        return None if source is None else LipSources((source,))
+    if weights is None or not (weights / _RECORD).is_file():
+        raise TccpError(f"{weights} holds no cross-fitted liplets ({_RECORD} is missing): train them first")
+    record = json.loads((weights / _RECORD).read_text())
+    if record.get("version") != _RECORD_VERSION:
+        raise TccpError(f"{weights / _RECORD}: version {record.get('version')}, this is {_RECORD_VERSION}; train anew")
+    networks = [load_liplet(weights / f"fold_{fold}") for fold in range(FOLDS)]
+    for fold, network in enumerate(networks):
+        if network.config.size_px != settings.size_px:
+            raise TccpError(
+                f"liplet {weights}/fold_{fold} draws {network.config.size_px} px pictures; lips.size_px is "
+                f"{settings.size_px}: use the settings it was trained with"
+            )
+    source_folds: dict[str, set[int]] = {}
+    for clip_id, source_hash in record["sources"].items():
+        source_folds.setdefault(source_hash, set()).add(record["folds"][clip_id])
+    return LipSources(tuple(LipletSource(network, device) for network in networks), record["folds"], source_folds)
+
+
+def lip_pictures(clip: Clip, source: LipSource) -> UInt8[np.ndarray, "f s s 3"]:
+    """Lip pictures of a clip from its sound and its first identity picture; its faces are not looked at."""
+    samples, start_frame = clip_sound(clip)
+    return source.lips(source.windows(samples, start_frame, clip.num_frames), decode_still(clip.identity[0]))
+
+
+class LipTable:
+    """Lip pictures of clips, derived from a clip table and lip sources: `<root>/<hash>/<clip_id>.npy`, uint8."""
+
+    def __init__(self, root: Path, sources: LipSources) -> None:
+        self.folder = root / sources.hash
+        self.sources = sources
+
+    def path(self, clip_id: str) -> Path:
+        return self.folder / f"{clip_id}.npy"
+
+    def write(self, table: ClipTable, on_clip: Callable[[int, int], None] | None = None) -> int:
+        """Draw the lips of every clip that has none yet; returns how many were drawn. on_clip: (done, of)."""
+        drawn = 0
+        for done, clip_id in enumerate(table.ids, 1):
+            if not self.path(clip_id).exists():
+                clip = table[clip_id]
+                pictures = lip_pictures(clip, self.sources.for_clip(clip_id, clip.source_hash))
+                with atomic_path(self.path(clip_id)) as partial, partial.open("wb") as file:
+                    np.save(file, pictures, allow_pickle=False)
+                drawn += 1
+            if on_clip is not None:
+                on_clip(done, len(table))
+        return drawn
+
+    def read(self, clip_id: str, start_frame: int = 0, num_frames: int | None = None) -> UInt8[np.ndarray, "f s s 3"]:
+        """Lip pictures of these frames; only they are read. Raises TccpError if the clip has none."""
+        try:
+            pictures = np.load(self.path(clip_id), mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise TccpError(f"lips of clip {clip_id}: {error}; draw the lip table for this clip table first") from None
+        end = len(pictures) if num_frames is None else start_frame + num_frames
+        if not 0 <= start_frame < end <= len(pictures):
+            raise TccpError(f"frames {start_frame} to {end} are not in clip {clip_id} of {len(pictures)} frames")
+        return np.array(pictures[start_frame:end])
