@@ -45,7 +45,9 @@ setup: $(READY)  ## .venv alone, as the other targets make it on need
 # .venv/.incomplete stands while a set-up runs: found at the start of one, that venv was interrupted and is made anew.
 # Without pip of its own at first: Debian's venv would need one package more for that than Debian's pip does.
 $(READY): pyproject.toml constraints.txt .ci/system_libraries.py
-	@$(PYTHON) -c 'import sys; sys.version_info[:2] == (3, 11) or sys.exit("TCCP needs Python 3.11, $(PYTHON) is %d.%d: make PYTHON=/path/to/python3.11" % sys.version_info[:2])'
+	@"$(PYTHON)" -c 'import sys, pip; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || { \
+		echo "TCCP needs Python 3.11 with pip (Debian 12: apt-get install python3 python3-pip); make PYTHON=/path/to/python3.11 names one" >&2; \
+		exit 1; }
 	@$(PYTHON) .ci/system_libraries.py
 	@if [ -e $(PARTIAL) ]; then rm -rf $(VENV); fi; mkdir -p $(VENV); touch $(PARTIAL); rm -f $@
 	@echo "Setting up $(VENV) (a few minutes the first time) ..." >&2

@@ -36,11 +36,14 @@ def main() -> str | int:
     names = " ".join(missing)
     if os.geteuid() == 0 and shutil.which("apt-get"):
         print(f"Installing system libraries that cv2 and mediapipe need: {names}", file=sys.stderr)
-        install = ["apt-get", "install", "--quiet=2", "--no-install-recommends", "--yes", *missing]
+        silence = subprocess.DEVNULL
         environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-        for command in (["apt-get", "update", "--quiet=2"], install):
-            if subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, stdout=sys.stderr).returncode:
-                return f"System libraries are missing and `{' '.join(command)}` failed; needed are: {names}"
+        options = ["--quiet=2", "--option=Dpkg::Use-Pty=0"]
+        for command in (["update"], ["install", "--no-install-recommends", "--yes", *missing]):
+            if subprocess.run(
+                ["apt-get", *options, *command], env=environment, stdin=silence, stdout=silence
+            ).returncode:
+                return f"`apt-get {command[0]}` failed: install {names}, then run make again"
         return 0
     return f"System libraries are missing: install them with `sudo apt-get install {names}`, then run make again"
 
