@@ -40,10 +40,9 @@ def main() -> str | int:
         environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
         options = ["--quiet=2", "--option=Dpkg::Use-Pty=0"]
         for command in (["update"], ["install", "--no-install-recommends", "--yes", *missing]):
-            if subprocess.run(
-                ["apt-get", *options, *command], env=environment, stdin=silence, stdout=silence
-            ).returncode:
-                return f"`apt-get {command[0]}` failed: install {names}, then run make again"
+            command = ["apt-get", *options, *command]
+            if subprocess.run(command, env=environment, stdin=silence, stdout=silence).returncode:
+                return f"`{' '.join(command)}` failed: install {names}, then run make again"
         return 0
     return f"System libraries are missing: install them with `sudo apt-get install {names}`, then run make again"
 
