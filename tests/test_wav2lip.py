@@ -1,5 +1,7 @@
 """Wav2Lip: the published layout, numerically, and as a lip source that never sees the target."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -11,8 +13,9 @@ from tccp.models.wav2lip import Wav2Lip, load_wav2lip
 
 # The published generator, by hand: (in, out, kernel, stride, padding, kind) of every block.
 # Kinds: c convolution, r residual convolution, t transposed (output padding 1 at stride 2).
-_R = {c: (c, c, 3, 1, 1, "r") for c in (32, 64, 128, 256, 384, 512)}
-FACE_ENCODER = [
+_Block = tuple[int, int, int, int | tuple[int, int], int, str]
+_R: dict[int, _Block] = {c: (c, c, 3, 1, 1, "r") for c in (32, 64, 128, 256, 384, 512)}
+FACE_ENCODER: list[list[_Block]] = [
     [(6, 16, 7, 1, 3, "c")],
     [(16, 32, 3, 2, 1, "c"), _R[32], _R[32]],
     [(32, 64, 3, 2, 1, "c"), _R[64], _R[64], _R[64]],
@@ -21,14 +24,14 @@ FACE_ENCODER = [
     [(256, 512, 3, 2, 1, "c"), _R[512]],
     [(512, 512, 3, 1, 0, "c"), (512, 512, 1, 1, 0, "c")],
 ]
-AUDIO_ENCODER = [
+AUDIO_ENCODER: list[_Block] = [
     *[(1, 32, 3, 1, 1, "c"), _R[32], _R[32]],
     *[(32, 64, 3, (3, 1), 1, "c"), _R[64], _R[64]],
     *[(64, 128, 3, 3, 1, "c"), _R[128], _R[128]],
     *[(128, 256, 3, (3, 2), 1, "c"), _R[256]],
     *[(256, 512, 3, 1, 0, "c"), (512, 512, 1, 1, 0, "c")],
 ]
-FACE_DECODER = [
+FACE_DECODER: list[list[_Block]] = [
     [(512, 512, 1, 1, 0, "c")],
     [(1024, 512, 3, 1, 0, "t"), _R[512]],
     [(1024, 512, 3, 2, 1, "t"), _R[512], _R[512]],
@@ -37,10 +40,10 @@ FACE_DECODER = [
     [(320, 128, 3, 2, 1, "t"), _R[128], _R[128]],
     [(160, 64, 3, 2, 1, "t"), _R[64], _R[64]],
 ]
-OUTPUT = (80, 32, 3, 1, 1, "c")
+OUTPUT: _Block = (80, 32, 3, 1, 1, "c")
 
 
-def _blocks():
+def _blocks() -> Iterator[tuple[str, _Block]]:
     """(prefix, block) of every convolution with batch norm."""
     for name, stages in (("face_encoder_blocks", FACE_ENCODER), ("face_decoder_blocks", FACE_DECODER)):
         for i, stage in enumerate(stages):
@@ -109,7 +112,7 @@ def state() -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def network(state) -> Wav2Lip:
+def network(state: dict[str, torch.Tensor]) -> Wav2Lip:
     network = Wav2Lip()
     network.load_state_dict(state)
     return network.eval()
@@ -205,6 +208,13 @@ def test_source_size_and_hash(network, state, tmp_path):
     assert same is not None
     assert other is not None
     assert same.hash == small.hash != other.hash
+
+    same.save(tmp_path / "lips")
+    assert [path.name for path in (tmp_path / "lips").iterdir()] == ["wav2lip.safetensors"]
+    exported = open_lip_source(settings, tmp_path / "lips")
+    assert exported is not None
+    assert exported.hash == same.hash
+    np.testing.assert_array_equal(exported.lips(mel[:2], identity), same.lips(mel[:2], identity))
 
 
 def test_source_takes_the_look_ahead_window(network):

@@ -14,10 +14,12 @@ import cv2
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, UInt8
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tccp.audio import Sound, mel_windows, wav2lip_windows
 from tccp.config import LipSettings, TccpError
+from tccp.models.autoencoder import to_bytes, to_model
 from tccp.models.liplet import Liplet, identity_picture
 from tccp.models.wav2lip import SIZE_PX as WAV2LIP_PX
 from tccp.models.wav2lip import Wav2Lip, load_wav2lip
@@ -50,10 +52,13 @@ class LipSource(ABC):
         with torch.inference_mode():
             for start in range(0, len(mel), _BATCH):
                 window = torch.from_numpy(mel[start : start + _BATCH]).to(picture)
-                lips = self._evaluate(window, picture.expand(len(window), -1, -1, -1))
-                lips = (lips * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-                pictures[start : start + _BATCH] = [_resize(one, self.size_px) for one in lips]
+                lips = to_bytes(self._evaluate(window, picture.expand(len(window), -1, -1, -1)))
+                pictures[start : start + _BATCH] = [_resize(one, self.size_px) for one in lips.cpu().numpy()]
         return pictures
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Writes the network, without pickles, so that `open_lip_source` reads it from `folder`."""
 
     @abstractmethod
     def _prepare(self, identity: UInt8[np.ndarray, "h w 3"]) -> Float[Tensor, "1 c i j"]:
@@ -61,7 +66,7 @@ class LipSource(ABC):
 
     @abstractmethod
     def _evaluate(self, mel: Float[Tensor, "f 80 16"], picture: Float[Tensor, "f c i j"]) -> Float[Tensor, "f 3 i j"]:
-        """Lips, RGB in 0..1."""
+        """Lips, RGB in [-1, 1]."""
 
 
 class LipletSource(LipSource):
@@ -73,15 +78,18 @@ class LipletSource(LipSource):
     def __init__(self, network: Liplet, device: str | torch.device = "cpu") -> None:
         super().__init__(network, network.config.size_px, device)
 
+    def save(self, folder: Path) -> None:
+        self.network.save_pretrained(folder)
+
     def windows(self, samples: Sound, start_frame: int, num_frames: int) -> Float32[np.ndarray, "{num_frames} 80 16"]:
         return mel_windows(samples, start_frame, num_frames)
 
     def _prepare(self, identity: UInt8[np.ndarray, "h w 3"]) -> Float[Tensor, "1 3 s s"]:
-        picture = identity_picture(identity, self.size_px)
-        return torch.from_numpy(picture).to(self.device).permute(2, 0, 1)[None] / 127.5 - 1
+        picture = torch.from_numpy(identity_picture(identity, self.size_px))
+        return to_model(picture.to(self.device)[None])
 
     def _evaluate(self, mel: Float[Tensor, "f 80 16"], picture: Float[Tensor, "f 3 s s"]) -> Float[Tensor, "f 3 s s"]:
-        return (self.network(mel, picture) + 1) / 2
+        return self.network(mel, picture)
 
 
 class Wav2LipSource(LipSource):
@@ -98,6 +106,10 @@ class Wav2LipSource(LipSource):
     def __init__(self, network: Wav2Lip, size_px: int = WAV2LIP_PX, device: str | torch.device = "cpu") -> None:
         super().__init__(network, size_px, device)
 
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(self.network.state_dict(), folder / "wav2lip.safetensors")
+
     def windows(self, samples: Sound, start_frame: int, num_frames: int) -> Float32[np.ndarray, "{num_frames} 80 16"]:
         return wav2lip_windows(samples, start_frame, num_frames)
 
@@ -113,7 +125,7 @@ class Wav2LipSource(LipSource):
     def _evaluate(
         self, mel: Float[Tensor, "f 80 16"], picture: Float[Tensor, "f 6 96 96"]
     ) -> Float[Tensor, "f 3 96 96"]:
-        return self.network(mel[:, None], picture).flip(1)  # RGB
+        return self.network(mel[:, None], picture).flip(1) * 2 - 1
 
 
 def _resize(picture: UInt8[np.ndarray, "h w 3"], size_px: int) -> UInt8[np.ndarray, "{size_px} {size_px} 3"]:
@@ -125,7 +137,7 @@ def open_lip_source(
 ) -> LipSource | None:
     """The source the settings name; None for `none`.
 
-    weights: a Wav2Lip `.pth`, or a folder written by `Liplet.save_pretrained`.
+    weights: a folder written by `LipSource.save`, or the published Wav2Lip `.pth`.
     Raises TccpError if the weights are missing, unreadable, or of another size than the settings say.
     """
     if settings.source == "none":
@@ -133,7 +145,8 @@ def open_lip_source(
     if weights is None:
         raise TccpError(f"lips.source={settings.source} needs weights: give their path or set lips.source=none")
     if settings.source == "wav2lip":
-        return Wav2LipSource(load_wav2lip(weights), settings.size_px, device)
+        path = weights / "wav2lip.safetensors" if weights.is_dir() else weights
+        return Wav2LipSource(load_wav2lip(path), settings.size_px, device)
     network = load_liplet(weights)
     if network.config.size_px != settings.size_px:
         raise TccpError(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tccp.config import TccpError
@@ -106,16 +107,19 @@ class Wav2Lip(nn.Module):
 
 
 def load_wav2lip(path: Path) -> Wav2Lip:
-    """The generator with the weights of a published or self-made `.pth` checkpoint, in eval mode on the CPU.
+    """The generator with the weights of a checkpoint, in eval mode on the CPU.
 
-    The checkpoint is a state dict, or a dict that holds it under `state_dict`; a `module.` prefix, left by
-    data-parallel training, is dropped. Only tensors are unpickled. Raises TccpError if the file is missing, unreadable,
-    or not of this layout.
+    path: the published `.pth`, or `.safetensors`. A `.pth` holds a state dict, by itself or under `state_dict`; a
+    `module.` prefix, left by data-parallel training, is dropped. Only tensors are unpickled.
+    Raises TccpError if the file is missing, unreadable, or not of this layout.
     """
     if not path.is_file():
         raise TccpError(f"Wav2Lip weights {path}: no such file; give the published wav2lip.pth, or set lips.source")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if path.suffix == ".safetensors":
+            checkpoint = load_file(path)
+        else:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # on bytes that are no pickle the unpickler raises anything
         raise TccpError(
             f"Wav2Lip weights {path}: not a readable state dict ({type(error).__name__}); a TorchScript archive or a "

@@ -15,6 +15,7 @@ from tccp.audio import mel_windows
 from tccp.clip import Clip, decode_still
 from tccp.config import SAMPLES_PER_FRAME, LipSettings, TccpError
 from tccp.data import rng_seed
+from tccp.models.autoencoder import to_model
 from tccp.models.liplet import Liplet, identity_picture, mouth_picture, mouth_region
 
 MAX_SAMPLES = 16_384
@@ -58,7 +59,10 @@ def collect_samples(clips: Iterable[Clip], num_frames: int, size_px: int) -> Lip
     Raises TccpError if no frame has a usable mouth.
     """
     stride = max(1, math.ceil(num_frames / MAX_SAMPLES))
-    mel, mouths, ranges, identities = [], [], [], []
+    mel: list[np.ndarray] = []
+    mouths: list[np.ndarray] = []
+    identities: list[np.ndarray] = []
+    ranges: list[tuple[int, int]] = []
     for clip in clips:
         first = len(identities)
         identities += [identity_picture(decode_still(picture), size_px) for picture in clip.identity]
@@ -97,8 +101,8 @@ def train_liplet(
         rng = np.random.default_rng(rng_seed("liplet", "batch", seed, step))
         rows = rng.integers(len(samples.mel), size=settings.liplet_batch_size)
         identities = samples.identities[rng.integers(*samples.identity_range[rows].T)]
-        lips = network(torch.from_numpy(samples.mel[rows]), _to_model(identities))
-        loss = mouth_loss(lips, _to_model(samples.mouths[rows]))
+        lips = network(torch.from_numpy(samples.mel[rows]), to_model(torch.from_numpy(identities)))
+        loss = mouth_loss(lips, to_model(torch.from_numpy(samples.mouths[rows])))
         for group in optimiser.param_groups:  # warm-up, then half a cosine down to zero
             warm_up = min(1.0, (step + 1) / 20)
             decay = 0.5 * (1 + math.cos(math.pi * step / settings.liplet_steps))
@@ -109,7 +113,3 @@ def train_liplet(
         if on_step is not None:
             on_step(step + 1, loss.item())
     return network.eval()
-
-
-def _to_model(pictures: UInt8[np.ndarray, "b s s 3"]) -> Float[Tensor, "b 3 s s"]:
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1
