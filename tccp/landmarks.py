@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Float32, UInt8
 
 from tccp.config import TccpError
 
@@ -107,13 +107,23 @@ MEAN_FACE = _mirrored("""
 
 Mean of mediapipe's points over five real people, their poses undone, made symmetric."""
 
-_SUPERSAMPLING_PX = 256  # drawn at least this large, then averaged down: strokes of fractional width, exact coverage
 _SHIFT = 4  # fractional bits of the coordinates handed to OpenCV
+
+
+def _stroke(size_px: int) -> tuple[int, int]:
+    """How strokes are drawn: (supersampling factor, OpenCV's thickness there).
+
+    Drawn large and averaged down, strokes have fractional widths and exact coverage. OpenCV covers one pixel more than
+    an even thickness says.
+    """
+    factor = 4 if size_px <= 128 else 2
+    return factor, max(2, 2 * round((max(1.75, size_px / 73) * factor - 1) / 2))
 
 
 def stroke_px(size_px: int) -> float:
     """Width of a stroke in a landmark picture: an f8 auto-encoder at 64 px and an f16 one at 256 px keep it."""
-    return max(1.5, size_px / 85)
+    factor, thickness = _stroke(size_px)
+    return (thickness + 1) / factor
 
 
 def draw(points: Float[np.ndarray, "f 68 2"], size_px: int) -> UInt8[np.ndarray, "f {size_px} {size_px} 3"]:
@@ -125,9 +135,8 @@ def draw(points: Float[np.ndarray, "f 68 2"], size_px: int) -> UInt8[np.ndarray,
     """
     if size_px < 16:
         raise TccpError(f"landmark pictures of {size_px} px are asked for; they need at least 16 px")
-    factor = max(2, -(-_SUPERSAMPLING_PX // size_px))
+    factor, stroke = _stroke(size_px)
     large = size_px * factor
-    stroke = max(1, round(stroke_px(size_px) * factor))
     pictures = np.zeros((len(points), size_px, size_px, 3), np.uint8)
     plane = np.zeros((large, large), np.uint8)
     # OpenCV's whole coordinates are pixel centres; the bound keeps its fixed-point arithmetic from overflowing.
@@ -142,8 +151,7 @@ def draw(points: Float[np.ndarray, "f 68 2"], size_px: int) -> UInt8[np.ndarray,
                 line = face[GROUPS[group][0] : GROUPS[group][-1] + 1]
                 if group in FILLED:
                     cv2.fillPoly(plane, [line], 255, cv2.LINE_8, _SHIFT)
-                if group != "outer_lip":
-                    cv2.polylines(plane, [line], group in FILLED, 255, stroke, cv2.LINE_8, _SHIFT)
+                cv2.polylines(plane, [line], group in FILLED, 255, stroke, cv2.LINE_8, _SHIFT)
             pictures[index, :, :, channel] = cv2.resize(plane, (size_px, size_px), interpolation=cv2.INTER_AREA)
     return pictures
 
@@ -261,3 +269,258 @@ def smooth_over_time(values: Float[np.ndarray, "f *rest"], sigma_frames: float) 
     total = sum(w * series[i : i + frames] for i, w in enumerate(weights))
     weight = sum(w * known[i : i + frames] for i, w in enumerate(weights))
     return np.where(np.isfinite(values), total / np.maximum(weight, 1e-12), np.nan)
+
+
+# ---- reading a picture back
+
+
+def read(pictures: UInt8[np.ndarray, "f h w 3"]) -> tuple[Float32[np.ndarray, "f 68 2"], Float32[np.ndarray, "f"]]:
+    """The 68 points of landmark pictures, in crop coordinates, and how sure each picture is (0..1).
+
+    The inverse of `draw`, for pictures that an auto-encoder has blurred and a sampler has disturbed: amounts of colour
+    and their centres are measured, not edges. Where a curve has no corner to hold on to, points are spaced along it as
+    they are on MEAN_FACE in this head's pose. A group that is missing is put where the others say, and lowers the
+    confidence, which is the agreement of the picture with its points drawn anew times the share of groups found.
+    A picture without a face gives NaN points and confidence 0.
+    """
+    points = np.full((len(pictures), NUM_POINTS, 2), np.nan, np.float32)
+    confidence = np.zeros(len(pictures), np.float32)
+    for index, picture in enumerate(pictures):
+        if len(picture) > _READING_PX:  # finer tells nothing more: strokes are wider there
+            picture = cv2.resize(picture, (_READING_PX, _READING_PX), interpolation=cv2.INTER_AREA)
+        found = _Reading(picture, stroke_px(pictures.shape[1]) * len(picture) / pictures.shape[1]).points()
+        if found is not None:
+            points[index], confidence[index] = found
+    return points, confidence
+
+
+_GROUP_OF = np.empty(NUM_POINTS, np.int64)
+for _number, _indices in enumerate(GROUPS.values()):
+    _GROUP_OF[list(_indices)] = _number
+_LAYER_OF = np.array([next(c for c, groups in enumerate(LAYERS) if name in groups) for name in GROUPS])[_GROUP_OF]
+_READING_PX = 128
+_INK = 0.2  # amount of colour from which a pixel is taken for a stroke
+_OTHER_LAYER = np.where(np.arange(len(LAYERS))[:, None] == _LAYER_OF, 0, 1e9)
+_MEAN_FACE_1 = np.column_stack([MEAN_FACE, np.ones(NUM_POINTS)])
+
+
+class _Reading:
+    """One picture on its way to points. Lengths are pixels, coordinates continuous."""
+
+    def __init__(self, picture: np.ndarray, stroke: float) -> None:
+        self.size, self.stroke = len(picture), stroke
+        layers = picture.astype(np.float32) / 255
+        self.layers = np.maximum(layers - np.median(layers, (0, 1)), 0)
+        # Blurred strokes side by side are told apart by the valley between them.
+        reach = 2 * int(np.ceil(stroke)) + 1
+        self.ink = self.layers > np.maximum(_INK, 0.5 * cv2.dilate(self.layers, np.ones((reach, reach), np.uint8)))
+
+    def points(self) -> tuple[np.ndarray, float] | None:
+        rows, columns, channels = np.nonzero(self.ink)
+        if len(rows) < 4 * self.stroke**2:
+            return None
+        pixels = np.stack([columns, rows], 1) + 0.5
+        face = self._fit_template(pixels, channels)
+        labels = self._labels(pixels, channels, face)
+        points, found = face.copy(), 0
+        for number, (name, indices) in enumerate(GROUPS.items()):
+            own = labels == number
+            if own.sum() < 2 * self.stroke:
+                continue
+            layer = self._group_layer(rows, columns, channels, labels, number)
+            measure = self._jaw if name == "jaw" else self._closed if name in FILLED else self._open
+            curve = measure(layer, face[list(indices)], pixels[own])
+            if curve is not None:
+                points[list(indices)] = curve
+                found += 1
+        return (points / self.size).astype(np.float32), self._agreement(points) * found / len(GROUPS)
+
+    def _agreement(self, points: np.ndarray) -> float:
+        again = draw(points[None] / self.size, self.size)[0].astype(np.float32) / 255
+        blur = self.stroke * 0.7
+        a, b = cv2.GaussianBlur(again, None, blur), cv2.GaussianBlur(self.layers, None, blur)
+        return float(2 * (a * b).sum() / max((a * a).sum() + (b * b).sum(), 1e-6))
+
+    def _fit_template(self, pixels: np.ndarray, channels: np.ndarray) -> np.ndarray:
+        """MEAN_FACE, turned and scaled to the ink: iterated closest points within each layer, from three rolls."""
+        step = max(1, len(pixels) // 250)
+        pixels, channels = pixels[::step], channels[::step]
+        faces = []
+        for roll in np.radians((0.0, -25.0, 25.0)):
+            turn = np.array([[np.cos(roll), -np.sin(roll)], [np.sin(roll), np.cos(roll)]])
+            low, high = np.percentile(pixels @ turn, (2, 98), axis=0)
+            top, height = MEAN_FACE[:, 1].min(), np.ptp(MEAN_FACE[:, 1])
+            scale = (high - low)[1] / height
+            faces.append((MEAN_FACE[:, :2] * scale + ((low + high)[0] / 2, low[1] - top * scale)) @ turn.T)
+        fits = [self._closest_points(face, pixels, channels, rounds=3) for face in faces]
+        face, _ = min(fits, key=lambda fit: fit[1])
+        return self._closest_points(face, pixels, channels, rounds=6)[0]
+
+    def _closest_points(
+        self, face: np.ndarray, pixels: np.ndarray, channels: np.ndarray, rounds: int
+    ) -> tuple[np.ndarray, float]:
+        """The face moved onto the ink, and the mean squared distance before the last move."""
+        distance = np.zeros(1)
+        for _ in range(rounds):
+            distance = _squared_distances(pixels, channels, face)
+            model = _MEAN_FACE_1[distance.argmin(1)]
+            # Depth is held back a little: it is only seen through what yaw and pitch do to the outline.
+            normal = model.T @ model + np.diag([1e-6, 1e-6, 0.01 * len(model), 1e-6])
+            face = _MEAN_FACE_1 @ np.linalg.solve(normal, model.T @ pixels)
+        return face, float(distance.min(1).mean())
+
+    def _labels(self, pixels: np.ndarray, channels: np.ndarray, face: np.ndarray) -> np.ndarray:
+        """The group of each ink pixel: that of the nearest template point, by majority within a connected stroke."""
+        labels = _GROUP_OF[_squared_distances(pixels, channels, face).argmin(1)]
+        for channel in range(3):
+            _, components = cv2.connectedComponents(self.ink[..., channel].astype(np.uint8), connectivity=8)
+            here = np.flatnonzero(channels == channel)
+            part = components[self.ink[..., channel]]
+            for number in range(1, components.max() + 1):
+                members = here[part == number]
+                counts = np.bincount(labels[members], minlength=len(GROUPS))
+                if counts.max() > 0.8 * len(members):
+                    labels[members] = counts.argmax()
+        return labels
+
+    def _group_layer(
+        self, rows: np.ndarray, columns: np.ndarray, channels: np.ndarray, labels: np.ndarray, number: int
+    ) -> np.ndarray:
+        """The group's layer with the surroundings of its own ink only, and nothing of its neighbours."""
+        channel = _LAYER_OF[_GROUP_OF == number][0]
+        own, other = np.zeros((2, self.size, self.size), np.uint8)
+        mine = labels == number
+        own[rows[mine], columns[mine]] = 1
+        theirs = ~mine & (channels == channel)
+        other[rows[theirs], columns[theirs]] = 1
+        reach = 2 * round(1.6 * self.stroke) + 1
+        near = cv2.dilate(own, np.ones((reach, reach), np.uint8)) > cv2.dilate(other, np.ones((3, 3), np.uint8))
+        return self.layers[..., channel] * (near | (own > 0))
+
+    def _strip(
+        self, layer: np.ndarray, start: np.ndarray, end: np.ndarray, height: float
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ink along the line from start to end, widened by 3 strokes: (position, amount of ink across, its centre)."""
+        length = max(float(np.linalg.norm(end - start)), 1.0)
+        along = (end - start) / length
+        across = np.array([-along[1], along[0]])
+        step = self.stroke / 3
+        s = np.arange(-3 * self.stroke, length + 3 * self.stroke, step, dtype=np.float32)
+        n = np.arange(-height, height + step, step, dtype=np.float32)
+        x, y = (start[axis] + s[None] * along[axis] + n[:, None] * across[axis] - 0.5 for axis in (0, 1))
+        values = cv2.remap(layer, x.astype(np.float32), y.astype(np.float32), cv2.INTER_LINEAR, borderValue=0)
+        values = cv2.GaussianBlur(values, (0, 0), 1.0)
+        amount = values.sum(0) * step
+        return s, amount, (values * n[:, None]).sum(0) * step / np.maximum(amount, 1e-3)
+
+    def _ends(self, s: np.ndarray, amount: np.ndarray) -> tuple[float, float] | None:
+        """Where the ink begins and ends along a strip: half a stroke's amount, less the stroke's round cap."""
+        inked = np.flatnonzero(amount > 0.5 * min(self.stroke, float(np.percentile(amount, 80))))
+        if len(inked) < 3:
+            return None
+        level = 0.5 * min(self.stroke, float(np.median(amount[inked])))
+        first, last = inked[0], inked[-1]
+        low = float(np.interp(level, amount[first - 1 : first + 1], s[first - 1 : first + 1])) if first else s[0]
+        high = float(np.interp(-level, -amount[last : last + 2], s[last : last + 2])) if last + 1 < len(s) else s[-1]
+        cap = 0.43 * self.stroke
+        return (low + cap, high - cap) if high - low > 2.5 * cap else None
+
+    def _oriented(
+        self, layer: np.ndarray, start: np.ndarray, end: np.ndarray, pixels: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
+        """A strip whose line runs from end to end of the shape, found from a rough line."""
+        for last in (False, True):
+            along = (end - start) / max(float(np.linalg.norm(end - start)), 1e-6)
+            across = np.array([-along[1], along[0]])
+            # The rough line is stretched and moved onto the ink.
+            reach, off = (pixels - start) @ along, (pixels - start) @ across
+            if not last:
+                start, end = start + along * (reach.min() + 0.5), start + along * (reach.max() - 0.5)
+                start, end = start + across * np.median(off), end + across * np.median(off)
+            height = float(np.abs((pixels - start) @ across).max()) + 2 * self.stroke
+            s, amount, center = self._strip(layer, start, end, height)
+            ends = self._ends(s, amount)
+            if ends is None:
+                return None
+            along = (end - start) / max(float(np.linalg.norm(end - start)), 1e-6)
+            across = np.array([-along[1], along[0]])
+            tips = [start + along * e + across * np.interp(e, s, center) for e in ends]
+            if last:
+                return s, amount, center, np.array([start, along, across]), np.array(ends)
+            start, end = tips
+        return None
+
+    def _open(self, layer: np.ndarray, template: np.ndarray, pixels: np.ndarray) -> np.ndarray | None:
+        strip = self._oriented(layer, template[0], template[-1], pixels)
+        if strip is None:
+            return None
+        s, _, center, (start, along, across), ends = strip
+        inside = np.linspace(*ends, 33)
+        curve = start + inside[:, None] * along + np.interp(inside, s, center)[:, None] * across
+        return _at_fractions(curve, _fractions(template))
+
+    def _closed(self, layer: np.ndarray, template: np.ndarray, pixels: np.ndarray) -> np.ndarray | None:
+        half = len(template) // 2
+        strip = self._oriented(layer, template[0], template[half], pixels)
+        if strip is None:
+            return None
+        s, amount, center, (start, along, across), ends = strip
+        # In a turned head a corner can hide behind the lips: then it is not the shape's end.
+        reach = (template - template[0]) @ (template[half] - template[0])
+        where = np.interp(reach, (reach.min(), reach.max()), ends)
+        upper, lower = center - amount / 2, center + amount / 2
+        # A sloping edge's stroke is thicker, measured straight across.
+        rise = [np.sqrt(1 + np.clip(np.gradient(edge, s), -1, 1) ** 2) for edge in (upper, lower)]
+        upper, lower = upper + rise[0] * self.stroke / 2, lower - rise[1] * self.stroke / 2
+        middle = (upper + lower) / 2
+        upper, lower = np.minimum(upper, middle), np.maximum(lower, middle)
+        offset = np.empty(len(template))
+        offset[1:half] = np.interp(where[1:half], s, upper)
+        offset[half + 1 :] = np.interp(where[half + 1 :], s, lower)
+        offset[[0, half]] = np.interp(where[[0, half]], s, center)
+        return start + where[:, None] * along + offset[:, None] * across
+
+    def _jaw(self, layer: np.ndarray, template: np.ndarray, pixels: np.ndarray) -> np.ndarray | None:
+        """The jaw in polar coordinates around the middle of its hull, from the top over the chin."""
+        hull = cv2.convexHull(pixels.astype(np.float32))
+        moments = cv2.moments(hull)
+        if moments["m00"] < self.stroke**2:
+            return None
+        middle = np.array([moments["m10"], moments["m01"]]) / moments["m00"]
+        opening = (template[0] + template[-1]) / 2 - middle  # the gap of the jaw, where the angle starts and ends
+        from_angle = np.arctan2(opening[1], opening[0])
+        radius = float(np.linalg.norm(pixels - middle, axis=1).max()) + 2 * self.stroke
+        step = self.stroke / 3
+        r = np.arange(step, radius, step, dtype=np.float32)
+        # From the gap against the clock (in the picture), because the jaw's first point is at its left.
+        angle = from_angle - np.arange(0, 2 * np.pi, step / (0.6 * radius), dtype=np.float32)
+        x, y = (middle[axis] + r[None] * f(angle)[:, None] - 0.5 for axis, f in ((0, np.cos), (1, np.sin)))
+        values = cv2.remap(layer, x.astype(np.float32), y.astype(np.float32), cv2.INTER_LINEAR, borderValue=0)
+        values = cv2.GaussianBlur(values, (0, 0), 1.0)
+        amount = values.sum(1) * step
+        center = (values * r).sum(1) * step / np.maximum(amount, 1e-3)
+        inked = np.flatnonzero(amount > 0.5 * min(self.stroke, float(np.percentile(amount, 70))))
+        if len(inked) < 9:
+            return None
+        curve = middle + center[inked, None] * np.stack([np.cos(angle[inked]), np.sin(angle[inked])], 1)
+        length = np.linalg.norm(np.diff(curve, axis=0), axis=1).sum()
+        cap = 0.43 * self.stroke / max(length, 1e-6)
+        return _at_fractions(curve, cap + (1 - 2 * cap) * _fractions(template))
+
+
+def _squared_distances(pixels: np.ndarray, channels: np.ndarray, face: np.ndarray) -> np.ndarray:
+    """From each ink pixel to each of the 68 points, those of other layers being out of reach."""
+    distance = (pixels**2).sum(1)[:, None] - 2 * pixels @ face.T + (face**2).sum(1)
+    return distance + _OTHER_LAYER[channels]
+
+
+def _fractions(curve: np.ndarray) -> np.ndarray:
+    """Arc length up to each point of an open curve, the whole being 1."""
+    lengths = np.concatenate([[0], np.cumsum(np.linalg.norm(np.diff(curve, axis=0), axis=1))])
+    return lengths / max(float(lengths[-1]), 1e-6)
+
+
+def _at_fractions(curve: np.ndarray, fractions: np.ndarray) -> np.ndarray:
+    """Points of an open curve at these fractions of its length."""
+    lengths = _fractions(curve)
+    return np.stack([np.interp(fractions, lengths, curve[:, axis]) for axis in (0, 1)], 1)
