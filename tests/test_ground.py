@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -178,6 +179,34 @@ def test_make_alone_is_help_and_help_lists_every_target() -> None:
     described = dict(re.findall(r"^make (\w+) +(\S.*)$", shown, re.MULTILINE))
     assert set(described) == make_targets()
     assert {"demo", "test", "check", "clean", "help"} <= set(described)
+
+
+def test_a_set_up_that_was_broken_off_is_made_anew_and_a_finished_one_is_kept(tmp_path: Path) -> None:
+    """With everything real but pip, which needs the network."""
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / ".ci", tmp_path / ".ci")
+    python, pip_fails, left_over = tmp_path / "python", tmp_path / "pip_fails", tmp_path / ".venv" / "left_over"
+    python.write_text(f'#!/bin/sh\n[ "$2" = pip ] && exec test ! -e "{pip_fails}"\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+
+    def set_up() -> int:
+        return run("make", "-C", str(tmp_path), "setup", f"PYTHON={python}", MAKEFLAGS="", MAKELEVEL="").returncode
+
+    pip_fails.touch()
+    assert set_up() != 0
+    left_over.touch()
+    pip_fails.unlink()
+    assert set_up() == 0
+    assert (tmp_path / ".venv" / "bin" / "python").exists()
+    assert not left_over.exists(), "what the broken set-up left was kept"
+
+    left_over.touch()
+    (tmp_path / "constraints.txt").touch()
+    assert set_up() == 0
+    pip_fails.touch()
+    assert set_up() == 0, "a finished set-up was made again"
+    assert left_over.exists()
 
 
 def test_readme_shows_how_to_start() -> None:
