@@ -60,7 +60,6 @@ class NoiseSchedule:
         return signal * noise - sigma * latents
 
 
-
 def window_loss(
     model: MVControlNet,
     schedule: NoiseSchedule,

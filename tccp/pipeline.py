@@ -48,7 +48,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text())
     except FileNotFoundError:
-        raise TccpError(f"no pipeline at {folder} ({MANIFEST} is missing): train one with `tccp train all --weights {folder}`") from None
+        raise TccpError(
+            f"no pipeline at {folder} ({MANIFEST} is missing): train one with `tccp train all --weights {folder}`"
+        ) from None
     except (OSError, ValueError) as error:
         raise TccpError(f"{path} cannot be read: {error}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
@@ -93,7 +95,9 @@ def save_component(
         raise TccpError(f"cannot write {folder}: {error.strerror}; choose a folder that can be written") from None
     try:
         write(temporary)
-        files = {str(path.relative_to(temporary)): _digest(path) for path in sorted(temporary.rglob("*")) if path.is_file()}
+        files = {
+            str(path.relative_to(temporary)): _digest(path) for path in sorted(temporary.rglob("*")) if path.is_file()
+        }
         final = folder / name
         if final.exists():
             shutil.rmtree(final)
@@ -120,7 +124,9 @@ def verified(folder: Path, name: str) -> Path:
         if not path.is_file():
             raise TccpError(f"{path} is missing: the pipeline folder is incomplete, copy it again or train {name} anew")
         if _digest(path) != digest:
-            raise TccpError(f"{path} is not the file of the manifest (its SHA-256 differs): copy it again or train {name} anew")
+            raise TccpError(
+                f"{path} is not the file of the manifest (its SHA-256 differs): copy it again or train {name} anew"
+            )
     return folder / name
 
 
@@ -163,7 +169,9 @@ class Pipeline:
         manifest = read_manifest(folder)
         settings = settings_from_json(json.dumps(manifest["settings"]))
         if preset is not None and settings.preset != preset:
-            raise TccpError(f"{folder} holds weights of preset {settings.preset!r}, not {preset!r}: give the weights of {preset!r}, or --preset {settings.preset}")
+            raise TccpError(
+                f"{folder} holds weights of preset {settings.preset!r}, not {preset!r}: give the weights of {preset!r}, or --preset {settings.preset}"
+            )
         autoencoder = PictureAutoencoder.load(verified(folder, "autoencoder")).to(device).eval()
         lips = None
         if settings.lips.source != "none":

@@ -7,7 +7,7 @@ different solvers and guidance, in one evaluation of the network. The command li
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -21,6 +21,9 @@ from tccp.diffusion import CLEAN_TIME, NoiseSchedule
 from tccp.models.conditions import Conditions
 from tccp.models.mvcontrolnet import MVControlNet
 from tccp.solvers import SolverPlan, solver_plan
+
+Denoiser = Callable[[Tensor, Tensor, Conditions, Tensor], Tensor]
+"""(noisy latents, t per frame, conditions, control latents) -> prediction: MVControlNet, or a closed form in tests."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def start_window(
 
 
 @torch.no_grad()
-def advance(model: MVControlNet, schedule: NoiseSchedule, states: Sequence[WindowState]) -> list[WindowState]:
+def advance(model: Denoiser, schedule: NoiseSchedule, states: Sequence[WindowState]) -> list[WindowState]:
     """Every state one step further; the network is evaluated once for all of them.
 
     States may stand at different steps of different plans. A state with guidance takes a second place in the batch, with
@@ -95,7 +98,10 @@ def advance(model: MVControlNet, schedule: NoiseSchedule, states: Sequence[Windo
     clean = signal * z - sigma * predicted if schedule.prediction == "v" else (z - sigma * predicted) / signal
     before = torch.stack([state.history if state.history is not None else state.latents for state in states]).double()
     noise = torch.stack(
-        [_noise(s.latents, s.seed, s.step) if step.noise else torch.zeros_like(s.latents) for s, step in zip(states, steps, strict=True)]
+        [
+            _noise(s.latents, s.seed, s.step) if step.noise else torch.zeros_like(s.latents)
+            for s, step in zip(states, steps, strict=True)
+        ]
     )
     after = (
         column(step.keep for step in steps) * z
@@ -114,7 +120,7 @@ def advance(model: MVControlNet, schedule: NoiseSchedule, states: Sequence[Windo
     ]
 
 
-def _predict(model: MVControlNet, states: Sequence[WindowState], t: Sequence[int]) -> Float[Tensor, "b c f h w"]:
+def _predict(model: Denoiser, states: Sequence[WindowState], t: Sequence[int]) -> Float[Tensor, "b c f h w"]:
     """The network's prediction per state, in double precision, guidance applied (Ho and Salimans 2022)."""
     guided = [i for i, state in enumerate(states) if state.guidance_scale != 1.0]
     rows = [*range(len(states)), *guided]
@@ -133,7 +139,7 @@ def _predict(model: MVControlNet, states: Sequence[WindowState], t: Sequence[int
     return out
 
 
-def run_window(model: MVControlNet, schedule: NoiseSchedule, state: WindowState) -> Float[Tensor, "c f h w"]:
+def run_window(model: Denoiser, schedule: NoiseSchedule, state: WindowState) -> Float[Tensor, "c f h w"]:
     """All steps of one window."""
     while not state.finished:
         (state,) = advance(model, schedule, [state])

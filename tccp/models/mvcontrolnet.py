@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
@@ -61,14 +63,14 @@ class MVControlNet(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        condition_kinds: tuple[ConditionKind, ...] = ("audio", "identity"),
+        condition_kinds: Sequence[ConditionKind] = ("audio", "identity"),
         num_frames: int = 8,
         latent_channels: int = 16,
         latent_px: int = 16,
         picture_px: int = 256,
         lip_px: int = 96,
         base_channels: int = 128,
-        channel_multipliers: tuple[int, ...] = (1, 2, 4),
+        channel_multipliers: Sequence[int] = (1, 2, 4),
         blocks_per_scale: int = 2,
         attention_head_dim: int = 64,
         condition_dim: int = 128,
@@ -161,9 +163,13 @@ class MVControlNet(ModelMixin, ConfigMixin):
                 f"latents are {tuple(latents.shape)}; this network takes (b, {channels}, f, {side}, {side})"
             )
         if t.shape != (latents.shape[0], latents.shape[2]):
-            raise ValueError(f"t is {tuple(t.shape)}; it needs one time per frame, {latents.shape[0], latents.shape[2]}")
+            raise ValueError(
+                f"t is {tuple(t.shape)}; it needs one time per frame, {latents.shape[0], latents.shape[2]}"
+            )
         if control is not None and control.shape != latents.shape:
-            raise ValueError(f"control latents are {tuple(control.shape)}; they must be as the input, {tuple(latents.shape)}")
+            raise ValueError(
+                f"control latents are {tuple(control.shape)}; they must be as the input, {tuple(latents.shape)}"
+            )
 
     def start_control_from(self, source: MVControlNet) -> None:
         """Video branch and condition encoders taken from `source`; its encoder and middle copied into the control branch.

@@ -78,9 +78,7 @@ class SpaceTimeTransformer(nn.Module):
         x = x + self.feed(self.norm_feed(x))
         return rearrange(x, "bf (h w) c -> bf c h w", h=height)
 
-    def cross_attend(
-        self, x: Float[Tensor, "bf p c"], tokens: Float[Tensor, "bf n d"]
-    ) -> Float[Tensor, "bf p c"]:
+    def cross_attend(self, x: Float[Tensor, "bf p c"], tokens: Float[Tensor, "bf n d"]) -> Float[Tensor, "bf p c"]:
         """Frame i attends to the tokens of frame i alone: frames are part of the batch here."""
         return self.cross(self.norm_cross(x), encoder_hidden_states=tokens)
 
@@ -89,7 +87,14 @@ class BasicBlock(nn.Module):
     """2D convolutions with the time embedding, 1D temporal convolution, attention (Figure 3b)."""
 
     def __init__(
-        self, in_channels: int, channels: int, time_dim: int, condition_dim: int, head_dim: int, dropout: float, groups: int
+        self,
+        in_channels: int,
+        channels: int,
+        time_dim: int,
+        condition_dim: int,
+        head_dim: int,
+        dropout: float,
+        groups: int,
     ):
         super().__init__()
         self.resnet = ResnetBlock2D(
@@ -160,7 +165,7 @@ class Encoder(nn.Module):
                 channels = base_channels * multiplier
             self.scales.append(blocks)
             if level < len(multipliers) - 1:
-                self.downs.append(Downsample2D(channels, use_conv=True))
+                self.downs.append(Downsample2D(channels, use_conv=True, name="op"))
         self.middle = BasicBlock(channels, channels, *block)
 
     @property
@@ -169,7 +174,13 @@ class Encoder(nn.Module):
         return [block.transformer.norm_space.normalized_shape[0] for scale in self.scales for block in scale]
 
     def forward(
-        self, x: Tensor, t: Int[Tensor, " bf"], tokens: Tensor, pooled: Tensor, num_frames: int, added: Tensor | None = None
+        self,
+        x: Tensor,
+        t: Int[Tensor, " bf"],
+        tokens: Tensor,
+        pooled: Tensor,
+        num_frames: int,
+        added: Tensor | None = None,
     ) -> tuple[list[Tensor], Tensor, Tensor]:
         """Skips (two per scale), the middle's output and the time embedding. `added` joins the encoded input."""
         time = self.time(t, pooled)

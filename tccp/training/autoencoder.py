@@ -55,7 +55,9 @@ def step_pictures(table: ClipTable, settings: Settings, step: int) -> Float[Tens
     return to_model(torch.from_numpy(np.stack(pictures[:count])))
 
 
-def reconstruction_loss(autoencoder: PictureAutoencoder, pictures: Float[Tensor, "n 3 h w"], kl_weight: float) -> Tensor:
+def reconstruction_loss(
+    autoencoder: PictureAutoencoder, pictures: Float[Tensor, "n 3 h w"], kl_weight: float
+) -> Tensor:
     """Mean absolute error of the reconstruction, and the KL term of latent diffusion that keeps latents bounded."""
     posterior = autoencoder.vae.encode(pictures).latent_dist
     error = (autoencoder.vae.decode(posterior.sample()).sample - pictures).abs().mean()

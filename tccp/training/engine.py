@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from tccp.config import TrainingSettings
 OPTIMISER_FILE = "optimizer.pt"
 
 
+@runtime_checkable
 class Engine(Protocol):
     """One micro-batch is `backward(loss)` then `step()`; the optimiser moves at every `accumulation`-th step."""
 
@@ -75,7 +76,11 @@ class TorchEngine:
         return True
 
     def save(self, folder: Path) -> None:
-        state = {"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict(), "micro_steps": self.micro_steps}
+        state = {
+            "module": self.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "micro_steps": self.micro_steps,
+        }
         torch.save(state, folder / OPTIMISER_FILE)
 
     def load(self, folder: Path) -> None:

@@ -135,7 +135,11 @@ def fit(
                 loss += value.item() / settings.accumulation
                 if not math.isfinite(loss):
                     what = f"; it trained on {', '.join(describe_step(step))}" if describe_step else ""
-                    kept = f"the checkpoint at step {run.latest()} is kept" if run and run.latest() else "no checkpoint yet"
+                    kept = (
+                        f"the checkpoint at step {run.latest()} is kept"
+                        if run and run.latest()
+                        else "no checkpoint yet"
+                    )
                     raise NonFiniteLoss(
                         f"the loss is {loss} at step {step}{what}; {kept}; lower training.learning_rate or set "
                         "training.gradient_clip, then resume"
