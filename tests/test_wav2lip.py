@@ -2,12 +2,15 @@
 
 from collections.abc import Iterator
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional
 
 from tccp.config import LipSettings, TccpError
+from tccp.headbox import head_boxes
+from tccp.landmarks import MEAN_FACE
 from tccp.models.lips import Wav2LipSource, open_lip_source
 from tccp.models.wav2lip import Wav2Lip, load_wav2lip
 
@@ -181,16 +184,31 @@ def test_bad_checkpoints_say_which_and_why(state, tmp_path):
 def test_source_feeds_the_network_as_published(network, state):
     """Masked identity first, whole identity second, BGR 0..1; the answer is RGB."""
     rng = np.random.default_rng(2)
-    identity = rng.integers(256, size=(160, 160, 3), dtype=np.uint8)
+    identity = rng.integers(256, size=(360, 360, 3), dtype=np.uint8)
     mel = rng.normal(size=(2, 80, 16)).astype(np.float32)
     lips = Wav2LipSource(network).lips(mel, identity)
 
-    face = identity[40:136, 32:128, ::-1].copy()  # FACE_REGION is 96 px of 160: nothing is resampled
+    x0, y0, x1, y1 = (round(360 * edge) for edge in Wav2LipSource.FACE_REGION)
+    face = cv2.resize(identity[y0:y1, x0:x1, ::-1], (96, 96), interpolation=cv2.INTER_AREA)
     reference = torch.from_numpy(face).permute(2, 0, 1)[None] / 255
     masked = reference * (torch.arange(96)[:, None] < 48)
     faces = torch.cat([masked, reference], 1).repeat(2, 1, 1, 1)
     expected = _reference_forward(state, torch.from_numpy(mel)[:, None], faces) * 255
     assert np.abs(lips[..., ::-1].astype(float) - expected.permute(0, 2, 3, 1).numpy()).max() <= 0.51
+
+
+def test_face_region_frames_the_face_of_a_head_crop():
+    points = (MEAN_FACE[:, :2] * 50 + (200, 160)).astype(np.float32)
+    box = head_boxes(points[None])[0]
+    in_crop = (points - box[:2]) / (box[2:] - box[:2])
+    x0, y0, x1, y1 = Wav2LipSource.FACE_REGION
+    in_face = (in_crop - (x0, y0)) / (x1 - x0, y1 - y0)
+    assert (in_face > 0).all()
+    assert (in_face < 1).all()
+    assert np.abs((in_face[:, 0].min() + in_face[:, 0].max()) / 2 - 0.5) < 0.02
+    assert np.ptp(in_face[:, 0]) > 0.85
+    assert (in_face[48:68, 1] > 0.55).all()  # Wav2Lip draws the lower half: all of the mouth must lie in it
+    assert (in_face[27:29, 1] < 0.5).all()
 
 
 def test_source_size_and_hash(network, state, tmp_path):

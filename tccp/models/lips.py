@@ -19,11 +19,13 @@ from torch import Tensor, nn
 
 from tccp.audio import Sound, mel_windows, wav2lip_windows
 from tccp.config import LipSettings, TccpError
+from tccp.headbox import CENTER, SIDE
 from tccp.models.autoencoder import to_bytes, to_model
 from tccp.models.liplet import Liplet, identity_picture
 from tccp.models.wav2lip import SIZE_PX as WAV2LIP_PX
 from tccp.models.wav2lip import Wav2Lip, load_wav2lip
 
+_FACE_BOX = np.array([-0.85, -0.55, 0.85, 1.45])  # in MEAN_FACE's coordinates: jaw to jaw, forehead to below the chin
 _BATCH = 32  # frames per evaluation: memory does not grow with the length of the sound
 
 
@@ -96,12 +98,14 @@ class Wav2LipSource(LipSource):
     """Lips from Wav2Lip on the identity picture, as reference and as masked target alike, on its look-ahead window.
 
     The paper drives Wav2Lip with the sound; that it runs on the identity picture is our reading: when generating
-    there is no target video. Wav2Lip wants the face from brow to chin, the identity picture is a head with hair,
-    neck and collar: a fixed region of it is used, the same in training and generation, so no detector is needed.
+    there is no target video. Wav2Lip wants a face as detectors box it, the identity picture is a head with hair,
+    neck and collar: where the face of a frontal head lies in it is cut out and, as with a detector's box, stretched to
+    a square. So no detector is needed.
     """
 
     name = "wav2lip"
-    FACE_REGION = (0.2, 0.25, 0.8, 0.85)  # x0 y0 x1 y1, fractions of the head crop
+    FACE_REGION = tuple(float(edge) for edge in (_FACE_BOX - np.tile(CENTER[:2] - SIDE / 2, 2)) / SIDE)
+    """x0 y0 x1 y1, fractions of the head crop."""
 
     def __init__(self, network: Wav2Lip, size_px: int = WAV2LIP_PX, device: str | torch.device = "cpu") -> None:
         super().__init__(network, size_px, device)

@@ -86,7 +86,11 @@ def mouth_loss(lips: Float[Tensor, "b 3 s s"], target: Float[Tensor, "b 3 s s"])
 
 
 def train_liplet(
-    samples: LipletSamples, settings: LipSettings, seed: int, on_step: Callable[[int, float], None] | None = None
+    samples: LipletSamples,
+    settings: LipSettings,
+    seed: int,
+    on_step: Callable[[int, float], None] | None = None,
+    device: str | torch.device = "cpu",
 ) -> Liplet:
     """A Liplet trained for `liplet_steps` with Adam; the same samples, settings and seed give the same network.
 
@@ -94,15 +98,17 @@ def train_liplet(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng_seed("liplet", "init", seed))
-        network = Liplet(settings.size_px, settings.liplet_channels)
+        network = Liplet(settings.size_px, settings.liplet_channels).to(device)
     optimiser = torch.optim.Adam(network.parameters(), lr=settings.liplet_learning_rate)
     network.train()
     for step in range(settings.liplet_steps):
         rng = np.random.default_rng(rng_seed("liplet", "batch", seed, step))
         rows = rng.integers(len(samples.mel), size=settings.liplet_batch_size)
         identities = samples.identities[rng.integers(*samples.identity_range[rows].T)]
-        lips = network(torch.from_numpy(samples.mel[rows]), to_model(torch.from_numpy(identities)))
-        loss = mouth_loss(lips, to_model(torch.from_numpy(samples.mouths[rows])))
+        lips = network(
+            torch.from_numpy(samples.mel[rows]).to(device), to_model(torch.from_numpy(identities).to(device))
+        )
+        loss = mouth_loss(lips, to_model(torch.from_numpy(samples.mouths[rows]).to(device)))
         for group in optimiser.param_groups:  # warm-up, then half a cosine down to zero
             warm_up = min(1.0, (step + 1) / 20)
             decay = 0.5 * (1 + math.cos(math.pi * step / settings.liplet_steps))

@@ -55,6 +55,7 @@ def train_liplets(
     out: Path,
     seed: int,
     on_step: Callable[[int, int, float], None] | None = None,
+    device: str | torch.device = "cpu",
 ) -> Path:
     """Train the cross-fitted networks into `out`, and return it. A fold that is complete is not trained again.
 
@@ -88,7 +89,7 @@ def train_liplets(
             settings.lips.size_px,
         )
         report = (lambda step, loss, fold=fold: on_step(fold, step, loss)) if on_step else None
-        network = train_liplet(samples, settings.lips, rng_seed("lip fold", seed, fold), report)
+        network = train_liplet(samples, settings.lips, rng_seed("lip fold", seed, fold), report, device)
         partial = Path(tempfile.mkdtemp(prefix=f".fold_{fold}.", dir=out))
         try:
             network.save_pretrained(partial)
