@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -52,7 +53,7 @@ def _cut(run: Span, max_frames: int, track: Sequence[Span]) -> list[Span]:
         return [run.set_aside("too_short", text)]
     edges = [run.start_frame + length * part // parts for part in range(parts + 1)]
     clips = []
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in itertools.pairwise(edges):
         clip = run.cut(start, stop)
         clips.append(clip if given else _with_identity(clip, track))
     if length < run.num_frames:

@@ -21,8 +21,7 @@ def frames_at(path: Path, frames: Sequence[int]) -> Iterator[tuple[int, UInt8[np
         if end < len(frames) and frames[end] - frames[end - 1] <= _SEEK_GAP_FRAMES:
             continue
         first, last = frames[start], frames[end - 1]
-        wanted = set(frames[start:end])
         for frame, picture in enumerate(read_frames(path, first, last - first + 1), start=first):
-            if frame in wanted:
+            if frame == frames[start]:
                 yield frame, picture
-        start = end
+                start += 1

@@ -50,18 +50,18 @@ def _tracks(span: Span, detector: faces.FaceBackend, on_frame: Callable[[], obje
     cutter = CutFinder()
     found: list[list[faces.Face]] = []  # of the frames since the last known cut
     shots: list[Span] = []
-    start = span.start_frame
+    start, number = span.start_frame, 0
     try:
         for _, picture in frames_at(Path(span.path), range(span.start_frame, span.stop_frame)):
             found.append(detector.detect(picture))
             for cut in cutter.add(picture):
                 length = span.start_frame + cut - start
-                shots += _runs(replace(span.cut(start, start + length), track=len({s.track for s in shots})), found[:length])
-                found, start = found[length:], start + length
+                shots += _runs(replace(span.cut(start, start + length), track=number), found[:length])
+                found, start, number = found[length:], start + length, number + 1
             on_frame()
     except MediaError as error:
         return [span.set_aside(error.reason, str(error))]
-    return shots + _runs(replace(span.cut(start, span.stop_frame), track=len({s.track for s in shots})), found)
+    return shots + _runs(replace(span.cut(start, span.stop_frame), track=number), found)
 
 
 def _runs(shot: Span, found: Sequence[Sequence[faces.Face]]) -> list[Span]:

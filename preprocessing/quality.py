@@ -10,7 +10,7 @@ from tccp.landmarks import yaw_deg
 
 
 def blur(picture: UInt8[np.ndarray, "h w 3"]) -> float:
-    """0 sharp .. 1 blurred, after Crete et al. 2007: how little of its neighbour differences one more blur takes away."""
+    """0 sharp .. 1 blurred, after Crete et al. 2007: how little of its contrast one more blur takes away."""
     grey = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY).astype(np.float32)
     shares = []
     for axis, kernel in ((0, (1, 9)), (1, (9, 1))):

@@ -13,18 +13,26 @@ from jaxtyping import Float32, Int16, UInt8
 from preprocessing.decode import frames_at
 from preprocessing.quality import blur, brightness, face_px, median_yaw_deg
 from preprocessing.spans import SPAN_SCHEMA, Span, spans_from_table, spans_to_table
-from tccp.clip import AUDIO_CONTEXT_FRAMES, STORED_MARGIN, Clip, Quality, clip_id_of, clips_to_table, encode_still, stored_box_of
+from tccp.clip import (
+    AUDIO_CONTEXT_FRAMES,
+    STORED_MARGIN,
+    Clip,
+    Quality,
+    audio_context_start,
+    clip_id_of,
+    clips_to_table,
+    encode_still,
+    stored_box_of,
+)
 from tccp.config import FPS, SAMPLES_PER_FRAME
 from tccp.headbox import SceneFit, crop, to_crop
 from tccp.media import AudioTrack, MediaError, open_audio
 
-_OVERSAMPLING = 1.25  # face stills hold this many pixels per pixel of a crop, as far as the film has them: crops resample
+_OVERSAMPLING = 1.25  # pixels of a face still per pixel of a crop, as far as the film has them: crops are resampled
 _QUALITY_EVERY = 5  # frames
 
 
-def render_clips(
-    batch: pa.Table, picture_px: int, on_frame: Callable[[], object] = lambda: None
-) -> Iterator[pa.Table]:
+def render_clips(batch: pa.Table, picture_px: int, on_frame: Callable[[], object] = lambda: None) -> Iterator[pa.Table]:
     """Clip rows (`tccp.clip.SCHEMA`), one table per clip, from the spans of a batch; and last the spans set aside.
 
     One clip's encoded pictures are in memory at a time. Spans that came with a reason are handed on; a film that turns
@@ -73,7 +81,8 @@ def _render(
     on_frame: Callable[[], object],
 ) -> Clip:
     assert span.head_box is not None and span.landmarks_px is not None and span.confidence is not None
-    assert span.source_hash is not None and span.track is not None and span.width is not None and span.height is not None
+    assert span.source_hash is not None and span.track is not None
+    assert span.width is not None and span.height is not None
     fit = SceneFit(span.width, span.height, picture_px)
     stored_box = stored_box_of(span.head_box)
     side = float(np.median(stored_box[:, 2] - stored_box[:, 0]))
@@ -135,11 +144,11 @@ def _sound_of(
 ) -> tuple[Int16[np.ndarray, "before"], Int16[np.ndarray, "samples"], Int16[np.ndarray, "after"]]:
     first = start_frame * SAMPLES_PER_FRAME
     stop = first + num_frames * SAMPLES_PER_FRAME
-    context = AUDIO_CONTEXT_FRAMES * SAMPLES_PER_FRAME
+    before = _pcm(sound.samples[audio_context_start(start_frame) * SAMPLES_PER_FRAME : first])
     own = _pcm(sound.samples[first:stop])
     padded = np.zeros(stop - first, np.int16)  # the last frame of a film may be heard only in part
     padded[: len(own)] = own
-    return _pcm(sound.samples[max(0, first - context) : first]), padded, _pcm(sound.samples[stop : stop + context])
+    return before, padded, _pcm(sound.samples[stop : stop + AUDIO_CONTEXT_FRAMES * SAMPLES_PER_FRAME])
 
 
 def _pcm(samples: Float32[np.ndarray, "n"]) -> Int16[np.ndarray, "n"]:

@@ -23,7 +23,7 @@ class CutFinder:
             from scenedetect import FrameTimecode
             from scenedetect.detectors import AdaptiveDetector
         except ImportError:
-            raise TccpError("finding shots needs scenedetect: pip install -c constraints.txt -e '.[preprocess]'") from None
+            raise TccpError("shots need scenedetect: pip install -c constraints.txt -e '.[preprocess]'") from None
         self._timecode = FrameTimecode
         self._detector = AdaptiveDetector(min_scene_len=2)
         self._next = 0

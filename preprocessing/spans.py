@@ -1,6 +1,6 @@
 """What flows between the preprocessing steps: spans of footage, one row each, as a columnar batch.
 
-A span is a stretch of one source. A step cuts spans, adds columns to them, or sets them aside by giving them a `reason`;
+A span is a stretch of one source. A step cuts spans, adds columns to them, or sets them aside by giving a `reason`;
 rows with a reason pass through every later step untouched. So the spans of a source always cover each of its frames
 exactly once, and nothing is dropped without being counted.
 """
@@ -67,11 +67,14 @@ class Span:
     def cut(self, start_frame: int, stop_frame: int) -> Span:
         """The part from one frame of the source to another, with its columns cut alike."""
         part = slice(start_frame - self.start_frame, stop_frame - self.start_frame)
-        columns = {
-            name: None if value is None else value[part]
-            for name, value in ((name, getattr(self, name)) for name in ("landmarks_px", "confidence", "head_box"))
-        }
-        return replace(self, start_frame=start_frame, num_frames=stop_frame - start_frame, **columns)
+        return replace(
+            self,
+            start_frame=start_frame,
+            num_frames=stop_frame - start_frame,
+            landmarks_px=None if self.landmarks_px is None else self.landmarks_px[part],
+            confidence=None if self.confidence is None else self.confidence[part],
+            head_box=None if self.head_box is None else self.head_box[part],
+        )
 
     def set_aside(self, reason: str, message: str) -> Span:
         """This span, out: with a short stable reason code and one line for people, without its columns."""
@@ -81,7 +84,7 @@ class Span:
 
 
 _NAMES = [field.name for field in fields(Span)]
-assert _NAMES == SPAN_SCHEMA.names
+assert SPAN_SCHEMA.names == _NAMES
 
 
 def spans_to_table(spans: Iterable[Span]) -> pa.Table:

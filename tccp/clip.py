@@ -32,7 +32,7 @@ STORED_MARGIN = 1.25
 """Side of the stored face picture over the side of the head box: the room that jitter may use."""
 MIN_CLIP_FRAMES = 16
 AUDIO_CONTEXT_FRAMES = 5
-"""Frames of sound kept before and after a clip where the footage has them, so that mel windows at its ends are true."""
+"""Frames of sound kept before (at least) and after a clip where the film has them, for its outermost mel windows."""
 JPEG_QUALITY = 95
 
 _VERSION_KEY = b"tccp.clip.schema_version"
@@ -59,8 +59,8 @@ SCHEMA = pa.schema(
         ("face", _STILLS),  # f stills of stored_box
         ("identity", _STILLS),  # head-box crops of the person from outside this clip
         ("audio", pa.binary()),  # 16 kHz mono PCM, little-endian int16, num_frames * 640 samples
-        ("audio_before", pa.binary()),  # up to AUDIO_CONTEXT_FRAMES of sound, whole frames
-        ("audio_after", pa.binary()),
+        ("audio_before", pa.binary()),  # the sound from audio_context_start to the clip
+        ("audio_after", pa.binary()),  # up to AUDIO_CONTEXT_FRAMES
         ("blur", pa.float32()),  # 0 sharp .. 1 blurred
         ("face_px", pa.float32()),  # brow to chin, source pixels
         ("brightness", pa.float32()),  # mean luma of the head box, 0..1
@@ -112,9 +112,8 @@ class Clip:
     def __post_init__(self) -> None:
         for name in ("head_box", "stored_box", "landmarks", "landmark_confidence", "scene", "face"):
             if len(getattr(self, name)) != self.num_frames:
-                raise TccpError(
-                    f"clip {self.clip_id}: {name} has {len(getattr(self, name))} frames, num_frames is {self.num_frames}"
-                )
+                given = f"{name} has {len(getattr(self, name))} frames"
+                raise TccpError(f"clip {self.clip_id}: {given}, num_frames is {self.num_frames}")
         if len(self.audio) != self.num_frames * SAMPLES_PER_FRAME:
             raise TccpError(
                 f"clip {self.clip_id}: {len(self.audio)} samples of sound; {self.num_frames} frames need "
@@ -136,9 +135,17 @@ _SOUND = ("audio", "audio_before", "audio_after")
 
 
 def clip_id_of(source_hash: str, track: int, start_frame: int) -> str:
-    """Stable content hash of a clip, 32 hex digits: of the file's bytes, not its name, and of where the clip lies in it."""
+    """Stable content hash of a clip, 32 hex digits: the file's bytes, not its name, and where in it the clip lies."""
     key = f"{source_hash}/{track}/{start_frame}/{GEOMETRY_VERSION}"
     return hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+
+
+def audio_context_start(start_frame: int) -> int:
+    """The frame at which the sound kept before a clip begins.
+
+    A multiple of 5 frames, which is a whole number of mel columns (16): so a clip's mel is the film's, to the column.
+    """
+    return max(0, (start_frame - AUDIO_CONTEXT_FRAMES) // 5 * 5)
 
 
 def stored_box_of(head_box: Float32[np.ndarray, "f 4"]) -> Float32[np.ndarray, "f 4"]:
@@ -151,15 +158,12 @@ def stored_box_of(head_box: Float32[np.ndarray, "f 4"]) -> Float32[np.ndarray, "
 def encode_still(picture: UInt8[np.ndarray, "h w 3"], lossless: bool = False) -> bytes:
     """RGB picture as JPEG (quality 95, colour at full resolution), or as PNG."""
     if lossless:
-        suffix, flags = ".png", [cv2.IMWRITE_PNG_COMPRESSION, 1]
+        suffix, flags = ".png", {cv2.IMWRITE_PNG_COMPRESSION: 1}
     else:
-        suffix, flags = ".jpg", [
-            cv2.IMWRITE_JPEG_QUALITY,
-            JPEG_QUALITY,
-            cv2.IMWRITE_JPEG_SAMPLING_FACTOR,
-            cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444,
-        ]
-    done, data = cv2.imencode(suffix, cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), flags)
+        full_colour = {cv2.IMWRITE_JPEG_SAMPLING_FACTOR: cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444}
+        suffix, flags = ".jpg", {cv2.IMWRITE_JPEG_QUALITY: JPEG_QUALITY, **full_colour}
+    flat = [value for pair in flags.items() for value in pair]
+    done, data = cv2.imencode(suffix, cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), flat)
     assert done, f"cannot encode a picture of shape {picture.shape}"
     return data.tobytes()
 

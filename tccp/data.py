@@ -1,8 +1,9 @@
 """Clip rows to training windows, and the order in which training takes them.
 
-Two properties hold everywhere here. Pictures: a jitter draw moves the mask, the face crop and the landmarks together, and
-the scene is masked before anything else happens to it. Order: which windows step k trains on, and every random number
-about them, is a pure function of (seed, window id, epoch); so resuming, streaming and the number of workers change nothing.
+Two properties hold everywhere here. Pictures: a jitter draw moves the mask, the face crop and the landmarks together,
+and the scene is masked before anything else happens to it. Order: which windows step k trains on, and every random
+number about them, is a pure function of (seed, window id, epoch); so resuming, streaming and the number of workers
+change nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from tccp.config import SAMPLES_PER_FRAME, HeadBoxSettings, Settings, TccpError
 _INT16_FULL_SCALE = 32768.0
 
 
-def rng_seed(*parts: int | str | float | bytes) -> int:
+def rng_seed(*parts: int | str | float | bytes | np.integer | np.floating) -> int:
     """A 63-bit seed from named parts, e.g. `rng_seed(seed, "noise", clip_id, start_frame, epoch)`.
 
     Stable across processes, machines and versions of Python (BLAKE2b); parts of different types or splits never collide
@@ -61,7 +62,7 @@ class PlannedWindow(NamedTuple):
 
 
 def window_starts(num_frames: int, window: int, stride: int) -> list[int]:
-    """First frames of a clip's windows: every `stride` frames, and one more that ends with the clip if a tail is left."""
+    """First frames of a clip's windows: every `stride` frames, and one more that ends with the clip if any are left."""
     if window < 1 or stride < 1:
         raise TccpError(f"window {window} and stride {stride} must be at least 1 frame")
     starts = list(range(0, num_frames - window + 1, stride))
@@ -91,7 +92,7 @@ def step_slice(
 ) -> list[tuple[int, int]]:
     """(epoch, position in that epoch's plan) of each window that global step `step`, counted from 0, takes.
 
-    Steps run through the epochs without a seam: a batch may end one epoch and begin the next, so that no tail is dropped
+    Steps run through the epochs without a seam: a batch may end one epoch and begin the next, so no tail is dropped
     and a plan shorter than a batch works. Rank r takes a fixed, contiguous part; the parts of all ranks are the step's
     slice in order. Raises TccpError if there are no windows or the ranks do not divide the batch.
     """
@@ -128,7 +129,7 @@ class TrainingOrder:
 class ClipView:
     """A stretch of a clip under one jitter draw, `s` = picture_px, uint8 RGB.
 
-    landmarks: 0..1 of the jittered crop, where `face` shows them. mask_box: the jittered head box in pixels of the fitted
+    landmarks: 0..1 of the jittered crop, where `face` shows them. mask_box: the jittered head box, pixels of the fitted
     scene; `masked_scene` is filled wherever it reaches. mel: the networks' audio window of each frame.
     """
 
@@ -148,8 +149,8 @@ def view(
 
     draw: number of the jitter draw, from (seed, clip_id, draw), one for the whole clip however much of it is read; None
     leaves the head box where it is and takes the first identity picture.
-    Raises TccpError if the clip was preprocessed at another picture size, if the jitter leaves the stored pictures, or if
-    the frames are not in the clip.
+    Raises TccpError if the clip was preprocessed at another picture size, if the jitter leaves the stored pictures, or
+    if the frames are not in the clip.
     """
     size = settings.picture_px
     _check(clip, settings)
@@ -234,8 +235,8 @@ def windows(
     """Training windows of a batch of clip rows: every window of every clip, once per jitter draw.
 
     Columns, n windows of f = `window` frames, s = picture_px: face, landmark_pictures, masked_scene uint8 (n f s s 3);
-    landmarks float32 (n f 68 2); mel float32 (n f 80 16); identity uint8 (n s s 3); clip_hash int64, start_frame and draw
-    int32 (n), draw -1 standing for None. A pure function: Ray Data calls it unchanged through
+    landmarks float32 (n f 68 2); mel float32 (n f 80 16); identity uint8 (n s s 3); clip_hash int64, start_frame and
+    draw int32 (n), draw -1 standing for None. A pure function: Ray Data calls it unchanged through
     `map_batches(windows, fn_kwargs=..., batch_format="pyarrow")`, and shapes are fixed even where n is 0.
     """
     size = settings.picture_px
