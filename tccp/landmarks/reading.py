@@ -1,14 +1,4 @@
-"""68 facial points: geometry, drawing them as a picture, and reading them back.
-
-Points are in iBUG order (jaw, brows, nose, eyes, lips: `GROUPS`). Coordinates are continuous: a picture's left edge is
-x = 0, its top y = 0, and pixel (column i, row j) covers [i, i + 1) x [j, j + 1). Crop coordinates are the same, divided
-by the picture's side. Left and right are the picture's, not the person's.
-
-A landmark picture is three layers, one per colour channel, so that strokes of different groups that touch or cross can
-never mix: red holds brows, nose bridge and outer lip, green eyes, nostrils and inner lip, blue the jaw. Lips and eyes
-are filled, because the amount of colour in a filled shape survives what a blurred outline loses: a closed mouth is
-a green line, and every bit of opening adds green.
-"""
+"""68 points read back from a landmark picture."""
 
 from __future__ import annotations
 
@@ -16,262 +6,10 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Float32, UInt8
 
-from tccp.config import TccpError
-
-NUM_POINTS = 68
-GROUPS: dict[str, tuple[int, ...]] = {
-    "jaw": tuple(range(0, 17)),
-    "left_brow": tuple(range(17, 22)),
-    "right_brow": tuple(range(22, 27)),
-    "bridge": tuple(range(27, 31)),
-    "nostrils": tuple(range(31, 36)),
-    "left_eye": tuple(range(36, 42)),
-    "right_eye": tuple(range(42, 48)),
-    "outer_lip": tuple(range(48, 60)),
-    "inner_lip": tuple(range(60, 68)),
-}
-LAYERS: tuple[tuple[str, ...], ...] = (
-    ("left_brow", "right_brow", "bridge", "outer_lip"),
-    ("left_eye", "right_eye", "nostrils", "inner_lip"),
-    ("jaw",),
-)
-"""Groups of the red, green and blue channel. Within a channel no two groups are neighbours on a face."""
-FILLED = ("left_eye", "right_eye", "outer_lip", "inner_lip")
-
-RIGID = (27, 28, 29, 30, 31, 32, 33, 34, 35, 36, 39, 42, 45)
-"""Points that neither speech nor blinks nor brows move: nose and eye corners."""
-
-
-def _mirrored(left_half: str) -> Float[np.ndarray, "68 3"]:
-    """All 68 points from those on the picture's left and on the midline (x = 0)."""
-    points = np.full((NUM_POINTS, 3), np.nan)
-    for line in left_half.strip().splitlines():
-        index, *xyz = line.split()
-        points[int(index)] = [float(value) for value in xyz]
-    missing = np.isnan(points[:, 0])
-    points[missing] = points[MIRROR][missing] * (-1, 1, 1)
-    return points
-
-
-MIRROR = np.array(
-    [*range(16, -1, -1), *range(26, 16, -1), *range(27, 31), *range(35, 30, -1)]
-    + [45, 44, 43, 42, 47, 46, 39, 38, 37, 36, 41, 40]
-    + [*range(54, 47, -1), *range(59, 54, -1), *range(64, 59, -1), *range(67, 64, -1)]
-)
-"""Point i of a face is point MIRROR[i] of its mirror image."""
-
-MEAN_FACE = _mirrored("""
-0 -0.779 0.039 0.543
-1 -0.776 0.267 0.590
-2 -0.756 0.499 0.571
-3 -0.711 0.721 0.510
-4 -0.638 0.911 0.397
-5 -0.536 1.058 0.247
-6 -0.389 1.182 0.113
-7 -0.220 1.277 -0.017
-8 0 1.318 -0.075
-17 -0.641 -0.181 0.011
-18 -0.574 -0.244 -0.079
-19 -0.471 -0.279 -0.152
-20 -0.332 -0.274 -0.216
-21 -0.167 -0.253 -0.248
-27 0 -0.035 -0.239
-28 0 0.136 -0.346
-29 0 0.283 -0.472
-30 0 0.374 -0.499
-31 -0.179 0.509 -0.218
-32 -0.087 0.524 -0.289
-33 0 0.528 -0.307
-36 -0.500 0 0
-37 -0.429 -0.048 -0.073
-38 -0.317 -0.055 -0.091
-39 -0.195 0.017 -0.055
-40 -0.301 0.037 -0.080
-41 -0.412 0.041 -0.061
-48 -0.280 0.796 -0.093
-49 -0.162 0.724 -0.256
-50 -0.083 0.702 -0.297
-51 0 0.718 -0.305
-57 0 0.934 -0.252
-58 -0.086 0.926 -0.247
-59 -0.161 0.900 -0.217
-60 -0.253 0.795 -0.113
-61 -0.068 0.785 -0.234
-62 0 0.787 -0.242
-66 0 0.824 -0.235
-67 -0.069 0.819 -0.226
-""")
-"""A face at rest, seen from the front: x right, y down, z away from the viewer; the outer eye corners are 1 apart.
-
-Mean of mediapipe's points over five real people, their poses undone, made symmetric."""
-
-_SHIFT = 4  # fractional bits of the coordinates handed to OpenCV
-
-
-def _stroke(size_px: int) -> tuple[int, int]:
-    """How strokes are drawn: (supersampling factor, OpenCV's thickness there).
-
-    Drawn large and averaged down, strokes have fractional widths and exact coverage. OpenCV covers one pixel more than
-    an even thickness says.
-    """
-    factor = 4 if size_px <= 128 else 2
-    return factor, max(2, 2 * round((max(1.75, size_px / 73) * factor - 1) / 2))
-
-
-def stroke_px(size_px: int) -> float:
-    """Width of a stroke in a landmark picture: an f8 auto-encoder at 64 px and an f16 one at 256 px keep it."""
-    factor, thickness = _stroke(size_px)
-    return (thickness + 1) / factor
-
-
-def draw(points: Float[np.ndarray, "f 68 2"], size_px: int) -> UInt8[np.ndarray, "f {size_px} {size_px} 3"]:
-    """Landmark pictures: the points' groups on black, anti-aliased, one colour layer per set of groups (`LAYERS`).
-
-    points: crop coordinates, 0..1 inside the picture; what lies outside is cut off. A face with a NaN point leaves its
-    picture black.
-    Raises TccpError if size_px is below 16.
-    """
-    if size_px < 16:
-        raise TccpError(f"landmark pictures of {size_px} px are asked for; they need at least 16 px")
-    factor, stroke = _stroke(size_px)
-    large = size_px * factor
-    pictures = np.zeros((len(points), size_px, size_px, 3), np.uint8)
-    plane = np.zeros((large, large), np.uint8)
-    # OpenCV's whole coordinates are pixel centres; the bound keeps its fixed-point arithmetic from overflowing.
-    fixed = np.clip((points * large - 0.5) * 2**_SHIFT, -(2**20), 2**20)
-    for index, face in enumerate(fixed):
-        if not np.isfinite(face).all():
-            continue
-        face = np.rint(face).astype(np.int32)
-        for channel, groups in enumerate(LAYERS):
-            plane[:] = 0
-            for group in groups:
-                line = face[GROUPS[group][0] : GROUPS[group][-1] + 1]
-                if group in FILLED:
-                    cv2.fillPoly(plane, [line], 255, cv2.LINE_8, _SHIFT)
-                cv2.polylines(plane, [line], group in FILLED, 255, stroke, cv2.LINE_8, _SHIFT)
-            pictures[index, :, :, channel] = cv2.resize(plane, (size_px, size_px), interpolation=cv2.INTER_AREA)
-    return pictures
-
-
-@dataclass(frozen=True)
-class HeadPose:
-    """Weak-perspective fit of `MEAN_FACE`: points are about scale * (rotation @ MEAN_FACE)[:2] + origin."""
-
-    scale: Float[np.ndarray, "f"]  # length of MEAN_FACE's unit, in the points' unit: does not shrink as the head turns
-    rotation: Float[np.ndarray, "f 3 3"]
-    origin: Float[np.ndarray, "f 2"]  # midpoint of the outer eye corners
-
-    @property
-    def yaw_deg(self) -> Float[np.ndarray, "f"]:
-        """Positive when the nose points to the right of the picture."""
-        return np.degrees(np.arctan2(-self.rotation[:, 0, 2], self.rotation[:, 2, 2]))
-
-    @property
-    def pitch_deg(self) -> Float[np.ndarray, "f"]:
-        """Positive when the nose points down."""
-        return np.degrees(np.arcsin(np.clip(-self.rotation[:, 1, 2], -1, 1)))
-
-    @property
-    def roll_deg(self) -> Float[np.ndarray, "f"]:
-        """Positive when the head leans clockwise in the picture."""
-        return np.degrees(np.arctan2(self.rotation[:, 1, 0], self.rotation[:, 0, 0]))
-
-    def project(self, point: Float[np.ndarray, "3"]) -> Float[np.ndarray, "f 2"]:
-        """Where a point of the head, given in MEAN_FACE's coordinates, stands in each picture."""
-        return self.scale[:, None] * (self.rotation[:, :2] @ point) + self.origin
-
-
-_RIGID_FACE = np.column_stack([MEAN_FACE[list(RIGID)], np.ones(len(RIGID))])
-_FIT_RIGID = np.linalg.pinv(_RIGID_FACE)
-
-
-def _affine(points: Float[np.ndarray, "f 68 2"]) -> Float[np.ndarray, "f 4 2"]:
-    """Least-squares map from (x, y, z, 1) of MEAN_FACE's rigid points to the picture."""
-    return _FIT_RIGID @ points[:, list(RIGID)].astype(np.float64)
-
-
-def head_pose(points: Float[np.ndarray, "f 68 2"]) -> HeadPose:
-    """Pose of each head, from its rigid points only: lips, lids, brows and jaw do not enter. NaN where points are."""
-    affine = _affine(points)
-    known = np.isfinite(affine).all((1, 2))
-    linear = np.where(known[:, None, None], affine[:, :3], 0).swapaxes(1, 2)
-    u, singular, vt = np.linalg.svd(linear, full_matrices=False)
-    rows = u @ vt
-    rotation = np.concatenate([rows, np.cross(rows[:, 0], rows[:, 1])[:, None]], 1)
-    unknown = ~known
-    scale = singular.mean(1)
-    scale[unknown], rotation[unknown] = np.nan, np.nan
-    return HeadPose(scale, rotation, affine[:, 3])
-
-
-def yaw_deg(points: Float[np.ndarray, "f 68 2"]) -> Float[np.ndarray, "f"]:
-    """Rough head yaw: 0 facing the camera, positive when the nose points to the right of the picture."""
-    return head_pose(points).yaw_deg
-
-
-def mouth_opening(points: Float[np.ndarray, "f 68 2"]) -> Float[np.ndarray, "f"]:
-    """Mean gap of the inner lips, in units of the (frontal) distance of the outer eye corners; pitch corrected."""
-    pose = head_pose(points)
-    gap = np.linalg.norm(points[:, [61, 62, 63]] - points[:, [67, 66, 65]], axis=-1).mean(1)
-    return gap / (pose.scale * _foreshortening(pose, 1))
-
-
-def mouth_width(points: Float[np.ndarray, "f 68 2"]) -> Float[np.ndarray, "f"]:
-    """Distance of the mouth corners, in units of the (frontal) distance of the outer eye corners; yaw corrected."""
-    pose = head_pose(points)
-    return np.linalg.norm(points[:, 54] - points[:, 48], axis=-1) / (pose.scale * _foreshortening(pose, 0))
-
-
-def _foreshortening(pose: HeadPose, axis: int) -> Float[np.ndarray, "f"]:
-    # Beyond about 70 degrees a length along the axis says nothing any more: do not blow up its noise.
-    return np.maximum(np.linalg.norm(pose.rotation[:, :2, axis], axis=1), 0.35)
-
-
-def normalise(points: Float[np.ndarray, "f 68 2"]) -> Float[np.ndarray, "f 68 2"]:
-    """Place, roll and size taken out: the eye line is horizontal through the origin, one unit is the (frontal) distance
-    of the outer eye corners."""
-    pose = head_pose(points)
-    left, right = points[:, [36, 39]].mean(1), points[:, [42, 45]].mean(1)
-    angle = np.arctan2(right[:, 1] - left[:, 1], right[:, 0] - left[:, 0])
-    cos, sin = np.cos(angle), np.sin(angle)
-    upright = np.stack([np.stack([cos, -sin], -1), np.stack([sin, cos], -1)], -2)
-    centred = points - ((left + right) / 2)[:, None]
-    return centred @ upright / pose.scale[:, None, None]
-
-
-def smooth(
-    points: Float[np.ndarray, "f 68 2"], head_frames: float = 1.5, face_frames: float = 0.5
-) -> Float[np.ndarray, "f 68 2"]:
-    """Points with jitter taken out over time; NaN frames stay NaN and do not touch their neighbours.
-
-    The head's movement is smoothed apart from that of the face on it, with Gaussians of these standard deviations:
-    speech moves the lips at up to 8 Hz, where the head does not move.
-    """
-    head = np.column_stack([MEAN_FACE, np.ones(NUM_POINTS)]) @ _affine(points)
-    return smooth_over_time(head, head_frames) + smooth_over_time(points - head, face_frames)
-
-
-def smooth_over_time(values: Float[np.ndarray, "f *rest"], sigma_frames: float) -> Float[np.ndarray, "f *rest"]:
-    """Gaussian mean over the finite neighbours in time; NaN where the value itself is NaN. Ends are not pulled inward:
-    the series is continued by point reflection."""
-    frames = len(values)
-    reach = min(int(np.ceil(3 * sigma_frames)), frames - 1)
-    if sigma_frames <= 0 or reach < 1:
-        return values
-    weights = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma_frames) ** 2)
-    before, after = 2 * values[:1] - values[reach:0:-1], 2 * values[-1:] - values[-2 : -2 - reach : -1]
-    series = np.concatenate([before, values, after])
-    known = np.isfinite(series)
-    series = np.where(known, series, 0)
-    total = sum(w * series[i : i + frames] for i, w in enumerate(weights))
-    weight = sum(w * known[i : i + frames] for i, w in enumerate(weights))
-    return np.where(np.isfinite(values), total / np.maximum(weight, 1e-12), np.nan)
-
-
-# ---- reading a picture back
+from tccp.landmarks.drawing import FILLED, LAYERS, draw, stroke_px
+from tccp.landmarks.geometry import GROUPS, MEAN_FACE, NUM_POINTS
 
 
 def read(pictures: UInt8[np.ndarray, "f h w 3"]) -> tuple[Float32[np.ndarray, "f 68 2"], Float32[np.ndarray, "f"]]:
@@ -297,11 +35,21 @@ def read(pictures: UInt8[np.ndarray, "f h w 3"]) -> tuple[Float32[np.ndarray, "f
 _GROUP_OF = np.empty(NUM_POINTS, np.int64)
 for _number, _indices in enumerate(GROUPS.values()):
     _GROUP_OF[list(_indices)] = _number
-_LAYER_OF = np.array([next(c for c, groups in enumerate(LAYERS) if name in groups) for name in GROUPS])[_GROUP_OF]
+_LAYER_OF_GROUP = [next(channel for channel, groups in enumerate(LAYERS) if name in groups) for name in GROUPS]
+_LAYER_OF = np.array(_LAYER_OF_GROUP)[_GROUP_OF]
 _READING_PX = 128
 _INK = 0.2  # amount of colour from which a pixel is taken for a stroke
 _OTHER_LAYER = np.where(np.arange(len(LAYERS))[:, None] == _LAYER_OF, 0, 1e9)
 _MEAN_FACE_1 = np.column_stack([MEAN_FACE, np.ones(NUM_POINTS)])
+
+
+@dataclass(frozen=True)
+class _Region:
+    """Where the ink of one group is."""
+
+    channel: int
+    pixels: np.ndarray  # centres of its ink
+    surroundings: np.ndarray  # mask of the picture: what is measured
 
 
 class _Reading:
@@ -322,24 +70,37 @@ class _Reading:
         pixels = np.stack([columns, rows], 1) + 0.5
         face = self._fit_template(pixels, channels)
         labels = self._labels(pixels, channels, face)
+        regions = self._regions(rows, columns, channels, labels)
+        points, found = self._measure(self.layers, face, regions)
+        # Blur and corners pull the measures aside. By how much, the same measures of known points, drawn alike, tell.
+        again = self._drawn_alike(points)
+        pull = self._measure(again, face, regions)[0] - points
+        points = points - np.clip(pull, -self.stroke, self.stroke)
+        agreement = float(2 * (again * self.layers).sum() / max((again**2).sum() + (self.layers**2).sum(), 1e-6))
+        return (points / self.size).astype(np.float32), agreement * found / len(GROUPS)
+
+    def _measure(self, layers: np.ndarray, face: np.ndarray, regions: list[_Region | None]) -> tuple[np.ndarray, int]:
+        """The points of every group that is there, the fitted template's elsewhere; and how many groups are there."""
         points, found = face.copy(), 0
-        for number, (name, indices) in enumerate(GROUPS.items()):
-            own = labels == number
-            if own.sum() < 2 * self.stroke:
+        for (name, indices), region in zip(GROUPS.items(), regions, strict=True):
+            if region is None:
                 continue
-            layer = self._group_layer(rows, columns, channels, labels, number)
+            layer = layers[..., region.channel] * region.surroundings
             measure = self._jaw if name == "jaw" else self._closed if name in FILLED else self._open
-            curve = measure(layer, face[list(indices)], pixels[own])
+            curve = measure(layer, face[list(indices)], region.pixels)
             if curve is not None:
                 points[list(indices)] = curve
                 found += 1
-        return (points / self.size).astype(np.float32), self._agreement(points) * found / len(GROUPS)
+        # The outer lip's corners lie beside the inner lip's, which stay sharp in a wide open or turned-away mouth.
+        points[[48, 54]] = points[[60, 64]] + face[[48, 54]] - face[[60, 64]]
+        return points, found
 
-    def _agreement(self, points: np.ndarray) -> float:
-        again = draw(points[None] / self.size, self.size)[0].astype(np.float32) / 255
-        blur = self.stroke * 0.7
-        a, b = cv2.GaussianBlur(again, None, blur), cv2.GaussianBlur(self.layers, None, blur)
-        return float(2 * (a * b).sum() / max((a * a).sum() + (b * b).sum(), 1e-6))
+    def _drawn_alike(self, points: np.ndarray) -> np.ndarray:
+        """The points drawn anew, as blurred as this picture: of the blurs tried, the one that comes closest to it."""
+        sharp = draw(points[None] / self.size, self.size)[0].astype(np.float32) / 255
+        blurs = [0.0, 0.2, 0.35, 0.5, 0.7, 1.0]
+        drawn = [sharp if not b else cv2.GaussianBlur(sharp, (0, 0), b * self.stroke) for b in blurs]
+        return min(drawn, key=lambda layers: float(((layers - self.layers) ** 2).sum()))
 
     def _fit_template(self, pixels: np.ndarray, channels: np.ndarray) -> np.ndarray:
         """MEAN_FACE, turned and scaled to the ink: iterated closest points within each layer, from three rolls."""
@@ -383,19 +144,25 @@ class _Reading:
                     labels[members] = counts.argmax()
         return labels
 
-    def _group_layer(
-        self, rows: np.ndarray, columns: np.ndarray, channels: np.ndarray, labels: np.ndarray, number: int
-    ) -> np.ndarray:
-        """The group's layer with the surroundings of its own ink only, and nothing of its neighbours."""
-        channel = _LAYER_OF[_GROUP_OF == number][0]
-        own, other = np.zeros((2, self.size, self.size), np.uint8)
-        mine = labels == number
-        own[rows[mine], columns[mine]] = 1
-        theirs = ~mine & (channels == channel)
-        other[rows[theirs], columns[theirs]] = 1
+    def _regions(
+        self, rows: np.ndarray, columns: np.ndarray, channels: np.ndarray, labels: np.ndarray
+    ) -> list[_Region | None]:
+        """Of each group its ink and the surroundings that are nearer to it than to its neighbours."""
+        regions: list[_Region | None] = []
         reach = 2 * round(1.6 * self.stroke) + 1
-        near = cv2.dilate(own, np.ones((reach, reach), np.uint8)) > cv2.dilate(other, np.ones((3, 3), np.uint8))
-        return self.layers[..., channel] * (near | (own > 0))
+        for number, channel in enumerate(_LAYER_OF_GROUP):
+            mine = labels == number
+            if mine.sum() < 2 * self.stroke:
+                regions.append(None)
+                continue
+            own, other = np.zeros((2, self.size, self.size), np.uint8)
+            own[rows[mine], columns[mine]] = 1
+            theirs = ~mine & (channels == channel)
+            other[rows[theirs], columns[theirs]] = 1
+            near = cv2.dilate(own, np.ones((reach, reach), np.uint8)) > cv2.dilate(other, np.ones((3, 3), np.uint8))
+            pixels = np.stack([columns[mine], rows[mine]], 1) + 0.5
+            regions.append(_Region(int(channel), pixels, near | (own > 0)))
+        return regions
 
     def _strip(
         self, layer: np.ndarray, start: np.ndarray, end: np.ndarray, height: float
@@ -455,7 +222,7 @@ class _Reading:
         if strip is None:
             return None
         s, _, center, (start, along, across), ends = strip
-        inside = np.linspace(*ends, 33)
+        inside = np.linspace(float(ends[0]), float(ends[1]), 33)
         curve = start + inside[:, None] * along + np.interp(inside, s, center)[:, None] * across
         return _at_fractions(curve, _fractions(template))
 
