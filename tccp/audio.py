@@ -1,13 +1,14 @@
 """Wav2Lip's mel spectrogram, whole or in windows that follow the frames of a film.
 
 Sound is 16 kHz mono. A mel has 80 bands and 80 columns a second (3.2 a frame); column c is centred on sample 200 c.
-Every column is computed from the samples under it alone, so a window of a long recording equals the same columns of the whole.
+Every column is computed from the samples under it alone, so a window of a long recording equals the same columns of
+the whole.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Float32, Float64, Integer
@@ -31,6 +32,7 @@ _SILENT_PEAK = 1e-3  # -60 dBFS
 _CLIPPED_LEVEL, _CLIPPED_SHARE = 0.999, 1e-3
 
 
+@runtime_checkable
 class HasSamples(Protocol):
     """E.g. an AudioTrack of tccp.media."""
 
@@ -43,8 +45,8 @@ Sound = Float[np.ndarray, "n"] | HasSamples
 def mel(samples: Sound) -> Float32[np.ndarray, "80 columns"]:
     """Wav2Lip's mel of the whole sound: 1 + n // 200 columns, values in [-4, 4].
 
-    Pre-emphasis 0.97; magnitude STFT (800-point Hann, hop 200, centred, reflected at both ends); 80 Slaney bands 55-7600 Hz;
-    20 log10(max(1e-5, x)) - 20 dB; 8 (dB + 100) / 100 - 4, clipped.
+    Pre-emphasis 0.97; magnitude STFT (800-point Hann, hop 200, centred, reflected at both ends); 80 Slaney bands
+    55-7600 Hz; 20 log10(max(1e-5, x)) - 20 dB; 8 (dB + 100) / 100 - 4, clipped.
     Raises TccpError for sound of no length.
     """
     samples = _checked(samples)
@@ -56,10 +58,11 @@ def num_columns(num_samples: int) -> int:
 
 
 def mel_windows(samples: Sound, start_frame: int, num_frames: int) -> Float32[np.ndarray, "f 80 16"]:
-    """The networks' window of each frame: the 16 columns centred on it, silence where the sound has not begun or has ended.
+    """The networks' window of each frame: the 16 columns centred on it, silence where the sound has not begun or has
+    ended.
 
-    Frame i lasts from i/25 to (i+1)/25 s, so its middle lies at column 3.2 i + 1.6; sixteen columns around that begin at
-    3.2 i - 5.9, rounded to the nearest. Computed from the samples under the windows alone.
+    Frame i lasts from i/25 to (i+1)/25 s, so its middle lies at column 3.2 i + 1.6; sixteen columns around that begin
+    at 3.2 i - 5.9, rounded to the nearest. Computed from the samples under the windows alone.
     """
     first = (16 * np.arange(start_frame, start_frame + num_frames) - 27) // 5  # round(3.2 i - 5.9), in integers
     return _windows(_checked(samples), first)
@@ -93,7 +96,9 @@ def check_audio(samples: Sound) -> list[str]:
     if peak < _SILENT_PEAK:
         warnings.append("the audio is silent (peak below -60 dBFS): the mouth will stay closed")
     if clipped > _CLIPPED_SHARE * len(samples):
-        warnings.append(f"the audio is clipped ({clipped / len(samples):.1%} of its samples at full scale): lips may suffer")
+        warnings.append(
+            f"the audio is clipped ({clipped / len(samples):.1%} of its samples at full scale): lips may suffer"
+        )
     return warnings
 
 
@@ -160,7 +165,8 @@ def _hann() -> Float64[np.ndarray, "800"]:
 @functools.cache
 def mel_filters() -> Float64[np.ndarray, "80 401"]:
     """Slaney's triangular bands of equal area: 80 of them over the bins of an 800-point spectrum."""
-    edges_hz = _mel_to_hz(np.linspace(*_hz_to_mel(np.array([_LOWEST_HZ, _HIGHEST_HZ])), MEL_BANDS + 2))
+    lowest, highest = _hz_to_mel(np.array([_LOWEST_HZ, _HIGHEST_HZ]))
+    edges_hz = _mel_to_hz(np.linspace(lowest, highest, MEL_BANDS + 2))
     bins_hz = np.arange(_N_FFT // 2 + 1) * SAMPLE_RATE_HZ / _N_FFT
     low, centre, high = edges_hz[:-2, None], edges_hz[1:-1, None], edges_hz[2:, None]
     triangles = np.minimum((bins_hz - low) / (centre - low), (high - bins_hz) / (high - centre))

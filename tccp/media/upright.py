@@ -1,0 +1,47 @@
+"""Display matrices: how a stored picture is brought upright."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+import av
+import numpy as np
+from av.sidedata.sidedata import SideData
+from av.sidedata.sidedata import Type as SideDataType
+from jaxtyping import UInt8
+
+
+@dataclass(frozen=True)
+class DisplayTurn:
+    """Transpose first, then mirror: every multiple of a quarter turn, mirrored or not."""
+
+    transpose: bool = False
+    mirror_x: bool = False
+    mirror_y: bool = False
+
+    @property
+    def rotation_deg(self) -> int:
+        """The clockwise turn. A mirrored picture is one that is mirrored left to right after this turn."""
+        if self.transpose:
+            return 270 if self.mirror_y else 90
+        return 180 if self.mirror_y else 0
+
+    def apply(self, picture: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h2 w2 3"]:
+        upright = picture.transpose(1, 0, 2) if self.transpose else picture
+        return np.ascontiguousarray(upright[:: -1 if self.mirror_y else 1, :: -1 if self.mirror_x else 1])
+
+
+def display_turn(frame: av.VideoFrame) -> DisplayTurn:
+    """What the frame's display matrix asks for, to the nearest quarter turn.
+
+    ISO/IEC 14496-12: x' = a x + c y, y' = b x + d y.
+    """
+    for side_data in frame.side_data:
+        assert isinstance(side_data, SideData)  # typed as a mapping by name, in fact a sequence
+        if side_data.type == SideDataType.DISPLAYMATRIX:
+            a, b, _, c, d = struct.unpack("<5i", bytes(side_data)[:20])
+            if abs(a) + abs(d) >= abs(b) + abs(c):
+                return DisplayTurn(False, a < 0, d < 0)
+            return DisplayTurn(True, c < 0, b < 0)
+    return DisplayTurn()
