@@ -1,0 +1,75 @@
+"""Filled shapes on a canvas of twice the scene's resolution: smooth edges, sub-pixel places, one resize.
+
+Coordinates are scene pixels, continuous: pixel i covers i..i+1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import cv2
+import numpy as np
+from jaxtyping import Float, Float64, UInt8
+
+from tccp.roundtable.people import Colour
+
+SUPERSAMPLING = 2
+_SHIFT = 4  # fractional bits of cv2's fixed-point coordinates
+
+
+class Canvas:
+    """One picture under construction. `picture()` gives it at scene resolution."""
+
+    def __init__(self, ground: UInt8[np.ndarray, "H W 3"]) -> None:
+        """ground: at SUPERSAMPLING times the scene's resolution; drawn over in place."""
+        self._pixels = ground
+
+    def fill(self, points: Float[np.ndarray, "n 2"], colour: Colour) -> None:
+        cv2.fillPoly(self._pixels, [_fixed(points)], colour, cv2.LINE_AA, _SHIFT)
+
+    def fill_hull(self, points: Float[np.ndarray, "n 2"], colour: Colour) -> None:
+        """Fill the convex hull."""
+        cv2.fillConvexPoly(self._pixels, cv2.convexHull(_fixed(points)), colour, cv2.LINE_AA, _SHIFT)
+
+    def line(self, points: Float[np.ndarray, "n 2"], colour: Colour, width: float) -> None:
+        """Open line with round ends. Drawn as shapes of sub-pixel width, which cv2's own lines are not."""
+        half = width / 2
+        for start, end in pairwise(points):
+            along = end - start
+            across = np.array([-along[1], along[0]]) * (half / max(float(np.hypot(*along)), 1e-9))
+            self.fill(np.stack([start + across, end + across, end - across, start - across]), colour)
+        if width * SUPERSAMPLING > 2.5:
+            for point in points:
+                self.disc(point, half, colour)
+
+    def disc(self, centre: Float[np.ndarray, " 2"], radius: float, colour: Colour) -> None:
+        size = max(1, round(radius * SUPERSAMPLING * (1 << _SHIFT)))
+        x, y = _fixed(centre[None])[0]
+        cv2.circle(self._pixels, (int(x), int(y)), size, colour, cv2.FILLED, cv2.LINE_AA, _SHIFT)
+
+    def picture(self) -> UInt8[np.ndarray, "h w 3"]:
+        height, width = self._pixels.shape[:2]
+        size = (width // SUPERSAMPLING, height // SUPERSAMPLING)
+        return cv2.resize(self._pixels, size, interpolation=cv2.INTER_AREA)
+
+
+def _fixed(points: Float[np.ndarray, "n 2"]) -> np.ndarray:
+    # cv2 puts a pixel's centre at an integer, we at a half.
+    return np.rint((points * SUPERSAMPLING - 0.5) * (1 << _SHIFT)).astype(np.int32)
+
+
+def spline_matrix(num_points: int, per_span: int) -> Float64[np.ndarray, "m n"]:
+    """Rows of weights: `spline_matrix(n, k) @ points` is a Catmull-Rom curve through n points, k steps per span."""
+    identity = np.eye(num_points)
+    padded = np.concatenate([2 * identity[:1] - identity[1:2], identity, 2 * identity[-1:] - identity[-2:-1]])
+    s = np.arange(per_span)[:, None] / per_span
+    basis = [-s + 2 * s**2 - s**3, 2 - 5 * s**2 + 3 * s**3, s + 4 * s**2 - 3 * s**3, s**3 - s**2]
+    weights = 0.5 * np.concatenate(basis, axis=1)
+    spans = [weights @ padded[i : i + 4] for i in range(num_points - 1)]
+    return np.concatenate([*spans, identity[-1:]])
+
+
+def loop(curves: Sequence[Float[np.ndarray, "_ 2"]]) -> Float[np.ndarray, "n 2"]:
+    """Curves joined end to end into one outline."""
+    return np.concatenate(list(curves))
