@@ -11,11 +11,11 @@ import pyarrow as pa
 from jaxtyping import Bool
 
 from preprocessing.decode import frames_at
-from preprocessing.shots import CutFinder
 from preprocessing.spans import Span, spans_from_table, spans_to_table
 from tccp import faces
 from tccp.config import FPS
 from tccp.media import MediaError
+from tccp.shots import CutFinder
 
 MAX_BRIDGED_FRAMES = FPS // 2
 """Gaps without a face up to here, just under half a second, are bridged; longer ones end the clip."""
