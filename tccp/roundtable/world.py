@@ -12,11 +12,13 @@ import numpy as np
 from jaxtyping import Float, Float32, Float64, Int8, UInt8
 
 from tccp.config import FPS, TccpError
+from tccp.roundtable.body import NECK_BASE_Y, Outfit, paint_body, shoulder_ends
 from tccp.roundtable.draw import Canvas
-from tccp.roundtable.figure import NECK_BASE_Y, HeadModel, HeadView, Outfit, paint_body, paint_head, shoulder_ends
+from tccp.roundtable.face import HeadView
 from tccp.roundtable.head import Expression, Pose, landmarks_3d, rotation, turned
 from tccp.roundtable.motion import blinks
 from tccp.roundtable.people import Person, make_person, shade
+from tccp.roundtable.portrait import HeadModel, paint_head
 from tccp.roundtable.room import Room, make_room, room_seen, tint
 from tccp.roundtable.staging import BOX_CENTRE_Y, BOX_UNITS, Camera, ClipKind, Place, make_camera, stage
 from tccp.roundtable.voice import REST_WIDTH, speak
