@@ -32,6 +32,7 @@ README_COMMANDS = [
     for line in block.replace("\\\n", " ").splitlines()
     if line.removeprefix("$ ").startswith(("make ", "tccp "))
 ]
+ENTRY_POINT = "import sys, tccp.cli; sys.exit(tccp.cli.main())"  # what the script `tccp` does
 
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -222,7 +223,7 @@ def test_a_command_of_readme_exists(command: list[str]) -> None:
         assert {word for word in command[1:] if "=" not in word} <= make_targets()
         return
     verb = [word for word in command[1:2] if not word.startswith("-")]
-    result = run(sys.executable, "-m", "tccp.cli", *verb, "--help", COLUMNS="200")
+    result = run(sys.executable, "-c", ENTRY_POINT, *verb, "--help", COLUMNS="200")
     assert result.returncode == 0, result.stdout + result.stderr
     offered = set(re.findall(r"(?<![\w-])--?[a-zA-Z][\w-]*", result.stdout))
     for option in (word.partition("=")[0] for word in command[1:] if word.startswith("-")):
