@@ -28,6 +28,9 @@ _MAX_THREADS = 4  # each decoding thread holds pictures of its own, so memory wo
 # Where a keyframe is looked for, before the time wanted; none of them found, the film is decoded from its beginning.
 _SEEK_MARGINS_S = (Fraction(0), Fraction(2), Fraction(15))
 _KEYFRAMES_INDEXED = {"mov", "matroska"}  # elsewhere seeking guesses
+_NO_PRESENTATION_TIMES = {
+    "avi"
+}  # what FFmpeg makes up for them is wrong when pictures are reordered; their distance is not
 
 Timed = tuple[Fraction, av.VideoFrame]
 
@@ -107,9 +110,16 @@ def _timed(info: MediaInfo, span: Span, container: InputContainer, seek_to: Frac
     stream.codec_context.thread_count = min(_MAX_THREADS, os.cpu_count() or 1)
     if seek_to is not None:
         container.seek(int(seek_to / stream.time_base), stream=stream)
+    by_dts = _NO_PRESENTATION_TIMES & set(container.format.name.split(","))
+    dts: int | None = None
     time = span.start
     for frame in container.decode(stream):
-        if frame.pts is not None:
+        if by_dts and dts is not None:  # none on the last ones, which the decoder held back: AVI ticks once a picture
+            ticks = frame.dts - dts if frame.dts is not None else 1
+            time, dts = time + ticks * stream.time_base, dts + ticks
+        elif by_dts:
+            dts = frame.dts
+        elif frame.pts is not None:
             time = max(time, frame.pts * stream.time_base)
         if frame.is_corrupt:
             at_s = float(time - info.zero)

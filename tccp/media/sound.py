@@ -165,12 +165,12 @@ def write_audio_wav(path: str | Path, samples: Float[np.ndarray, "n"]) -> None:
     """16 kHz mono samples in [-1, 1] as a 16-bit WAV file (values beyond are clipped). Raises TccpError if not
     writable."""
     try:
-        with wave.open(str(path), "wb") as file:
+        with open(path, "wb") as raw, wave.open(raw, "wb") as file:
             file.setnchannels(1)
             file.setsampwidth(2)
             file.setframerate(SAMPLE_RATE_HZ)
             for start in range(0, len(samples), _BLOCK):
                 block = np.asarray(samples[start : start + _BLOCK], np.float64)
-                file.writeframes(np.round(np.clip(block, -1, 1) * 32767).astype("<i2").tobytes())
+                file.writeframes(np.clip(np.round(block * 32768), -32768, 32767).astype("<i2").tobytes())
     except OSError as error:
         raise TccpError(f"{path}: cannot be written ({error.strerror}); choose a folder you can write to") from None

@@ -283,25 +283,28 @@ def _probe(path: Path, size: int, mtime_ns: int) -> MediaInfo:
 
 def _scan(container: InputContainer, path: Path, size: int) -> dict[int, _Extent]:
     """Extents of all streams by their packets; MediaError `truncated` if the header promises more than there is."""
-    indexed_end = max(
-        (entry.pos + entry.size for stream in (pick_video(container), pick_audio(container)) if stream is not None
-         for entry in stream.index_entries),
-        default=0,
-    ) if "mov" in container.format.name.split(",") else 0  # fmt: skip
     extents = {stream.index: _Extent() for stream in container.streams}
     for packet in container.demux():
         if packet.size:
             extents.setdefault(packet.stream_index, _Extent()).add(packet)
+    indexed_end = 0
+    if {"mov", "avi"} & set(container.format.name.split(",")):  # elsewhere an index may be a guess
+        streams = [stream for stream in (pick_video(container), pick_audio(container)) if stream is not None]
+        indexed_end = max((entry.pos + entry.size for s in streams for entry in s.index_entries), default=0)
     if indexed_end > size or _ends_early(container, extents):
         raise MediaError(path, "truncated", "the file is cut short: its header promises more; get a complete copy")
     return extents
 
 
 def _ends_early(container: InputContainer, extents: dict[int, _Extent]) -> bool:
-    if not _STATES_DURATION & set(container.format.name.split(",")) or container.duration is None:
+    names = set(container.format.name.split(","))
+    if not _STATES_DURATION & names or container.duration is None:
         return False
     ends = [extents[s.index].end * _time_base(s) for s in container.streams if extents[s.index].packets]
-    promised = Fraction((container.start_time or 0) + container.duration, av.time_base)
+    start = (container.start_time or 0) if "mov" in names else 0  # the others count their duration from zero
+    promised = Fraction(start + container.duration, av.time_base)
+    if "avi" in names and (video := pick_video(container)):  # FFmpeg scales its duration to the size of the file
+        promised = max(promised, ((video.start_time or 0) + video.frames) * _time_base(video))
     return max(ends, default=Fraction(0)) < promised - _TRUNCATION_TOLERANCE_S
 
 
@@ -342,10 +345,11 @@ def _first_frame(path: Path, index: int) -> av.VideoFrame | av.AudioFrame:
         stream = container.streams[index]
         if not isinstance(stream, VideoStream | AudioStream) or stream.codec_context is None:
             raise MediaError(path, "unsupported", "its codec is not known here; convert it to H.264 and AAC")
+        kind = stream.type  # a stream must not be touched after its container is closed
         for frame in container.decode(stream):
             assert isinstance(frame, av.VideoFrame | av.AudioFrame)
             if frame.pts is None:
-                raise MediaError(path, "unsupported", f"its {stream.type} carries no timestamps; convert it to MP4")
+                raise MediaError(path, "unsupported", f"its {kind} carries no timestamps; convert it to MP4")
             return frame
-    what = "pictures" if stream.type == "video" else "sound"
-    raise MediaError(path, f"empty_{stream.type}", f"its {stream.type} track is empty; give a file with {what}")
+    what = "pictures" if kind == "video" else "sound"
+    raise MediaError(path, f"empty_{kind}", f"its {kind} track is empty; give a file with {what}")
