@@ -7,6 +7,7 @@ A box is (x0, y0, x1, y1) in the continuous coordinates of `tccp.landmarks`: pix
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import cv2
@@ -16,10 +17,10 @@ from jaxtyping import Bool, Float, Float32, UInt8
 from tccp.config import HeadBoxSettings, TccpError
 from tccp.landmarks import head_pose, smooth_over_time
 
-SIDE = 3.6
+SIDE = 3.9
 """Side of the head box in units of the distance between the outer eye corners (MEAN_FACE's unit). The face, brows to
-chin, is 1.6: above the brows there is room for the skull and hair (1.2), below the chin for neck and collar (0.8)."""
-CENTER = np.array([0.0, 0.32, 0.6])
+chin, is 1.6: above the brows there is room for the skull and hair (1.4), below the chin for neck and collar (0.9)."""
+CENTER = np.array([0.0, 0.25, 0.6])
 """Centre of the head box in MEAN_FACE's coordinates: in height as SIDE says, in depth near the axis of the neck, so
 that turning the head does not move it."""
 MASK_FILL = 127
@@ -49,7 +50,6 @@ def head_boxes(
         raise TccpError(f"no face in any of the {len(landmarks_px)} frames of the shot: head boxes need at least one")
     pose = head_pose(landmarks_px[known].astype(np.float64))
     scale = float(np.median(pose.scale))
-    side = max(2, round(SIDE * scale))
 
     axes = pose.rotation[:, :2] * scale
     moves, at_center = axes - axes.mean(0), pose.origin + axes @ CENTER
@@ -60,10 +60,21 @@ def head_boxes(
     pivot *= min(1.0, _PIVOT_REACH / max(float(np.linalg.norm(pivot)), 1e-9))
     path = at_center.mean(0) + drift + moves @ pivot
 
-    frames = np.arange(len(known))
-    filled = np.stack([np.interp(frames, frames[known], path[:, axis]) for axis in (0, 1)], 1)
-    corner = _whole_steps(smooth_over_time(filled, _PATH_SIGMA_FRAMES) - side / 2)
-    return np.concatenate([corner, corner + side], 1).astype(np.float32)
+    centers = np.full((len(known), 2), np.nan)
+    centers[known] = path
+    return steady_boxes(centers, SIDE * scale)
+
+
+def steady_boxes(centers: Float[np.ndarray, "f 2"], side: float) -> Float32[np.ndarray, "f 4"]:
+    """Boxes of one size with whole corners whose centres follow `centers`, smoothed over about two seconds.
+
+    Rows of NaN are interpolated; at least one must be known.
+    """
+    known, frames = np.isfinite(centers).all(1), np.arange(len(centers))
+    whole_side = max(2, round(side))
+    filled = np.stack([np.interp(frames, frames[known], centers[known, axis]) for axis in (0, 1)], 1)
+    corner = _whole_steps(smooth_over_time(filled, _PATH_SIGMA_FRAMES) - whole_side / 2)
+    return np.concatenate([corner, corner + whole_side], 1).astype(np.float32)
 
 
 def _whole_steps(path: Float[np.ndarray, "f 2"]) -> Float[np.ndarray, "f 2"]:
@@ -220,3 +231,140 @@ def crop(
     _touched(box)
     step = (float(box[2] - box[0]) / size_px, float(box[3] - box[1]) / size_px)
     return _resample(frame, (float(box[0]), float(box[1])), step, (size_px, size_px), cv2.BORDER_REPLICATE)
+
+
+FEATHER = 0.06
+"""Width of the feathered edge, as a fraction of the box's side; it lies inside the box."""
+_RING = 0.004  # depth of the bands compared on both sides of the border, as a fraction of the side: deeper ones
+# would compare different things
+_KNOTS_PER_SIDE = 8
+_FIELD_PX = 17  # resolution of the colour offset over the box
+_MAX_OFFSET = 30.0  # levels by which a knot may leave the median: beyond, the pictures differ, not their colours
+
+
+def paste(
+    frame: UInt8[np.ndarray, "h w 3"],
+    face: UInt8[np.ndarray, "s s 3"],
+    box: Float[np.ndarray, "4"],
+    color_match: bool = True,
+) -> UInt8[np.ndarray, "h w 3"]:
+    """The frame with the generated face in its box; pixels that the box does not touch are bit-equal.
+
+    What `frame` shows under the mask is never looked at. The face's border is compared with the visible ring around the
+    mask. First (`color_match`) the low frequencies of the difference, taken robustly along the border, are spread over
+    the whole face and removed: the generator's colour drift. What is then left at the edge is faded in over FEATHER of
+    the side, so that no seam remains where the two pictures disagree. Where the box leaves the picture there is no
+    ring, and nothing to match.
+    Raises TccpError for a box without area.
+    """
+    x0, y0, x1, y1 = _touched(box)
+    rows, columns = _clipped(box, *frame.shape[:2])
+    if rows.start >= rows.stop or columns.start >= columns.stop:
+        return frame.copy()
+    step = (face.shape[1] / float(box[2] - box[0]), face.shape[0] / float(box[3] - box[1]))
+    origin = ((x0 - float(box[0])) * step[0], (y0 - float(box[1])) * step[1])
+    patch = _resample(face.astype(np.float32), origin, step, (x1 - x0, y1 - y0), cv2.BORDER_REPLICATE)
+
+    depth = max(1, round(_RING * (x1 - x0)))
+    surround = _surround(frame, (x0, y0, x1, y1), depth)
+    if color_match:
+        patch = patch + _color_offset([s - e for s, e in zip(surround, _edges(patch, depth), strict=True)], patch.shape)
+    patch = patch + _feather([s - e for s, e in zip(surround, _edges(patch, depth), strict=True)], patch.shape)
+
+    out = frame.copy()
+    inside = patch[rows.start - y0 : rows.stop - y0, columns.start - x0 : columns.stop - x0]
+    out[rows, columns] = np.clip(np.rint(inside), 0, 255).astype(np.uint8)
+    return out
+
+
+# Along an edge, values are arrays (n, 3): top and bottom from left to right, left and right from top to bottom.
+
+
+def _at_edge(near: np.ndarray, far: np.ndarray) -> np.ndarray:
+    """The value at the edge itself, continued from the means of two bands beside it (depth first)."""
+    return 1.5 * near.mean(0) - 0.5 * far.mean(0)
+
+
+def _edges(patch: np.ndarray, depth: int) -> list[np.ndarray]:
+    """A patch's colour at its top, bottom, left and right edge, seen from inside."""
+    views = (patch, patch[::-1], patch.swapaxes(0, 1), patch.swapaxes(0, 1)[::-1])
+    depth = min(depth, max(1, len(patch) // 2))
+    return [
+        _at_edge(view[:depth], view[depth : 2 * depth] if len(view) >= 2 * depth else view[:depth]) for view in views
+    ]
+
+
+def _surround(frame: np.ndarray, box: tuple[int, int, int, int], depth: int) -> list[np.ndarray]:
+    """The frame's colour at the box's four edges, seen from outside; NaN where the frame does not go that far."""
+    x0, y0, x1, y1 = box
+    height, width = frame.shape[:2]
+    edges = []
+    for swap, flip in ((False, False), (False, True), (True, False), (True, True)):
+        view = frame.swapaxes(0, 1) if swap else frame
+        (a0, a1), (b0, b1), size = ((x0, x1), (y0, y1), width) if swap else ((y0, y1), (x0, x1), height)
+        view, edge = (view[::-1], size - a1) if flip else (view, a0)  # the box begins at row `edge`, looking inward
+        colour = np.full((b1 - b0, 3), np.nan, np.float32)
+        if edge >= 1 and edge <= len(view):
+            low, high = max(b0, 0), min(b1, view.shape[1])
+            band = view[max(edge - 2 * depth, 0) : edge, low:high].astype(np.float32)[::-1]
+            near, far = (band[:depth], band[depth:]) if len(band) == 2 * depth else (band, band)
+            colour[low - b0 : high - b0] = _at_edge(near, far)
+        edges.append(colour)
+    return edges
+
+
+@functools.cache
+def _field_weights() -> Float32[np.ndarray, "cells knots"]:
+    """Inverse-distance weights from the knots, in the order of the edges, to the cells of the colour offset."""
+    along = (np.arange(_KNOTS_PER_SIDE) + 0.5) / _KNOTS_PER_SIDE
+    zero, one = np.zeros_like(along), np.ones_like(along)
+    pairs = ((along, zero), (along, one), (zero, along), (one, along))
+    knots = np.concatenate([np.stack(pair, 1) for pair in pairs])
+    grid = np.linspace(0, 1, _FIELD_PX)
+    cells = np.stack(np.meshgrid(grid, grid), -1).reshape(-1, 2)
+    weights = 1 / (((cells[:, None] - knots) ** 2).sum(-1) + 1e-3)
+    return weights.astype(np.float32)
+
+
+def _color_offset(differences: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+    """A smooth offset over the box that follows the border's differences, robustly."""
+    parts = [part for edge in differences for part in np.array_split(edge, _KNOTS_PER_SIDE)]
+    seen = np.array([len(part) > 0 and bool(np.isfinite(part).all(1).any()) for part in parts])
+    if not seen.any():
+        return np.zeros(shape, np.float32)
+    knots = np.stack([np.nanmedian(part, 0) for part, s in zip(parts, seen, strict=True) if s])
+    middle = np.median(knots, 0)
+    knots = np.clip(knots, middle - _MAX_OFFSET, middle + _MAX_OFFSET)
+    weights = _field_weights()[:, seen]
+    cells = (weights / weights.sum(1, keepdims=True)) @ knots
+    field = cells.reshape(_FIELD_PX, _FIELD_PX, 3).astype(np.float32)
+    # Cells are corners, pixels are areas: the pixels' centres are looked up between the corners.
+    y, x = (((np.arange(n, dtype=np.float32) + 0.5) / n * (_FIELD_PX - 1)) for n in shape[:2])
+    return cv2.remap(field, np.tile(x, (shape[0], 1)), np.tile(y[:, None], (1, shape[1])), cv2.INTER_LINEAR)
+
+
+def _feather(differences: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+    """The edges' differences, smoothed along the edge, fading to nothing over FEATHER of the side."""
+    height, width = shape[:2]
+    reach = max(2.0, FEATHER * width)
+    rows, columns = np.arange(height, dtype=np.float32), np.arange(width, dtype=np.float32)
+    distances = (
+        np.tile(rows[:, None], (1, width)),
+        np.tile(rows[::-1, None], (1, width)),
+        np.tile(columns[None], (height, 1)),
+        np.tile(columns[None, ::-1], (height, 1)),
+    )
+    total, weight = np.zeros(shape, np.float32), np.zeros(shape[:2], np.float32)
+    for number, (difference, distance) in enumerate(zip(differences, distances, strict=True)):
+        known = np.isfinite(difference).all(1)
+        if not known.any():
+            continue
+        line = np.stack([np.interp(np.arange(len(known)), np.flatnonzero(known), d[known]) for d in difference.T], 1)
+        line = cv2.GaussianBlur(
+            line.astype(np.float32)[None], (0, 0), max(0.5, reach / 8), borderType=cv2.BORDER_REPLICATE
+        )[0]
+        fade = np.maximum(1 - distance / reach, 0).astype(np.float32) ** 2
+        # In a corner two edges speak: each with its own weight, and both together no louder than one.
+        total += (fade**2)[..., None] * (line[None] if number < 2 else line[:, None])
+        weight += fade
+    return total / np.maximum(weight, 1e-6)[..., None]
