@@ -60,7 +60,7 @@ def paint_body(
     yaw = np.deg2rad(torso_yaw_deg)
     faces_viewer = np.cos(yaw) > 0
 
-    def at(*points: tuple[float, float, float]) -> Float64[np.ndarray, "n 2"]:
+    def at(*points: tuple[float | int, float | int, float | int]) -> Float64[np.ndarray, "n 2"]:
         return neck_base + unit_px * torso_points(np.array(points, dtype=np.float64), torso_yaw_deg)
 
     width = outfit.shoulders

@@ -22,7 +22,7 @@ _SCALARS = {"seed": int, "person_seed": int, "width": int, "height": int, "kind"
 def write_clips(
     out: str | Path,
     clips: int,
-    seconds: float,
+    seconds: float | int,
     seed: int = 0,
     people: int | None = None,
     width: int = 256,

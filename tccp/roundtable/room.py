@@ -54,8 +54,8 @@ def make_room(rng: np.random.Generator, width: int, height: int) -> Room:
         _hang_on_wall(rng, block, wall)
     if rng.random() < 0.5:
         _put_shelf(rng, block, floor_y)
-    block(0, floor_y, 1, 1, tint(rng, (0.1, 0.45), (0.3, 0.6)))
-    block(0, floor_y - 0.025, 1, floor_y, shade(wall, 0.75))
+    block(0.0, floor_y, 1.0, 1.0, tint(rng, (0.1, 0.45), (0.3, 0.6)))
+    block(0.0, floor_y - 0.025, 1.0, floor_y, shade(wall, 0.75))
     table_y = float(rng.uniform(0.86, 0.93)) if rng.random() < 0.6 else None
     return Room(picture=ground, table_y=table_y, table=tint(rng, (0.25, 0.55), (0.35, 0.7)))
 

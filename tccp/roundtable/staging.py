@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Float, Float64, Int8
+from jaxtyping import Bool, Float, Float64, Int8
 
 from tccp.config import FPS
 from tccp.roundtable.head import Pose
@@ -101,13 +101,11 @@ def stage(rng: np.random.Generator, speech: Speech, width: int, height: int) -> 
     past_events = np.searchsorted(event_s, np.arange(num_frames) / FPS, side="right")
     addressee = (past_events % 2 if kind == "change" else np.zeros(num_frames)).astype(np.int8)
 
-    focal_px = side_px / _BOX_M * _TALKER_DEPTH_M
+    plan = _Plan(middle, side_px, side_px / _BOX_M * _TALKER_DEPTH_M, width, height)
     others, bearings = [], []
     for k in range(num_others):
-        moves_at = event_s if kind == "move" and k == 0 else np.zeros(0)
-        place, bearing = _other(
-            rng, int(sides[k]), middle, side_px, focal_px, moves_at, addressee == k, event_s, width, height
-        )
+        moves = kind == "move" and k == 0
+        place, bearing = _other(rng, plan, int(sides[k]), moves, addressee == k, event_s)
         others.append(place)
         bearings.append(bearing)
 
@@ -158,29 +156,36 @@ def _event_times(rng: np.random.Generator, seconds: float) -> Float64[np.ndarray
     return np.round(np.array(times) * FPS) / FPS
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What fixes where others can stand: the talker's middle and size, and how scene pixels map to metres."""
+
+    talker: Float64[np.ndarray, " 2"]
+    box_side_px: int
+    focal_px: float
+    width: int
+    height: int
+
+
 def _other(
     rng: np.random.Generator,
+    plan: _Plan,
     side: int,
-    talker: Float64[np.ndarray, " 2"],
-    box_side_px: int,
-    focal_px: float,
-    moves_at_s: Float64[np.ndarray, " e"],
-    is_addressed: np.ndarray,
+    moves: bool,
+    is_addressed: Bool[np.ndarray, " f"],
     event_s: Float64[np.ndarray, " e"],
-    width: int,
-    height: int,
 ) -> tuple[Place, Float64[np.ndarray, " f"]]:
     """One of the others, nearer to the camera than the talker, and his bearing from the talker in degrees."""
     num_frames = len(is_addressed)
-    unit = box_side_px / BOX_UNITS
+    unit = plan.box_side_px / BOX_UNITS
     angles = [rng.uniform(*_NEAR_DEG), rng.uniform(*_WIDE_DEG)]
     if rng.random() < 0.5:
         angles.reverse()
-    if not len(moves_at_s):
+    if not moves:
         angles = [rng.uniform(_NEAR_DEG[0], _WIDE_DEG[1])] * 2
     bearing = np.full(num_frames, angles[0])
-    for k, at_s in enumerate(moves_at_s):
-        bearing += glide(0.0, (angles[1] - angles[0]) * (-1) ** k, at_s, _MOVE_S, num_frames)
+    for k, at_s in enumerate(event_s if moves else ()):
+        bearing += glide(0.0, (angles[1] - angles[0]) * (-1) ** k, float(at_s), _MOVE_S, num_frames)
     bearing *= side
     gap = rng.uniform(0.1, 1.2) * unit
 
@@ -188,13 +193,15 @@ def _other(
     # Place depends on size, hence on depth, so that no other stands before the talker's head; three rounds settle it.
     grow = np.ones(num_frames)
     for _ in range(3):
-        x = talker[0] + side * (box_side_px / 2 + 1.4 * unit * grow + gap)
-        nearer_m = (x - talker[0]) * _TALKER_DEPTH_M / (focal_px * np.tan(np.deg2rad(bearing)) + x - width / 2)
+        x = plan.talker[0] + side * (plan.box_side_px / 2 + 1.4 * unit * grow + gap)
+        nearer_m = (
+            (x - plan.talker[0]) * _TALKER_DEPTH_M / (plan.focal_px * np.tan(np.deg2rad(bearing)) + x - plan.width / 2)
+        )
         depth_m = _TALKER_DEPTH_M - nearer_m
         grow = _TALKER_DEPTH_M / depth_m
-    horizon = 0.36 * height
+    horizon = 0.36 * plan.height
     lower = rng.uniform(0.2, 1.0) * unit
-    y = horizon + (talker[1] - BOX_CENTRE_Y * unit + lower - horizon) * grow
+    y = horizon + (plan.talker[1] - BOX_CENTRE_Y * unit + lower - horizon) * grow
     sway = np.stack([drift(rng, num_frames, 0.06 * unit), drift(rng, num_frames, 0.04 * unit)], axis=-1)
 
     # The addressee looks at the talker, the other one outwards and to the camera.
@@ -205,7 +212,7 @@ def _other(
     for at_s in event_s:
         begins = round(float(at_s) * FPS)
         if begins < num_frames and is_addressed[begins] and not is_addressed[max(begins - 1, 0)]:
-            up = glide(0, 1, at_s, 0.3, num_frames) - glide(0, 1, at_s + 0.8, 0.4, num_frames)
+            up = glide(0.0, 1.0, float(at_s), 0.3, num_frames) - glide(0.0, 1.0, float(at_s) + 0.8, 0.4, num_frames)
             hands[:, (side + 1) // 2] = np.maximum(hands[:, (side + 1) // 2], up)
     place = Place(
         origin=np.stack([x, y], axis=-1) + sway,

@@ -76,7 +76,7 @@ class Speech:
     stress: 0..1, high on stressed syllables, which are louder and higher in pitch.
     """
 
-    audio: Float32[np.ndarray, " n"]
+    audio: Float32[np.ndarray, " samples"]
     opening: Float32[np.ndarray, " f"]
     width: Float32[np.ndarray, " f"]
     stress: Float32[np.ndarray, " f"]

@@ -59,7 +59,7 @@ class Truth:
     listener_side: Int8[np.ndarray, " f"]
     target_deg: Float32[np.ndarray, " f"]
     event_s: Float32[np.ndarray, " e"]
-    others_box: Float32[np.ndarray, "f n 4"]
+    others_box: Float32[np.ndarray, "f others 4"]
     torso_yaw_deg: Float32[np.ndarray, " f"]
     shoulders_px: Float32[np.ndarray, "f 2 2"]
 
@@ -120,7 +120,7 @@ class RoundTableClip(Truth):
     audio: mono 16 kHz, -1..1, 640 samples per frame. identity: the talker's head box in another room, clothes and pose.
     """
 
-    audio: Float32[np.ndarray, " n"]
+    audio: Float32[np.ndarray, " samples"]
     identity: UInt8[np.ndarray, "s s 3"]
     stage: _Stage
 
@@ -163,7 +163,7 @@ class RoundTableClip(Truth):
 
 
 def synthesise(
-    seed: int, seconds: float, width: int = 256, height: int = 192, person_seed: int | None = None
+    seed: int, seconds: float | int, width: int = 256, height: int = 192, person_seed: int | None = None
 ) -> RoundTableClip:
     """The clip of this seed. `person_seed` makes several clips share a talker, face and voice.
 
