@@ -67,17 +67,20 @@ def _tracks(span: Span, detector: faces.FaceBackend, on_frame: Callable[[], obje
 def _runs(shot: Span, found: Sequence[Sequence[faces.Face]]) -> list[Span]:
     """The spans of one shot on which its main person is to be seen, and those set aside, in order of time."""
     person = faces.track(found)
-    seen = np.array([face is not None and face.landmarks_px is not None for face in person], bool)
+    seen = np.zeros(len(person), bool)
     points = np.full((len(person), 68, 2), np.nan, np.float32)
     confidence = np.zeros(len(person), np.float32)
-    for i in np.flatnonzero(seen):
-        points[i], confidence[i] = person[i].landmarks_px, person[i].confidence
+    for i, face in enumerate(person):
+        if face is not None and face.landmarks_px is not None and face.confidence > 0:
+            seen[i], points[i], confidence[i] = True, face.landmarks_px, face.confidence
     spans: list[Span] = []
     done = 0
     for first, stop in [*runs(seen), (len(person), len(person))]:
         if first > done:
             gap = shot.cut(shot.start_frame + done, shot.start_frame + first)
-            spans.append(gap.set_aside("no_face", f"{shot.path}: nobody's face is to be seen"))
+            spans.append(
+                gap.set_aside("no_face", f"{shot.path}: nobody's face is to be seen; give film of one person's face")
+            )
         if stop > first:
             run = shot.cut(shot.start_frame + first, shot.start_frame + stop)
             filled = _bridged(points[first:stop], seen[first:stop])

@@ -27,7 +27,7 @@ def _track(span: Span) -> Span:
     try:
         truth = read_truth(path)
     except TccpError as error:
-        return span.set_aside("no_truth", str(error))
+        return span.set_aside("no_truth", f"{path}: {error}")
     frames = len(truth.landmarks_px)
     if frames < span.stop_frame or (truth.width, truth.height) != (span.width, span.height):
         text = f"{path}: its truth is of {frames} frames of {truth.width}x{truth.height}; write both anew: tccp synth"
