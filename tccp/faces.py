@@ -6,7 +6,6 @@ faces and gives boxes only.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import math
 import os
@@ -59,7 +58,7 @@ class FaceBackend(Protocol):
 
 
 def open_backend(name: BackendName | str, weights: Path | None = None) -> FaceBackend:
-    """A detector, ready to use; close it after use.
+    """A detector, ready to use; close it after use (left open, MediaPipe's clean-up fails noisily at the very end).
 
     weights: of `mediapipe`: its file or the folder it is in; by default TCCP_WEIGHTS, else <storage>/weights.
     Raises TccpError for an unknown name and for weights that are absent or unreadable.
@@ -138,8 +137,6 @@ class MediapipeBackend:
                 reason = str(error).splitlines()[0][:120]
                 raise TccpError(f"{weights} is not a usable MediaPipe face landmark model: {reason}") from None
             self.detect(np.zeros((64, 64, 3), np.uint8))  # the graph's threads start now, and say so
-        # Left open until the interpreter ends, MediaPipe's own clean-up fails with a traceback.
-        atexit.register(self.close)
 
     def detect(self, frame: UInt8[np.ndarray, "h w 3"]) -> list[Face]:
         height, width = frame.shape[:2]
@@ -154,7 +151,6 @@ class MediapipeBackend:
         return sorted(faces, key=lambda face: -face.side)
 
     def close(self) -> None:
-        atexit.unregister(self.close)
         self._landmarker.close()
 
 
@@ -254,7 +250,7 @@ def _covers(seen: dict[int, Face], point: np.ndarray) -> tuple[int, float]:
 
 
 def _likeness(last: Face, face: Face, gap: int) -> float:
-    """How likely two faces are the same person's: 0 for no; overlap as a rule; after a gap nearness, at a lower rank."""
+    """How likely two faces are one person's: 0 for no; overlap as a rule; after a gap nearness, at a lower rank."""
     overlap = np.maximum(np.minimum(last.box[2:], face.box[2:]) - np.maximum(last.box[:2], face.box[:2]), 0).prod()
     iou = float(overlap / max(last.side**2 + face.side**2 - overlap, 1e-6))
     if iou >= _MIN_IOU:
@@ -264,7 +260,7 @@ def _likeness(last: Face, face: Face, gap: int) -> float:
     return _MIN_IOU / 2 if gap > 1 and near and alike else 0.0
 
 
-LBP_SIDE, LBP_DROP = 2.0, 0.03
+LBP_SIDE, LBP_DROP = 2.0, 0.02
 """Head box from a box of the cascade, in its sides: how much larger, and how much lower its centre (see test_faces)."""
 
 

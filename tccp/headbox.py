@@ -20,7 +20,7 @@ from tccp.landmarks import head_pose, smooth_over_time
 SIDE = 3.9
 """Side of the head box in units of the distance between the outer eye corners (MEAN_FACE's unit). The face, brows to
 chin, is 1.6: above the brows there is room for the skull and hair (1.4), below the chin for neck and collar (0.9)."""
-CENTER = np.array([0.0, 0.25, 0.6])
+CENTER = np.array([0.0, 0.25, 0.75])
 """Centre of the head box in MEAN_FACE's coordinates: in height as SIDE says, in depth near the axis of the neck, so
 that turning the head does not move it."""
 MASK_FILL = 127

@@ -98,7 +98,7 @@ class _Reading:
     def _drawn_alike(self, points: np.ndarray) -> np.ndarray:
         """The points drawn anew, as blurred as this picture: of the blurs tried, the one that comes closest to it."""
         sharp = draw(points[None] / self.size, self.size)[0].astype(np.float32) / 255
-        blurs = [0.0, 0.2, 0.35, 0.5, 0.7, 1.0]
+        blurs = [0.0, 0.3, 0.55, 0.9]
         drawn = [sharp if not b else cv2.GaussianBlur(sharp, (0, 0), b * self.stroke) for b in blurs]
         return min(drawn, key=lambda layers: float(((layers - self.layers) ** 2).sum()))
 
@@ -182,10 +182,10 @@ class _Reading:
 
     def _ends(self, s: np.ndarray, amount: np.ndarray) -> tuple[float, float] | None:
         """Where the ink begins and ends along a strip: half a stroke's amount, less the stroke's round cap."""
-        inked = np.flatnonzero(amount > 0.5 * min(self.stroke, float(np.percentile(amount, 80))))
+        inked = np.flatnonzero(amount > 0.5 * min(self.stroke, _quantile(amount, 0.8)))
         if len(inked) < 3:
             return None
-        level = 0.5 * min(self.stroke, float(np.median(amount[inked])))
+        level = 0.5 * min(self.stroke, _quantile(amount[inked], 0.5))
         first, last = inked[0], inked[-1]
         low = float(np.interp(level, amount[first - 1 : first + 1], s[first - 1 : first + 1])) if first else s[0]
         high = float(np.interp(-level, -amount[last : last + 2], s[last : last + 2])) if last + 1 < len(s) else s[-1]
@@ -203,7 +203,7 @@ class _Reading:
             reach, off = (pixels - start) @ along, (pixels - start) @ across
             if not last:
                 start, end = start + along * (reach.min() + 0.5), start + along * (reach.max() - 0.5)
-                start, end = start + across * np.median(off), end + across * np.median(off)
+                start, end = start + across * _quantile(off, 0.5), end + across * _quantile(off, 0.5)
             height = float(np.abs((pixels - start) @ across).max()) + 2 * self.stroke
             s, amount, center = self._strip(layer, start, end, height)
             ends = self._ends(s, amount)
@@ -235,6 +235,7 @@ class _Reading:
         # In a turned head a corner can hide behind the lips: then it is not the shape's end.
         reach = (template - template[0]) @ (template[half] - template[0])
         where = np.interp(reach, (reach.min(), reach.max()), ends)
+        where = _warped(where, template, s, np.maximum(amount - self.stroke, 0), ends)
         upper, lower = center - amount / 2, center + amount / 2
         # A sloping edge's stroke is thicker, measured straight across.
         rise = [np.sqrt(1 + np.clip(np.gradient(edge, s), -1, 1) ** 2) for edge in (upper, lower)]
@@ -266,7 +267,7 @@ class _Reading:
         values = cv2.GaussianBlur(values, (0, 0), 1.0)
         amount = values.sum(1) * step
         center = (values * r).sum(1) * step / np.maximum(amount, 1e-3)
-        inked = np.flatnonzero(amount > 0.5 * min(self.stroke, float(np.percentile(amount, 70))))
+        inked = np.flatnonzero(amount > 0.5 * min(self.stroke, _quantile(amount, 0.7)))
         if len(inked) < 9:
             return None
         curve = middle + center[inked, None] * np.stack([np.cos(angle[inked]), np.sin(angle[inked])], 1)
@@ -275,10 +276,36 @@ class _Reading:
         return _at_fractions(curve, cap + (1 - 2 * cap) * _fractions(template))
 
 
+def _warped(where: np.ndarray, template: np.ndarray, s: np.ndarray, excess: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Positions along a closed shape, moved so that the template's centre of area falls on the shape's own.
+
+    In a turned head lips that bulge less or more than the mean face's sit elsewhere between their ends. The less area
+    there is beyond the mere stroke (`excess`), the less it says.
+    """
+    area = float(excess.sum()) * float(s[1] - s[0])
+    moments = cv2.moments(template.astype(np.float32)[:, None])
+    if area <= 0 or abs(moments["m00"]) < 1e-3:
+        return where
+    length = float(ends[1] - ends[0])
+    toward = template[len(template) // 2] - template[0]
+    reach = (template - template[0]) @ toward
+    middle = (np.array([moments["m10"], moments["m01"]]) / moments["m00"] - template[0]) @ toward
+    low, high = ends[0] + 0.15 * length, ends[1] - 0.15 * length
+    expected = np.clip(np.interp(middle, (reach.min(), reach.max()), ends), low, high)
+    measured = np.clip(float((excess * s).sum() / excess.sum()), low, high)
+    trust = area / (area + 0.02 * length**2)
+    return np.interp(where, (ends[0], expected, ends[1]), (ends[0], expected + trust * (measured - expected), ends[1]))
+
+
 def _squared_distances(pixels: np.ndarray, channels: np.ndarray, face: np.ndarray) -> np.ndarray:
     """From each ink pixel to each of the 68 points, those of other layers being out of reach."""
     distance = (pixels**2).sum(1)[:, None] - 2 * pixels @ face.T + (face**2).sum(1)
     return distance + _OTHER_LAYER[channels]
+
+
+def _quantile(values: np.ndarray, share: float) -> float:
+    """np.quantile without its overhead, which on some dozens of numbers is all there is."""
+    return float(np.sort(values)[int(share * (len(values) - 1))])
 
 
 def _fractions(curve: np.ndarray) -> np.ndarray:
