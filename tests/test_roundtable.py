@@ -135,19 +135,10 @@ def test_nothing_outside_the_head_box_knows_of_yaw_or_mouth(seed):
 @pytest.mark.parametrize("style", HAIR_STYLES)
 def test_every_hair_style_stays_in_the_head_box(style):
     seed = next(seed for seed in range(400) if make_person(seed).hair_style == style)
-    clip = synthesise(30, 1.0, person_seed=seed)
-    nodding = dataclasses.replace(clip.stage.talker.place.pose, pitch_deg=np.full(clip.num_frames, 14, np.float32))
-    clip = dataclasses.replace(
-        clip,
-        stage=dataclasses.replace(
-            clip.stage,
-            talker=dataclasses.replace(
-                clip.stage.talker, place=dataclasses.replace(clip.stage.talker.place, pose=nodding)
-            ),
-        ),
-    )
-    turns = [clip.with_head(yaw_deg=np.full(clip.num_frames, yaw, np.float32)) for yaw in (-65, -30, 0, 30, 65)]
-    rests = [outside(turn.render(12), clip.head_box[12]) for turn in turns]
+    clip = synthesise(30, 0.2, person_seed=seed)
+    nod = np.full(clip.num_frames, 14, np.float32)
+    turns = [clip.with_head(np.full_like(nod, yaw), pitch) for yaw in (-65, 0, 65) for pitch in (-nod, nod)]
+    rests = [outside(turn.render(2), clip.head_box[2]) for turn in turns]
     assert all(np.array_equal(rests[0], rest) for rest in rests[1:])
 
 
@@ -165,7 +156,7 @@ def test_head_box_is_a_steady_whole_square_around_all_landmarks(seed):
 
 
 def test_landmarks_lie_on_what_is_drawn():
-    """Pixels that change when the mouth moves lie around the mouth's landmarks, and on each lip the lips' colour is found."""
+    """Pixels that change when the mouth moves lie around its landmarks; between lip landmarks lies the lips' colour."""
     clip = synthesise(14, 2.0)
     frame = int(np.argmax(clip.mouth_opening))
     lips = np.array(clip.stage.talker.model.person.lips)
@@ -217,7 +208,7 @@ def test_opening_and_width_are_those_of_the_landmarks():
 
 
 def test_mel_determines_the_mouth():
-    """A linear read-out of one mel window, fitted on some voices, tells opening and width of others; another clip's does not."""
+    """A linear read-out of a mel window, fitted on some voices, tells the mouth of others; another clip's does not."""
 
     def examples(seeds):
         windows, mouths = [], []
@@ -286,7 +277,7 @@ def test_stress_is_louder_and_lifts_the_brows():
 
 
 def test_in_half_of_the_clips_the_addressee_changes_or_moves():
-    kinds = [synthesise(seed, 0.2).kind for seed in range(200)]
+    kinds = [synthesise(seed, 0.2).kind for seed in range(120)]
     assert 0.4 < np.mean([kind != "still" for kind in kinds]) < 0.6
     assert {"change", "move"} <= set(kinds)
 
@@ -307,14 +298,27 @@ def test_the_head_turns_to_whom_he_speaks_after_a_lag():
     assert sides.all()
 
 
-def test_the_addressee_stands_on_his_side_and_clear_of_the_mask():
+def test_the_addressee_stands_on_his_side_within_the_scene():
     for seed in range(20):
-        clip = synthesise(seed, 2.0)
+        clip = synthesise(seed, 1.0)
         middle = clip.head_box[:, ::2].mean(axis=1)
         box = clip.others_box[np.arange(clip.num_frames), clip.addressee]
-        assert (np.sign(box[:, ::2].mean(axis=1) - middle) == clip.listener_side).all()
-        assert (0 < box[:, ::2].mean(axis=1)).all()
-        assert (box[:, ::2].mean(axis=1) < clip.width).all()
+        at = box[:, ::2].mean(axis=1)
+        assert (np.sign(at - middle) == clip.listener_side).all()
+        assert at.min() > 0
+        assert at.max() < clip.width
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_no_other_reaches_into_the_head_box(seed):
+    """Else a generated head would have to draw somebody's shoulder, and the crop would tell where he stands."""
+    clip = synthesise(seed, 2.0)
+    alone = dataclasses.replace(clip, stage=dataclasses.replace(clip.stage, others=()))
+    for frame in (0, 49):
+        x0, y0, x1, y1 = clip.head_box[frame].astype(int)
+        drawn, empty = clip.render(frame), alone.render(frame)
+        assert not np.array_equal(drawn, empty)
+        assert np.array_equal(drawn[y0:y1, x0:x1], empty[y0:y1, x0:x1])
 
 
 def test_following_is_causal_and_keeps_a_constant():

@@ -6,7 +6,6 @@ Coordinates are scene pixels, continuous: pixel i covers i..i+1.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import cv2
 import numpy as np
@@ -15,6 +14,7 @@ from jaxtyping import Float, Float64, UInt8
 from tccp.roundtable.people import Colour
 
 SUPERSAMPLING = 2
+_ROUND_FROM_PX = 8.0  # canvas pixels; thinner lines show no joints
 _SHIFT = 4  # fractional bits of cv2's fixed-point coordinates
 
 
@@ -33,15 +33,18 @@ class Canvas:
         cv2.fillConvexPoly(self._pixels, cv2.convexHull(_fixed(points)), colour, cv2.LINE_AA, _SHIFT)
 
     def line(self, points: Float[np.ndarray, "n 2"], colour: Colour, width: float) -> None:
-        """Open line with round ends. Drawn as shapes of sub-pixel width, which cv2's own lines are not."""
-        half = width / 2
-        for start, end in pairwise(points):
-            along = end - start
-            across = np.array([-along[1], along[0]]) * (half / max(float(np.hypot(*along)), 1e-9))
-            self.fill(np.stack([start + across, end + across, end - across, start - across]), colour)
-        if width * SUPERSAMPLING > 2.5:
+        """Open line; a wide one has round joints and ends. A ribbon of sub-pixel width, which cv2's own lines lack."""
+        along = np.diff(points, axis=0)
+        along /= np.maximum(np.hypot(along[:, :1], along[:, 1:]), 1e-9)
+        at_points = np.concatenate([along[:1], along[:-1] + along[1:], along[-1:]])
+        # At a bend of angle a the ribbon keeps its width if its side goes 1 / cos(a / 2) further; sharp bends are cut.
+        length = np.hypot(at_points[:, :1], at_points[:, 1:])
+        length[1:-1] = np.maximum(length[1:-1] ** 2 / 2, 0.5)
+        side = np.stack([-at_points[:, 1], at_points[:, 0]], axis=-1) * (width / 2 / np.maximum(length, 1e-9))
+        self.fill(np.concatenate([points + side, (points - side)[::-1]]), colour)
+        if width * SUPERSAMPLING > _ROUND_FROM_PX:
             for point in points:
-                self.disc(point, half, colour)
+                self.disc(point, width / 2, colour)
 
     def disc(self, centre: Float[np.ndarray, " 2"], radius: float, colour: Colour) -> None:
         size = max(1, round(radius * SUPERSAMPLING * (1 << _SHIFT)))

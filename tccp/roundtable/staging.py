@@ -193,7 +193,7 @@ def _other(
     # Place depends on size, hence on depth, so that no other stands before the talker's head; three rounds settle it.
     grow = np.ones(num_frames)
     for _ in range(3):
-        x = plan.talker[0] + side * (plan.box_side_px / 2 + 1.4 * unit * grow + gap)
+        x = plan.talker[0] + side * (plan.box_side_px / 2 + 1.5 * unit * grow + gap)
         nearer_m = (
             (x - plan.talker[0]) * _TALKER_DEPTH_M / (plan.focal_px * np.tan(np.deg2rad(bearing)) + x - plan.width / 2)
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 
 import numpy as np
 from jaxtyping import Float, Float32, Float64, Int8, UInt8
@@ -25,6 +26,7 @@ from tccp.roundtable.voice import REST_WIDTH, speak
 
 MIN_WIDTH, MIN_HEIGHT = 128, 96
 IDENTITY_PX = 128
+_IDENTITY_STREAM = 4
 
 
 @dataclass(frozen=True)
@@ -117,11 +119,10 @@ class _Stage:
 class RoundTableClip(Truth):
     """A clip: its truth, its sound, and its pictures, which are drawn when asked for.
 
-    audio: mono 16 kHz, -1..1, 640 samples per frame. identity: the talker's head box in another room, clothes and pose.
+    audio: mono 16 kHz, -1..1, 640 samples per frame.
     """
 
     audio: Float32[np.ndarray, " samples"]
-    identity: UInt8[np.ndarray, "s s 3"]
     stage: _Stage
 
     def render(self, frame: int) -> UInt8[np.ndarray, "h w 3"]:
@@ -129,6 +130,11 @@ class RoundTableClip(Truth):
         if not 0 <= frame < self.num_frames:
             raise TccpError(f"frame {frame} is not in this clip: it has frames 0 to {self.num_frames - 1}")
         return self.stage.paint(self.width, self.height, frame)
+
+    @cached_property
+    def identity(self) -> UInt8[np.ndarray, "s s 3"]:
+        """The talker's head box in another room, clothes and pose, 128 px."""
+        return identity_picture(self.stage.talker.model.person, np.random.default_rng([self.seed, _IDENTITY_STREAM]))
 
     def frames(self) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
         """All frames in order, one at a time."""
@@ -138,6 +144,7 @@ class RoundTableClip(Truth):
     def with_head(
         self,
         yaw_deg: Float32[np.ndarray, " f"] | None = None,
+        pitch_deg: Float32[np.ndarray, " f"] | None = None,
         mouth_opening: Float32[np.ndarray, " f"] | None = None,
         mouth_width: Float32[np.ndarray, " f"] | None = None,
     ) -> RoundTableClip:
@@ -150,12 +157,15 @@ class RoundTableClip(Truth):
             expression = replace(expression, width=mouth_width)
         if yaw_deg is not None:
             pose = replace(pose, yaw_deg=yaw_deg)
+        if pitch_deg is not None:
+            pose = replace(pose, pitch_deg=pitch_deg)
         place = replace(talker.place, pose=pose)
         acted = _actor(talker.model.person, talker.outfit, place, expression, self.stage.camera)
         return replace(
             self,
             landmarks_px=acted.landmarks[..., :2].astype(np.float32),
             yaw_deg=pose.yaw_deg,
+            pitch_deg=pose.pitch_deg,
             mouth_opening=expression.opening,
             mouth_width=expression.width,
             stage=replace(self.stage, talker=acted),
@@ -178,7 +188,7 @@ def synthesise(
     if seed < 0 or (person_seed is not None and person_seed < 0):
         raise TccpError(f"seed {seed}, person seed {person_seed}: seeds are whole numbers from 0")
     # One stream per matter: a longer clip or another person changes nothing else.
-    who, sound, scene, play, other_id = (np.random.default_rng([seed, stream]) for stream in range(5))
+    who, sound, scene, play = (np.random.default_rng([seed, stream]) for stream in range(4))
     person = make_person(int(who.integers(2**31)) if person_seed is None else person_seed)
     speech = speak(sound, person.voice, num_frames)
     room = make_room(scene, width, height)
@@ -217,7 +227,6 @@ def synthesise(
         torso_yaw_deg=staging.talker.torso_yaw_deg.astype(np.float32),
         shoulders_px=_shoulders(talker),
         audio=speech.audio,
-        identity=identity_picture(person, other_id),
         stage=_Stage(room, staging.camera, talker, tuple(others)),
     )
 
