@@ -88,6 +88,7 @@ class VideoWriter:
         with self._explained():
             if self.path.is_dir():
                 raise IsADirectoryError(errno.EISDIR, "this is a folder")
+            self._partial.touch()  # FFmpeg would open it, and fail, only with the first picture
             self._container = av.open(
                 f"file:{self._partial.absolute()}", "w", format="mp4", container_options={"movflags": "+faststart"}
             )
