@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pyarrow as pa
 
-from preprocessing.identity import choose_frames
+from preprocessing.identity import Place, choose_places, places_seen
 from preprocessing.spans import Span, spans_from_table, spans_to_table
 from tccp.clip import MIN_CLIP_FRAMES
 from tccp.config import FPS, TccpError
@@ -32,13 +32,15 @@ def cut_clips(batch: pa.Table, max_clip_s: float = 5.0) -> pa.Table:
     for span in spans:
         if span.reason is None:
             tracks.setdefault((span.path, span.track), []).append(span)
+    seen = {key: places_seen(track) for key, track in tracks.items()}
     clips = []
     for span in spans:
-        clips += [span] if span.reason else _cut(span, max_frames, tracks[span.path, span.track])
+        key = span.path, span.track
+        clips += [span] if span.reason else _cut(span, max_frames, tracks[key], seen[key])
     return spans_to_table(clips)
 
 
-def _cut(run: Span, max_frames: int, track: Sequence[Span]) -> list[Span]:
+def _cut(run: Span, max_frames: int, track: Sequence[Span], seen: list[Place]) -> list[Span]:
     given = run.identity_path is not None
     alone = len(track) == 1
     parts = -(-run.num_frames // max_frames)
@@ -55,15 +57,15 @@ def _cut(run: Span, max_frames: int, track: Sequence[Span]) -> list[Span]:
     clips = []
     for start, stop in itertools.pairwise(edges):
         clip = run.cut(start, stop)
-        clips.append(clip if given else _with_identity(clip, track))
+        clips.append(clip if given else _with_identity(clip, track, seen))
     if length < run.num_frames:
         held = run.cut(run.start_frame + length, run.stop_frame)
         clips.append(held.set_aside("identity", "kept back for the identity picture of the clip before"))
     return clips
 
 
-def _with_identity(clip: Span, track: Sequence[Span]) -> Span:
-    places = choose_frames(track, clip.start_frame, clip.stop_frame)
+def _with_identity(clip: Span, track: Sequence[Span], seen: list[Place]) -> Span:
+    places = choose_places(seen, clip.start_frame, clip.stop_frame)
     if not places:
         return clip.set_aside("no_identity", "no frame outside the clip shows the person")
     boxes = []

@@ -8,15 +8,16 @@ from preprocessing.spans import Span
 
 PICTURES = 4
 """Identity pictures per clip, at most."""
-_POOL = 16  # frames of a track that its clips choose from: enough for variety, few to decode
+_POOL = 16  # places of a track that its clips choose from: enough for variety, few to decode
 
 
-def choose_frames(runs: Sequence[Span], start_frame: int, stop_frame: int) -> list[tuple[int, int]]:
-    """(run, frame) of up to PICTURES frames of one track, spread over its runs, outside [start_frame, stop_frame).
+Place = tuple[int, int]
+"""Number of a run within its track, and a frame of the source in that run."""
 
-    Only frames where a face was seen, not bridged. Empty if the track has no other frame.
-    """
-    seen = [
+
+def places_seen(runs: Sequence[Span]) -> list[Place]:
+    """Where a track's face was seen, not bridged."""
+    return [
         (index, run.start_frame + offset)
         for index, run in enumerate(runs)
         if run.confidence is not None
@@ -24,13 +25,17 @@ def choose_frames(runs: Sequence[Span], start_frame: int, stop_frame: int) -> li
         if confidence > 0
     ]
 
-    def outside(frames: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        return [place for place in frames if not start_frame <= place[1] < stop_frame]
+
+def choose_places(seen: list[Place], start_frame: int, stop_frame: int) -> list[Place]:
+    """Up to PICTURES of the places of a track, spread over it, outside [start_frame, stop_frame); empty if none is."""
+
+    def outside(places: list[Place]) -> list[Place]:
+        return [place for place in places if not start_frame <= place[1] < stop_frame]
 
     return _spread(outside(_spread(seen, _POOL)) or outside(seen), PICTURES)
 
 
-def _spread(items: list[tuple[int, int]], count: int) -> list[tuple[int, int]]:
+def _spread(items: list[Place], count: int) -> list[Place]:
     """`count` of the items at even distances, each from the middle of its share."""
     if len(items) <= count:
         return items

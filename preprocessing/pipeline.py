@@ -15,7 +15,7 @@ from preprocessing.cut import cut_clips
 from preprocessing.faces import find_tracks
 from preprocessing.headbox import fit_head_boxes
 from preprocessing.probe import probe_sources
-from preprocessing.rows import is_clip_rows, render_clips
+from preprocessing.rows import render_clips
 from preprocessing.spans import Span, spans_from_table, spans_to_table
 from preprocessing.truth import read_tracks
 from tccp.clip import SCHEMA_VERSION, atomic_path, write_table
@@ -109,12 +109,9 @@ def preprocess(
         def rows() -> Iterator[pa.Table]:
             for batch in probed:
                 tally = _Tally(spans_from_table(batch))
-                for rendered in _clips_of(batch, settings, backend, weights, max_clip_s, lambda: bar.advance(task)):
-                    if is_clip_rows(rendered):
-                        tally.add_clips(rendered)
-                        yield rendered
-                    else:
-                        tally.left_out += spans_from_table(rendered)
+                for row in _rows_of(batch, settings, backend, weights, max_clip_s, lambda: bar.advance(task)):
+                    if tally.add(row):
+                        yield row
                 counts.append(tally.report())
             if not any(count.clips for count in counts):
                 raise TccpError(_no_clip(counts))
@@ -126,7 +123,7 @@ def preprocess(
     return report
 
 
-def _clips_of(
+def _rows_of(
     batch: pa.Table,
     settings: Settings,
     backend: Backend,
@@ -184,29 +181,34 @@ class _Tally:
         self._probed = probed
         self._clips = 0
         self._frames = 0
-        self.left_out: list[Span] = []
+        self._left_out: Counter[str] = Counter()
+        self._messages: dict[str, str] = {}  # the first for each reason
 
-    def add_clips(self, rows: pa.Table) -> None:
-        self._clips += rows.num_rows
-        self._frames += sum(rows.column("num_frames").to_pylist())
+    def add(self, row: pa.Table) -> bool:
+        """Counts one row of ROW_SCHEMA; whether it is a clip."""
+        names = ("num_frames", "reason", "message")
+        num_frames, reason, message = (row.column(name)[0].as_py() for name in names)
+        if reason is None:
+            self._clips += 1
+            self._frames += num_frames
+        else:
+            self._left_out[reason] += num_frames
+            self._messages.setdefault(reason, message)
+        return reason is None
 
     def report(self) -> SourceReport:
-        left_out: Counter[str] = Counter()
-        for span in self.left_out:
-            assert span.reason is not None
-            left_out[span.reason] += span.num_frames
         total = sum(span.num_frames for span in self._probed)
-        assert self._frames + sum(left_out.values()) == total, "every frame is in a clip or has a reason"
-        main = None if self._clips else max(self.left_out, key=lambda span: left_out[span.reason or ""], default=None)
+        assert self._frames + self._left_out.total() == total, "every frame is in a clip or has a reason"
+        reason = self._left_out.most_common(1)[0][0] if not self._clips and self._left_out else None
         return SourceReport(
             source=self._probed[0].source,
             source_hash=self._probed[0].source_hash,
             frames=total,
             clips=self._clips,
             frames_in_clips=self._frames,
-            left_out=dict(sorted(left_out.items())),
-            reason=main.reason if main else None,
-            message=main.message if main else None,
+            left_out=dict(sorted(self._left_out.items())),
+            reason=reason,
+            message=self._messages[reason] if reason else None,
             warnings=sorted({warning for span in self._probed for warning in span.warnings}),
         )
 

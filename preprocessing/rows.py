@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -12,9 +13,10 @@ from jaxtyping import Float32, Int16, UInt8
 
 from preprocessing.decode import frames_at
 from preprocessing.quality import blur, brightness, face_px, median_yaw_deg
-from preprocessing.spans import SPAN_SCHEMA, Span, spans_from_table, spans_to_table
+from preprocessing.spans import Span, spans_from_table
 from tccp.clip import (
     AUDIO_CONTEXT_FRAMES,
+    SCHEMA,
     STORED_MARGIN,
     Clip,
     Quality,
@@ -31,45 +33,59 @@ from tccp.media import AudioTrack, MediaError, open_audio
 _OVERSAMPLING = 1.25  # pixels of a face still per pixel of a crop, as far as the film has them: crops are resampled
 _QUALITY_EVERY = 5  # frames
 
+_REASON, _MESSAGE = pa.field("reason", pa.string()), pa.field("message", pa.string())
+ROW_SCHEMA = SCHEMA.append(_REASON).append(_MESSAGE)
+"""The clip table's columns, and why a stretch of film is no clip: null for clips; else source, source_hash, track,
+start_s and num_frames say what was set aside, and the other columns are null."""
+
 
 def render_clips(batch: pa.Table, picture_px: int, on_frame: Callable[[], object] = lambda: None) -> Iterator[pa.Table]:
-    """Clip rows (`tccp.clip.SCHEMA`), one table per clip, from the spans of a batch; and last the spans set aside.
+    """Rows of ROW_SCHEMA from the spans of a batch: one table per clip, one for each span that is set aside.
 
     One clip's encoded pictures are in memory at a time. Spans that came with a reason are handed on; a film that turns
-    out damaged midway keeps the clips before the damage, the others get its reason. Which table is which shows in the
-    schema. on_frame is called after each frame, for progress.
+    out damaged midway keeps the clips before the damage, the others get its reason. on_frame is called after each
+    frame, for progress.
     """
-    spans = spans_from_table(batch)
-    left_out = [span for span in spans if span.reason is not None]
-    tracks: dict[tuple[str, int | None], list[Span]] = {}
-    for span in spans:
-        if span.reason is None:
-            tracks.setdefault((span.path, span.track), []).append(span)
-    for track in tracks.values():
-        track.sort(key=lambda span: span.start_frame)
-        done = 0
+    films: dict[str, list[Span]] = {}
+    for span in spans_from_table(batch):
+        if span.reason is not None:
+            yield _set_aside(span)
+        else:
+            films.setdefault(span.path, []).append(span)
+    for path, spans in films.items():
+        waiting = sorted(spans, key=lambda span: (span.track or 0, span.start_frame))
         try:
-            for clip in _render_track(track, picture_px, on_frame):
-                yield clips_to_table([clip])
-                done += 1
+            with open_audio(path) as sound:
+                for _, track in itertools.groupby(tuple(waiting), key=lambda span: span.track):
+                    for clip in _render_track(list(track), sound, picture_px, on_frame):
+                        yield _clip_row(clip)
+                        waiting.pop(0)
         except MediaError as error:
-            left_out += [span.set_aside(error.reason, str(error)) for span in track[done:]]
-    if left_out:
-        yield spans_to_table(left_out)
+            yield from (_set_aside(span.set_aside(error.reason, str(error))) for span in waiting)
 
 
-def is_clip_rows(table: pa.Table) -> bool:
-    """Whether a table that `render_clips` gave holds clips, or else spans that were set aside."""
-    return table.schema.names != SPAN_SCHEMA.names
+def _clip_row(clip: Clip) -> pa.Table:
+    table = clips_to_table([clip])
+    for field in (_REASON, _MESSAGE):
+        table = table.append_column(field, pa.nulls(table.num_rows, field.type))
+    return table.cast(ROW_SCHEMA)
 
 
-def _render_track(track: Sequence[Span], picture_px: int, on_frame: Callable[[], object]) -> Iterator[Clip]:
+def _set_aside(span: Span) -> pa.Table:
+    known = {
+        name: getattr(span, name) for name in ("source", "source_hash", "track", "num_frames", "reason", "message")
+    }
+    return pa.Table.from_pylist([known | {"start_s": span.start_frame / FPS}], schema=ROW_SCHEMA)
+
+
+def _render_track(
+    track: Sequence[Span], sound: AudioTrack, picture_px: int, on_frame: Callable[[], object]
+) -> Iterator[Clip]:
     path = Path(track[0].path)
     identities = _identity_stills(track, picture_px)
     frames = frames_at(path, [frame for span in track for frame in range(span.start_frame, span.stop_frame)])
-    with open_audio(path) as sound:
-        for span in track:
-            yield _render(span, frames, identities, sound, picture_px, on_frame)
+    for span in track:
+        yield _render(span, frames, identities, sound, picture_px, on_frame)
 
 
 def _render(

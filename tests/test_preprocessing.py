@@ -27,11 +27,11 @@ from preprocessing.headbox import fit_head_boxes
 from preprocessing.pipeline import find_sources, preprocess
 from preprocessing.probe import probe_sources
 from preprocessing.quality import blur, brightness, face_px
-from preprocessing.rows import is_clip_rows, render_clips
+from preprocessing.rows import ROW_SCHEMA, render_clips
 from preprocessing.spans import Span, spans_from_table, spans_to_table
 from preprocessing.truth import read_tracks
 from tccp import headbox, media, roundtable
-from tccp.clip import SCHEMA, ClipTable, clip_from_row, decode_still
+from tccp.clip import ClipTable, clip_from_row, decode_still
 from tccp.config import FPS, SAMPLES_PER_FRAME, TccpError, toy
 from tccp.data import view
 from tccp.shots import CutFinder
@@ -289,6 +289,15 @@ def test_the_same_footage_writes_the_same_bytes_wherever_it_lies(footage: Path, 
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
+def test_set_aside_spans_are_rows_of_the_same_table_with_a_reason(long_film: Path) -> None:
+    batch = spans_to_table([*spans_from_table(from_truth(long_film)), a_run(3, 5).set_aside("no_face", "nobody")])
+    rows = pa.concat_tables(render_clips(batch, TOY.picture_px))
+    assert rows.schema.equals(ROW_SCHEMA)
+    assert rows.column("reason").to_pylist() == ["no_face", None, None]
+    gone = rows.slice(0, 1).to_pylist()[0]
+    assert (gone["source"], gone["start_s"], gone["num_frames"], gone["scene"]) == ("film.mp4", 0.12, 5, None)
+
+
 def test_max_clip_s_bounds_the_clips(long_film: Path) -> None:
     spans = spans_from_table(from_truth(long_film, 2.0))
     assert [s.num_frames for s in spans] == [40, 40, 40, 40]
@@ -298,8 +307,8 @@ def test_max_clip_s_bounds_the_clips(long_film: Path) -> None:
 def test_speed_on_roundtable_footage(long_film: Path) -> None:
     """At least 150 frames per second of processor time, even with every array's shape checked as here."""
     start = time.process_time()
-    clips = [t for t in render_clips(from_truth(long_film), TOY.picture_px) if is_clip_rows(t)]
-    assert sum(t.column("num_frames")[0].as_py() for t in clips) / (time.process_time() - start) >= 150
+    rows = list(render_clips(from_truth(long_film), TOY.picture_px))
+    assert sum(row.column("num_frames")[0].as_py() for row in rows) / (time.process_time() - start) >= 150
 
 
 def test_memory_is_that_of_one_clip_however_long_the_film(long_film: Path) -> None:
@@ -408,9 +417,9 @@ def test_every_step_runs_in_ray_data_unchanged(footage: Path) -> None:
         there = sorted(data.take_all(), key=lambda row: row["clip_id"])
     finally:
         ray.shutdown()
-    here = []
+    here: list[pa.Table] = []
     for path in sorted(footage.glob("*.mp4")):
-        here += [t for t in render_clips(from_truth(path), TOY.picture_px) if is_clip_rows(t)]
+        here += render_clips(from_truth(path), TOY.picture_px)
     here_rows = sorted(pa.concat_tables(here).to_pylist(), key=lambda row: row["clip_id"])
     assert [row["clip_id"] for row in there] == [row["clip_id"] for row in here_rows]
     for one, other in zip(there, here_rows, strict=True):
@@ -433,7 +442,7 @@ def test_a_real_person_becomes_clips(shared_clips: Path, shared_weights: Path) -
     spans = steps_on(shared_clips / "latentsync_demo2.mp4", shared_weights, 40)
     assert [(s.start_frame, s.num_frames, s.reason) for s in spans] == [(0, 20, None), (20, 20, None)]
     (one, *_) = tables = list(render_clips(spans_to_table(spans), TOY.picture_px))
-    assert len(tables) == 2 and one.schema.equals(SCHEMA)
+    assert len(tables) == 2 and one.schema.equals(ROW_SCHEMA)
     clip = clip_from_row(one)
     assert (clip.source_width, clip.source_height) == (1080, 1920)
     side = clip.head_box[:, 2] - clip.head_box[:, 0]
