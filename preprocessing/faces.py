@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Bool
+from jaxtyping import Bool, Float32, UInt8
 
 from preprocessing.decode import frames_at
 from preprocessing.spans import Span, spans_from_table, spans_to_table
@@ -53,7 +54,7 @@ def _tracks(span: Span, detector: faces.FaceBackend, on_frame: Callable[[], obje
     start, number = span.start_frame, 0
     try:
         for _, picture in frames_at(Path(span.path), range(span.start_frame, span.stop_frame)):
-            found.append(detector.detect(picture))
+            found.append(detect(detector, picture))
             for cut in cutter.add(picture):
                 length = span.start_frame + cut - start
                 shots += _runs(replace(span.cut(start, start + length), track=number), found[:length])
@@ -87,6 +88,54 @@ def _runs(shot: Span, found: Sequence[Sequence[faces.Face]]) -> list[Span]:
             spans.append(replace(run, landmarks_px=filled, confidence=confidence[first:stop]))
         done = stop
     return spans
+
+
+def detect(detector: faces.FaceBackend, picture: UInt8[np.ndarray, "h w 3"]) -> list[faces.Face]:
+    """The faces of a frame; where none is found, those of square tiles of it.
+
+    Detectors scale the frame to a small square of their own, in which a face that is small in a wide frame is lost.
+    """
+    found = detector.detect(picture)
+    if found:
+        return found
+    tiled = [(tile, face) for tile in _tiles(picture) for face in _moved(detector.detect(tile.picture), tile)]
+    # Tiles overlap: of a face seen in several, the one that lies most in the middle of its tile is whole.
+    tiled.sort(key=lambda pair: float(np.abs(pair[1].center - pair[0].center).max()))
+    for _, face in tiled:
+        if not any((f.box[:2] <= face.center).all() and (face.center <= f.box[2:]).all() for f in found):
+            found.append(face)
+    return found
+
+
+class _Tile(NamedTuple):
+    picture: UInt8[np.ndarray, "s s 3"]
+    x: int
+    y: int
+
+    @property
+    def center(self) -> Float32[np.ndarray, "2"]:
+        return np.array([self.x, self.y], np.float32) + self.picture.shape[0] / 2
+
+
+def _tiles(picture: UInt8[np.ndarray, "h w 3"]) -> list[_Tile]:
+    """Squares as high (or wide) as the frame, overlapping by half or more; none for a frame that is nearly square."""
+    height, width = picture.shape[:2]
+    side, rest = min(height, width), abs(height - width)
+    if 4 * rest < side:
+        return []
+    count = 1 + -(-2 * rest // side)
+    places = [rest * i // (count - 1) for i in range(count)]
+    corners = [(p, 0) if width > height else (0, p) for p in places]
+    return [_Tile(np.ascontiguousarray(picture[y : y + side, x : x + side]), x, y) for x, y in corners]
+
+
+def _moved(found: Sequence[faces.Face], tile: _Tile) -> list[faces.Face]:
+    """Faces of a tile in the pixels of its frame."""
+    by = np.array([tile.x, tile.y], np.float32)
+    return [
+        replace(f, box=f.box + np.tile(by, 2), landmarks_px=None if f.landmarks_px is None else f.landmarks_px + by)
+        for f in found
+    ]
 
 
 def runs(seen: Bool[np.ndarray, "f"], max_bridged: int = MAX_BRIDGED_FRAMES) -> list[tuple[int, int]]:

@@ -177,6 +177,8 @@ class Person:
         self.frame, self.away = 0, away
 
     def detect(self, frame: np.ndarray) -> list[face_steps.faces.Face]:
+        if frame.shape[0] == frame.shape[1]:
+            return []  # a tile: this person is large, and away
         i, self.frame = self.frame, self.frame + 1
         if i in self.away:
             return []
@@ -200,6 +202,34 @@ def test_gaps_end_a_clip_or_are_bridged_in_a_straight_line(long_film: Path, monk
     assert points is not None and confidence is not None
     np.testing.assert_allclose(points[:, 0, 0], 20 + np.arange(90), atol=1e-4)
     assert (np.flatnonzero(confidence == 0) == np.arange(40, 52)).all()
+
+
+class SmallFaces:
+    """A face backend that sees one white square, if it is at least a tenth of the picture's longer side."""
+
+    name = "squares"
+
+    def detect(self, frame: np.ndarray) -> list[face_steps.faces.Face]:
+        white = np.argwhere(frame[..., 0] > 0)
+        if len(white) == 0 or np.ptp(white, axis=0).max() + 1 < 0.1 * max(frame.shape):
+            return []
+        low, high = white.min(0)[::-1], white.max(0)[::-1] + 1
+        return [face_steps.faces.Face(np.concatenate([low, high]).astype(np.float32), None, 0.5)]
+
+    def close(self) -> None: ...
+
+
+@pytest.mark.parametrize("place", [0, 100, 170, 296])
+@pytest.mark.parametrize("upright", [False, True])
+def test_a_face_too_small_for_the_whole_frame_is_found_once_and_in_its_place(place: int, upright: bool) -> None:
+    frame = np.zeros((160, 320, 3), np.uint8)
+    frame[60:84, place : place + 24] = 255
+    expected = [place, 60, place + 24, 84]
+    if upright:
+        frame, expected = np.ascontiguousarray(frame.transpose(1, 0, 2)), [60, place, 84, place + 24]
+    assert not SmallFaces().detect(frame)
+    (face,) = face_steps.detect(SmallFaces(), frame)
+    np.testing.assert_array_equal(face.box, expected)
 
 
 # Shots, decoding, quality
