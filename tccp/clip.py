@@ -8,6 +8,7 @@ carried traces of the head across the mask's edge.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import tempfile
@@ -230,7 +231,7 @@ def _other_version(where: str, version: object) -> str:
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary name beside `path` that becomes `path` on success and disappears on an error.
 
-    Raises TccpError if the folder cannot be written.
+    Raises TccpError if the folder cannot be written or the disk is full.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -243,6 +244,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
         yield temporary
         temporary.chmod(0o666 & ~_umask())  # mkstemp's files are private, the table is not
         temporary.replace(path)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise TccpError(f"cannot write {path}: the disk is full; make room or choose another folder") from None
     finally:
         temporary.unlink(missing_ok=True)
 

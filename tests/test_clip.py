@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,16 @@ def test_nothing_appears_when_writing_fails(tmp_path: Path) -> None:
         write_table(rows(), tmp_path / "clips.parquet")
     assert [p.name for p in tmp_path.iterdir()] == ["clips.parquet"]
     assert (tmp_path / "clips.parquet").read_bytes() == b"the table before"
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    def rows() -> Iterator[Clip]:
+        yield make_clip(0)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(TccpError, match=r"cannot write .*clips\.parquet: the disk is full"):
+        write_table(rows(), tmp_path / "clips.parquet")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
