@@ -1,0 +1,334 @@
+"""`tccp <verb>`: the commands. Heavy imports stay inside the verbs, so that `tccp --help` answers at once."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from tccp.config import TccpError, load_settings, storage_root
+
+Preset = Annotated[str, tyro.conf.arg(help="settings to start from: paper or toy")]
+Overrides = Annotated[
+    tuple[str, ...],
+    tyro.conf.arg(name="set", metavar="KEY=VALUE", help="settings to change, e.g. training.max_steps=200"),
+]
+Json = Annotated[bool, tyro.conf.arg(help="print one JSON object on stdout, and nothing else there")]
+Storage = Annotated[Path | None, tyro.conf.arg(help="where runs and caches live (default: TCCP_STORAGE, else ~/.tccp)")]
+Device = Annotated[str, tyro.conf.arg(help="cpu, cuda or cuda:N; auto takes a GPU where there is one")]
+Positional = tyro.conf.Positional
+
+
+def _emit(as_json: bool, record: dict[str, Any], text: str) -> None:
+    print(json.dumps(record, indent=2) if as_json else text)
+
+
+def _note(text: str) -> None:
+    print(f"tccp: {text}", file=sys.stderr)
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise TccpError(f"--device {name}: no CUDA device here; use --device cpu")
+    return name
+
+
+def synth(
+    out: Positional[Path],
+    /,
+    clips: int = 8,
+    seconds: float = 4.0,
+    seed: int = 0,
+    people: int | None = None,
+    json: Json = False,
+) -> None:
+    """Write procedural conversation scenes (RoundTable): MP4s with sound, a truth file and an identity picture each.
+
+    Args:
+        out: folder for the films; made if it does not exist.
+        clips: number of films.
+        seconds: length of each.
+        seed: the same seed gives the same films.
+        people: how many different persons talk in them; by default each film has its own.
+    """
+    from tccp.progress import progress
+    from tccp.roundtable import write_clips
+
+    with progress() as bar:
+        task = bar.add_task("drawing scenes", total=None)
+
+        def on_frame(name: str, done: int, total: int) -> None:
+            bar.update(task, advance=1, total=clips * total)
+
+        paths = write_clips(out, clips, seconds, seed, people, progress=on_frame)
+    _emit(json, {"out": str(out), "films": [str(path) for path in paths]}, f"{len(paths)} films in {out}")
+
+
+def preprocess(
+    source: Positional[Path],
+    out: Positional[Path],
+    /,
+    backend: Literal["mediapipe", "truth"] = "mediapipe",
+    weights: Path | None = None,
+    max_clip_s: float = 5.0,
+    preset: Preset = "toy",
+    set: Overrides = (),
+    json: Json = False,
+) -> None:
+    """Raw footage to a clip table: shots, faces, 68 landmarks, head boxes, identity pictures, sound.
+
+    Args:
+        source: a film, or a folder of films.
+        out: folder for clips.parquet and report.json.
+        backend: where landmarks come from: mediapipe, or truth (RoundTable's truth files).
+        weights: face_landmarker.task, or its folder (default: TCCP_WEIGHTS, else <storage>/weights).
+        max_clip_s: longest clip in seconds; a longer shot gives several.
+    """
+    import dataclasses
+
+    from preprocessing.pipeline import preprocess as run
+
+    report = run([source], out, load_settings(preset, set), backend, weights, max_clip_s)
+    lines = [f"{report.clips} clips, {report.frames} frames in {out}"]
+    for item in report.sources:
+        for warning in item.warnings:
+            _note(f"{item.source}: {warning}")
+        if item.reason:
+            lines.append(f"set aside: {item.message} [{item.reason}]")
+    record = {"out": str(out), "clips": report.clips, "frames": report.frames, "reasons": report.reasons}
+    _emit(json, record | {"sources": [dataclasses.asdict(item) for item in report.sources]}, "\n".join(lines))
+
+
+def train(
+    component: Positional[str],
+    /,
+    data: Path,
+    weights: Path,
+    preset: Preset = "toy",
+    set: Overrides = (),
+    resume: bool = False,
+    autoencoder: Path | None = None,
+    lip_weights: Path | None = None,
+    control_from: Path | None = None,
+    device: Device = "auto",
+    storage: Storage = None,
+    json: Json = False,
+) -> None:
+    """Train one component, or all that the pipeline lacks, and add it to a pipeline folder.
+
+    Args:
+        component: autoencoder, lips, landmark_first, landmark_sequence, face_first, face_sequence, one_stage_first,
+            one_stage_sequence, or all.
+        data: clip table (a folder with clips.parquet).
+        weights: the pipeline folder to add to; made if it does not exist.
+        resume: go on with a run that was interrupted, from its last checkpoint.
+        autoencoder: a pre-trained diffusers AutoencoderKL folder to take instead of training one.
+        lip_weights: the published Wav2Lip checkpoint, for lips.source=wav2lip.
+        control_from: a pipeline folder whose video branches are taken over; with training.freeze_video_branch=true only
+            the control branch is trained.
+    """
+    from tccp.training.recipe import Trainer
+
+    settings = load_settings(preset, set)
+    trainer = Trainer(
+        data,
+        weights,
+        settings,
+        storage_root(storage),
+        resume=resume,
+        device=_device(device),
+        pretrained_autoencoder=autoencoder,
+        lip_weights=lip_weights,
+        control_from=control_from,
+    )
+    names = trainer.missing() if component == "all" else (component,)
+    trainer.train(names)
+    _emit(
+        json,
+        {"weights": str(weights), "trained": list(names)},
+        f"trained {', '.join(names) or 'nothing: all is there'}: {weights}",
+    )
+
+
+def generate(
+    scene: Path,
+    audio: Path,
+    identity: Path,
+    weights: Path,
+    out: Path,
+    mask: Path | None = None,
+    box: str | None = None,
+    truth: bool = False,
+    detector: Literal["mediapipe", "lbp"] = "mediapipe",
+    detector_weights: Path | None = None,
+    person: tuple[float, float] | None = None,
+    identity_box: str | None = None,
+    extend: Literal["no", "freeze", "pingpong"] = "no",
+    steps: int | None = None,
+    solver: Literal["ddpm", "ddim", "dpmpp"] | None = None,
+    guidance_scale: float | None = None,
+    seed: int = 0,
+    preset: Annotated[str | None, tyro.conf.arg(help="refuse weights of any other preset")] = None,
+    one_stage: bool = False,
+    save_landmarks: Path | None = None,
+    landmarks: Path | None = None,
+    redraw: bool = False,
+    color_match: bool = True,
+    lossless: bool = False,
+    lip_weights: Path | None = None,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Generate a talking head into a scene: an MP4 with exactly as many frames as the sound asks for, and the sound.
+
+    Where the head is comes from --mask, --box or --truth; without them a face detector looks for it.
+
+    Args:
+        scene: the film.
+        audio: any media file with sound.
+        identity: a picture or a film of the person.
+        weights: pipeline folder.
+        out: the film to write, .mp4.
+        mask: a film of the scene's size, bright where the head is to be.
+        box: x0,y0,x1,y1 in scene pixels, or a JSON track file {"boxes": [[x0, y0, x1, y1], null, ...]}.
+        truth: take the head box from the truth file beside a film of `tccp synth`.
+        detector: mediapipe, or lbp (frontal faces, needs no download).
+        detector_weights: face_landmarker.task, or its folder.
+        person: x y of the person to replace, when there are several; default: the one who is there most.
+        identity_box: x0,y0,x1,y1 of the head in the identity picture, or `whole` when it shows the head alone.
+        extend: what to do when the scene is shorter than the sound.
+        steps: sampling steps (default: as trained).
+        guidance_scale: above 1, conditions are followed more closely.
+        one_stage: use the one-stage ablation networks.
+        save_landmarks: write stage 1's landmarks as JSON lines, to look at or edit.
+        landmarks: take (edited) landmarks from such a file instead of stage 1.
+        redraw: read stage 1's points back and draw them anew for stage 2.
+        color_match: match the generated head's colour to the ring around the mask.
+        lossless: every pixel outside the mask bit-equal to the decoded scene.
+        lip_weights: the published Wav2Lip checkpoint, for weights trained with lips.source=wav2lip.
+    """
+    from tccp.film import FilmRequest, generate_film
+
+    request = FilmRequest(
+        scene=scene,
+        audio=audio,
+        identity=identity,
+        weights=weights,
+        out=out,
+        mask=mask,
+        box=box,
+        truth=truth,
+        detector=detector,
+        detector_weights=detector_weights,
+        person=person,
+        identity_box=identity_box,
+        extend=extend,
+        steps=steps,
+        solver=solver,
+        guidance_scale=guidance_scale,
+        seed=seed,
+        preset=preset,
+        one_stage=one_stage,
+        save_landmarks=save_landmarks,
+        landmarks=landmarks,
+        redraw=redraw,
+        color_match=color_match,
+        lossless=lossless,
+        lip_weights=lip_weights,
+        device=_device(device),
+    )
+    result = generate_film(request, warn=_note)
+    text = f"{result.out}: {result.frames} frames, {result.passed_through} passed through, {result.seconds:.1f} s"
+    _emit(json, result.to_json(), text)
+
+
+def describe(preset: Preset = "paper", set: Overrides = (), json: Json = False) -> None:
+    """Build the networks of a preset and count their parameters and their work per window."""
+    from tccp.describe import describe as count
+
+    rows = count(load_settings(preset, set))
+    header = f"{'variant':20} {'params':>12} {'control':>12} {'GFLOP/window':>13}"
+    lines = [
+        f"{row['variant']:20} {row['params']:12,} {row['control_params']:12,} {row['gflop_per_window']:13.2f}"
+        for row in rows
+    ]
+    _emit(json, {"preset": preset, "variants": rows}, "\n".join([header, *lines]))
+
+
+def doctor(storage: Storage = None, json: Json = False) -> None:
+    """Say what this installation can do: versions, devices, weights, storage."""
+    from tccp.doctor import examine
+
+    checks = examine(storage_root(storage))
+    lines = [f"{'ok ' if check['ok'] else '-- '} {check['name']}: {check['found']}" for check in checks]
+    _emit(json, {"checks": checks}, "\n".join(lines))
+    if not all(check["ok"] for check in checks if check["required"]):
+        raise SystemExit(1)
+
+
+def demo(out: Path = Path("out"), fresh: bool = False, storage: Storage = None, json: Json = False) -> None:
+    """The whole chain on RoundTable: train small, then generate into an unseen scene with unseen sound.
+
+    Args:
+        out: folder for demo.mp4, demo.png and demo.json.
+        fresh: train again although the storage holds the demo's weights.
+    """
+    from tccp.demo import run_demo
+
+    record = run_demo(out, storage_root(storage), fresh=fresh)
+    _emit(json, record, f"look at {out / 'demo.mp4'} and {out / 'demo.png'}")
+
+
+VERBS: dict[str, Callable[..., None]] = {
+    "synth": synth,
+    "preprocess": preprocess,
+    "train": train,
+    "generate": generate,
+    "describe": describe,
+    "doctor": doctor,
+    "demo": demo,
+}
+
+
+@contextlib.contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """A user's mistake ends in one line on stderr and exit code 2; a bug keeps its traceback."""
+    try:
+        yield
+    except TccpError as error:
+        _note(f"error: {' '.join(str(error).split())}")
+        raise SystemExit(2) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _note(f"error: {error.filename}: {error.strerror}; check the path and its permissions")
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        _note("interrupted")
+        raise SystemExit(130) from None
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    warnings.simplefilter("ignore", FutureWarning)  # of other packages; no news to a user
+    with _one_line_errors():
+        tyro.extras.subcommand_cli_from_dict(
+            VERBS, prog="tccp", description="Talking heads, generated into scenes from sound.", args=argv
+        )
+
+
+if __name__ == "__main__":
+    main()

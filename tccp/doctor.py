@@ -1,0 +1,69 @@
+"""What this installation can do, checked rather than assumed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from tccp.config import TccpError, git_commit
+
+PACKAGES = ("torch", "diffusers", "av", "opencv-contrib-python", "pyarrow")
+OPTIONAL = {
+    "mediapipe": "face landmarks of real footage",
+    "scikit-image": "the LBP face detector",
+    "scenedetect": "cuts in real footage",
+    "ray": "clusters",
+    "deepspeed": "ZeRO training",
+    "mlflow": "tracking",
+}
+
+
+def examine(storage: Path) -> list[dict[str, Any]]:
+    """One record per check: name, ok, required, found."""
+    checks: list[dict[str, Any]] = []
+
+    def add(name: str, ok: bool, found: str, required: bool = True) -> None:
+        checks.append({"name": name, "ok": ok, "required": required, "found": found})
+
+    add("python", sys.version_info[:2] == (3, 11), sys.version.split()[0])
+    add("tccp", True, f"{importlib.metadata.version('tccp')}, commit {git_commit()[:12]}")
+    for package in PACKAGES:
+        add(package, *_version(package))
+    for package, purpose in OPTIONAL.items():
+        ok, found = _version(package)
+        add(package, ok, found if ok else f"{found} (needed for {purpose})", required=False)
+    bad = importlib.util.find_spec("torchvision") is not None
+    add("torchvision", not bad, "installed: it breaks diffusers here, uninstall it" if bad else "absent, as it should be")
+
+    import torch
+
+    add("device", True, torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores")
+    try:
+        from tccp.faces import find_weights
+
+        add("face_landmarker.task", True, str(find_weights(None)), required=False)
+    except TccpError as error:
+        add("face_landmarker.task", False, str(error), required=False)
+    add("storage", *_writable(storage))
+    return checks
+
+
+def _version(package: str) -> tuple[bool, str]:
+    try:
+        return True, importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False, "not installed"
+
+
+def _writable(folder: Path) -> tuple[bool, str]:
+    existing = folder
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free / 2**30
+    ok = os.access(existing, os.W_OK)
+    return ok, f"{folder}, {free:.0f} GiB free" if ok else f"{folder} cannot be written to: set TCCP_STORAGE or give --storage"

@@ -1,0 +1,170 @@
+"""Where the head is in a scene: from a mask film, a box or track file, RoundTable's truth, or a face detector.
+
+All of them end in the same square crop boxes that training uses (`headbox.crop_box_from_mask`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, Float, Float32, UInt8
+
+from tccp import faces, headbox
+from tccp.config import FPS, TccpError
+from tccp.media import MediaInfo, probe, read_frames
+from tccp.roundtable import read_truth
+from tccp.shots import CutFinder
+
+Point = tuple[float, float]
+OnFrame = Callable[[], object]
+_MASK_LEVEL = 127
+
+
+@dataclass(frozen=True)
+class HeadTrack:
+    """Head boxes in scene pixels, one row per frame, NaN where the person is away; frames at which a shot begins."""
+
+    boxes: Float32[np.ndarray, "f 4"]
+    cuts: frozenset[int] = field(default_factory=frozenset)
+
+    def box(self, frame: int) -> Float32[np.ndarray, "4"] | None:
+        box = self.boxes[frame]
+        return box if np.isfinite(box).all() else None
+
+
+def _checked(track: HeadTrack, scene: MediaInfo, given: str) -> HeadTrack:
+    """Raises TccpError unless the track fits the scene: as many frames, every box with its centre in the picture."""
+    if len(track.boxes) != scene.num_frames:
+        raise TccpError(f"{given} has {len(track.boxes)} frames, the scene {scene.num_frames} at {FPS} fps: they must be of one length")
+    present = np.isfinite(track.boxes).all(1)
+    if not present.any():
+        raise TccpError(f"{given} has no head in any frame of {scene.path}")
+    center = (track.boxes[present, :2] + track.boxes[present, 2:]) / 2
+    outside = ((center < 0) | (center > (scene.width, scene.height))).any(1)
+    if outside.any():
+        box = track.boxes[present][outside][0]
+        raise TccpError(
+            f"{given}: box {np.round(box, 1).tolist()} is outside the picture of {scene.width}x{scene.height} pixels; "
+            "boxes are x0,y0,x1,y1 in pixels of the upright scene"
+        )
+    return track
+
+
+def square_box(box: Float[np.ndarray, "4"], given: str) -> Float32[np.ndarray, "4"]:
+    """Any box as the crop box of its mask: square, with whole corners. It may reach beyond the picture."""
+    if not np.isfinite(box).all() or box[2] - box[0] < 2 or box[3] - box[1] < 2:
+        raise TccpError(f"{given}: {np.round(box, 2).tolist()} is no box: x0,y0,x1,y1 with x0 < x1 and y0 < y1, in pixels")
+    origin = np.floor(box[:2])
+    shifted = box - np.tile(origin, 2)
+    # room on every side, so that nothing is taken for a mask cut by the picture's border
+    side = int(np.ceil(shifted.max())) + 1
+    mask = headbox.mask_from_box(shifted + side, 3 * side, 3 * side)
+    square = headbox.crop_box_from_mask(mask)
+    assert square is not None
+    return (square - side + np.tile(origin, 2)).astype(np.float32)
+
+
+def track_from_boxes(scene: MediaInfo, given: str) -> HeadTrack:
+    """`x0,y0,x1,y1` for all frames, or a JSON file: {"boxes": [[x0, y0, x1, y1] or null, ...], "cuts": [frame, ...]}."""
+    try:
+        numbers = [float(part) for part in given.split(",")]
+    except ValueError:
+        return _track_from_file(scene, Path(given))
+    if len(numbers) != 4:
+        raise TccpError(f"--box {given}: four numbers are needed, x0,y0,x1,y1 in pixels")
+    box = square_box(np.array(numbers), f"--box {given}")
+    return _checked(HeadTrack(np.tile(box, (scene.num_frames, 1))), scene, f"--box {given}")
+
+
+def _track_from_file(scene: MediaInfo, path: Path) -> HeadTrack:
+    try:
+        record = json.loads(path.read_text())
+        rows = record["boxes"]
+        cuts = frozenset(int(cut) for cut in record.get("cuts", ()))
+        boxes = np.full((len(rows), 4), np.nan, np.float32)
+        for i, row in enumerate(rows):
+            if row is not None:
+                boxes[i] = square_box(np.array(row, np.float64).reshape(4), f"{path}, frame {i}")
+    except TccpError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TccpError(
+            f'{path} is neither a box nor a track file ({type(error).__name__}: {error}): give x0,y0,x1,y1 or JSON '
+            'like {"boxes": [[x0, y0, x1, y1], null, ...]}'
+        ) from None
+    return _checked(HeadTrack(boxes, cuts), scene, str(path))
+
+
+def track_from_truth(scene: MediaInfo) -> HeadTrack:
+    """From the truth file that `tccp synth` wrote beside the film."""
+    truth = read_truth(scene.path)
+    return _checked(HeadTrack(truth.head_box), scene, f"the truth of {scene.path}")
+
+
+def track_from_mask(scene: MediaInfo, path: Path, on_frame: OnFrame = lambda: None) -> HeadTrack:
+    """From a mask film of the scene's size: bright where the head is to be generated. Frames without mask pass through."""
+    info = probe(path)
+    if (info.width, info.height) != (scene.width, scene.height):
+        raise TccpError(f"mask {path} is {info.width}x{info.height}, the scene {scene.width}x{scene.height}: they must be of one size")
+    boxes = []
+    for frame in read_frames(path):
+        box = headbox.crop_box_from_mask(_is_masked(frame))
+        boxes.append(np.full(4, np.nan, np.float32) if box is None else box)
+        on_frame()
+    return _checked(HeadTrack(np.stack(boxes)), scene, f"mask {path}")
+
+
+def _is_masked(frame: UInt8[np.ndarray, "h w 3"]) -> Bool[np.ndarray, "h w"]:
+    return frame.mean(axis=2) > _MASK_LEVEL
+
+
+def track_from_detector(
+    scene: MediaInfo, backend: faces.FaceBackend, choose: Point | None = None, on_frame: OnFrame = lambda: None
+) -> HeadTrack:
+    """From a face detector: in each shot the person who is there most, or the one at `choose` (x, y in pixels)."""
+    finder = CutFinder()
+    found: list[list[faces.Face]] = []
+    cuts: set[int] = set()
+    for frame in read_frames(scene.path):
+        found.append(backend.detect(frame))
+        cuts.update(finder.add(frame))
+        on_frame()
+    boxes = np.full((len(found), 4), np.nan, np.float32)
+    edges = [0, *sorted(cuts), len(found)]
+    for start, stop in zip(edges, edges[1:], strict=False):
+        person = faces.track(found[start:stop], choose=choose)
+        present = np.array([face is not None for face in person], bool)
+        if present.any():
+            shot = _shot_boxes(person)
+            shot[~_bridged(present)] = np.nan
+            boxes[start:stop] = shot
+    if not np.isfinite(boxes).any():
+        raise TccpError(
+            f"no face found in {scene.path} with {backend.name}: give the place of the head with --box or --mask"
+        )
+    return _checked(HeadTrack(boxes, frozenset(cuts)), scene, f"{backend.name} on {scene.path}")
+
+
+def _shot_boxes(person: list[faces.Face | None]) -> Float32[np.ndarray, "f 4"]:
+    """Head boxes of one person in one shot, also where he is away (interpolated)."""
+    points = np.full((len(person), 68, 2), np.nan, np.float32)
+    for i, face in enumerate(person):
+        if face is not None and face.landmarks_px is not None:
+            points[i] = face.landmarks_px
+    if np.isfinite(points).any():
+        return headbox.head_boxes(points).copy()
+    return faces.head_boxes_from_faces(person).copy()
+
+
+def _bridged(present: Bool[np.ndarray, "f"], longest: int = FPS // 2) -> Bool[np.ndarray, "f"]:
+    """Presence with gaps of up to `longest` frames closed: a detector that blinks does not end a chain."""
+    filled = present.copy()
+    known = np.flatnonzero(present)
+    for before, after in zip(known, known[1:], strict=False):
+        if 1 < after - before <= longest + 1:
+            filled[before:after] = True
+    return filled

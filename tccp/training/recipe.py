@@ -1,0 +1,151 @@
+"""From a clip table to a pipeline folder: the auto-encoder, the lip source and the variants, each on what it needs."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tccp.clip import ClipTable
+from tccp.config import Settings, TccpError, VariantName
+from tccp.pipeline import check_settings, has_component, load_network, save_component, verified
+from tccp.models.autoencoder import PictureAutoencoder
+from tccp.progress import progress
+from tccp.training.autoencoder import train_autoencoder
+from tccp.training.latents import LatentCache
+from tccp.training.lips import FOLDS, LipSources, open_lip_sources, train_liplets
+from tccp.training.loop import RunFolder
+from tccp.training.variant import train_variant
+from tccp.variants import FIRST_OF, TWO_STAGE, VARIANTS
+
+COMPONENTS: tuple[str, ...] = ("autoencoder", "lips", *VARIANTS)
+
+
+def recipe(settings: Settings) -> tuple[str, ...]:
+    """The components of the paper's pipeline, in an order in which each finds what it needs."""
+    lips = ("lips",) if settings.lips.source != "none" else ()
+    return ("autoencoder", *lips, *TWO_STAGE)
+
+
+class Trainer:
+    """Trains components of one pipeline folder on one clip table. Runs and caches lie under `storage`."""
+
+    def __init__(
+        self,
+        data: Path,
+        weights: Path,
+        settings: Settings,
+        storage: Path,
+        *,
+        resume: bool = False,
+        device: str = "cpu",
+        pretrained_autoencoder: Path | None = None,
+        lip_weights: Path | None = None,
+        control_from: Path | None = None,
+    ):
+        """control_from: a pipeline folder whose variants lend their video branches (see MVControlNet.start_control_from)."""
+        check_settings(weights, settings)
+        self.table = ClipTable(data)
+        self.weights = weights
+        self.settings = settings
+        self.storage = storage
+        self.resume = resume
+        self.device = device
+        self.pretrained_autoencoder = pretrained_autoencoder
+        self.lip_weights = lip_weights
+        self.control_from = control_from
+        self.data_hash = hashlib.blake2b(" ".join(self.table.ids).encode(), digest_size=8).hexdigest()
+        self._cache: LatentCache | None = None
+
+    def train(self, names: Sequence[str]) -> None:
+        """Trains these components, in this order, and adds each to the pipeline folder as it is finished."""
+        for name in names:
+            if name not in COMPONENTS:
+                raise TccpError(f"unknown component {name!r}: choose one of {', '.join(COMPONENTS)}, or all")
+            if name == "autoencoder":
+                self._train_autoencoder()
+            elif name == "lips":
+                self._train_lips()
+            else:
+                self._train_variant(name)  # type: ignore[arg-type]
+
+    def _run(self, name: str) -> RunFolder:
+        key = hashlib.blake2b(str(self.weights.resolve()).encode(), digest_size=4).hexdigest()
+        folder = self.storage / "runs" / f"{self.weights.name}-{key}-{self.data_hash}" / name
+        return RunFolder.open(folder, self.settings, resume=self.resume)
+
+    def _provenance(self, **more: Any) -> dict[str, Any]:
+        threads = torch.get_num_threads()
+        return {
+            "clips": len(self.table),
+            "frames": sum(self.table.num_frames.values()),
+            "data_hash": self.data_hash,
+            "seed": self.settings.seed,
+            "device": self.device if self.device != "cpu" else f"cpu, {threads} threads",
+            **more,
+        }
+
+    def _train_autoencoder(self) -> None:
+        run = self._run("autoencoder")
+        autoencoder, result = train_autoencoder(
+            self.settings, self.table, run, pretrained=self.pretrained_autoencoder, device=self.device
+        )
+        steps = 0 if self.pretrained_autoencoder else self.settings.autoencoder.max_steps
+        provenance = self._provenance(steps=steps, seconds=round(result.seconds, 1))
+        save_component(self.weights, "autoencoder", self.settings, autoencoder.save, provenance)
+
+    def _train_lips(self) -> None:
+        sources = self._lip_sources()
+        if sources is None:
+            raise TccpError("lips.source is none: there is no lip source to train")
+        steps = self.settings.lips.liplet_steps if self.settings.lips.source == "liplet" else 0
+        save_component(self.weights, "lips", self.settings, sources.for_new_footage.save, self._provenance(steps=steps))
+
+    def _lip_sources(self) -> LipSources | None:
+        """The lip sources that serve this table; liplets are trained on it here, once."""
+        lips = self.settings.lips
+        if lips.source != "liplet":
+            return open_lip_sources(lips, self.lip_weights, self.device)
+        key = f"{self.data_hash} {self.settings.seed} {lips.model_dump_json()}"
+        folder = self.storage / "lips" / hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
+        with progress() as bar:
+            task = bar.add_task("liplet", total=FOLDS * lips.liplet_steps)
+
+            def on_step(fold: int, step: int, loss: float) -> None:
+                bar.update(task, completed=fold * lips.liplet_steps + step)
+
+            train_liplets(self.table, self.settings, folder, self.settings.seed, on_step, self.device)
+        return open_lip_sources(lips, folder, self.device)
+
+    @property
+    def cache(self) -> LatentCache:
+        """The latent cache of this table, built on first use."""
+        if self._cache is None:
+            autoencoder = PictureAutoencoder.load(verified(self.weights, "autoencoder")).to(self.device).eval()
+            self._cache = LatentCache(self.storage, self.table, self.settings, autoencoder, self._lip_sources())
+            self._cache.build()
+        return self._cache
+
+    def _train_variant(self, name: VariantName) -> None:
+        settings = self.settings.for_variant(name)
+        first = None
+        if name in FIRST_OF and settings.training.initial_frames != "truth":
+            first = load_network(self.weights, FIRST_OF[name], self.device)
+        start_from = load_network(self.control_from, name, self.device) if self.control_from else None
+        cache = self.cache
+        run = self._run(name)
+        model, result = train_variant(
+            name, self.settings, cache, run, first=first, start_from=start_from, device=self.device
+        )
+        last = sum(result.losses[-50:]) / max(1, len(result.losses[-50:]))
+        provenance = self._provenance(
+            steps=settings.training.max_steps, seconds=round(result.seconds, 1), last_losses=round(last, 5)
+        )
+        save_component(self.weights, name, self.settings, model.save_pretrained, provenance)
+
+    def missing(self) -> tuple[str, ...]:
+        """What the paper's pipeline still lacks, in training order."""
+        return tuple(name for name in recipe(self.settings) if not has_component(self.weights, name))
