@@ -52,6 +52,47 @@ class _Region:
     surroundings: np.ndarray  # mask of the picture: what is measured
 
 
+@dataclass(frozen=True)
+class _Strip:
+    """Ink measured across a line: at position s along it, the amount, in pixels of full colour, and its centre."""
+
+    start: np.ndarray
+    along: np.ndarray
+    across: np.ndarray
+    s: np.ndarray
+    amount: np.ndarray
+    center: np.ndarray
+    ends: np.ndarray  # positions where the shape begins and ends
+
+    def at(self, s: np.ndarray, offset: np.ndarray) -> np.ndarray:
+        """The points of the picture at positions along, and offsets across, the line."""
+        return self.start + s[:, None] * self.along + offset[:, None] * self.across
+
+    def positions(self, template: np.ndarray, stroke: float) -> np.ndarray:
+        """Positions of a closed shape's points: spaced as the template's, its centre of area moved onto this one's.
+
+        In a turned head lips that bulge less or more than the mean face's sit elsewhere between their ends. The less
+        area there is beyond the mere stroke, the less it says.
+        """
+        toward = template[len(template) // 2] - template[0]
+        reach = (template - template[0]) @ toward
+        # In a turned head a corner can hide behind the lips: then it is not the shape's end.
+        outer = (reach.min(), reach.max())
+        positions = np.interp(reach, outer, self.ends)
+        excess = np.maximum(self.amount - stroke, 0)
+        area = float(excess.sum()) * float(self.s[1] - self.s[0])
+        moments = cv2.moments(template.astype(np.float32)[:, None])
+        if area <= 0 or abs(moments["m00"]) < 1e-3:
+            return positions
+        length = float(np.ptp(self.ends))
+        inner = self.ends + np.array([0.15, -0.15]) * length
+        middle = np.array([moments["m10"], moments["m01"]]) / moments["m00"]
+        expected = np.clip(np.interp((middle - template[0]) @ toward, outer, self.ends), *inner)
+        measured = np.clip(float((excess * self.s).sum() / excess.sum()), *inner)
+        moved = expected + area / (area + 0.02 * length**2) * (measured - expected)
+        return np.interp(positions, (self.ends[0], expected, self.ends[1]), (self.ends[0], moved, self.ends[1]))
+
+
 class _Reading:
     """One picture on its way to points. Lengths are pixels, coordinates continuous."""
 
@@ -70,7 +111,7 @@ class _Reading:
         pixels = np.stack([columns, rows], 1) + 0.5
         face = self._fit_template(pixels, channels)
         labels = self._labels(pixels, channels, face)
-        regions = self._regions(rows, columns, channels, labels)
+        regions = self._regions(rows, columns, channels, labels, face)
         points, found = self._measure(self.layers, face, regions)
         # Blur and corners pull the measures aside. By how much, the same measures of known points, drawn alike, tell.
         again = self._drawn_alike(points)
@@ -140,19 +181,20 @@ class _Reading:
             for number in range(1, components.max() + 1):
                 members = here[part == number]
                 counts = np.bincount(labels[members], minlength=len(GROUPS))
-                if counts.max() > 0.8 * len(members):
+                if counts.max() > 0.6 * len(members):
                     labels[members] = counts.argmax()
         return labels
 
     def _regions(
-        self, rows: np.ndarray, columns: np.ndarray, channels: np.ndarray, labels: np.ndarray
+        self, rows: np.ndarray, columns: np.ndarray, channels: np.ndarray, labels: np.ndarray, face: np.ndarray
     ) -> list[_Region | None]:
         """Of each group its ink and the surroundings that are nearer to it than to its neighbours."""
         regions: list[_Region | None] = []
         reach = 2 * round(1.6 * self.stroke) + 1
-        for number, channel in enumerate(_LAYER_OF_GROUP):
+        for number, (channel, indices) in enumerate(zip(_LAYER_OF_GROUP, GROUPS.values(), strict=True)):
             mine = labels == number
-            if mine.sum() < 2 * self.stroke:
+            length = np.linalg.norm(np.diff(face[list(indices)], axis=0), axis=1).sum()
+            if mine.sum() < self.stroke * max(2, 0.35 * length):  # crumbs of a neighbour
                 regions.append(None)
                 continue
             own, other = np.zeros((2, self.size, self.size), np.uint8)
@@ -164,13 +206,12 @@ class _Reading:
             regions.append(_Region(int(channel), pixels, near | (own > 0)))
         return regions
 
-    def _strip(
-        self, layer: np.ndarray, start: np.ndarray, end: np.ndarray, height: float
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Ink along the line from start to end, widened by 3 strokes: (position, amount of ink across, its centre)."""
+    def _strip(self, layer: np.ndarray, start: np.ndarray, end: np.ndarray, pixels: np.ndarray) -> _Strip | None:
+        """The ink measured across the line from start to end and a little beyond; None if there is none."""
         length = max(float(np.linalg.norm(end - start)), 1.0)
         along = (end - start) / length
         across = np.array([-along[1], along[0]])
+        height = float(np.abs((pixels - start) @ across).max()) + 2 * self.stroke
         step = self.stroke / 3
         s = np.arange(-3 * self.stroke, length + 3 * self.stroke, step, dtype=np.float32)
         n = np.arange(-height, height + step, step, dtype=np.float32)
@@ -178,7 +219,9 @@ class _Reading:
         values = cv2.remap(layer, x.astype(np.float32), y.astype(np.float32), cv2.INTER_LINEAR, borderValue=0)
         values = cv2.GaussianBlur(values, (0, 0), 1.0)
         amount = values.sum(0) * step
-        return s, amount, (values * n[:, None]).sum(0) * step / np.maximum(amount, 1e-3)
+        center = (values * n[:, None]).sum(0) * step / np.maximum(amount, 1e-3)
+        ends = self._ends(s, amount)
+        return None if ends is None else _Strip(start, along, across, s, amount, center, np.array(ends))
 
     def _ends(self, s: np.ndarray, amount: np.ndarray) -> tuple[float, float] | None:
         """Where the ink begins and ends along a strip: half a stroke's amount, less the stroke's round cap."""
@@ -187,66 +230,52 @@ class _Reading:
             return None
         level = 0.5 * min(self.stroke, _quantile(amount[inked], 0.5))
         first, last = inked[0], inked[-1]
-        low = float(np.interp(level, amount[first - 1 : first + 1], s[first - 1 : first + 1])) if first else s[0]
-        high = float(np.interp(-level, -amount[last : last + 2], s[last : last + 2])) if last + 1 < len(s) else s[-1]
+        low, high = float(s[first]), float(s[last])
+        if first > 0:
+            low = float(np.interp(level, amount[first - 1 : first + 1], s[first - 1 : first + 1]))
+        if last + 1 < len(s):
+            high = float(np.interp(-level, -amount[last : last + 2], s[last : last + 2]))
         cap = 0.43 * self.stroke
         return (low + cap, high - cap) if high - low > 2.5 * cap else None
 
-    def _oriented(
-        self, layer: np.ndarray, start: np.ndarray, end: np.ndarray, pixels: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
-        """A strip whose line runs from end to end of the shape, found from a rough line."""
-        for last in (False, True):
-            along = (end - start) / max(float(np.linalg.norm(end - start)), 1e-6)
-            across = np.array([-along[1], along[0]])
-            # The rough line is stretched and moved onto the ink.
-            reach, off = (pixels - start) @ along, (pixels - start) @ across
-            if not last:
-                start, end = start + along * (reach.min() + 0.5), start + along * (reach.max() - 0.5)
-                start, end = start + across * _quantile(off, 0.5), end + across * _quantile(off, 0.5)
-            height = float(np.abs((pixels - start) @ across).max()) + 2 * self.stroke
-            s, amount, center = self._strip(layer, start, end, height)
-            ends = self._ends(s, amount)
-            if ends is None:
-                return None
-            along = (end - start) / max(float(np.linalg.norm(end - start)), 1e-6)
-            across = np.array([-along[1], along[0]])
-            tips = [start + along * e + across * np.interp(e, s, center) for e in ends]
-            if last:
-                return s, amount, center, np.array([start, along, across]), np.array(ends)
-            start, end = tips
-        return None
+    def _along_shape(self, layer: np.ndarray, start: np.ndarray, end: np.ndarray, pixels: np.ndarray) -> _Strip | None:
+        """A strip whose line runs from end to end of the shape, from the template's rough line."""
+        along = (end - start) / max(float(np.linalg.norm(end - start)), 1e-6)
+        across = np.array([-along[1], along[0]])
+        reach, off = (pixels - start) @ along, (pixels - start) @ across
+        start = start + across * _quantile(off, 0.5)
+        rough = self._strip(layer, start + along * (reach.min() + 0.5), start + along * (reach.max() - 0.5), pixels)
+        if rough is None:
+            return None
+        # An open mouth, turned away, is taller than wide: then its ends say little about where its line runs.
+        off = np.interp(rough.ends, rough.s, rough.center)
+        off = off.mean() + (off - off.mean()) * np.clip(1.6 - 1.2 * rough.amount.max() / np.ptp(rough.ends), 0, 1)
+        first, last = rough.at(rough.ends, off)
+        return self._strip(layer, first, last, pixels)
 
     def _open(self, layer: np.ndarray, template: np.ndarray, pixels: np.ndarray) -> np.ndarray | None:
-        strip = self._oriented(layer, template[0], template[-1], pixels)
+        strip = self._along_shape(layer, template[0], template[-1], pixels)
         if strip is None:
             return None
-        s, _, center, (start, along, across), ends = strip
-        inside = np.linspace(float(ends[0]), float(ends[1]), 33)
-        curve = start + inside[:, None] * along + np.interp(inside, s, center)[:, None] * across
-        return _at_fractions(curve, _fractions(template))
+        inside = np.linspace(float(strip.ends[0]), float(strip.ends[1]), 33)
+        return _at_fractions(strip.at(inside, np.interp(inside, strip.s, strip.center)), _fractions(template))
 
     def _closed(self, layer: np.ndarray, template: np.ndarray, pixels: np.ndarray) -> np.ndarray | None:
         half = len(template) // 2
-        strip = self._oriented(layer, template[0], template[half], pixels)
+        strip = self._along_shape(layer, template[0], template[half], pixels)
         if strip is None:
             return None
-        s, amount, center, (start, along, across), ends = strip
-        # In a turned head a corner can hide behind the lips: then it is not the shape's end.
-        reach = (template - template[0]) @ (template[half] - template[0])
-        where = np.interp(reach, (reach.min(), reach.max()), ends)
-        where = _warped(where, template, s, np.maximum(amount - self.stroke, 0), ends)
-        upper, lower = center - amount / 2, center + amount / 2
+        where = strip.positions(template, self.stroke)
+        upper, lower = strip.center - strip.amount / 2, strip.center + strip.amount / 2
         # A sloping edge's stroke is thicker, measured straight across.
-        rise = [np.sqrt(1 + np.clip(np.gradient(edge, s), -1, 1) ** 2) for edge in (upper, lower)]
+        rise = [np.sqrt(1 + np.clip(np.gradient(edge, strip.s), -1, 1) ** 2) for edge in (upper, lower)]
         upper, lower = upper + rise[0] * self.stroke / 2, lower - rise[1] * self.stroke / 2
         middle = (upper + lower) / 2
         upper, lower = np.minimum(upper, middle), np.maximum(lower, middle)
-        offset = np.empty(len(template))
-        offset[1:half] = np.interp(where[1:half], s, upper)
-        offset[half + 1 :] = np.interp(where[half + 1 :], s, lower)
-        offset[[0, half]] = np.interp(where[[0, half]], s, center)
-        return start + where[:, None] * along + offset[:, None] * across
+        offset = np.interp(where, strip.s, strip.center)
+        offset[1:half] = np.interp(where[1:half], strip.s, upper)
+        offset[half + 1 :] = np.interp(where[half + 1 :], strip.s, lower)
+        return strip.at(where, offset)
 
     def _jaw(self, layer: np.ndarray, template: np.ndarray, pixels: np.ndarray) -> np.ndarray | None:
         """The jaw in polar coordinates around the middle of its hull, from the top over the chin."""
@@ -274,27 +303,6 @@ class _Reading:
         length = np.linalg.norm(np.diff(curve, axis=0), axis=1).sum()
         cap = 0.43 * self.stroke / max(length, 1e-6)
         return _at_fractions(curve, cap + (1 - 2 * cap) * _fractions(template))
-
-
-def _warped(where: np.ndarray, template: np.ndarray, s: np.ndarray, excess: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Positions along a closed shape, moved so that the template's centre of area falls on the shape's own.
-
-    In a turned head lips that bulge less or more than the mean face's sit elsewhere between their ends. The less area
-    there is beyond the mere stroke (`excess`), the less it says.
-    """
-    area = float(excess.sum()) * float(s[1] - s[0])
-    moments = cv2.moments(template.astype(np.float32)[:, None])
-    if area <= 0 or abs(moments["m00"]) < 1e-3:
-        return where
-    length = float(ends[1] - ends[0])
-    toward = template[len(template) // 2] - template[0]
-    reach = (template - template[0]) @ toward
-    middle = (np.array([moments["m10"], moments["m01"]]) / moments["m00"] - template[0]) @ toward
-    low, high = ends[0] + 0.15 * length, ends[1] - 0.15 * length
-    expected = np.clip(np.interp(middle, (reach.min(), reach.max()), ends), low, high)
-    measured = np.clip(float((excess * s).sum() / excess.sum()), low, high)
-    trust = area / (area + 0.02 * length**2)
-    return np.interp(where, (ends[0], expected, ends[1]), (ends[0], expected + trust * (measured - expected), ends[1]))
 
 
 def _squared_distances(pixels: np.ndarray, channels: np.ndarray, face: np.ndarray) -> np.ndarray:
