@@ -23,7 +23,8 @@ from tccp.landmarks import MEAN_FACE, head_pose
 
 # The canonical frame, in MEAN_FACE's coordinates (outer eye corners 1 apart, y down from their line): a square from the
 # nose base to below the chin of an open mouth, on the plane of the lips.
-_VIEW_LEFT, _VIEW_TOP, _VIEW_SIDE = -0.55, 0.47, 1.10
+_VIEW_TOP, _VIEW_SIDE = 0.50, 0.96
+_MOUTH_CORNERS = [48, 54]
 _LIPS_Z = float(MEAN_FACE[48:60, 2].mean())
 _MAX_SHRINK = 2.5  # a face turned by more than about 65 degrees shows too little of the mouth to make it frontal
 
@@ -31,19 +32,21 @@ _MAX_SHRINK = 2.5  # a face turned by more than about 65 degrees shows too littl
 def mouth_transform(landmarks: Float[np.ndarray, "68 2"], size_px: int) -> Float[np.ndarray, "2 3"] | None:
     """Affine map from landmark coordinates to pixels of the canonical mouth picture.
 
-    It undoes the pose of the plane of the lips, which `head_pose` takes from nose and eye corners alone: how far the
-    mouth is open or wide does not enter. None if points are missing (not finite), or the head is turned too far.
+    It undoes the pose of the plane of the lips, which `head_pose` takes from nose and eye corners alone, and centres
+    the mouth from side to side, since how far lips stand out differs between people and shows in a turned head. How
+    far the mouth is open or wide does not enter. None if points are missing (not finite), or the head turns too far.
     """
+    if not np.isfinite(landmarks).all():
+        return None
     pose = head_pose(landmarks[None])
     plane = pose.scale[0] * pose.rotation[0, :2, :2]
-    if not np.isfinite(plane).all():
-        return None
     stretch = np.linalg.svd(plane, compute_uv=False)
     if stretch[1] <= 0 or stretch[0] > _MAX_SHRINK * stretch[1] or np.linalg.det(plane) <= 0:
         return None
     to_face = np.linalg.inv(plane)
-    corner = pose.project(np.array([_VIEW_LEFT, _VIEW_TOP, _LIPS_Z]))[0]
-    return np.column_stack([to_face, -to_face @ corner]) * (size_px / _VIEW_SIDE)
+    origin = -to_face @ pose.project(np.array([0.0, _VIEW_TOP, _LIPS_Z]))[0]
+    origin[0] = _VIEW_SIDE / 2 - to_face[0] @ landmarks[_MOUTH_CORNERS].mean(axis=0)
+    return np.column_stack([to_face, origin]) * (size_px / _VIEW_SIDE)
 
 
 def mouth_picture(
@@ -51,24 +54,35 @@ def mouth_picture(
 ) -> UInt8[np.ndarray, "{size_px} {size_px} 3"] | None:
     """The mouth of a face crop in the canonical frame: Liplet's training target.
 
+    What lies outside the face is painted over with its skin: sound says nothing about hair, collar and room.
     landmarks: iBUG order, crop coordinates 0..1. None where the face cannot be made frontal (`mouth_transform`).
     """
-    transform = mouth_transform(landmarks * np.array(face.shape[1::-1]), size_px)
+    points = landmarks * np.array(face.shape[1::-1])
+    transform = mouth_transform(points, size_px)
     if transform is None:
         return None
+    outline = points @ transform[:, :2].T + transform[:, 2]
     # OpenCV counts from pixel centres, landmarks from pixel edges.
     transform[:, 2] += transform[:, :2].sum(axis=1) * 0.5 - 0.5
     shrink = np.linalg.det(transform[:, :2]) ** -0.5
     if shrink > 1.5:  # a bilinear warp alone would alias
         face = cv2.GaussianBlur(face, (0, 0), 0.4 * float(shrink))
     size = (size_px, size_px)
-    return cv2.warpAffine(face, transform, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    picture = cv2.warpAffine(face, transform, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    face_mask = np.zeros(size, np.uint8)
+    cv2.fillConvexPoly(face_mask, cv2.convexHull(np.round(outline).astype(np.int32)), 1)
+    # Points of the jaw lie on its edge, where pixels are part background.
+    inside = cv2.erode(face_mask, np.ones((3, 3), np.uint8), iterations=max(1, size_px // 32)).astype(bool)
+    skin = inside & ~mouth_region(size_px)
+    if skin.any():
+        picture[~inside] = np.median(picture[skin], axis=0)
+    return picture
 
 
 def mouth_region(size_px: int) -> Bool[np.ndarray, "{size_px} {size_px}"]:
     """Where lips can be in the canonical mouth picture: an ellipse around the mouth, open jaw included."""
     y, x = (np.indices((size_px, size_px)) + 0.5) * (_VIEW_SIDE / size_px)
-    return ((x + _VIEW_LEFT) / 0.38) ** 2 + ((y + _VIEW_TOP - 0.93) / 0.34) ** 2 <= 1
+    return ((x - _VIEW_SIDE / 2) / 0.38) ** 2 + ((y + _VIEW_TOP - 0.93) / 0.34) ** 2 <= 1
 
 
 def identity_picture(identity: UInt8[np.ndarray, "h w 3"], size_px: int) -> UInt8[np.ndarray, "{size_px} {size_px} 3"]:
@@ -127,7 +141,7 @@ class Liplet(ModelMixin, ConfigMixin):
                 _Modulated(c, c, code),
             ]
         )
-        self.output = nn.Sequential(nn.Conv2d(c, 12, 3, padding=1), nn.PixelShuffle(2), nn.Tanh())
+        self.output = nn.Conv2d(c, 3, 3, padding=1)
 
     def forward(self, mel: Float[Tensor, "b 80 16"], identity: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b 3 s s"]:
         """The identity's mouth for this sound, canonical frame, RGB in [-1, 1].
@@ -142,4 +156,5 @@ class Liplet(ModelMixin, ConfigMixin):
             if level in (1, 3):
                 x = functional.interpolate(x, scale_factor=2, mode="nearest")
             x = block(x, code)
-        return self.output(x)
+        # Smooth, then one convolution: a pixel shuffle here left a checkerboard in short trainings.
+        return torch.tanh(self.output(functional.interpolate(x, scale_factor=2, mode="bilinear")))

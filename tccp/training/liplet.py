@@ -20,6 +20,8 @@ from tccp.models.liplet import Liplet, identity_picture, mouth_picture, mouth_re
 
 MAX_SAMPLES = 16_384
 """Frames held in memory; longer footage is thinned evenly. At 96 px this is 0.5 GB."""
+TINT = 0.25
+"""Largest change of a colour channel's gain, and of its level in [-1, 1], when pictures are tinted in training."""
 MOUTH_WEIGHT = 4.0
 """Extra weight of the error where lips can be, above the 1 it has everywhere."""
 
@@ -85,6 +87,21 @@ def mouth_loss(lips: Float[Tensor, "b 3 s s"], target: Float[Tensor, "b 3 s s"])
     return ((lips - target).abs() * (weight / weight.mean())).mean()
 
 
+def augment(
+    identity: Float[Tensor, "b 3 s s"], mouths: Float[Tensor, "b 3 s s"], rng: np.random.Generator
+) -> tuple[Float[Tensor, "b 3 s s"], Float[Tensor, "b 3 s s"]]:
+    """Both pictures of a person mirrored and tinted alike: there are few people to learn skin colours from."""
+    gain = rng.uniform(1 - TINT, 1 + TINT, (len(mouths), 3, 1, 1))
+    shift = rng.uniform(-TINT, TINT, (len(mouths), 3, 1, 1))
+    mirrored = torch.from_numpy(rng.random((len(mouths), 1, 1, 1)) < 0.5).to(mouths.device)
+
+    def apply(pictures: Tensor) -> Tensor:
+        tinted = pictures * torch.from_numpy(gain).to(pictures) + torch.from_numpy(shift).to(pictures)
+        return torch.where(mirrored, tinted.flip(-1), tinted).clamp(-1, 1)
+
+    return apply(identity), apply(mouths)
+
+
 def train_liplet(
     samples: LipletSamples,
     settings: LipSettings,
@@ -104,11 +121,13 @@ def train_liplet(
     for step in range(settings.liplet_steps):
         rng = np.random.default_rng(rng_seed("liplet", "batch", seed, step))
         rows = rng.integers(len(samples.mel), size=settings.liplet_batch_size)
-        identities = samples.identities[rng.integers(*samples.identity_range[rows].T)]
-        lips = network(
-            torch.from_numpy(samples.mel[rows]).to(device), to_model(torch.from_numpy(identities).to(device))
+        identities = rng.integers(*samples.identity_range[rows].T)
+        mel, mouths, identity = (
+            torch.from_numpy(array).to(device)
+            for array in (samples.mel[rows], samples.mouths[rows], samples.identities[identities])
         )
-        loss = mouth_loss(lips, to_model(torch.from_numpy(samples.mouths[rows]).to(device)))
+        identity, mouths = augment(to_model(identity), to_model(mouths), rng)
+        loss = mouth_loss(network(mel, identity), mouths)
         for group in optimiser.param_groups:  # warm-up, then half a cosine down to zero
             warm_up = min(1.0, (step + 1) / 20)
             decay = 0.5 * (1 + math.cos(math.pi * step / settings.liplet_steps))
