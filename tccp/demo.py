@@ -1,0 +1,210 @@
+"""`make demo`: RoundTable footage -> clip table -> a pipeline trained for minutes -> a head in an unseen scene."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from preprocessing.pipeline import preprocess
+from tccp import headbox, landmarks
+from tccp.config import FPS, Settings, TccpError, git_commit, load_settings, settings_to_json
+from tccp.film import FilmRequest, FilmResult, generate_film
+from tccp.generation import GeneratedFrame
+from tccp.media import VideoWriter, mark_generated, read_frames
+from tccp.progress import progress
+from tccp.roundtable import Truth, identity_path, read_truth, write_clips
+from tccp.training.recipe import Trainer
+
+TRAINING_FILMS, TRAINING_SECONDS, TRAINING_SEED = 72, 3.0, 1
+SCENE_SECONDS, SCENE_SEED = 4.0, 20_001
+"""Films of two seeds share neither persons, rooms nor voices."""
+SETTINGS = (
+    "autoencoder.max_steps=800",
+    "training.max_steps=420",
+    "lips.liplet_steps=250",
+    "headbox.draws=1",
+    'variant_overrides={"landmark_first": {"training.max_steps": 260}, "face_first": {"training.max_steps": 260}}',
+)
+"""The toy preset, cut short: at this stage the demo trains its own weights, within its quarter of an hour."""
+SHEET_COLUMNS = 8
+_SCALE = 2
+_LABEL_PX = 22
+
+
+def run_demo(out: Path, storage: Path, fresh: bool = False) -> dict[str, Any]:
+    """Writes demo.mp4, demo.png, demo.json and generated.mp4 to `out`; returns what demo.json holds.
+
+    What is done already (footage, weights of the same settings) is found in `storage` and not done again; an
+    interrupted demo goes on from its last checkpoint. Raises TccpError if `out` or `storage` cannot be written to.
+    """
+    started = time.monotonic()
+    settings = load_settings("toy", SETTINGS)
+    key = hashlib.blake2b(settings_to_json(settings).encode(), digest_size=6).hexdigest()
+    root = storage / "demo" / key
+    if fresh:
+        shutil.rmtree(root, ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
+    seconds: dict[str, float] = {}
+
+    films = _footage(root / "footage", TRAINING_FILMS, TRAINING_SECONDS, TRAINING_SEED)
+    seconds["footage"] = _lap(started, seconds)
+    if not (root / "clips" / "clips.parquet").exists():
+        preprocess([films], root / "clips", settings, backend="truth")
+    seconds["preprocess"] = _lap(started, seconds)
+    trainer = Trainer(root / "clips", root / "weights", settings, root, resume=True)
+    for name in trainer.missing():
+        trainer.train([name])
+        seconds[f"train {name}"] = _lap(started, seconds)
+
+    scene = next(iter(sorted(_footage(root / "scene", 1, SCENE_SECONDS, SCENE_SEED).glob("*.mp4"))))
+    truth = read_truth(scene)
+    shown: list[GeneratedFrame] = []
+    request = FilmRequest(
+        scene=scene,
+        audio=scene,
+        identity=identity_path(scene),
+        weights=root / "weights",
+        out=out / "generated.mp4",
+        truth=True,
+        save_landmarks=out / "landmarks.jsonl",
+    )
+    result = generate_film(request, on_frame=shown.append)
+    seconds["generate"] = _lap(started, seconds)
+    _write_film(out / "demo.mp4", scene, shown)
+    _write_picture(out / "demo.png", sheet(scene, truth, shown))
+    record = {
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "total_seconds": round(time.monotonic() - started, 1),
+        "cores": os.cpu_count(),
+        "git_commit": git_commit(),
+        "settings": json.loads(settings.model_dump_json()),
+        "film": _film_record(result),
+        "against_truth": measure(scene, truth, shown, settings),
+    }
+    (out / "demo.json").write_text(json.dumps(record, indent=2) + "\n")
+    return record
+
+
+def _lap(started: float, seconds: dict[str, float]) -> float:
+    return time.monotonic() - started - sum(seconds.values())
+
+
+def _film_record(result: FilmResult) -> dict[str, Any]:
+    """The result without paths: the record is made to be passed on."""
+    return {name: value for name, value in result.to_json().items() if name != "out"}
+
+
+def _footage(folder: Path, films: int, seconds: float, seed: int) -> Path:
+    """RoundTable films in `folder`, drawn if they are not all there."""
+    if len(list(folder.glob("*.mp4"))) < films:
+        with progress() as bar:
+            frames = films * round(seconds * FPS)
+            task = bar.add_task("drawing scenes", total=frames)
+            write_clips(folder, films, seconds, seed, progress=lambda name, done, total: bar.advance(task))
+    return folder
+
+
+def measure(scene: Path, truth: Truth, frames: list[GeneratedFrame], settings: Settings) -> dict[str, float]:
+    """Generated landmarks and faces against truth: correlation of the mouth's opening and width, yaw error, PSNR.
+
+    Landmark figures come from the points read back from stage 1's pictures; `wrong_clip_mouth_corr` is the control, the
+    same generated mouth against the truth played backwards.
+    """
+    points = np.stack([frame.points for frame in frames if frame.points is not None])
+    opening, width = landmarks.mouth_opening(points), landmarks.mouth_width(points)
+    truths = zip(truth.landmarks_px, truth.head_box, strict=True)
+    true_points = np.stack([headbox.to_crop(p, b) for p, b in truths])[: len(points)]
+    errors = []
+    for frame, picture in zip(frames, read_frames(scene), strict=False):
+        assert frame.face is not None and frame.box is not None
+        true_face = headbox.crop(picture, frame.box, settings.picture_px)
+        errors.append(float(np.mean((frame.face.astype(float) - true_face.astype(float)) ** 2)))
+    yaw_error = np.abs(landmarks.yaw_deg(points) - landmarks.yaw_deg(true_points))
+    return {
+        "mouth_corr_landmarks": _correlation(opening, truth.mouth_opening[: len(points)]),
+        "width_corr_landmarks": _correlation(width, truth.mouth_width[: len(points)]),
+        "wrong_clip_mouth_corr": _correlation(opening, truth.mouth_opening[: len(points)][::-1]),
+        "yaw_mae_deg_landmarks": round(float(yaw_error.mean()), 2),
+        "landmark_error": round(float(np.linalg.norm(points - true_points, axis=-1).mean()), 4),
+        "psnr_face": round(float(10 * np.log10(255**2 / np.mean(errors))), 2),
+    }
+
+
+def _correlation(a: Float[np.ndarray, " f"], b: Float[np.ndarray, " f"]) -> float:
+    if np.std(a) < 1e-9 or np.std(b) < 1e-9:
+        return 0.0
+    return round(float(np.corrcoef(a, b)[0, 1]), 4)
+
+
+def _labelled(picture: UInt8[np.ndarray, "h w 3"], text: str) -> UInt8[np.ndarray, "h2 w 3"]:
+    strip = np.full((_LABEL_PX, picture.shape[1], 3), 24, np.uint8)
+    cv2.putText(strip, text, (6, _LABEL_PX - 7), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (235, 235, 235), 1, cv2.LINE_AA)
+    return np.concatenate([strip, picture])
+
+
+def _enlarged(picture: UInt8[np.ndarray, "h w 3"], width: int, height: int) -> UInt8[np.ndarray, "h2 w2 3"]:
+    return np.asarray(cv2.resize(picture, (width, height), interpolation=cv2.INTER_CUBIC), np.uint8)
+
+
+def _masked(picture: UInt8[np.ndarray, "h w 3"], frame: GeneratedFrame) -> UInt8[np.ndarray, "h w 3"]:
+    assert frame.box is not None
+    return headbox.mask_scene(picture[None], frame.box[None])[0]
+
+
+def _write_film(path: Path, scene: Path, frames: list[GeneratedFrame]) -> None:
+    """What was given, what was generated and the truth, side by side, with the driving sound."""
+    height, width = frames[0].picture.shape[:2]
+    size = (_SCALE * width, _SCALE * height)
+    with VideoWriter(
+        path, 3 * size[0], size[1] + _LABEL_PX, audio_from=scene, metadata=mark_generated(demo="RoundTable")
+    ) as film:
+        for frame, true in zip(frames, read_frames(scene), strict=False):
+            columns = {"given: masked scene, sound": _masked(true, frame), "generated": frame.picture, "truth": true}
+            film.write(np.concatenate([_labelled(_enlarged(p, *size), text) for text, p in columns.items()], axis=1))
+
+
+def sheet(scene: Path, truth: Truth, frames: list[GeneratedFrame]) -> UInt8[np.ndarray, "h w 3"]:
+    """Over time, in rows: masked scene, landmarks and true ones, face and true one, result and true scene."""
+    chosen = set(np.linspace(0, len(frames) - 1, SHEET_COLUMNS).round().astype(int).tolist())
+    rows: dict[str, list[np.ndarray]] = {}
+    for i, (frame, true) in enumerate(zip(frames, read_frames(scene), strict=False)):
+        if i not in chosen:
+            continue
+        assert frame.box is not None and frame.face is not None and frame.landmark_picture is not None
+        size = frame.face.shape[0]
+        points = headbox.to_crop(truth.landmarks_px[i], truth.head_box[i])
+        pictures = {
+            "given: scene with the head masked": _masked(true, frame),
+            "stage 1: landmarks": frame.landmark_picture,
+            "true landmarks": landmarks.draw(points[None], size)[0],
+            "stage 2: face": frame.face,
+            "true face": headbox.crop(true, frame.box, size),
+            "result": frame.picture,
+            "true scene": true,
+        }
+        for name, picture in pictures.items():
+            rows.setdefault(name, []).append(picture)
+    width = 192
+    lines = []
+    for name, row in rows.items():
+        height = round(width * row[0].shape[0] / row[0].shape[1])
+        lines.append(_labelled(np.concatenate([_enlarged(p, width, height) for p in row], axis=1), name))
+    return np.concatenate(lines)
+
+
+def _write_picture(path: Path, picture: UInt8[np.ndarray, "h w 3"]) -> None:
+    done, data = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+    assert done
+    try:
+        path.write_bytes(data.tobytes())
+    except OSError as error:
+        raise TccpError(f"cannot write {path}: {error.strerror}") from None

@@ -1,0 +1,309 @@
+"""Training at tiny size on RoundTable: resumed equals uninterrupted, gradients add up, every variant can learn."""
+
+import json
+
+import pytest
+import torch
+from diffusers.training_utils import EMAModel
+from test_models import tiny
+
+from preprocessing.pipeline import preprocess
+from tccp.clip import ClipTable
+from tccp.config import TccpError, override
+from tccp.data import PlannedWindow, WindowId
+from tccp.models.autoencoder import PictureAutoencoder
+from tccp.models.mvcontrolnet import MVControlNet
+from tccp.roundtable import write_clips
+from tccp.training.autoencoder import fit_latent_statistics, train_autoencoder
+from tccp.training.engine import TorchEngine, learning_rate_factor
+from tccp.training.latents import LatentCache
+from tccp.training.lips import open_lip_sources, train_liplets
+from tccp.training.loop import NonFiniteLoss, RunFolder, fit
+from tccp.training.variant import VariantLoss, draw, train_variant
+from tccp.variants import VARIANTS
+
+SMALL = {
+    "autoencoder.block_channels": (8, 8, 16, 16),
+    "autoencoder.norm_groups": 4,
+    "autoencoder.batch_size": 4,
+    "lips.liplet_steps": 2,
+    "lips.liplet_channels": 8,
+    "training.batch_size": 4,
+    "training.warmup_steps": 2,
+    "training.log_every": 1,
+    "variant_overrides": {},
+}
+
+
+def small(**overrides):
+    return override(tiny(), SMALL | overrides)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Four RoundTable films of one second, as a clip table."""
+    folder = tmp_path_factory.mktemp("roundtable")
+    write_clips(folder / "films", 4, 1.0, seed=3)
+    preprocess([folder / "films"], folder / "clips", small(), backend="truth")
+    return folder / "clips"
+
+
+@pytest.fixture(scope="module")
+def cache(data, tmp_path_factory):
+    """Latents and lips of those clips, from networks that know nothing yet."""
+    settings, root = small(), tmp_path_factory.mktemp("storage")
+    table = ClipTable(data)
+    torch.manual_seed(0)
+    autoencoder = PictureAutoencoder.from_settings(settings.autoencoder).eval()
+    fit_latent_statistics(autoencoder, table, settings)
+    lips = open_lip_sources(settings.lips, train_liplets(table, settings, root / "liplets", seed=0))
+    cache = LatentCache(root, table, settings, autoencoder, lips)
+    cache.build()
+    return cache
+
+
+def with_settings(cache, settings):
+    """The same latents, read under other training settings."""
+    other = LatentCache.__new__(LatentCache)
+    other.__dict__.update(cache.__dict__ | {"settings": settings})
+    return other
+
+
+def weights_of(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_resumed_training_is_the_same_run_bit_for_bit(cache, tmp_path, accumulation):
+    settings = small(
+        **{
+            "training.max_steps": 6,
+            "training.checkpoint_every": 2,
+            "training.accumulation": accumulation,
+            "training.condition_dropout": 0.3,
+            "network.dropout": 0.2,
+        }
+    )
+    here = with_settings(cache, settings)
+    whole_run = RunFolder.open(tmp_path / "whole", settings, resume=False)
+    whole, whole_result = train_variant("landmark_sequence", settings, here, whole_run)
+
+    cut_run = RunFolder.open(tmp_path / "cut", settings, resume=False)
+    _, first = train_variant("landmark_sequence", settings, here, cut_run, stop_at=3)
+    # an interruption after the last checkpoint: steps 4 and 5 are logged, lost and done again
+    torch.manual_seed(123)
+    resumed_run = RunFolder.open(tmp_path / "cut", settings, resume=True)
+    resumed, second = train_variant("landmark_sequence", settings, here, resumed_run)
+
+    assert first.losses + second.losses == whole_result.losses
+    assert len(set(whole_result.losses)) == 6
+    for (name, a), b in zip(weights_of(whole).items(), weights_of(resumed).values(), strict=True):
+        assert torch.equal(a, b), name
+
+    def logged(run):
+        records = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
+
+    assert logged(whole_run) == logged(resumed_run)
+
+
+def test_kept_checkpoints_are_the_newest_and_whole(cache, tmp_path):
+    settings = small(**{"training.max_steps": 5, "training.checkpoint_every": 1})
+    run = RunFolder.open(tmp_path / "run", settings, resume=False)
+    train_variant("landmark_first", settings, with_settings(cache, settings), run)
+    names = sorted(path.name for path in (run.path / "checkpoints").iterdir())
+    assert names == ["step-0000004", "step-0000005"]
+    assert run.latest() == 5
+
+
+def test_accumulated_gradients_equal_the_whole_batch(cache):
+    def gradients(accumulation):
+        settings = small(**{"training.accumulation": accumulation})
+        torch.manual_seed(0)
+        model = MVControlNet.from_settings(settings, "face_sequence")
+        engine = TorchEngine(model, settings.training)
+        losses = VariantLoss(model, "face_sequence", settings, with_settings(cache, settings))
+        for micro in range(accumulation):
+            engine.backward(losses(0, micro))
+        return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    whole, parts = gradients(1), gradients(4)
+    assert whole.keys() == parts.keys()
+    for name, gradient in whole.items():
+        torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=1e-7)
+    assert sum(float(g.abs().sum()) for g in whole.values()) > 0
+
+
+def test_every_random_number_of_a_window_comes_from_seed_id_and_epoch(cache):
+    settings = small()
+    a, b = WindowId(cache.table.ids[0], 3), WindowId(cache.table.ids[1], 0)
+    shape = (4, 4, 4, 4)
+    together = draw([PlannedWindow(0, a), PlannedWindow(0, b)], shape, settings, 1000)
+    alone = draw([PlannedWindow(0, b)], shape, settings, 1000)
+    later = draw([PlannedWindow(1, b)], shape, settings, 1000)
+    assert torch.equal(together.noise[1], alone.noise[0])
+    assert together.t[1] == alone.t[0]
+    assert not torch.equal(alone.noise, later.noise)
+
+
+def test_times_and_dropout_follow_the_settings(cache):
+    settings = small(**{"training.condition_dropout": 0.25})
+    planned = [PlannedWindow(e, WindowId(cache.table.ids[0], 0)) for e in range(2000)]
+    draws = draw(planned, (1, 1, 1, 1), settings, 1000)
+    assert 0.2 < float(draws.dropped.float().mean()) < 0.3
+    assert 450 < float(draws.t.float().mean()) < 550
+    assert (int(draws.t.min()) < 10, int(draws.t.max()) > 990) == (True, True)
+    assert abs(float(draws.noise.mean())) < 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIANTS)
+def test_overfit(cache, name):
+    """Each variant's loss on four windows, at fixed noise and times, falls below 5% of what it was."""
+    settings = small(
+        **{
+            "network.base_channels": 32,
+            "network.condition_dim": 32,
+            "network.time_embedding_dim": 64,
+            "training.max_steps": 700,
+            "training.batch_size": 8,
+            "training.learning_rate": 3e-3,
+            "training.warmup_steps": 20,
+            "training.condition_dropout": 0.0,
+            "training.initial_frame_noise": 0.0,
+            "training.ema_decay": 0.9,
+        }
+    )
+    here = with_settings(cache, settings)
+    four = [WindowId(clip_id, 5) for clip_id in cache.table.ids]
+
+    class FourWindows(VariantLoss):
+        def planned(self, step):
+            return [PlannedWindow(2 * step + half, window) for half in (0, 1) for window in four]
+
+    torch.manual_seed(0)
+    model = MVControlNet.from_settings(settings, name)
+    losses = FourWindows(model, name, settings, here)
+
+    def measured():
+        model.eval()
+        with torch.no_grad():
+            value = torch.stack([losses(step, 0) for step in range(10_000, 10_008)]).mean()
+        model.train()
+        return float(value)
+
+    before = measured()
+    ema = EMAModel(model.parameters(), decay=settings.training.ema_decay)
+    fit(TorchEngine(model, settings.training), losses, settings.training, seed=0, ema=ema)
+    ema.copy_to(model.parameters())
+    after = measured()
+    print(f"{name}: {before:.4f} -> {after:.4f} ({after / before:.1%})")
+    assert after < 0.05 * before
+
+
+def test_frozen_video_branch_is_not_trained(cache):
+    settings = small(**{"training.max_steps": 3, "training.freeze_video_branch": True})
+    torch.manual_seed(1)
+    source = MVControlNet.from_settings(settings, "landmark_first").eval()
+    model, _ = train_variant("landmark_first", settings, with_settings(cache, settings), None, start_from=source)
+    before, after = source.state_dict(), model.state_dict()
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"control"}
+
+
+@pytest.mark.parametrize("mode", ["generated", "mix"])
+def test_initial_frames_can_be_generated(cache, mode):
+    settings = small(**{"training.initial_frames": mode, "training.initial_frame_noise": 0.0, "sampling.steps": 2})
+    here = with_settings(cache, settings)
+    torch.manual_seed(0)
+    first = MVControlNet.from_settings(settings, "face_first")
+    losses = VariantLoss(MVControlNet.from_settings(settings, "face_sequence"), "face_sequence", settings, here, first)
+    planned = [PlannedWindow(epoch, WindowId(c, 2)) for epoch in range(4) for c in cache.table.ids]
+    batch = here.batch(planned, VARIANTS["face_sequence"], settings.window)
+    draws = draw(planned, tuple(batch.latents.shape[1:]), settings, 1000)
+    initial = losses._initial(batch, draws, planned)
+    again = losses._initial(batch, draws, planned)
+    true = [torch.equal(a, b) for a, b in zip(initial, batch.latents[:, :, 0], strict=True)]
+    assert torch.equal(initial, again)
+    assert true == ([False] * 16 if mode == "generated" else (~draws.generated).tolist())
+    assert mode == "generated" or 0 < sum(true) < 16
+    # the network that is being trained for says what its pictures look like: the same as sampling it alone
+    assert torch.isfinite(initial).all()
+
+
+def test_generated_initial_frames_need_the_first_network(cache):
+    settings = small(**{"training.initial_frames": "generated"})
+    losses = VariantLoss(
+        MVControlNet.from_settings(settings, "face_sequence"), "face_sequence", settings, with_settings(cache, settings)
+    )
+    with pytest.raises(ValueError, match="needs a trained face_first"):
+        losses(0, 0)
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_its_windows(cache, tmp_path):
+    settings = small(**{"training.max_steps": 9, "training.checkpoint_every": 2})
+    here = with_settings(cache, settings)
+    model = MVControlNet.from_settings(settings, "landmark_first")
+    losses = VariantLoss(model, "landmark_first", settings, here)
+    run = RunFolder.open(tmp_path / "run", settings, resume=False)
+
+    def broken(step, micro):
+        return losses(step, micro) * (float("nan") if step == 5 else 1.0)
+
+    with pytest.raises(NonFiniteLoss, match="at step 5") as caught:
+        fit(
+            TorchEngine(model, settings.training),
+            broken,
+            settings.training,
+            seed=0,
+            ema=EMAModel(model.parameters()),
+            run=run,
+            describe_step=losses.describe_step,
+        )
+    assert run.latest() == 4
+    assert losses.describe_step(5)[0] in str(caught.value)
+    assert "checkpoint at step 4 is kept" in str(caught.value)
+
+
+def test_a_run_is_resumed_only_on_request_and_with_its_own_settings(tmp_path):
+    settings = small()
+    RunFolder.open(tmp_path / "run", settings, resume=False)
+    RunFolder.open(tmp_path / "run", settings, resume=True)
+    with pytest.raises(TccpError, match="--resume"):
+        RunFolder.open(tmp_path / "run", settings, resume=False)
+    with pytest.raises(TccpError, match="other settings"):
+        RunFolder.open(tmp_path / "run", small(seed=1), resume=True)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert set(record) == {"git_commit", "command"}
+
+
+def test_learning_rate_warms_up_and_falls_to_zero():
+    settings = small(**{"training.max_steps": 100, "training.warmup_steps": 10}).training
+    factor = learning_rate_factor(settings)
+    values = [factor(k) for k in range(100)]
+    assert values[0] == pytest.approx(0.1)
+    assert max(values) == 1.0
+    assert values[9:] == sorted(values[9:], reverse=True)
+    assert values[-1] == pytest.approx(1 / 90)
+
+
+def test_jitter_draws_have_latents_of_their_own(cache):
+    clip_id = cache.table.ids[0]
+    settings = cache.settings
+    starts = [PlannedWindow(epoch, WindowId(clip_id, 0)) for epoch in range(8)]
+    batch = cache.batch(starts, VARIANTS["landmark_first"], 1)
+    distinct = {tuple(window.flatten()[:8].tolist()) for window in batch.control}
+    assert len(distinct) == settings.headbox.draws
+
+
+def test_autoencoder_learns_and_resumes(data, tmp_path):
+    settings = small(**{"autoencoder.max_steps": 12, "training.checkpoint_every": 5})
+    table = ClipTable(data)
+    run = RunFolder.open(tmp_path / "whole", settings, resume=False)
+    whole, result = train_autoencoder(settings, table, run)
+    cut = RunFolder.open(tmp_path / "cut", settings, resume=False)
+    train_autoencoder(settings, table, cut, stop_at=7)
+    resumed, _ = train_autoencoder(settings, table, RunFolder.open(tmp_path / "cut", settings, resume=True))
+    assert sum(result.losses[-3:]) < sum(result.losses[:3])
+    for (name, a), b in zip(weights_of(whole).items(), weights_of(resumed).values(), strict=True):
+        assert torch.equal(a, b), name
