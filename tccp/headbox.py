@@ -205,11 +205,11 @@ def from_crop(points: Float[np.ndarray, "*f 2"], box: Float[np.ndarray, "4"]) ->
 
 
 def _resample(
-    picture: np.ndarray, origin: tuple[float, float], step: tuple[float, float], size: tuple[int, int], border: int
-) -> np.ndarray:
-    """`size` = (width, height) pixels, `step` input pixels apart, the first one's corner at `origin`.
+    picture: Float32[np.ndarray, "h w 3"], origin: tuple[float, float], step: tuple[float, float], size: tuple[int, int]
+) -> Float32[np.ndarray, "y x 3"]:
+    """`size` = (width, height) pixels, `step` input pixels apart, the first one's corner at `origin`; edges repeated.
 
-    Where pixels are left out, each output pixel is the mean over its own area.
+    Where there are fewer than in the input, each is the mean over its own area.
     """
     oversample = max(1, int(np.ceil(max(step) - 1e-6)))
     (x, y), (sx, sy) = origin, (step[0] / oversample, step[1] / oversample)
@@ -217,7 +217,8 @@ def _resample(
     matrix = np.array([[sx, 0, x + sx / 2 - 0.5], [0, sy, y + sy / 2 - 0.5]])
     interpolation = cv2.INTER_CUBIC if max(step) < 1 - 1e-6 else cv2.INTER_LINEAR
     large = (size[0] * oversample, size[1] * oversample)
-    out = cv2.warpAffine(picture, matrix, large, flags=interpolation | cv2.WARP_INVERSE_MAP, borderMode=border)
+    flags = interpolation | cv2.WARP_INVERSE_MAP
+    out = cv2.warpAffine(picture, matrix, large, flags=flags, borderMode=cv2.BORDER_REPLICATE)
     return out if oversample == 1 else cv2.resize(out, size, interpolation=cv2.INTER_AREA)
 
 
@@ -228,9 +229,15 @@ def crop(
 
     Raises TccpError for a box without area.
     """
-    _touched(box)
+    x0, y0, x1, y1 = _touched(box)
+    height, width = frame.shape[:2]
+    # Only what is needed, as floats: rounding to 8 bits twice would brighten the crop.
+    left, top = int(np.clip(x0 - 2, 0, width - 1)), int(np.clip(y0 - 2, 0, height - 1))
+    part = frame[top : max(y1 + 2, top + 1), left : max(x1 + 2, left + 1)].astype(np.float32)
+    origin = (float(box[0]) - left, float(box[1]) - top)
     step = (float(box[2] - box[0]) / size_px, float(box[3] - box[1]) / size_px)
-    return _resample(frame, (float(box[0]), float(box[1])), step, (size_px, size_px), cv2.BORDER_REPLICATE)
+    picture = _resample(part, origin, step, (size_px, size_px))
+    return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
 
 
 FEATHER = 0.06
@@ -239,7 +246,7 @@ _RING = 0.004  # depth of the bands compared on both sides of the border, as a f
 # would compare different things
 _KNOTS_PER_SIDE = 8
 _FIELD_PX = 17  # resolution of the colour offset over the box
-_MAX_OFFSET = 30.0  # levels by which a knot may leave the median: beyond, the pictures differ, not their colours
+_MAX_OFFSET = (4.0, 30.0)  # levels by which a knot may leave the median: beyond, the pictures differ, not their colours
 
 
 def paste(
@@ -263,7 +270,7 @@ def paste(
         return frame.copy()
     step = (face.shape[1] / float(box[2] - box[0]), face.shape[0] / float(box[3] - box[1]))
     origin = ((x0 - float(box[0])) * step[0], (y0 - float(box[1])) * step[1])
-    patch = _resample(face.astype(np.float32), origin, step, (x1 - x0, y1 - y0), cv2.BORDER_REPLICATE)
+    patch = _resample(face.astype(np.float32), origin, step, (x1 - x0, y1 - y0))
 
     depth = max(1, round(_RING * (x1 - x0)))
     surround = _surround(frame, (x0, y0, x1, y1), depth)
@@ -334,7 +341,8 @@ def _color_offset(differences: list[np.ndarray], shape: tuple[int, ...]) -> np.n
         return np.zeros(shape, np.float32)
     knots = np.stack([np.nanmedian(part, 0) for part, s in zip(parts, seen, strict=True) if s])
     middle = np.median(knots, 0)
-    knots = np.clip(knots, middle - _MAX_OFFSET, middle + _MAX_OFFSET)
+    spread = np.clip(4.4 * np.median(np.abs(knots - middle), 0), *_MAX_OFFSET)  # three deviations, were they normal
+    knots = np.clip(knots, middle - spread, middle + spread)
     weights = _field_weights()[:, seen]
     cells = (weights / weights.sum(1, keepdims=True)) @ knots
     field = cells.reshape(_FIELD_PX, _FIELD_PX, 3).astype(np.float32)

@@ -1,0 +1,453 @@
+"""Head boxes must betray nothing, crops must be exact, and pasting must leave no seam and touch nothing else."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jaxtyping import Float, UInt8
+from sklearn.ensemble import RandomForestRegressor
+from sklearn.model_selection import GroupKFold, cross_val_predict
+
+from tccp import headbox
+from tccp.config import HeadBoxSettings, TccpError
+from tccp.landmarks import MEAN_FACE, MIRROR
+from tccp.roundtable import synthesise
+
+
+def rotation(yaw_deg: np.ndarray, pitch_deg: np.ndarray) -> np.ndarray:
+    yaw, pitch = np.radians(yaw_deg), np.radians(pitch_deg)
+    zero, one = np.zeros_like(yaw), np.ones_like(yaw)
+    turn = np.stack([np.cos(yaw), zero, -np.sin(yaw), zero, one, zero, np.sin(yaw), zero, np.cos(yaw)], -1)
+    nod = np.stack([one, zero, zero, zero, np.cos(pitch), -np.sin(pitch), zero, np.sin(pitch), np.cos(pitch)], -1)
+    return nod.reshape(-1, 3, 3) @ turn.reshape(-1, 3, 3)
+
+
+def talking_shot(rng: np.random.Generator, frames: int = 60) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """68 points in pixels, yaw and mouth opening of somebody of his own shape who turns, nods, sways and speaks."""
+    face = MEAN_FACE * (1 + rng.normal(0, 0.05, 3))
+    detail = rng.normal(0, 0.012, (68, 3))
+    face = face + (detail + detail[MIRROR] * (-1, 1, 1)) / 2
+    time = np.arange(frames) / 25
+    yaw = np.clip(
+        rng.normal(0, 25) + rng.choice([0.0, 25.0]) * np.sin(time * rng.uniform(1, 4) + rng.uniform(0, 6)), -55, 55
+    )
+    pitch = 5 * np.sin(time * 5 + rng.uniform(0, 6))
+    opening = np.abs(np.sin(time * rng.uniform(8, 14) + rng.uniform(0, 6))) * rng.uniform(0, 0.4)
+    shapes = np.repeat(face[None], frames, 0)
+    shapes[:, [65, 66, 67, 55, 56, 57, 58, 59], 1] += opening[:, None]
+    shapes[:, 5:12, 1] += 0.7 * opening[:, None]
+    pivot = np.array([0, 0.4, rng.normal(0.75, 0.1)])
+    sway = np.cumsum(np.cumsum(rng.normal(0, 2e-4, (frames, 2)), 0), 0)
+    turned = np.einsum("fij,fpj->fpi", rotation(yaw, pitch), shapes - pivot)[..., :2] + sway[:, None]
+    points = turned * rng.uniform(40, 70) + rng.uniform((250, 200), (900, 500))
+    return points + rng.normal(0, 0.3, points.shape), yaw, opening
+
+
+def probe_gain(boxes: list[np.ndarray], targets: list[np.ndarray]) -> float:
+    """How much of the mean predictor's error a forest saves that sees all of a box's geometry; by clip, held out."""
+    features = []
+    for clip in boxes:
+        center, side = (clip[:, :2] + clip[:, 2:]) / 2, clip[:, 2:3] - clip[:, :1]
+        within = center - center.mean(0)
+        features.append(np.concatenate([center, side, within, within / side, np.gradient(center, axis=0)], 1))
+    clips = np.repeat(np.arange(len(boxes)), [len(clip) for clip in boxes])
+    target = np.concatenate(targets)
+    forest = RandomForestRegressor(60, min_samples_leaf=20, random_state=0)
+    guess = cross_val_predict(forest, np.concatenate(features), target, groups=clips, cv=GroupKFold(5))
+    return 1 - float(np.abs(guess - target).mean() / np.abs(target - np.mean(target)).mean())
+
+
+def naive_boxes(points: np.ndarray) -> np.ndarray:
+    """What a detector's box does: around the points of each frame."""
+    low, high = points.min(1), points.max(1)
+    center, side = (low + high) / 2, (high - low).max(1, keepdims=True) * 1.6
+    return np.concatenate([center - side / 2, center + side / 2], 1)
+
+
+# ---- head boxes
+
+
+def test_box_geometry_predicts_yaw_and_mouth_no_better_than_the_mean():
+    rng = np.random.default_rng(0)
+    shots = [talking_shot(rng) for _ in range(40)]
+    boxes = [headbox.head_boxes(points) for points, _, _ in shots]
+    yaw, opening = [shot[1] for shot in shots], [shot[2] for shot in shots]
+    assert probe_gain(boxes, yaw) < 0.03
+    assert probe_gain(boxes, [np.abs(y) for y in yaw]) < 0.03
+    assert probe_gain(boxes, opening) < 0.03
+    # The same probe sees through a box that follows the face: a probe that cannot find anything proves nothing.
+    leaking = [naive_boxes(points) for points, _, _ in shots]
+    assert probe_gain(leaking, opening) > 0.1
+
+
+def test_within_a_shot_the_box_does_not_follow_the_turning_head():
+    rng = np.random.default_rng(3)
+    for _ in range(10):
+        points, yaw, _ = talking_shot(rng, frames=100)
+        boxes, naive = headbox.head_boxes(points), naive_boxes(points)
+        if np.std(yaw) < 5:
+            continue
+        scale = boxes[0, 2] - boxes[0, 0]
+        slope = [abs(np.polyfit(yaw, b[:, 0] / scale, 1)[0]) * np.ptp(yaw) for b in (boxes, naive)]
+        assert slope[0] < 0.03  # of the box's side, from one end of the turn to the other
+        assert slope[0] < 0.3 * slope[1]
+
+
+def test_boxes_of_roundtable_landmarks_betray_nothing_either():
+    clips = [synthesise(seed, 2) for seed in range(40)]
+    boxes = [headbox.head_boxes(clip.landmarks_px) for clip in clips]
+    assert probe_gain(boxes, [clip.yaw_deg for clip in clips]) < 0.05
+    assert probe_gain(boxes, [clip.mouth_opening for clip in clips]) < 0.05
+
+
+def test_box_is_square_whole_constant_and_steady():
+    rng = np.random.default_rng(1)
+    for _ in range(10):
+        points, _, _ = talking_shot(rng)
+        boxes = headbox.head_boxes(points)
+        np.testing.assert_array_equal(boxes, np.rint(boxes))
+        sides = boxes[:, 2:] - boxes[:, :2]
+        assert len(np.unique(sides)) == 1
+        assert np.abs(np.diff(boxes[:, :2], axis=0)).max() <= 2
+        still = np.abs(np.diff(boxes[:, :2], axis=0)).sum(0)
+        travel = np.abs(boxes[-1, :2] - boxes[0, :2])
+        assert (still <= travel + 0.1 * sides[0, 0] + 4).all()  # no trembling
+
+
+def test_box_holds_hair_neck_and_collar():
+    points = np.repeat((MEAN_FACE[:, :2] * 100 + 500)[None], 10, 0)
+    box = headbox.head_boxes(points)[0]
+    brows, chin, face = points[0, 17:27, 1].min(), points[0, 8, 1], 160
+    assert box[1] < brows - 0.8 * face
+    assert box[3] > chin + 0.5 * face
+    assert box[0] < points[0, :, 0].min() - 0.5 * face
+    assert (box[2] - box[0]) == pytest.approx(headbox.SIDE * 100, abs=1)
+
+
+def test_box_follows_a_walk():
+    rng = np.random.default_rng(2)
+    points, _, _ = talking_shot(rng, 150)
+    walking = points + np.linspace(0, 600, 150)[:, None, None] * (1, 0)
+    moved = headbox.head_boxes(walking)
+    assert moved[-1, 0] - moved[0, 0] == pytest.approx(600, rel=0.1)
+
+
+def test_frames_without_a_face_are_interpolated():
+    points, _, _ = talking_shot(np.random.default_rng(4))
+    whole = headbox.head_boxes(points)
+    gap = points.copy()
+    gap[20:35] = np.nan
+    gap[:3] = np.nan
+    np.testing.assert_allclose(headbox.head_boxes(gap), whole, atol=4)
+    confidence = np.isfinite(gap).all((1, 2)).astype(np.float32)
+    np.testing.assert_array_equal(headbox.head_boxes(points, confidence), headbox.head_boxes(gap))
+
+
+def test_a_shot_without_any_face_is_refused():
+    with pytest.raises(TccpError, match="no face in any of the 5 frames"):
+        headbox.head_boxes(np.full((5, 68, 2), np.nan))
+
+
+def test_a_single_frame_has_a_box():
+    assert headbox.head_boxes((MEAN_FACE[:, :2] * 30 + 100)[None]).shape == (1, 4)
+
+
+# ---- jitter
+
+
+@given(st.integers(0, 2**31))
+def test_jitter_is_one_draw_within_its_bounds(seed):
+    boxes = headbox.head_boxes(talking_shot(np.random.default_rng(5))[0])
+    limits = HeadBoxSettings(jitter_center=0.06, jitter_size=0.1)
+    moved = headbox.jitter(boxes, limits, np.random.default_rng(seed))
+    np.testing.assert_array_equal(moved, headbox.jitter(boxes, limits, np.random.default_rng(seed)))
+    np.testing.assert_array_equal(moved, np.rint(moved))
+    side, new_side = boxes[0, 2] - boxes[0, 0], moved[:, 2] - moved[:, 0]
+    assert len(np.unique(new_side)) == 1
+    assert abs(new_side[0] / side - 1) <= 0.1 + 1 / side
+    shift = (moved[:, :2] + moved[:, 2:] - boxes[:, :2] - boxes[:, 2:]) / 2
+    assert np.ptp(shift, axis=0).max() == 0
+    assert np.abs(shift).max() <= 0.06 * side + 1
+
+
+def test_no_jitter_changes_nothing():
+    boxes = headbox.head_boxes(talking_shot(np.random.default_rng(5))[0])
+    still = HeadBoxSettings(jitter_center=0, jitter_size=0)
+    np.testing.assert_array_equal(headbox.jitter(boxes, still, np.random.default_rng(0)), boxes)
+
+
+# ---- masks
+
+
+@given(st.integers(-30, 130), st.integers(-30, 90), st.integers(2, 80))
+def test_mask_and_crop_box_invert_each_other(x, y, side):
+    """Also where one border cuts the box; not where it cuts two neighbouring ones, or is cut on both sides."""
+    width, height = 150, 120
+    box = np.array([x, y, x + side, y + side], np.float32)
+    found = headbox.crop_box_from_mask(headbox.mask_from_box(box, height, width))
+    visible_width = min(x + side, width) - max(x, 0)
+    visible_height = min(y + side, height) - max(y, 0)
+    if visible_width <= 0 or visible_height <= 0:
+        assert found is None
+    elif max(visible_width, visible_height) == side:
+        np.testing.assert_array_equal(found, box)
+    else:
+        assert found is not None
+        assert found[2] - found[0] == found[3] - found[1]
+
+
+def test_a_free_form_mask_gives_the_square_around_it():
+    mask = np.zeros((100, 200), bool)
+    mask[40:60, 50:90] = True
+    np.testing.assert_array_equal(headbox.crop_box_from_mask(mask), [50, 30, 90, 70])
+
+
+@given(st.floats(-20, 60), st.floats(-20, 60), st.floats(0.5, 70))
+def test_every_touched_pixel_is_masked(x, y, side):
+    box = np.array([x, y, x + side, y + side])
+    mask = headbox.mask_from_box(box, 48, 64)
+    for row, column in [(0, 0), (20, 30), (47, 63), (int(np.clip(y, 0, 47)), int(np.clip(x, 0, 63)))]:
+        overlap = min(x + side, column + 1) - max(x, column), min(y + side, row + 1) - max(y, row)
+        if min(overlap) > 2e-3:
+            assert mask[row, column]
+        if min(overlap) < 0:
+            assert not mask[row, column]
+
+
+def test_masked_scene_holds_nothing_of_the_head():
+    scenes = np.random.default_rng(0).integers(128, 255, (2, 64, 64, 3), np.uint8)
+    boxes = np.array([[10.4, 20.2, 40.6, 50.9], [-5, -5, 12, 12]], np.float32)
+    masked = headbox.mask_scene(scenes, boxes)
+    for scene, before, box in zip(masked, scenes, boxes, strict=True):
+        inside = headbox.mask_from_box(box, 64, 64)
+        assert (scene[inside] == headbox.MASK_FILL).all()
+        np.testing.assert_array_equal(scene[~inside], before[~inside])
+    assert not np.shares_memory(masked, scenes)
+
+
+@pytest.mark.parametrize("box", [[10, 10, 10, 20], [10, 20, 30, 15], [np.nan, 0, 5, 5]])
+def test_a_box_without_area_is_refused(box):
+    with pytest.raises(TccpError, match="not x0 < x1"):
+        headbox.mask_from_box(np.array(box, np.float32), 64, 64)
+
+
+# ---- fitting scenes
+
+
+@pytest.mark.parametrize(("width", "height"), [(256, 192), (1080, 1920), (64, 64), (40, 30), (33, 97)])
+def test_scene_and_boxes_are_fitted_alike(width, height):
+    """A white square in the source lies under its fitted box, and the bars are black."""
+    box = np.array([width // 4, height // 3, width // 4 + width // 3, height // 3 + width // 3], np.float32)
+    frame = np.full((height, width, 3), 40, np.uint8)
+    frame[headbox.mask_from_box(box, height, width)] = 255
+    fit = headbox.SceneFit(width, height, 64)
+    picture = fit.fit(frame).astype(float)
+    fitted = fit.boxes(box[None])[0]
+    weight = (picture[..., 0] - 40).clip(0)
+    ys, xs = np.mgrid[:64, :64] + 0.5
+    center = (weight * xs).sum() / weight.sum(), (weight * ys).sum() / weight.sum()
+    np.testing.assert_allclose(center, (fitted[:2] + fitted[2:]) / 2, atol=0.35)
+    corners = fit.points(np.array([[0.0, 0.0], [width, height]]))
+    outside = (xs < corners[0, 0]) | (ys < corners[0, 1]) | (xs > corners[1, 0]) | (ys > corners[1, 1])
+    assert (picture[outside] == headbox.LETTERBOX_FILL).all()
+
+
+def test_a_frame_of_another_size_is_refused():
+    with pytest.raises(TccpError, match="frame is 20x10, the scene 30x10"):
+        headbox.SceneFit(30, 10, 64).fit(np.zeros((10, 20, 3), np.uint8))
+
+
+# ---- crops
+
+
+def gradient(height: int, width: int) -> UInt8[np.ndarray, "h w 3"]:
+    """Linear in x, in y and in both: a place can be read off its colour."""
+    ys, xs = np.mgrid[:height, :width]
+    return np.stack([xs, ys, (xs + ys) // 2], -1).astype(np.uint8)
+
+
+def places(box: Float[np.ndarray, "4"], size: int) -> Float[np.ndarray, "s s 2"]:
+    """The gradient's colours under the pixels of a crop: their centres, less the half pixel of the gradient's own."""
+    centers = (np.arange(size) + 0.5) / size
+    xs, ys = np.meshgrid(box[0] + centers * (box[2] - box[0]), box[1] + centers * (box[3] - box[1]))
+    return np.stack([xs, ys], -1) - 0.5
+
+
+@settings(max_examples=40)
+@given(st.floats(5, 60), st.floats(5, 60), st.floats(20, 170), st.sampled_from([32, 64, 96, 128]))
+def test_crop_shows_exactly_what_the_box_covers(x, y, side, size):
+    """Down, up and sub-pixel: the gradient's colour is the place, to the rounding of 8 bits."""
+    box = np.array([x, y, x + side, y + side])
+    picture = headbox.crop(gradient(240, 240), box, size).astype(float)
+    inner = np.s_[2:-2, 2:-2]
+    np.testing.assert_allclose(picture[..., :2][inner], places(box, size)[inner], atol=1.01)
+    assert abs((picture[..., :2] - places(box, size))[inner].mean()) < 0.12
+
+
+def test_crop_at_native_size_is_a_copy():
+    frame = np.random.default_rng(0).integers(0, 255, (90, 120, 3), np.uint8)
+    np.testing.assert_array_equal(headbox.crop(frame, np.array([30, 20, 94, 84], np.float32), 64), frame[20:84, 30:94])
+
+
+def test_crop_averages_and_does_not_alias():
+    """A checkerboard of single pixels turns grey, whatever the factor."""
+    board = (np.indices((200, 200)).sum(0) % 2 * 255).astype(np.uint8)[..., None].repeat(3, 2)
+    for side in (128, 150, 190):
+        picture = headbox.crop(board, np.array([3, 4, 3 + side, 4 + side], np.float32), 32)
+        assert np.abs(picture.astype(float) - 127.5).max() < 32
+
+
+def test_crop_beyond_the_border_repeats_the_edge():
+    frame = gradient(100, 100)
+    picture = headbox.crop(frame, np.array([-32, 20, 32, 84], np.float32), 64)
+    np.testing.assert_array_equal(picture[:, :32], np.repeat(frame[20:84, :1], 32, 1))
+    np.testing.assert_array_equal(picture[:, 32:], frame[20:84, :32])
+
+
+@given(st.floats(-50, 50), st.floats(-50, 50), st.floats(1, 200))
+def test_crop_coordinates_invert(x, y, side):
+    box = np.array([x, y, x + side, y + side])
+    points = np.random.default_rng(0).uniform(-20, 120, (3, 68, 2))
+    np.testing.assert_allclose(headbox.from_crop(headbox.to_crop(points, box), box), points, atol=1e-2)
+    np.testing.assert_allclose(headbox.to_crop(box.reshape(2, 2), box), [[0, 0], [1, 1]], atol=1e-6)
+
+
+# ---- pasting
+
+BOXES = [
+    pytest.param((40, 30, 104, 94), id="inside"),
+    pytest.param((-20, 30, 60, 110), id="left"),
+    pytest.param((100, -25, 170, 45), id="top"),
+    pytest.param((110, 70, 190, 150), id="corner"),
+    pytest.param((-10, -10, 190, 190), id="larger"),
+    pytest.param((50.3, 40.7, 110.3, 100.7), id="sub-pixel"),
+]
+
+
+def scene(seed: int = 0) -> UInt8[np.ndarray, "h w 3"]:
+    """Something like a photograph: shading, shapes with edges, grain."""
+    rng = np.random.default_rng(seed)
+    ys, xs = np.mgrid[:128, :160]
+    picture = np.stack([80 + 0.5 * xs, 120 + 0.3 * ys, 150 - 0.4 * xs + 0.2 * ys], -1)
+    for _ in range(12):
+        x, y, radius = rng.integers(0, 160), rng.integers(0, 128), rng.integers(6, 30)
+        picture[(xs - x) ** 2 + (ys - y) ** 2 < radius**2] += rng.normal(0, 30, 3)
+    picture = cv2.GaussianBlur(picture, (0, 0), 0.8) + rng.normal(0, 2, picture.shape)
+    return np.clip(picture, 0, 255).astype(np.uint8)
+
+
+def seam(picture: np.ndarray, mask: np.ndarray) -> float:
+    """Mean step across the mask's border, in levels."""
+    levels, steps = picture.astype(float), []
+    for axis in (0, 1):
+        across = np.abs(np.diff(levels, axis=axis)).mean(-1)
+        steps.append(across[np.diff(mask.astype(int), axis=axis) != 0])
+    return float(np.concatenate(steps).mean())
+
+
+@pytest.mark.parametrize("box", BOXES)
+def test_pasting_truth_back_reproduces_the_frame(box):
+    frame, place = scene(), np.array(box, np.float32)
+    side = round(box[2] - box[0])
+    mask = headbox.mask_from_box(place, 128, 160)
+    result = headbox.paste(frame, headbox.crop(frame, place, side), place)
+    np.testing.assert_array_equal(result[~mask], frame[~mask])
+    error = np.abs(result.astype(float) - frame)[mask]
+    assert error.mean() < (3 if "." in str(box) else 1.2)
+
+
+@pytest.mark.parametrize("box", [(40, 30, 104, 94), (40.4, 30.6, 104.4, 94.6), (100, 30, 180, 110)])
+@pytest.mark.parametrize("size", [32, 64, 128])
+def test_pasting_truth_back_on_a_gradient_is_nearly_exact(box, size):
+    """No texture to disagree about: what is left is geometry, and that must be right."""
+    frame, place = gradient(128, 160), np.array(box, np.float32)
+    mask = headbox.mask_from_box(place, 128, 160)
+    xy = places(place, size)
+    face = np.rint(np.concatenate([xy, xy.mean(-1, keepdims=True)], -1)).clip(0, 255).astype(np.uint8)
+    plain = (headbox.paste(frame, face, place, color_match=False).astype(float) - frame)[mask][:, :2]
+    assert np.abs(plain).max() <= 2
+    assert np.abs(plain.mean(0)).max() < 0.15
+    # Colour matching may add the rounding of a border's one column to all of the face, no more.
+    matched = (headbox.paste(frame, face, place).astype(float) - frame)[mask][:, :2]
+    assert np.abs(matched).max() <= 2
+    assert np.abs(matched.mean(0)).max() < 0.5
+
+
+@pytest.mark.parametrize("box", BOXES)
+def test_pixels_outside_are_untouched_and_pixels_under_the_mask_unseen(box):
+    place, rng = np.array(box, np.float32), np.random.default_rng(1)
+    frame, face = scene(), rng.integers(0, 255, (48, 48, 3), np.uint8)
+    mask = headbox.mask_from_box(place, 128, 160)
+    result = headbox.paste(frame, face, place)
+    np.testing.assert_array_equal(result[~mask], frame[~mask])
+    hidden = frame.copy()
+    hidden[mask] = headbox.MASK_FILL
+    np.testing.assert_array_equal(headbox.paste(hidden, face, place), result)
+    assert (frame == scene()).all()
+
+
+@pytest.mark.parametrize("box", BOXES[:4])
+def test_a_colour_shifted_face_loses_its_seam_and_its_shift(box):
+    frame, place = scene(2), np.array(box, np.float32)
+    mask = headbox.mask_from_box(place, 128, 160)
+    face = headbox.crop(frame, place, round(box[2] - box[0])).astype(float)
+    shifted = np.clip(face * 0.92 + (18, -14, 10), 0, 255).astype(np.uint8)
+    hard = frame.copy()
+    ys, xs = np.nonzero(mask)
+    hard[mask] = shifted[ys - round(box[1]), xs - round(box[0])]
+    matched = headbox.paste(frame, shifted, place)
+    natural = seam(frame, mask)
+    assert seam(hard, mask) > natural + 4
+    assert seam(matched, mask) < natural + 1
+    before, after = (np.abs(p.astype(float) - frame)[mask].mean() for p in (hard, matched))
+    assert after < 0.55 * before
+
+
+def test_feather_alone_hides_the_seam_and_leaves_the_middle():
+    frame, place = scene(3), np.array((40, 30, 104, 94), np.float32)
+    mask = headbox.mask_from_box(place, 128, 160)
+    shifted = np.clip(headbox.crop(frame, place, 64).astype(int) + 20, 0, 255).astype(np.uint8)
+    result = headbox.paste(frame, shifted, place, color_match=False)
+    assert seam(result, mask) < seam(frame, mask) + 1.5
+    margin = int(np.ceil(headbox.FEATHER * 64)) + 1
+    inner = np.s_[30 + margin : 94 - margin, 40 + margin : 104 - margin]
+    np.testing.assert_array_equal(result[inner], shifted[margin:-margin, margin:-margin])
+
+
+def test_colour_matching_is_not_fooled_by_what_crosses_a_part_of_the_border():
+    """A dark sleeve that the generator did not draw must not darken the face."""
+    frame, place = np.full((128, 160, 3), 140, np.uint8), np.array((40, 30, 104, 94), np.float32)
+    face = np.full((64, 64, 3), 140, np.uint8)
+    frame[90:128, 60:78] = 10
+    result = headbox.paste(frame, face, place).astype(float)
+    assert np.abs(result[35:75, 50:95] - 140).max() < 6
+
+
+def test_smaller_faces_are_enlarged_in_place():
+    """From 16 to 64 px: centres of bright spots stay where the box says."""
+    frame, place = np.zeros((128, 160, 3), np.uint8), np.array((40, 30, 104, 94), np.float32)
+    face = np.zeros((16, 16, 3), np.uint8)
+    face[6:10, 3:7] = 200
+    result = headbox.paste(frame, face, place, color_match=False).astype(float)[..., 0]
+    ys, xs = np.mgrid[:128, :160] + 0.5
+    assert (result * xs).sum() / result.sum() == pytest.approx(40 + 64 * 5 / 16, abs=0.2)
+    assert (result * ys).sum() / result.sum() == pytest.approx(30 + 64 * 8 / 16, abs=0.2)
+
+
+def test_a_box_wholly_outside_changes_nothing():
+    frame = scene()
+    away = np.array((300, 300, 350, 350), np.float32)
+    np.testing.assert_array_equal(headbox.paste(frame, np.zeros((50, 50, 3), np.uint8), away), frame)
+
+
+@settings(max_examples=60)
+@given(st.floats(-90, 150), st.floats(-90, 120), st.floats(1, 140), st.sampled_from([8, 32, 64]), st.booleans())
+def test_pasting_never_fails_and_never_touches_the_outside(x, y, side, size, color_match):
+    frame, place = scene(), np.array((x, y, x + side, y + side), np.float32)
+    face = np.random.default_rng(0).integers(0, 255, (size, size, 3), np.uint8)
+    result = headbox.paste(frame, face, place, color_match=color_match)
+    mask = headbox.mask_from_box(place, 128, 160)
+    np.testing.assert_array_equal(result[~mask], frame[~mask])
