@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+from tyro.conf import Positional
 
 from tccp.config import TccpError, load_settings, storage_root
 
@@ -23,7 +24,6 @@ Overrides = Annotated[
 Json = Annotated[bool, tyro.conf.arg(help="print one JSON object on stdout, and nothing else there")]
 Storage = Annotated[Path | None, tyro.conf.arg(help="where runs and caches live (default: TCCP_STORAGE, else ~/.tccp)")]
 Device = Annotated[str, tyro.conf.arg(help="cpu, cuda or cuda:N; auto takes a GPU where there is one")]
-Positional = tyro.conf.Positional
 
 
 def _emit(as_json: bool, record: dict[str, Any], text: str) -> None:

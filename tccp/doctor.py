@@ -38,7 +38,8 @@ def examine(storage: Path) -> list[dict[str, Any]]:
         ok, found = _version(package)
         add(package, ok, found if ok else f"{found} (needed for {purpose})", required=False)
     bad = importlib.util.find_spec("torchvision") is not None
-    add("torchvision", not bad, "installed: it breaks diffusers here, uninstall it" if bad else "absent, as it should be")
+    found = "installed: it breaks diffusers here, uninstall it" if bad else "absent, as it should be"
+    add("torchvision", not bad, found)
 
     import torch
 
@@ -65,5 +66,6 @@ def _writable(folder: Path) -> tuple[bool, str]:
     while not existing.exists():
         existing = existing.parent
     free = shutil.disk_usage(existing).free / 2**30
-    ok = os.access(existing, os.W_OK)
-    return ok, f"{folder}, {free:.0f} GiB free" if ok else f"{folder} cannot be written to: set TCCP_STORAGE or give --storage"
+    if not os.access(existing, os.W_OK):
+        return False, f"{folder} cannot be written to: set TCCP_STORAGE or give --storage"
+    return True, f"{folder}, {free:.0f} GiB free"

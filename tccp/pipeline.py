@@ -106,7 +106,7 @@ def save_component(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     exists = (folder / MANIFEST).exists()
-    manifest = read_manifest(folder) if exists else {"format": FORMAT, "components": {}}
+    manifest: dict[str, Any] = read_manifest(folder) if exists else {"format": FORMAT, "components": {}}
     manifest["settings"] = json.loads(settings.model_dump_json())
     manifest["components"][name] = {"files": files, "provenance": {"git_commit": git_commit(), **provenance}}
     with atomic_path(folder / MANIFEST) as path:
@@ -114,7 +114,7 @@ def save_component(
 
 
 def verified(folder: Path, name: str) -> Path:
-    """The component's folder, every file checked against the manifest. Raises TccpError naming the file and the reason."""
+    """The component's folder, every file checked against the manifest. Raises TccpError naming file and reason."""
     manifest = read_manifest(folder)
     if name not in manifest["components"]:
         have = ", ".join(manifest["components"]) or "nothing"
@@ -164,13 +164,15 @@ class Pipeline:
     ) -> Pipeline:
         """Loads and verifies a pipeline folder.
 
-        preset: raises TccpError if the folder's weights are of another preset. lip_weights: in place of the folder's own.
+        preset: raises TccpError if the folder's weights are of another preset.
+        lip_weights: in place of the folder's own.
         """
         manifest = read_manifest(folder)
         settings = settings_from_json(json.dumps(manifest["settings"]))
         if preset is not None and settings.preset != preset:
             raise TccpError(
-                f"{folder} holds weights of preset {settings.preset!r}, not {preset!r}: give the weights of {preset!r}, or --preset {settings.preset}"
+                f"{folder} holds weights of preset {settings.preset!r}, not {preset!r}: "
+                f"give the weights of {preset!r}, or --preset {settings.preset}"
             )
         autoencoder = PictureAutoencoder.load(verified(folder, "autoencoder")).to(device).eval()
         lips = None

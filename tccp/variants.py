@@ -64,4 +64,4 @@ TWO_STAGE: tuple[VariantName, ...] = ("landmark_first", "landmark_sequence", "fa
 def variant(name: str) -> Variant:
     if name not in VARIANTS:
         raise TccpError(f"unknown variant {name!r}: choose one of {', '.join(VARIANTS)}")
-    return VARIANTS[name]  # type: ignore[index]
+    return VARIANTS[name]

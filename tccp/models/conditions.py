@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +45,7 @@ class Conditions:
     @staticmethod
     def cat(parts: Sequence[Conditions]) -> Conditions:
         """Joins windows along the batch. All parts must carry the same kinds."""
-        joined = {}
+        joined: dict[str, Tensor | None] = {}
         for name in ("audio", "identity", "lips"):
             values = [getattr(part, name) for part in parts]
             if any(value is None for value in values):
@@ -108,22 +108,20 @@ class ConditionEncoders(nn.Module):
 
     def __init__(self, kinds: Sequence[ConditionKind], dim: int, picture_px: int, lip_px: int):
         super().__init__()
-        makers = {
+        makers: dict[str, Callable[[], AudioEncoder | PictureEncoder]] = {
             "audio": lambda: AudioEncoder(dim),
             "identity": lambda: PictureEncoder(dim, picture_px),
             "lips": lambda: PictureEncoder(dim, lip_px),
         }
-        self.encoders = nn.ModuleDict({kind: makers[kind]() for kind in kinds})
+        encoders: dict[str, AudioEncoder | PictureEncoder] = {kind: makers[kind]() for kind in kinds}
+        self.encoders = nn.ModuleDict(encoders)
+        self.num_tokens = sum(encoder.num_tokens for encoder in encoders.values())
         self.null = nn.ParameterDict()
         self.position = nn.ParameterDict()  # tells tokens of one kind, and kinds, apart
-        for kind, encoder in self.encoders.items():
+        for kind, encoder in encoders.items():
             shape = (encoder.num_tokens, dim)
             self.null[kind] = nn.Parameter(torch.zeros(shape))
             self.position[kind] = nn.Parameter(torch.randn(shape) * 0.1)
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(encoder.num_tokens for encoder in self.encoders.values())
 
     def forward(
         self, conditions: Conditions, num_frames: int

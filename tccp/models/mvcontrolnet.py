@@ -1,4 +1,4 @@
-"""MVControlNet: a video diffusion branch and a control branch that is a copy of its encoder and middle (section 4.3)."""
+"""MVControlNet: a video diffusion branch, and a control branch that copies its encoder and middle (section 4.3)."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ class MVControlNet(ModelMixin, ConfigMixin):
             )
 
     def start_control_from(self, source: MVControlNet) -> None:
-        """Video branch and condition encoders taken from `source`; its encoder and middle copied into the control branch.
+        """Takes video branch and condition encoders from `source`; copies encoder and middle into the control branch.
 
         The zero convolutions start anew. Raises ValueError if the two networks differ in shape.
         """

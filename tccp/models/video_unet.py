@@ -156,6 +156,7 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(in_channels, base_channels, 3, padding=1)
         self.scales = nn.ModuleList()
         self.downs = nn.ModuleList()
+        self.skip_channels: list[int] = []  # of every skip, in the order `forward` gives them; the last is the middle's
         channels = base_channels
         block = (time_dim, condition_dim, head_dim, dropout, groups)
         for level, multiplier in enumerate(multipliers):
@@ -163,15 +164,11 @@ class Encoder(nn.Module):
             for _ in range(blocks_per_scale):
                 blocks.append(BasicBlock(channels, base_channels * multiplier, *block))
                 channels = base_channels * multiplier
+                self.skip_channels.append(channels)
             self.scales.append(blocks)
             if level < len(multipliers) - 1:
                 self.downs.append(Downsample2D(channels, use_conv=True, name="op"))
         self.middle = BasicBlock(channels, channels, *block)
-
-    @property
-    def skip_channels(self) -> list[int]:
-        """Channels of every skip in the order `forward` gives them; the middle's own are those of the last."""
-        return [block.transformer.norm_space.normalized_shape[0] for scale in self.scales for block in scale]
 
     def forward(
         self,
@@ -189,7 +186,7 @@ class Encoder(nn.Module):
             x = x + added
         skips = []
         for level, blocks in enumerate(self.scales):
-            for block in blocks:
+            for block in blocks.children():
                 x = block(x, time, tokens, num_frames)
                 skips.append(x)
             if level < len(self.downs):
@@ -232,7 +229,7 @@ class Decoder(nn.Module):
     def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, tokens: Tensor, num_frames: int) -> Tensor:
         pending: Iterator[Tensor] = reversed(skips)
         for level, blocks in enumerate(self.scales):
-            for block in blocks:
+            for block in blocks.children():
                 x = block(torch.cat([x, next(pending)], dim=1), time, tokens, num_frames)
             if level < len(self.ups):
                 x = self.ups[level](x)
