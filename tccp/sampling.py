@@ -79,8 +79,8 @@ def start_window(
 def advance(model: Denoiser, schedule: NoiseSchedule, states: Sequence[WindowState]) -> list[WindowState]:
     """Every state one step further; the network is evaluated once for all of them.
 
-    States may stand at different steps of different plans. A state with guidance takes a second place in the batch, with
-    its conditions dropped. Raises ValueError for a finished state.
+    States may stand at different steps of different plans. A state with guidance takes a second place in the batch,
+    with its conditions dropped. Raises ValueError for a finished state.
     """
     if not states:
         return []
@@ -184,8 +184,8 @@ class Stage:
         """Latents of every frame of one uninterrupted run, in order, as windows finish.
 
         The first-frame network makes frame 0; each window continues from the last frame before it, whose latents are
-        handed on as they are, never decoded, and adds `window - 1` frames. The last window is filled up by repeating its
-        last inputs and what is surplus is not given out. Memory does not grow with the number of frames.
+        handed on as they are, never decoded, and adds `window - 1` frames. The last window is filled up by repeating
+        its last inputs and what is surplus is not given out. Memory does not grow with the number of frames.
         """
         source = iter(frames)
         last = next(source, None)

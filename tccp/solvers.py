@@ -1,8 +1,8 @@
 """Solvers of the reverse process as pure functions: DDPM (the paper's), DDIM and DPM-Solver++(2M).
 
-A scheduler object of diffusers keeps its step and history inside, so windows at different steps cannot share one. Here a
-plan is a table of numbers and a step is `z' = a z + b x0 + c x0_before + d noise`, so any mix of windows and solvers is
-one evaluation of the network and four multiplications.
+A scheduler object of diffusers keeps its step and history inside, so windows at different steps cannot share one. Here
+a plan is a table of numbers and a step is `z' = a z + b x0 + c x0_before + d noise`, so any mix of windows and solvers
+is one evaluation of the network and four multiplications.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SolverPlan = tuple[SolverStep, ...]
 
 
 def timesteps(num_train_timesteps: int, steps: int) -> list[int]:
-    """`steps` times from T-1 downwards, evenly spaced and counted from the end ("trailing"): noise is always included."""
+    """`steps` times from T-1 down, evenly spaced and counted from the end ("trailing"), so pure noise is included."""
     if not 1 <= steps <= num_train_timesteps:
         raise ValueError(f"steps is {steps}; it must be between 1 and {num_train_timesteps}")
     return [round(num_train_timesteps * (steps - i) / steps) - 1 for i in range(steps)]

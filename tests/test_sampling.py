@@ -1,6 +1,7 @@
 """Solvers against diffusers and against a denoiser that is known exactly; chains."""
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -73,7 +74,7 @@ def flow_error(schedule, solver, steps, end=199):
 def test_error_falls_with_steps_as_the_order_says(solver, order, prediction):
     schedule = schedule_of(prediction)
     errors = [flow_error(schedule, solver, steps) for steps in (50, 100, 200)]
-    measured = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
+    measured = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
     print(solver, prediction, errors, measured)
     assert all(rate > order - 0.35 for rate in measured)
 
@@ -110,7 +111,7 @@ def test_timesteps_begin_at_full_noise_and_descend(steps):
     times = timesteps(1000, steps)
     assert times[0] == 999
     assert len(times) == steps
-    assert all(a > b for a, b in zip(times, times[1:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(times))
     assert times == trailing_times_of_diffusers(steps)
 
 
@@ -185,7 +186,7 @@ def test_windows_at_different_steps_and_solvers_share_an_evaluation():
     ]
     alone = [run_window(denoiser, schedule, state) for state in states]
     finished = {}
-    running = {i: state for i, state in enumerate(states[:1])}
+    running = dict(enumerate(states[:1]))
     waiting = dict(enumerate(states[1:], start=1))
     while running or waiting:
         if waiting:  # one more joins at every step

@@ -1,4 +1,4 @@
-"""The seam between the training loop and what computes the update: plain torch here, DeepSpeed behind the same methods."""
+"""The seam between the training loop and what computes the update: plain torch, or others behind the same methods."""
 
 from __future__ import annotations
 

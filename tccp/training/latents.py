@@ -1,7 +1,7 @@
 """The latent cache: what training reads, computed once per clip and jitter draw.
 
-Scenes are masked before they are encoded, so each draw of the mask has latents of its own. A file is memory-mapped and a
-window reads only its own frames: memory does not grow with the data set.
+Scenes are masked before they are encoded, so each draw of the mask has latents of its own. A file is memory-mapped and
+a window reads only its own frames: memory does not grow with the data set.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class TrainingBatch:
 def encode_clip(
     clip: Clip, settings: Settings, draw: int, seed: int, autoencoder: PictureAutoencoder
 ) -> dict[str, np.ndarray]:
-    """Latents `f c h w` of every kind (half precision), mel `f 80 16` and identity `s s 3` of one clip under one draw."""
+    """Latents `f c h w` of every kind in half precision, mel `f 80 16`, identity `s s 3`: one clip under one draw."""
     seen = view(clip, settings, draw, seed)
     device = autoencoder.mean.device
     arrays: dict[str, np.ndarray] = {"mel": seen.mel, "identity": np.ascontiguousarray(seen.identity)}

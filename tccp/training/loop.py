@@ -1,7 +1,8 @@
 """The training loop: steps, EMA, checkpoints, metrics and progress. It knows neither Ray nor DeepSpeed nor the model.
 
-A run is a folder: `settings.json`, `run.json` (commit, command), `metrics.jsonl`, `checkpoints/step-N/`. Everything random
-about step k is seeded by (seed, k) or by window ids, so a run that was cut and resumed is the same run, bit for bit.
+A run is a folder: `settings.json`, `run.json` (commit, command), `metrics.jsonl`, `checkpoints/step-N/`. Everything
+random about step k is seeded by (seed, k) or by window ids, so a run that was cut and resumed is the same run, bit
+for bit.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +37,7 @@ class NonFiniteLoss(TccpError):
 
 
 @contextmanager
-def atomic_folder(final: Path):
+def atomic_folder(final: Path) -> Iterator[Path]:
     """A temporary folder beside `final` that takes its name when the block succeeds and vanishes when it does not."""
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
@@ -110,7 +111,8 @@ def fit(
     """Trains from the newest checkpoint of `run`, or from the start, to `settings.max_steps`.
 
     loss_of(step, micro): the loss of one micro-batch, a pure function of its arguments and the module's parameters.
-    stop_at: ends the call early, after a checkpoint, as an interruption would; the learning rate still heads for max_steps.
+    stop_at: ends the call early, after a checkpoint, as an interruption would; the learning rate still heads for
+        max_steps.
     describe_step: what step k trained on, for the error message when its loss is not finite.
     Raises NonFiniteLoss; nothing of that step is kept.
     """

@@ -11,8 +11,8 @@ import torch
 
 from tccp.clip import ClipTable
 from tccp.config import Settings, TccpError, VariantName
-from tccp.pipeline import check_settings, has_component, load_network, save_component, verified
 from tccp.models.autoencoder import PictureAutoencoder
+from tccp.pipeline import check_settings, has_component, load_network, save_component, verified
 from tccp.progress import progress
 from tccp.training.autoencoder import train_autoencoder
 from tccp.training.latents import LatentCache
@@ -46,7 +46,7 @@ class Trainer:
         lip_weights: Path | None = None,
         control_from: Path | None = None,
     ):
-        """control_from: a pipeline folder whose variants lend their video branches (see MVControlNet.start_control_from)."""
+        """control_from: a pipeline folder that lends its video branches (see MVControlNet.start_control_from)."""
         check_settings(weights, settings)
         self.table = ClipTable(data)
         self.weights = weights

@@ -34,7 +34,7 @@ class Draws:
 
 
 def draw(
-    planned: Sequence[PlannedWindow], shape: tuple[int, int, int, int], settings: Settings, num_train_timesteps: int
+    planned: Sequence[PlannedWindow], shape: tuple[int, ...], settings: Settings, num_train_timesteps: int
 ) -> Draws:
     """Draws for windows whose latents have `shape` c f h w."""
     noise, t, dropped, initial, generated = [], [], [], [], []
