@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import cv2
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
+from rich.progress import Progress
 
 from tccp import faces, headbox
 from tccp.audio import check_audio
-from tccp.config import SamplingSettings, Solver, TccpError
+from tccp.config import Solver, TccpError, override
 from tccp.generation import (
     Extend,
     GeneratedFrame,
@@ -28,9 +32,11 @@ from tccp.generation import (
 from tccp.media import MediaError, MediaInfo, VideoWriter, mark_generated, open_audio, probe, read_frames
 from tccp.pipeline import Pipeline
 from tccp.progress import progress
+from tccp.roundtable import read_truth
 from tccp.tracks import (
     HeadTrack,
     Point,
+    find_cuts,
     square_box,
     track_from_boxes,
     track_from_detector,
@@ -86,7 +92,7 @@ class FilmResult:
     warnings: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "out": str(self.out), "warnings": list(self.warnings)}
+        return {**dataclasses.asdict(self), "out": str(self.out), "warnings": list(self.warnings)}
 
 
 def generate_film(
@@ -100,139 +106,182 @@ def generate_film(
     Raises TccpError for whatever is wrong with the inputs, before any work is done wherever that can be known.
     """
     started = time.monotonic()
-    if sum((request.mask is not None, request.box is not None, request.truth)) > 1:
-        raise TccpError("--mask, --box and --truth say the same thing in three ways: give one of them")
+    warnings: list[str] = []
+
+    def note(text: str) -> None:
+        warnings.append(text)
+        warn(text)
+
+    _check_options(request)
     scene = probe(request.scene)
     if not scene.has_video:
-        raise TccpError(f"{request.scene} has no video: --scene needs a film with pictures")
-    _check_out(request.out)
-    needed = variants_needed(request.one_stage, request.landmarks is not None)
-    pipeline = Pipeline.load(
-        request.weights, needed, preset=request.preset, device=request.device, lip_weights=request.lip_weights
-    )
-    pipeline = _with_sampling(pipeline, request)
-    warnings: list[str] = []
-    with open_audio(request.audio) as audio, progress() as bar:
+        raise MediaError(request.scene, "no_video", "the file has no pictures; --scene needs a film with a video track")
+    candidates = _identity_pictures(request.identity)
+    with (
+        LandmarkTrack(request.landmarks) if request.landmarks else nullcontext() as points,
+        open_audio(request.audio) as audio,
+    ):
         for text in check_audio(audio):
-            warnings.append(f"{request.audio}: {text}")
-            warn(warnings[-1])
+            note(f"{request.audio}: {text}")
         num_frames = audio.num_frames
         scene_indices(scene.num_frames, num_frames, request.extend, request.scene)  # refuses a scene that is too short
-        track = _find_head(request, scene, bar)
-        identity = read_identity(request, warn)
-        points = LandmarkTrack(request.landmarks) if request.landmarks else None
-        generator = Generator(
-            pipeline,
-            audio,
-            identity,
-            request.seed,
-            one_stage=request.one_stage,
-            landmark_points=points,
-            redraw=request.redraw or None,
-            color_match=request.color_match,
+        marks = mark_generated(seed=str(request.seed), weights=request.weights.resolve().name)
+        film = VideoWriter(request.out, scene.width, scene.height, audio, lossless=request.lossless, metadata=marks)
+        needed = variants_needed(request.one_stage, from_landmarks=points is not None)
+        pipeline = Pipeline.load(
+            request.weights, needed, preset=request.preset, device=request.device, lip_weights=request.lip_weights
         )
+        pipeline = _with_sampling(pipeline, request)
+        identity = read_identity(request, candidates)
         generated = 0
-        task = bar.add_task("generating", total=num_frames)
-        marks = mark_generated(seed=str(request.seed), weights=request.weights.name)
-        with (
-            VideoWriter(
-                request.out, scene.width, scene.height, audio, lossless=request.lossless, metadata=marks
-            ) as writer,
-            landmark_writer(request.save_landmarks) as save,
-        ):
-            for frame in generator.frames(scene_frames(request.scene, scene, track, num_frames, request.extend)):
-                writer.write(frame.picture)
-                save(frame)
-                on_frame(frame)
-                generated += frame.face is not None
-                bar.advance(task)
-        if points:
-            points.close()
+        with progress() as bar:
+            track = _find_head(request, scene, bar, note)
+            generator = Generator(
+                pipeline,
+                audio,
+                identity,
+                request.seed,
+                one_stage=request.one_stage,
+                landmark_points=points,
+                redraw=request.redraw or None,
+                color_match=request.color_match,
+            )
+            task = bar.add_task("generating", total=num_frames)
+            request.out.parent.mkdir(parents=True, exist_ok=True)
+            with film, landmark_writer(request.save_landmarks) as save:
+                for frame in generator.frames(scene_frames(request.scene, scene, track, num_frames, request.extend)):
+                    film.write(frame.picture)
+                    save(frame)
+                    on_frame(frame)
+                    generated += frame.face is not None
+                    bar.advance(task)
     seconds = round(time.monotonic() - started, 2)
     return FilmResult(request.out, num_frames, generated, num_frames - generated, seconds, tuple(warnings))
 
 
-def _check_out(out: Path) -> None:
-    """Refuses early what the writer would refuse late: folders that cannot be made or written to."""
+def _check_options(request: FilmRequest) -> None:
+    """Refuses what contradicts itself or could not be written in the end."""
+    if sum((request.mask is not None, request.box is not None, request.truth)) > 1:
+        raise TccpError("--mask, --box and --truth say the same thing in three ways: give one of them")
+    if request.one_stage and (request.landmarks or request.save_landmarks or request.redraw):
+        raise TccpError("--one-stage has no landmarks: leave out --landmarks, --save-landmarks and --redraw")
+    _check_writable(request.out, "--out")
+    if request.save_landmarks is not None:
+        _check_writable(request.save_landmarks, "--save-landmarks")
+    inputs = (request.scene, request.audio, request.identity, request.mask)
+    if request.out.exists() and any(path and path.exists() and path.samefile(request.out) for path in inputs):
+        raise TccpError(f"--out {request.out} is one of the inputs, which it would overwrite: give another name")
+
+
+def _check_writable(path: Path, option: str) -> None:
+    """Tries what will be done in the end, and leaves nothing behind."""
+    if path.is_dir():
+        raise TccpError(f"{option} {path} is a folder: give the name of a file")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        probe_file = out.with_name(f".{out.name}.writable")
-        probe_file.touch()
-        probe_file.unlink()
+        folder = next(folder for folder in path.absolute().parents if folder.exists())
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
-        raise TccpError(f"cannot write {out}: {error.strerror}; give --out in a folder that can be written") from None
+        raise TccpError(
+            f"cannot write {option} {path}: {error.strerror} ({folder}); choose a folder that can be written"
+        ) from None
 
 
 def _with_sampling(pipeline: Pipeline, request: FilmRequest) -> Pipeline:
-    import dataclasses
-
+    """The pipeline with what the command line says about sampling, also where a variant has settings of its own."""
     given = {"solver": request.solver, "steps": request.steps, "guidance_scale": request.guidance_scale}
-    changes = {name: value for name, value in given.items() if value is not None}
-    if not changes:
-        return pipeline
-    try:
-        sampling = SamplingSettings.model_validate(pipeline.settings.sampling.model_dump() | changes)
-    except ValueError as error:
-        raise TccpError(f"sampling settings {changes}: {str(error).splitlines()[2].strip()}") from None
-    if sampling.steps > pipeline.settings.diffusion.num_train_timesteps:
-        raise TccpError(f"--steps {sampling.steps}: at most {pipeline.settings.diffusion.num_train_timesteps}")
-    return dataclasses.replace(pipeline, settings=pipeline.settings.model_copy(update={"sampling": sampling}))
+    changes = {f"sampling.{name}": value for name, value in given.items() if value is not None}
+    settings = override(pipeline.settings, changes)
+    for variant, own in settings.variant_overrides.items():
+        again = {key: value for key, value in changes.items() if key in own}
+        settings = override(settings, {f"variant_overrides.{variant}": {**own, **again}})
+    most = settings.diffusion.num_train_timesteps
+    if settings.sampling.steps > most:
+        raise TccpError(f"--steps {settings.sampling.steps}: at most {most}, as many as the networks were trained with")
+    return dataclasses.replace(pipeline, settings=settings)
 
 
-def _find_head(request: FilmRequest, scene: MediaInfo, bar) -> HeadTrack:
+def _find_head(request: FilmRequest, scene: MediaInfo, bar: Progress, note: Callable[[str], object]) -> HeadTrack:
     if request.truth:
         return track_from_truth(scene)
-    if request.box is not None:
-        return track_from_boxes(scene, request.box)
     task = bar.add_task("looking for the head", total=scene.num_frames)
+
+    def on_frame() -> None:
+        bar.advance(task)
+
+    if request.mask is None and request.box is None:
+        with _detector(request) as backend:
+            return track_from_detector(scene, backend, request.person, on_frame)
     if request.mask is not None:
-        return track_from_mask(scene, request.mask, lambda: bar.advance(task))
+        track = track_from_mask(scene, request.mask)
+    else:
+        assert request.box is not None
+        track = track_from_boxes(scene, request.box)
+    if track.cuts is None:
+        try:
+            track = dataclasses.replace(track, cuts=find_cuts(scene, on_frame))
+        except TccpError as error:  # a plain installation generates, too
+            note(f"{scene.path} is taken for one shot: {error}")
+    return track
+
+
+@contextmanager
+def _detector(request: FilmRequest) -> Iterator[faces.FaceBackend]:
     backend = faces.open_backend(request.detector, request.detector_weights)
     try:
-        return track_from_detector(scene, backend, request.person, lambda: bar.advance(task))
+        yield backend
     finally:
         backend.close()
 
 
-def read_identity(request: FilmRequest, warn: Callable[[str], object]) -> UInt8[np.ndarray, "h w 3"]:
-    """The head crop of the identity picture, or of the film's frame that shows the face best.
+def read_identity(request: FilmRequest, pictures: dict[int, UInt8[np.ndarray, "_ _ 3"]]) -> UInt8[np.ndarray, "h w 3"]:
+    """The head crop of the identity picture, or of that of a film's `pictures` that shows the face largest.
 
-    Raises TccpError if the file shows no picture, or no face where one is looked for.
+    pictures: by the number of their frame. A box that is given, or known, is that of the one in the middle.
+    Raises TccpError if there is no face where one is looked for.
     """
-    pictures = _identity_pictures(request.identity)
     given = request.identity_box
+    frame, middle = list(pictures.items())[len(pictures) // 2]
     if given == "whole":
-        return pictures[len(pictures) // 2]
+        return middle
     if given is not None:
         try:
             box = np.array([float(part) for part in given.split(",")]).reshape(4)
         except ValueError:
             raise TccpError(f"--identity-box {given}: give x0,y0,x1,y1 in pixels, or whole") from None
-        return _crop_native(pictures[len(pictures) // 2], square_box(box, f"--identity-box {given}"))
+        height, width = middle.shape[:2]
+        return _crop_native(middle, square_box(box, width, height, f"--identity-box {given} of {request.identity}"))
     if request.truth:
-        return pictures[len(pictures) // 2]  # `tccp synth` writes head crops
-    backend = faces.open_backend(request.detector, request.detector_weights)
-    try:
-        found = [(face, picture) for picture in pictures for face in backend.detect(picture)]
-    finally:
-        backend.close()
+        if _is_picture(request.identity):
+            return middle  # `tccp synth` writes head crops
+        return _crop_native(middle, read_truth(request.identity).head_box[frame])
+    with _detector(request) as backend:
+        found = [(face, picture) for picture in pictures.values() for face in backend.detect(picture)]
     if not found:
         raise TccpError(
             f"no face found in {request.identity} with {request.detector}: give --identity-box x0,y0,x1,y1, or "
             "--identity-box whole if the picture shows the head alone"
         )
-    face, picture = max(found, key=lambda pair: float(pair[0].box[2] - pair[0].box[0]))
+    face, picture = max(found, key=lambda pair: pair[0].side)
     if face.landmarks_px is not None:
         return _crop_native(picture, headbox.head_boxes(face.landmarks_px[None])[0])
     return _crop_native(picture, faces.head_boxes_from_faces([face])[0])
 
 
-def _crop_native(picture: UInt8[np.ndarray, "h w 3"], box: np.ndarray) -> UInt8[np.ndarray, "s s 3"]:
+def _crop_native(picture: UInt8[np.ndarray, "h w 3"], box: Float[np.ndarray, "4"]) -> UInt8[np.ndarray, "s s 3"]:
     return headbox.crop(picture, box, int(box[2] - box[0]))
 
 
-def _identity_pictures(path: Path) -> list[UInt8[np.ndarray, "h w 3"]]:
-    if path.suffix.lower() in PICTURE_SUFFIXES:
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower() in PICTURE_SUFFIXES
+
+
+def _identity_pictures(path: Path) -> dict[int, UInt8[np.ndarray, "_ _ 3"]]:
+    """The picture, or up to _IDENTITY_CANDIDATES frames spread over the film, by their number.
+
+    Raises TccpError if there is nothing to be seen.
+    """
+    if _is_picture(path):
         try:
             data = np.frombuffer(path.read_bytes(), np.uint8)
         except OSError as error:
@@ -240,11 +289,10 @@ def _identity_pictures(path: Path) -> list[UInt8[np.ndarray, "h w 3"]]:
         picture = cv2.imdecode(data, cv2.IMREAD_COLOR) if len(data) else None
         if picture is None:
             raise TccpError(f"{path} is not a picture that can be read: give PNG, JPEG, BMP or WebP, or a film")
-        return [np.asarray(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB), np.uint8)]
+        return {0: np.asarray(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB), np.uint8)}
     info = probe(path)
     if not info.has_video:
         raise MediaError(path, "no_video", "it has sound only; give a picture or a film of the person")
     step = max(1, info.num_frames // _IDENTITY_CANDIDATES)
-    return [frame for i, frame in enumerate(read_frames(path)) if i % step == step // 2][:_IDENTITY_CANDIDATES]
-
-
+    wanted = range(step // 2, info.num_frames, step)[:_IDENTITY_CANDIDATES]
+    return {i: frame for i, frame in enumerate(read_frames(path, num_frames=wanted[-1] + 1)) if i in wanted}

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import chain, islice
+from dataclasses import dataclass, replace
+from itertools import chain, groupby, islice, pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import IO, Literal
 
@@ -69,8 +70,8 @@ def scene_indices(num_scene: int, num_frames: int, extend: Extend, name: str | P
         return (min(i, num_scene - 1) for i in range(num_frames))
     if extend == "no":
         raise TccpError(
-            f"{name} lasts {num_scene / FPS:.2f} s and the sound {num_frames / FPS:.2f} s: give a longer scene or shorter "
-            "sound, or say how to go on with --extend freeze or --extend pingpong"
+            f"{name} lasts {num_scene / FPS:.2f} s and the sound {num_frames / FPS:.2f} s: give a longer scene or "
+            "shorter sound, or say how to go on with --extend freeze or --extend pingpong"
         )
     period = max(1, 2 * (num_scene - 1))
     return (min(i % period, period - i % period) for i in range(num_frames))
@@ -78,63 +79,57 @@ def scene_indices(num_scene: int, num_frames: int, extend: Extend, name: str | P
 
 def _scene_pictures(path: Path, indices: Iterable[int]) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
     """The pictures of these frames, decoded forwards; a stretch that runs backwards is decoded in short chunks."""
-    pending = deque[int]()
-    source = iter(indices)
-    reader: Iterator[np.ndarray] | None = None
-    reader_at, shown_at = -1, -1
+    reader: Iterator[np.ndarray] = iter(())
+    next_of_reader, shown_at = -1, -1
     shown: np.ndarray | None = None
     held: dict[int, np.ndarray] = {}
-    for index in chain.from_iterable([pending, source]):
+    for index in indices:
         if index == shown_at and shown is not None:
             yield shown
             continue
         if index in held:
-            picture = held[index]
-        elif shown_at > index:
+            shown = held[index]
+        elif index < shown_at:
             first = max(0, index - _REVERSED_CHUNK + 1)
             held = dict(enumerate(read_frames(path, first, index - first + 1), first))
-            reader = None
-            picture = held[index]
+            shown = held[index]
         else:
-            if reader is None or reader_at != index:
-                reader, reader_at = read_frames(path, index), index
-                held = {}
-            picture = next(reader)
-            reader_at += 1
-        shown, shown_at = picture, index
-        yield picture
+            if next_of_reader != index:
+                reader, next_of_reader = read_frames(path, index), index
+            held = {}
+            shown = next(reader)
+            next_of_reader += 1
+        shown_at = index
+        yield shown
 
 
 def scene_frames(
     path: Path, info: MediaInfo, track: HeadTrack, num_frames: int, extend: Extend
 ) -> Iterator[SceneFrame]:
-    """The frames of the film to be. A place where time jumps in the scene starts a shot, like a cut."""
+    """The frames of the film to be."""
     indices = list(scene_indices(info.num_frames, num_frames, extend, path))
-    for i, (at, picture) in enumerate(zip(indices, _scene_pictures(path, indices), strict=True)):
-        # Played backwards, a cut lies between the same two frames.
-        before = indices[i - 1] if i else None
-        cut = before is None or (before != at and max(before, at) in track.cuts)
-        yield SceneFrame(i, picture, track.box(at), cut)
+    cuts = track.cuts or frozenset()
+    # Played backwards, a cut lies between the same two frames.
+    starts = [True, *(a != b and max(a, b) in cuts for a, b in pairwise(indices))]
+    for i, picture in enumerate(_scene_pictures(path, indices)):
+        yield SceneFrame(i, picture, track.box(indices[i]), starts[i])
 
 
 def _runs(frames: Iterable[SceneFrame]) -> Iterator[tuple[bool, Iterator[SceneFrame]]]:
     """Uninterrupted runs of frames with a head, and of frames without one; each must be consumed before the next."""
-    source = iter(frames)
-    upcoming = next(source, None)
-    while upcoming is not None:
-        first, present = upcoming, upcoming.box is not None
-        upcoming = None
 
-        def run() -> Iterator[SceneFrame]:
-            nonlocal upcoming
-            yield first
-            for frame in source:
-                if frame.starts_shot or (frame.box is not None) != present:
-                    upcoming = frame
-                    return
-                yield frame
+    def numbered() -> Iterator[tuple[int, SceneFrame]]:
+        number, before = 0, None
+        for frame in frames:
+            present = frame.box is not None
+            number += frame.starts_shot or present != before
+            before = present
+            yield number, frame
 
-        yield present, run()
+    for _, run in groupby(numbered(), key=itemgetter(0)):
+        of_run = (frame for _, frame in run)
+        first = next(of_run)
+        yield first.box is not None, chain([first], of_run)
 
 
 def _chunks(frames: Iterable[SceneFrame], window: int) -> Iterator[list[SceneFrame]]:
@@ -143,6 +138,24 @@ def _chunks(frames: Iterable[SceneFrame], window: int) -> Iterator[list[SceneFra
     yield list(islice(source, 1))
     while batch := list(islice(source, window - 1)):
         yield batch
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """A frame whose head is in the making."""
+
+    frame: SceneFrame
+    masked_scene: UInt8[np.ndarray, "s s 3"]
+    lips: Float32[Tensor, "3 l l"] | None
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """What stage 2 is shown of a frame's landmarks."""
+
+    picture: UInt8[np.ndarray, "s s 3"]
+    points: Float32[np.ndarray, "68 2"]
+    confidence: float
 
 
 class Generator:
@@ -190,7 +203,7 @@ class Generator:
         return to_bytes(picture).cpu().numpy()
 
     def frames(self, scene: Iterable[SceneFrame]) -> Iterator[GeneratedFrame]:
-        """Finished frames, in order, as windows finish. A cut or an absence ends a chain; the next starts from noise."""
+        """Finished frames, in order, as windows finish. A cut or an absence ends a chain; the next starts anew."""
         for present, run in _runs(scene):
             if present:
                 yield from self._run(run)
@@ -201,8 +214,8 @@ class Generator:
     def _run(self, frames: Iterator[SceneFrame]) -> Iterator[GeneratedFrame]:
         first = next(frames)
         seed = rng_seed(self.seed, "run", first.index)
-        waiting: deque[tuple[SceneFrame, np.ndarray, Tensor | None]] = deque()
-        drawn: deque[tuple[np.ndarray, np.ndarray, float]] = deque()
+        waiting: deque[_Waiting] = deque()  # at most two windows, as is `drawn`
+        drawn: deque[_Drawn] = deque()
         scene_inputs = self._scene_inputs(chain([first], frames), waiting)
 
         if self.one_stage:
@@ -211,16 +224,18 @@ class Generator:
             face_inputs = self._face_inputs(scene_inputs, waiting, drawn, seed)
             faces = self.pipeline.stage("face_sequence").chain(face_inputs, self.identity, rng_seed(seed, "face"))
         for latents in faces:
-            frame, masked, _ = waiting.popleft()
+            ready = waiting.popleft()
+            box = ready.frame.box
+            assert box is not None
             face = self._decode(latents, "face")
-            assert frame.box is not None
-            picture = headbox.paste(frame.picture, face, frame.box, color_match=self.color_match)
-            points, confidence, landmark_picture = None, None, None
+            picture = headbox.paste(ready.frame.picture, face, box, color_match=self.color_match)
+            done = GeneratedFrame(ready.frame.index, picture, box, ready.masked_scene, face=face)
             if drawn:
-                landmark_picture, points, confidence = drawn.popleft()
-            yield GeneratedFrame(frame.index, picture, frame.box, masked, landmark_picture, points, confidence, face)
+                marks = drawn.popleft()
+                done = replace(done, landmark_picture=marks.picture, points=marks.points, confidence=marks.confidence)
+            yield done
 
-    def _scene_inputs(self, frames: Iterator[SceneFrame], waiting: deque) -> Iterator[FrameInputs]:
+    def _scene_inputs(self, frames: Iterator[SceneFrame], waiting: deque[_Waiting]) -> Iterator[FrameInputs]:
         """Masked scene, mel and lips of each frame; the frame itself waits in `waiting` for its head."""
         size, lips = self.pipeline.settings.picture_px, self.pipeline.lips
         for batch in _chunks(frames, self.pipeline.settings.window):
@@ -235,30 +250,33 @@ class Generator:
                 pictures = self._tensor(lips.lips(lips.windows(self.audio, start, count), self.identity_picture))
             for i, latents in enumerate(self._encode(masked, "scene")):
                 lip = None if pictures is None else pictures[i]
-                waiting.append((batch[i], masked[i], lip))
+                waiting.append(_Waiting(batch[i], masked[i], lip))
                 yield FrameInputs(latents, mel[i], lip)
 
     def _face_inputs(
-        self, scene_inputs: Iterator[FrameInputs], waiting: deque, drawn: deque, seed: int
+        self, scene_inputs: Iterator[FrameInputs], waiting: deque[_Waiting], drawn: deque[_Drawn], seed: int
     ) -> Iterator[FrameInputs]:
         """Stage 1, and what stage 2 is told of it."""
         size = self.pipeline.settings.picture_px
         if self.landmark_points is not None:
             for inputs in scene_inputs:
-                points, confidence = self.landmark_points.read(waiting[len(drawn)][0].index)
-                picture = landmarks.draw(points[None], size)
-                drawn.append((picture[0], points, confidence))
-                yield FrameInputs(self._encode(picture, "landmark")[0], lips=inputs.lips)
+                points, sure = self.landmark_points.read(waiting[len(drawn)].frame.index)
+                picture = landmarks.draw(points[None], size)[0]
+                drawn.append(_Drawn(picture, points, sure))
+                yield FrameInputs(self._encode(picture[None], "landmark")[0], lips=inputs.lips)
             return
         stage = self.pipeline.stage("landmark_sequence")
+        before = np.full((68, 2), np.nan, np.float32)
         for latents in stage.chain(scene_inputs, self.identity, rng_seed(seed, "landmark")):
-            lip = waiting[len(drawn)][2]
+            lip = waiting[len(drawn)].lips
             picture = self._decode(latents, "landmark")
-            points, confidence = landmarks.read(picture[None])
+            read, confidence = landmarks.read(picture[None])
+            # A picture in which no face can be read keeps the points of the frame before, if there are any.
+            points = before = _as_saved(read[0]) if np.isfinite(read).all() else before
             if self.redraw:
-                picture = landmarks.draw(points, size)[0]
+                picture = landmarks.draw(points[None], size)[0]
                 latents = self._encode(picture[None], "landmark")[0]
-            drawn.append((picture, points[0], float(confidence[0])))
+            drawn.append(_Drawn(picture, points, float(confidence[0])))
             yield FrameInputs(latents, lips=lip)
 
 
@@ -270,64 +288,94 @@ def variants_needed(one_stage: bool, from_landmarks: bool) -> tuple[VariantName,
     return faces if from_landmarks else ("landmark_first", "landmark_sequence", *faces)
 
 
+_DIGITS = 5  # a hundred-thousandth of the head box is far below a pixel
+
+
+def _as_saved(points: Float32[np.ndarray, "68 2"]) -> Float32[np.ndarray, "68 2"]:
+    """Rounded as a landmark file rounds them, so that an unedited file draws the very same pictures."""
+    return points.astype(np.float64).round(_DIGITS).astype(np.float32)
+
+
 class LandmarkTrack:
     """Landmarks of a film as JSON lines, one frame a line, to be looked at, edited and generated from again.
 
-    A header line, then `{"frame": i, "confidence": c, "points": [[x, y] x 68]}` with points in 0..1 of the head box. Read
-    in step with the film: one line is in memory at a time.
+    A header line, then `{"frame": i, "confidence": c, "points": [[x, y] x 68]}` with points in 0..1 of the head box, or
+    null where no face could be read (drawn as an empty picture). Read in step with the film: one line is in memory at a
+    time. Use as a context manager.
     """
 
     def __init__(self, path: Path):
         self.path = path
         try:
-            self._file: IO[str] = path.open()
+            self._file: IO[str] = path.open(encoding="utf-8")
+        except OSError as error:
+            raise self._refused(error.strerror or str(error)) from None
+        try:
             header = json.loads(self._file.readline())
-            if header.get("tccp") != "landmarks":
-                raise ValueError("its first line is not a landmark header")
-        except (OSError, ValueError, AttributeError) as error:
-            raise TccpError(
-                f"{path} is not a landmark file ({error}): make one with `tccp generate --save-landmarks`"
-            ) from None
+            if not isinstance(header, dict) or header.get("tccp") != "landmarks":
+                raise ValueError("its first line is no landmark header")
+        except (OSError, ValueError) as error:
+            self.close()
+            raise self._refused(str(error)) from None
+
+    def _refused(self, reason: str) -> TccpError:
+        return TccpError(
+            f"{self.path} is not a landmark file ({reason}): make one with `tccp generate --save-landmarks`"
+        )
 
     def read(self, frame: int) -> tuple[Float32[np.ndarray, "68 2"], float]:
-        """Points and confidence of a frame; frames must be asked for in order."""
-        for line in self._file:
-            try:
+        """Points (NaN where the file says null) and confidence of a frame; frames must be asked for in order.
+
+        Raises TccpError for a line that cannot be understood, and if the file has no such frame.
+        """
+        try:
+            for line in self._file:
                 record = json.loads(line)
+                if record["frame"] != frame:
+                    continue
+                confidence = float(record.get("confidence", 1.0))
+                if record["points"] is None:
+                    return np.full((68, 2), np.nan, np.float32), confidence
                 points = np.array(record["points"], np.float32)
                 if points.shape != (68, 2) or not np.isfinite(points).all():
-                    raise ValueError(f"points have shape {points.shape} or are not finite, not 68 pairs of numbers")
-                if record["frame"] == frame:
-                    return points, float(record.get("confidence", 1.0))
-            except (ValueError, KeyError, TypeError) as error:
-                raise TccpError(f"{self.path}: a bad line before frame {frame}: {error}") from None
+                    raise ValueError(f"68 finite pairs of numbers are needed, not an array of {points.shape}")
+                return points, confidence
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise TccpError(
+                f"{self.path}: a line at or before frame {frame} is not as `--save-landmarks` writes it "
+                f"({type(error).__name__}: {error}); correct it"
+            ) from None
         raise TccpError(
-            f"{self.path} has no landmarks for frame {frame}: it must hold every frame with a head, in order"
+            f"{self.path} has no landmarks for frame {frame}: it must hold every frame with a head, in order; "
+            "use the same scene, sound and head box"
         )
 
     def close(self) -> None:
         self._file.close()
 
+    def __enter__(self) -> LandmarkTrack:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
 
 @contextmanager
-def landmark_writer(path: Path | None):
-    """A function that appends a frame's landmarks to `path`, which appears when the block succeeds; None writes nothing."""
+def landmark_writer(path: Path | None) -> Iterator[Callable[[GeneratedFrame], None]]:
+    """A function that appends a frame's landmarks to `path`, which appears when the block succeeds; None writes
+    nothing."""
     if path is None:
         yield lambda frame: None
         return
-    with atomic_path(path) as temporary, temporary.open("w") as file:
-        file.write(
-            json.dumps({"tccp": "landmarks", "fps": FPS, "coordinates": "0..1 of the head box", "order": "iBUG 68"})
-            + "\n"
-        )
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        header = {"tccp": "landmarks", "fps": FPS, "coordinates": "0..1 of the head box", "order": "iBUG 68"}
+        file.write(json.dumps(header) + "\n")
 
         def write(frame: GeneratedFrame) -> None:
             if frame.points is not None:
-                record = {
-                    "frame": frame.index,
-                    "confidence": frame.confidence,
-                    "points": frame.points.round(5).astype(float).tolist(),
-                }
+                points = frame.points.astype(np.float64).round(_DIGITS).tolist()
+                known = bool(np.isfinite(frame.points).all())
+                record = {"frame": frame.index, "confidence": frame.confidence, "points": points if known else None}
                 file.write(json.dumps(record) + "\n")
 
         yield write

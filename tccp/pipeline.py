@@ -43,20 +43,44 @@ def _digest(path: Path) -> str:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest. Raises TccpError if there is none or it is of another format."""
+    """The manifest. Raises TccpError if there is none, or it is damaged or of another format."""
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise TccpError(
             f"no pipeline at {folder} ({MANIFEST} is missing): train one with `tccp train all --weights {folder}`"
         ) from None
-    except (OSError, ValueError) as error:
-        raise TccpError(f"{path} cannot be read: {error}") from None
+    except OSError as error:
+        raise TccpError(f"{path} cannot be read ({error.strerror}): give the folder of a pipeline") from None
+    except ValueError as error:
+        raise TccpError(f"{path} is damaged ({error}): copy the pipeline folder again") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else None
         raise TccpError(f"{path} is of pipeline format {found}; this version reads {FORMAT}: export the weights again")
+    components = manifest.get("components")
+    if not isinstance(manifest.get("settings"), dict) or not _are_components(components):
+        raise TccpError(f"{path} is damaged (settings or components are not as written): copy the folder again")
     return manifest
+
+
+def _are_components(components: object) -> bool:
+    return isinstance(components, dict) and all(
+        isinstance(component, dict)
+        and isinstance(component.get("files"), dict)
+        and all(isinstance(digest, str) for digest in component["files"].values())
+        for component in components.values()
+    )
+
+
+def read_settings(folder: Path) -> Settings:
+    """The settings of a pipeline. Raises TccpError that names the manifest."""
+    try:
+        return settings_from_json(json.dumps(read_manifest(folder)["settings"]))
+    except TccpError as error:
+        if str(folder) in str(error):
+            raise
+        raise TccpError(f"{folder / MANIFEST}: {error}; copy the folder again") from None
 
 
 def _shaping(settings: Settings) -> dict[str, Any]:
@@ -67,7 +91,7 @@ def check_settings(folder: Path, settings: Settings) -> None:
     """Raises TccpError that names the first setting in which a pipeline that exists differs from `settings`."""
     if not (folder / MANIFEST).exists():
         return
-    stored = _shaping(settings_from_json(json.dumps(read_manifest(folder)["settings"])))
+    stored = _shaping(read_settings(folder))
     for name, value in _shaping(settings).items():
         if stored[name] != value:
             raise TccpError(
@@ -138,8 +162,22 @@ def load_network(folder: Path, name: VariantName, device: torch.device | str = "
     path = verified(folder, name)
     try:
         return MVControlNet.from_pretrained(path, use_safetensors=True, local_files_only=True).to(device).eval()
-    except (OSError, ValueError, RuntimeError) as error:
-        raise TccpError(f"{path} cannot be loaded: {str(error).splitlines()[0][:200]}") from None
+    except Exception as error:  # diffusers and safetensors raise many kinds for a broken folder
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise TccpError(f"{path} cannot be loaded ({reason}): copy it again or train {name} anew") from None
+
+
+def _check_network(folder: Path, settings: Settings, name: VariantName, network: MVControlNet) -> None:
+    """Raises TccpError if the network is not the one that the pipeline's settings describe."""
+    with torch.device("meta"):
+        described = MVControlNet.from_settings(settings, name).config
+    for key, value in described.items():
+        found = network.config[key]
+        if not key.startswith("_") and json.dumps(found) != json.dumps(value):
+            raise TccpError(
+                f"{folder / name / 'config.json'}: {key} is {found} there and {value} by the settings in "
+                f"{folder / MANIFEST}: copy the folder again or train {name} anew"
+            )
 
 
 @dataclass(frozen=True)
@@ -167,8 +205,7 @@ class Pipeline:
         preset: raises TccpError if the folder's weights are of another preset.
         lip_weights: in place of the folder's own.
         """
-        manifest = read_manifest(folder)
-        settings = settings_from_json(json.dumps(manifest["settings"]))
+        settings = read_settings(folder)
         if preset is not None and settings.preset != preset:
             raise TccpError(
                 f"{folder} holds weights of preset {settings.preset!r}, not {preset!r}: "
@@ -180,6 +217,8 @@ class Pipeline:
             weights = lip_weights or verified(folder, "lips")
             lips = open_lip_source(settings.lips, weights, device)
         networks = {name: load_network(folder, name, device) for name in variants}
+        for name, network in networks.items():
+            _check_network(folder, settings, name, network)
         return cls(settings, autoencoder, networks, lips, torch.device(device))
 
     def stage(self, sequence: VariantName) -> Stage:

@@ -1,0 +1,112 @@
+"""Does the memory of `tccp generate` grow with the length of the film? `python benchmarks/generation.py` prints JSON.
+
+The command is run as users run it, in a process of its own, with a pipeline of small random networks: what could grow
+is everything around them. Takes about five minutes at the default lengths.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tccp.config import Settings, VariantName, override, toy
+from tccp.models.autoencoder import PictureAutoencoder
+from tccp.models.liplet import Liplet
+from tccp.models.lips import LipletSource
+from tccp.models.mvcontrolnet import MVControlNet
+from tccp.pipeline import save_component
+from tccp.roundtable import identity_path, write_clips
+from tccp.variants import VARIANTS
+
+TINY: dict[str, Any] = {
+    "picture_px": 32,
+    "window": 4,
+    "autoencoder.latent_channels": 4,
+    "autoencoder.block_channels": (8, 8, 8, 8),
+    "autoencoder.norm_groups": 4,
+    "network.base_channels": 16,
+    "network.channel_multipliers": (1, 2),
+    "network.condition_dim": 16,
+    "network.time_embedding_dim": 16,
+    "network.attention_head_dim": 16,
+    "lips.size_px": 16,
+    "lips.liplet_channels": 4,
+    "sampling.steps": 2,
+}
+
+_GENERATE = """
+import sys
+from tccp.cli import main
+main(sys.argv[1:])
+status = open("/proc/self/status").read()
+print("peak_kib", next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")), file=sys.stderr)
+"""
+
+
+def tiny() -> Settings:
+    return override(toy(), TINY)
+
+
+def write_random_pipeline(
+    folder: Path, settings: Settings, variants: tuple[VariantName, ...] = tuple(VARIANTS)
+) -> None:
+    """A complete pipeline folder of untrained networks. Their control branches are open, so that control is felt."""
+    torch.manual_seed(0)
+    provenance = {"steps": 0}
+    save_component(
+        folder, "autoencoder", settings, PictureAutoencoder.from_settings(settings.autoencoder).save, provenance
+    )
+    if settings.lips.source == "liplet":
+        lips = LipletSource(Liplet(settings.lips.size_px, settings.lips.liplet_channels))
+        save_component(folder, "lips", settings, lips.save, provenance)
+    for name in variants:
+        network = MVControlNet.from_settings(settings, name)
+        for zero in (network.control.zero_in, *network.control.zero_out):
+            torch.nn.init.normal_(zero.weight, std=0.1)
+        save_component(folder, name, settings, network.save_pretrained, provenance)
+
+
+def peak_mib(arguments: list[str]) -> float:
+    """Peak resident memory of `tccp generate`. Of its own address space alone: ru_maxrss would count the parent's."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", _GENERATE, "generate", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return int(done.stderr.split()[-1]) / 1024
+
+
+def measure(folder: Path, seconds: list[float]) -> dict[str, Any]:
+    """Peak memory per length of sound, and the ratio of the last to the first."""
+    weights = folder / "weights"
+    write_random_pipeline(weights, tiny())
+    rows = []
+    for length in seconds:
+        (film,) = write_clips(folder / f"{length:g}", 1, length, seed=1)
+        out = folder / f"{length:g}.mp4"
+        started = time.monotonic()
+        arguments = {"scene": film, "audio": film, "identity": identity_path(film), "weights": weights, "out": out}
+        peak = peak_mib([f"--{name}={value}" for name, value in arguments.items()] + ["--truth", "--steps=1"])
+        rows.append({"seconds": length, "peak_mib": round(peak, 1), "took_s": round(time.monotonic() - started, 1)})
+    return {"generate": rows, "peak_ratio": round(rows[-1]["peak_mib"] / rows[0]["peak_mib"], 4)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--seconds", type=float, nargs="+", default=[10.0, 120.0], help="lengths of sound to compare")
+    seconds = parser.parse_args().seconds
+    with tempfile.TemporaryDirectory() as folder:
+        print(json.dumps(measure(Path(folder), seconds)))
+
+
+if __name__ == "__main__":
+    main()
