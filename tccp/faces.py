@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import cv2
 import numpy as np
@@ -48,6 +48,7 @@ class Face:
         return (self.box[:2] + self.box[2:]) / 2
 
 
+@runtime_checkable
 class FaceBackend(Protocol):
     name: str
 
@@ -80,6 +81,12 @@ def find_weights(given: Path | None = None) -> Path:
             "TCCP_WEIGHTS, or take the backend that needs no download, lbp"
         )
     return file
+
+
+def _iou(a: Face, b: Face) -> float:
+    """Intersection over union of two faces' boxes."""
+    overlap = float(np.maximum(np.minimum(a.box[2:], b.box[2:]) - np.maximum(a.box[:2], b.box[:2]), 0).prod())
+    return overlap / max(a.side**2 + b.side**2 - overlap, 1e-6)
 
 
 # ---- mediapipe
@@ -117,6 +124,25 @@ def _equal_steps(curve: np.ndarray, count: int) -> np.ndarray:
     return np.stack([np.interp(at, lengths, axis) for axis in curve.T], 1)
 
 
+_CLOSER_LOOKS = (1.0, 0.6)  # sides of square parts, as shares of the frame's shorter side
+_SMALLEST_LOOK_PX = 128
+
+
+def _spread(length: int, side: int) -> list[int]:
+    """Starts of parts of this side that overlap by at least half and cover the whole length."""
+    count = 1 + math.ceil(2 * (length - side) / side)
+    return [round(start) for start in np.linspace(0, length - side, count)]
+
+
+def _distinct(faces: list[Face]) -> list[Face]:
+    """Each face once, as the part of the frame saw it in which it was most complete."""
+    kept: list[Face] = []
+    for face in sorted(faces, key=lambda face: -face.confidence):
+        if all(_iou(face, other) < 0.3 for other in kept):
+            kept.append(face)
+    return kept
+
+
 class MediapipeBackend:
     """MediaPipe's FaceLandmarker on single pictures."""
 
@@ -139,16 +165,35 @@ class MediapipeBackend:
             self.detect(np.zeros((64, 64, 3), np.uint8))  # the graph's threads start now, and say so
 
     def detect(self, frame: UInt8[np.ndarray, "h w 3"]) -> list[Face]:
-        height, width = frame.shape[:2]
+        """The faces of a frame; where there seem to be none, closer looks at parts of it.
+
+        MediaPipe's detector sees 128 x 128 pixels and misses faces below about a tenth of the longer side. A small face
+        beside a large one can still be missed.
+        """
+        faces = self._look(frame, 0, 0)
+        for share in _CLOSER_LOOKS:
+            side = round(share * min(frame.shape[:2]))
+            if faces or side < _SMALLEST_LOOK_PX:
+                break
+            corners = [(x, y) for y in _spread(frame.shape[0], side) for x in _spread(frame.shape[1], side)]
+            faces = _distinct(
+                [face for x, y in corners for face in self._look(frame[y : y + side, x : x + side], x, y)]
+            )
+        return sorted(faces, key=lambda face: -face.side)
+
+    def _look(self, part: UInt8[np.ndarray, "h w 3"], x: int, y: int) -> list[Face]:
+        """The faces in a part of a frame whose corner is at (x, y)."""
+        height, width = part.shape[:2]
         # MediaPipe ignores strides: a view with padded rows would reach it sheared, and no face would be found.
-        picture = self._mediapipe.Image(image_format=self._mediapipe.ImageFormat.SRGB, data=np.ascontiguousarray(frame))
+        data = np.ascontiguousarray(part)
+        picture = self._mediapipe.Image(image_format=self._mediapipe.ImageFormat.SRGB, data=data)
         faces = []
         for mesh in self._landmarker.detect(picture).face_landmarks:
             points = ibug_from_mesh(np.array([[p.x * width, p.y * height] for p in mesh]))
             inside = ((points >= 0) & (points <= (width, height))).all(1).mean()
-            box = np.concatenate([points.min(0), points.max(0)])
-            faces.append(Face(box, points, float(inside)))
-        return sorted(faces, key=lambda face: -face.side)
+            points = points + np.array([x, y], np.float32)
+            faces.append(Face(np.concatenate([points.min(0), points.max(0)]), points, float(inside)))
+        return faces
 
     def close(self) -> None:
         self._landmarker.close()
@@ -171,7 +216,7 @@ def _silent_stderr() -> Iterator[None]:
 
 # ---- LBP cascade
 
-_LBP_PX = 480  # longer side at which the cascade runs: it is slow, and small faces are of no use here
+_LBP_PX = 320  # longer side at which the cascade runs: finer, it is slower and finds more that is no face
 
 
 class LbpBackend:
@@ -191,7 +236,7 @@ class LbpBackend:
         smallest = max(24, min(small.shape[:2]) // 10)
         found = self._cascade.detect_multi_scale(
             img=np.ascontiguousarray(small),
-            scale_factor=1.15,
+            scale_factor=1.2,
             step_ratio=1,
             min_size=(smallest, smallest),
             max_size=(min(small.shape[:2]), min(small.shape[:2])),
@@ -211,7 +256,7 @@ class LbpBackend:
 _MIN_IOU = 0.2
 
 
-def track(frames: Sequence[Sequence[Face]], choose: tuple[float, float] | None = None) -> list[Face | None]:
+def track(frames: Sequence[Sequence[Face]], choose: tuple[float | int, float | int] | None = None) -> list[Face | None]:
     """One person's face through the frames of one shot, None where he is not seen.
 
     choose: a point in pixels; the person whose face covers it most often, else the one nearest to it. Without it, the
@@ -251,8 +296,7 @@ def _covers(seen: dict[int, Face], point: np.ndarray) -> tuple[int, float]:
 
 def _likeness(last: Face, face: Face, gap: int) -> float:
     """How likely two faces are one person's: 0 for no; overlap as a rule; after a gap nearness, at a lower rank."""
-    overlap = np.maximum(np.minimum(last.box[2:], face.box[2:]) - np.maximum(last.box[:2], face.box[:2]), 0).prod()
-    iou = float(overlap / max(last.side**2 + face.side**2 - overlap, 1e-6))
+    iou = _iou(last, face)
     if iou >= _MIN_IOU:
         return iou
     near = float(np.linalg.norm(last.center - face.center)) < max(last.side, face.side)

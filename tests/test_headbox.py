@@ -284,7 +284,8 @@ def test_crop_shows_exactly_what_the_box_covers(x, y, side, size):
     picture = headbox.crop(gradient(240, 240), box, size).astype(float)
     inner = np.s_[2:-2, 2:-2]
     np.testing.assert_allclose(picture[..., :2][inner], places(box, size)[inner], atol=1.01)
-    assert abs((picture[..., :2] - places(box, size))[inner].mean()) < 0.12
+    # A shift by half a pixel, the usual slip, would show as half a level (the rest is rounding, at even steps).
+    assert abs((picture[..., :2] - places(box, size))[inner].mean()) < 0.3
 
 
 def test_crop_at_native_size_is_a_copy():
@@ -366,14 +367,15 @@ def test_pasting_truth_back_on_a_gradient_is_nearly_exact(box, size):
     frame, place = gradient(128, 160), np.array(box, np.float32)
     mask = headbox.mask_from_box(place, 128, 160)
     xy = places(place, size)
-    face = np.rint(np.concatenate([xy, xy.mean(-1, keepdims=True)], -1)).clip(0, 255).astype(np.uint8)
+    exact = np.concatenate([xy, xy.mean(-1, keepdims=True)], -1)
+    # Rounded at random: at even steps, rounding would shift all of the gradient by up to half a level.
+    face = np.floor(exact + np.random.default_rng(0).uniform(0, 1, exact.shape)).clip(0, 255).astype(np.uint8)
     plain = (headbox.paste(frame, face, place, color_match=False).astype(float) - frame)[mask][:, :2]
-    assert np.abs(plain).max() <= 2
+    assert np.abs(plain).max() <= 3
     assert np.abs(plain.mean(0)).max() < 0.15
-    # Colour matching may add the rounding of a border's one column to all of the face, no more.
     matched = (headbox.paste(frame, face, place).astype(float) - frame)[mask][:, :2]
-    assert np.abs(matched).max() <= 2
-    assert np.abs(matched.mean(0)).max() < 0.5
+    assert np.abs(matched).max() <= 3
+    assert np.abs(matched.mean(0)).max() < 0.4
 
 
 @pytest.mark.parametrize("box", BOXES)
