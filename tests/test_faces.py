@@ -88,9 +88,8 @@ def test_nobody_is_nobody():
 
 def test_head_boxes_from_faces_are_steady_and_bridge_gaps():
     rng = np.random.default_rng(0)
-    person: list[Face | None] = [
-        face(100 + rng.normal(0, 3), 100 + rng.normal(0, 3), 50 + rng.normal(0, 3)) for _ in range(50)
-    ]
+    jitter = rng.normal(0, 3, (50, 3))
+    person: list[Face | None] = [face(100 + float(dx), 100 + float(dy), 50 + float(ds)) for dx, dy, ds in jitter]
     person[20:25] = [None] * 5
     boxes = faces.head_boxes_from_faces(person)
     assert boxes.shape == (50, 4)
@@ -219,7 +218,7 @@ def test_head_boxes_of_real_people_hold_the_head(film, shared_clips, mediapipe_b
         inside = (rows + 5 >= box[1]) & (columns + 5 >= box[0]) & (columns + 5 < box[2])
         assert len(rows) > 5000
         assert inside.mean() > 0.98
-        assert box[3] > chin + 0.25 * (box[3] - box[1]) * 0.8  # neck and collar
+        assert box[3] > chin + 0.15 * (box[3] - box[1])  # neck and collar
 
 
 def test_small_faces_are_found_by_a_closer_look(shared_clips, mediapipe_backend):
@@ -230,7 +229,7 @@ def test_small_faces_are_found_by_a_closer_look(shared_clips, mediapipe_backend)
     assert found[0].side / frame.shape[1] < 0.09
     near = frame[: frame.shape[0] // 2, 400:900]
     closer = mediapipe_backend.detect(near)
-    assert np.abs(closer[0].landmarks_px + (400, 0) - found[0].landmarks_px).mean() < 0.02 * found[0].side
+    assert np.abs(closer[0].landmarks_px + np.array([400, 0]) - found[0].landmarks_px).mean() < 0.02 * found[0].side
 
 
 def test_mediapipe_is_silent(shared_weights):
