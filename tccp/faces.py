@@ -21,6 +21,7 @@ from jaxtyping import Float, Float32, UInt8
 
 from tccp.config import TccpError, storage_root
 from tccp.headbox import steady_boxes
+from tccp.landmarks import head_pose
 
 BackendName = Literal["mediapipe", "lbp"]
 WEIGHTS_FILE = "face_landmarker.task"
@@ -143,6 +144,15 @@ def _distinct(faces: list[Face]) -> list[Face]:
     return kept
 
 
+_MAX_TURN_DEG = 80.0
+
+
+def _is_plausible(points: Float32[np.ndarray, "68 2"]) -> bool:
+    """False for meshes laid over an ear or a pattern: as a face, they would look away from the camera."""
+    pose = head_pose(points[None])
+    return bool((np.abs([pose.yaw_deg, pose.pitch_deg]) < _MAX_TURN_DEG).all())
+
+
 class MediapipeBackend:
     """MediaPipe's FaceLandmarker on single pictures."""
 
@@ -190,6 +200,8 @@ class MediapipeBackend:
         faces = []
         for mesh in self._landmarker.detect(picture).face_landmarks:
             points = ibug_from_mesh(np.array([[p.x * width, p.y * height] for p in mesh]))
+            if not _is_plausible(points):
+                continue
             inside = ((points >= 0) & (points <= (width, height))).all(1).mean()
             points = points + np.array([x, y], np.float32)
             faces.append(Face(np.concatenate([points.min(0), points.max(0)]), points, float(inside)))

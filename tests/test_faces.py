@@ -221,6 +221,12 @@ def test_head_boxes_of_real_people_hold_the_head(film, shared_clips, mediapipe_b
         assert box[3] > chin + 0.15 * (box[3] - box[1])  # neck and collar
 
 
+def test_a_mesh_over_an_ear_is_no_face(shared_clips, mediapipe_backend):
+    """Near-profile shot: MediaPipe lays a face over the ear, which as a face would look backwards."""
+    frame = decoded(shared_clips / "short_hamilton_clip.mp4", count=60)[24]
+    assert mediapipe_backend.detect(frame) == []
+
+
 def test_small_faces_are_found_by_a_closer_look(shared_clips, mediapipe_backend):
     """98 px in a frame 1280 wide: the whole frame alone shows MediaPipe 10 px of face, and it sees none."""
     frame = decoded(shared_clips / "face_gap.mp4", count=1)[0]
