@@ -54,6 +54,7 @@ def mel(samples: Sound) -> Float32[np.ndarray, "80 columns"]:
 
 
 def num_columns(num_samples: int) -> int:
+    """Columns of the mel of so many samples."""
     return 1 + num_samples // _HOP
 
 
