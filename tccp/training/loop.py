@@ -64,7 +64,7 @@ class RunFolder:
         stored = path / "settings.json"
         if stored.exists():
             if not resume:
-                raise TccpError(f"{path} holds a run already: give --resume to go on with it, or another --run name")
+                raise TccpError(f"{path} holds a run already: give --resume to go on with it, or other --weights")
             if stored.read_text() != text:
                 raise TccpError(f"{path} was started with other settings ({stored}): resume with those, or start anew")
         else:
