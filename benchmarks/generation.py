@@ -1,7 +1,7 @@
 """Does the memory of `tccp generate` grow with the length of the film? `python benchmarks/generation.py` prints JSON.
 
 The command is run as users run it, in a process of its own, with a pipeline of small random networks: what could grow
-is everything around them. Takes about five minutes at the default lengths.
+is everything around them. Takes some minutes at the default lengths.
 """
 
 from __future__ import annotations
@@ -16,32 +16,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from tccp.config import Settings, VariantName, override, toy
-from tccp.models.autoencoder import PictureAutoencoder
-from tccp.models.liplet import Liplet
-from tccp.models.lips import LipletSource
-from tccp.models.mvcontrolnet import MVControlNet
-from tccp.pipeline import save_component
+from tccp.config import override, toy
+from tccp.pipeline import write_untrained
 from tccp.roundtable import identity_path, write_clips
-from tccp.variants import VARIANTS
 
-TINY: dict[str, Any] = {
-    "picture_px": 32,
-    "window": 4,
-    "autoencoder.latent_channels": 4,
-    "autoencoder.block_channels": (8, 8, 8, 8),
-    "autoencoder.norm_groups": 4,
-    "network.base_channels": 16,
-    "network.channel_multipliers": (1, 2),
-    "network.condition_dim": 16,
-    "network.time_embedding_dim": 16,
-    "network.attention_head_dim": 16,
-    "lips.size_px": 16,
-    "lips.liplet_channels": 4,
-    "sampling.steps": 2,
-}
+SMALL = {"picture_px": 32, "network.base_channels": 16, "network.attention_head_dim": 16}
 
 _GENERATE = """
 import sys
@@ -50,29 +29,6 @@ main(sys.argv[1:])
 status = open("/proc/self/status").read()
 print("peak_kib", next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")), file=sys.stderr)
 """
-
-
-def tiny() -> Settings:
-    return override(toy(), TINY)
-
-
-def write_random_pipeline(
-    folder: Path, settings: Settings, variants: tuple[VariantName, ...] = tuple(VARIANTS)
-) -> None:
-    """A complete pipeline folder of untrained networks. Their control branches are open, so that control is felt."""
-    torch.manual_seed(0)
-    provenance = {"steps": 0}
-    save_component(
-        folder, "autoencoder", settings, PictureAutoencoder.from_settings(settings.autoencoder).save, provenance
-    )
-    if settings.lips.source == "liplet":
-        lips = LipletSource(Liplet(settings.lips.size_px, settings.lips.liplet_channels))
-        save_component(folder, "lips", settings, lips.save, provenance)
-    for name in variants:
-        network = MVControlNet.from_settings(settings, name)
-        for zero in (network.control.zero_in, *network.control.zero_out):
-            torch.nn.init.normal_(zero.weight, std=0.1)
-        save_component(folder, name, settings, network.save_pretrained, provenance)
 
 
 def peak_mib(arguments: list[str]) -> float:
@@ -88,7 +44,7 @@ def peak_mib(arguments: list[str]) -> float:
 def measure(folder: Path, seconds: list[float]) -> dict[str, Any]:
     """Peak memory per length of sound, and the ratio of the last to the first."""
     weights = folder / "weights"
-    write_random_pipeline(weights, tiny())
+    write_untrained(weights, override(toy(), SMALL))
     rows = []
     for length in seconds:
         (film,) = write_clips(folder / f"{length:g}", 1, length, seed=1)

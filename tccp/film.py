@@ -293,6 +293,6 @@ def _identity_pictures(path: Path) -> dict[int, UInt8[np.ndarray, "_ _ 3"]]:
     info = probe(path)
     if not info.has_video:
         raise MediaError(path, "no_video", "it has sound only; give a picture or a film of the person")
-    step = max(1, info.num_frames // _IDENTITY_CANDIDATES)
-    wanted = range(step // 2, info.num_frames, step)[:_IDENTITY_CANDIDATES]
+    count = min(_IDENTITY_CANDIDATES, info.num_frames)
+    wanted = [(2 * k + 1) * info.num_frames // (2 * count) for k in range(count)]
     return {i: frame for i, frame in enumerate(read_frames(path, num_frames=wanted[-1] + 1)) if i in wanted}

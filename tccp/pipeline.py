@@ -26,10 +26,11 @@ from tccp.clip import atomic_path
 from tccp.config import Settings, TccpError, VariantName, git_commit, settings_from_json
 from tccp.diffusion import NoiseSchedule
 from tccp.models.autoencoder import PictureAutoencoder
-from tccp.models.lips import LipSource, open_lip_source
+from tccp.models.liplet import Liplet
+from tccp.models.lips import LipletSource, LipSource, open_lip_source
 from tccp.models.mvcontrolnet import MVControlNet
 from tccp.sampling import Stage
-from tccp.variants import FIRST_OF, TWO_STAGE
+from tccp.variants import FIRST_OF, TWO_STAGE, VARIANTS
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -135,6 +136,24 @@ def save_component(
     manifest["components"][name] = {"files": files, "provenance": {"git_commit": git_commit(), **provenance}}
     with atomic_path(folder / MANIFEST) as path:
         path.write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def write_untrained(folder: Path, settings: Settings, variants: Iterable[VariantName] = tuple(VARIANTS)) -> None:
+    """A complete pipeline folder of random networks, the same for the same seed: to test and to measure with.
+
+    Their control branches are open, so that control is felt.
+    """
+    torch.manual_seed(settings.seed)
+    autoencoder = PictureAutoencoder.from_settings(settings.autoencoder)
+    save_component(folder, "autoencoder", settings, autoencoder.save, {"steps": 0})
+    if settings.lips.source == "liplet":
+        lips = LipletSource(Liplet(settings.lips.size_px, settings.lips.liplet_channels))
+        save_component(folder, "lips", settings, lips.save, {"steps": 0})
+    for name in variants:
+        network = MVControlNet.from_settings(settings, name)
+        for zero in (network.control.zero_in, *network.control.zero_out):
+            torch.nn.init.normal_(zero.weight, std=0.1)
+        save_component(folder, name, settings, network.save_pretrained, {"steps": 0})
 
 
 def verified(folder: Path, name: str) -> Path:

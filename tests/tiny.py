@@ -1,0 +1,85 @@
+"""What the tests of generation share: a pipeline too small to be of use, and calls of the commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tccp.config import override, toy
+from tccp.film import FilmRequest, FilmResult, generate_film
+from tccp.generation import GeneratedFrame
+from tccp.media import VideoWriter, read_frames
+from tccp.roundtable import identity_path
+
+ROOT = Path(__file__).resolve().parent.parent
+SETTINGS = override(
+    toy(),
+    {
+        "picture_px": 32,
+        "window": 4,
+        "autoencoder.latent_channels": 4,
+        "autoencoder.block_channels": (8, 8, 8, 8),
+        "autoencoder.norm_groups": 4,
+        "network.base_channels": 16,
+        "network.channel_multipliers": (1, 2),
+        "network.condition_dim": 16,
+        "network.time_embedding_dim": 16,
+        "network.attention_head_dim": 16,
+        "lips.size_px": 16,
+        "lips.liplet_channels": 4,
+        "sampling.steps": 2,
+    },
+)
+
+
+def request_of(film: Path, weights: Path, out: Path, **changes: Any) -> FilmRequest:
+    """A film of `tccp synth` generated anew, with its own sound, into its own scene; the quickest way there is."""
+    given: dict[str, Any] = {
+        "scene": film,
+        "audio": film,
+        "identity": identity_path(film),
+        "weights": weights,
+        "out": out,
+        "identity_box": "whole",
+        "lossless": True,
+    }
+    if not {"mask", "box", "detector"} & changes.keys():
+        given["truth"] = True
+    return FilmRequest(**(given | changes))
+
+
+def generated(film: Path, weights: Path, out: Path, **changes: Any) -> tuple[FilmResult, list[GeneratedFrame]]:
+    """The result, and every frame as it was made; the film lies at `out`."""
+    frames: list[GeneratedFrame] = []
+    result = generate_film(request_of(film, weights, out, **changes), on_frame=frames.append)
+    return result, frames
+
+
+def pictures(path: Path) -> np.ndarray:
+    return np.stack(list(read_frames(path)))
+
+
+def write_film(path: Path, frames: np.ndarray, sound: np.ndarray | Path | None = None) -> Path:
+    """A lossless film."""
+    with VideoWriter(path, frames.shape[2], frames.shape[1], sound, lossless=True) as film:
+        for frame in frames:
+            film.write(frame)
+    return path
+
+
+def tccp(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command as a user runs it, in a process of its own."""
+    command = [sys.executable, "-m", "tccp.cli", *map(str, arguments)]
+    env = os.environ | environment
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False)
+
+
+def write_track(path: Path, boxes: list[list[float] | None], cuts: list[int]) -> Path:
+    path.write_text(json.dumps({"boxes": boxes, "cuts": cuts}))
+    return path
