@@ -443,6 +443,36 @@ def test_a_film_cut_short_is_never_read_as_a_shorter_one(tmp_path: Path, ending:
         assert share < 0.5 or reason(cut) == "truncated"
 
 
+def test_a_leap_in_time_is_damage_not_a_film_of_days(tmp_path: Path):
+    film = tmp_path / "film.mkv"
+    write_film(film, [*regular(25, 10), Fraction(100_000)], Fraction(1, 25), Fraction(1, 1000))
+    assert reason(film) == "corrupt"
+    write_film(film, regular(25, 10, 5000), Fraction(1, 25), Fraction(1, 1000), sound=Sound(codec="flac"))
+    assert reason(film) == "corrupt"
+    write_film(film, [*regular(25, 10), Fraction(60)], Fraction(1, 25), Fraction(1, 1000))
+    assert probe(film).num_frames == 1501
+
+
+@pytest.mark.parametrize("ending", ["mp4", "mkv", "avi", "ts", "flv"])
+def test_mutated_files_are_read_or_refused_and_nothing_else(tmp_path: Path, ending: str):
+    film, mutant = tmp_path / f"film.{ending}", tmp_path / f"mutant.{ending}"
+    time_base = Fraction(1, 25) if ending == "avi" else Fraction(1, 90000)
+    write_film(film, regular(25, 20), Fraction(1, 25), time_base, sound=Sound(end_s=0.8, codec="libmp3lame"))
+    whole = np.frombuffer(film.read_bytes(), np.uint8)
+    rng = np.random.default_rng(3)
+    refused = 0
+    for k in range(20):
+        data = whole.copy()
+        data[rng.integers(0, len(data) if k % 2 else min(len(data), 3000), 8)] = rng.integers(0, 256, 8)
+        mutant.write_bytes(data[: rng.integers(1, len(data)) if k % 5 == 0 else len(data)].tobytes())
+        for read in (lambda path: list(read_frames(path)), open_audio):
+            try:
+                read(mutant)
+            except MediaError:
+                refused += 1
+    assert 0 < refused < 40
+
+
 def test_ranges_are_checked_and_pictures_are_the_callers_own(tmp_path: Path):
     film = tmp_path / "film.mp4"
     write_film(film, regular(5, 10), Fraction(1, 5))

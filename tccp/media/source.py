@@ -27,6 +27,8 @@ _FORMATS = "mov,matroska,avi,mpeg,mpegts,flv,asf,ogg,mxf,nut,wav,w64,mp3,flac,aa
 # Formats whose header states a duration, so that less content than that means a file cut short.
 _STATES_DURATION = {"mov", "matroska", "avi", "wav", "w64", "flac"}
 _TRUNCATION_TOLERANCE_S = Fraction(1, 2)  # headers round, and count last frames that nobody sees
+# A longer hole in a stream, or between the starts of two, is a damaged timestamp: filling it could take days of film.
+_MAX_LEAP_S = 600
 
 
 class MediaError(TccpError):
@@ -223,6 +225,7 @@ class _Extent:
     end: int = 0
     shortest: int = 0
     longest: int = 0
+    leap: int = 0
 
     def add(self, packet: av.Packet) -> None:
         ticks = packet.pts if packet.pts is not None else packet.dts
@@ -232,6 +235,7 @@ class _Extent:
         if self.packets == 0:
             self.first, self.last, self.end, self.shortest = ticks, ticks, ticks + duration, duration
         self.packets += 1
+        self.leap = max(self.leap, abs(ticks - self.last), duration)
         self.first, self.last = min(self.first, ticks), max(self.last, ticks)
         self.end = max(self.end, ticks + duration)
         self.shortest, self.longest = min(self.shortest, duration), max(self.longest, duration)
@@ -265,6 +269,8 @@ def _probe(path: Path, size: int, mtime_ns: int) -> MediaInfo:
             audio_span = Span(start, max(start, extents[audio.index].end * _time_base(audio)))
             audio_codec = audio.codec_context.codec.canonical_name
             sample_rate_hz, channels = sound.sample_rate, sound.layout.nb_channels
+        if video_span and audio_span and abs(apart := video_span.start - audio_span.start) > _MAX_LEAP_S:
+            raise _leaping(path, apart)
     return MediaInfo(
         path=path,
         width=width,
@@ -293,7 +299,16 @@ def _scan(container: InputContainer, path: Path, size: int) -> dict[int, _Extent
         indexed_end = max((entry.pos + entry.size for s in streams for entry in s.index_entries), default=0)
     if indexed_end > size or _ends_early(container, extents):
         raise MediaError(path, "truncated", "the file is cut short: its header promises more; get a complete copy")
+    for stream in (pick_video(container), pick_audio(container)):
+        if stream is not None and (leap_s := extents[stream.index].leap * _time_base(stream)) > _MAX_LEAP_S:
+            raise _leaping(path, leap_s)
     return extents
+
+
+def _leaping(path: Path, leap_s: Fraction) -> MediaError:
+    return MediaError(
+        path, "corrupt", f"its timestamps leap by {float(leap_s):.0f} s; restore the file from its source"
+    )
 
 
 def _ends_early(container: InputContainer, extents: dict[int, _Extent]) -> bool:
