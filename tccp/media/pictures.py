@@ -15,12 +15,11 @@ from pathlib import Path
 import av
 import numpy as np
 from av.container import InputContainer
-from av.video.reformatter import Interpolation
+from av.video.reformatter import Interpolation, VideoReformatter
 from jaxtyping import UInt8
 
 from tccp.config import FPS, TccpError
 from tccp.media.source import MediaError, MediaInfo, Span, no_stream, opened, pick_video, probe
-from tccp.media.upright import display_turn
 
 # swscale's fast path is darker than the truth by about one level in 255 and repeats chroma; this one is unbiased.
 _TO_RGB = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
@@ -61,6 +60,7 @@ def _on_the_clock(
 ) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
     """Shows each picture until the next one's time; the first also before its own, the last to the end."""
     due = start_frame
+    to_rgb = VideoReformatter()
     shown: av.VideoFrame | None = None
     for time, frame in _decoded(info, span, info.zero + Fraction(start_frame, FPS)):
         if due == stop_frame:
@@ -68,17 +68,23 @@ def _on_the_clock(
         begin = due
         while due < stop_frame and info.zero + Fraction(due, FPS) < time:
             due += 1
-        yield from _copies(shown or frame, due - begin)
+        yield from _copies(shown or frame, due - begin, info, to_rgb)
         shown = frame
     if shown is not None:
-        yield from _copies(shown, stop_frame - due)
+        yield from _copies(shown, stop_frame - due, info, to_rgb)
 
 
-def _copies(frame: av.VideoFrame, count: int) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
+def _copies(
+    frame: av.VideoFrame, count: int, info: MediaInfo, to_rgb: VideoReformatter
+) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
     if count == 0:
         return
-    stored = frame.to_ndarray(format="rgb24", interpolation=_TO_RGB, src_color_range=frame.color_range)
-    picture = display_turn(frame).apply(stored)
+    rgb = to_rgb.reformat(frame, format="rgb24", interpolation=_TO_RGB, src_color_range=frame.color_range)
+    # The turn is the stream's. Asking each frame for it would tie the frame into a cycle, and tens of them would wait
+    # in memory for the garbage collector: 950 MB instead of 140 at 1080x1920.
+    picture = info.turn.apply(rgb.to_ndarray())
+    if picture.shape != (info.height, info.width, 3):
+        raise MediaError(info.path, "unsupported", "its pictures change size midway; cut it into films of one size")
     for _ in range(count - 1):
         yield picture.copy()
     yield picture

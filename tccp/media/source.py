@@ -19,7 +19,7 @@ from av.stream import Disposition
 from av.video import VideoStream
 
 from tccp.config import FPS, TccpError
-from tccp.media.upright import display_turn
+from tccp.media.upright import DisplayTurn, display_turn
 
 # Demuxers that a film or a recording can need. Playlists (HLS, concat, SDP) stay out: they open other files and
 # addresses.
@@ -58,7 +58,7 @@ class MediaInfo:
     """What a media file holds, and when.
 
     width, height: of the upright picture in pixels, 0 without video.
-    rotation_deg: clockwise turn the display matrix asks for, which read_frames applies: 0, 90, 180 or 270.
+    turn: how read_frames brings the stored pictures upright, as the display matrix asks.
     frame_rate: of the stored pictures if it is constant, else None. num_pictures: how many are stored.
     video_span, audio_span: from the first picture (sample) to the end of the last; None without such a stream.
     audio_sample_rate_hz, audio_channels: as stored, 0 without sound.
@@ -67,7 +67,7 @@ class MediaInfo:
     path: Path
     width: int
     height: int
-    rotation_deg: int
+    turn: DisplayTurn
     frame_rate: Fraction | None
     num_pictures: int
     video_codec: str | None
@@ -84,6 +84,11 @@ class MediaInfo:
     @property
     def has_audio(self) -> bool:
         return self.audio_span is not None
+
+    @property
+    def rotation_deg(self) -> int:
+        """The clockwise part of the turn: 0, 90, 180 or 270."""
+        return self.turn.rotation_deg
 
     @property
     def zero(self) -> Fraction:
@@ -244,7 +249,8 @@ class _Extent:
 @functools.lru_cache(maxsize=256)
 def _probe(path: Path, size: int, mtime_ns: int) -> MediaInfo:
     """Size and time of change are part of the key: another content is another answer."""
-    width = height = rotation_deg = num_pictures = sample_rate_hz = channels = 0
+    turn = DisplayTurn()
+    width = height = num_pictures = sample_rate_hz = channels = 0
     frame_rate = video_span = audio_span = video_codec = audio_codec = None
     with opened(path) as container:
         video, audio = pick_video(container), pick_audio(container)
@@ -259,7 +265,6 @@ def _probe(path: Path, size: int, mtime_ns: int) -> MediaInfo:
             video_span = _video_span(picture, extent, video, frame_rate)
             num_pictures = extent.packets
             turn = display_turn(picture)
-            rotation_deg = turn.rotation_deg
             width, height = (picture.height, picture.width) if turn.transpose else (picture.width, picture.height)
             video_codec = video.codec_context.codec.canonical_name
         if audio is not None:
@@ -275,7 +280,7 @@ def _probe(path: Path, size: int, mtime_ns: int) -> MediaInfo:
         path=path,
         width=width,
         height=height,
-        rotation_deg=rotation_deg,
+        turn=turn,
         frame_rate=frame_rate,
         num_pictures=num_pictures,
         video_codec=video_codec,

@@ -14,7 +14,7 @@ import av
 import numpy as np
 from av.audio import AudioStream
 from av.video import VideoStream
-from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation, VideoReformatter
 from jaxtyping import Float, Float32, UInt8
 
 from tccp import __version__
@@ -80,6 +80,7 @@ class VideoWriter:
         self.width, self.height = width, height
         self.num_frames = 0
         self._lossless = lossless
+        self._to_yuv = VideoReformatter()
         self._metadata = dict(metadata or {})
         self._sound = _sound(audio_from)
         self._partial = self.path.with_name(f".{self.path.stem}.{uuid.uuid4().hex[:8]}.partial.mp4")
@@ -115,7 +116,8 @@ class VideoWriter:
             raise TccpError(f"{self.path}: a picture of {given} was given for a film of {self.width}x{self.height}")
         picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
         if self._pix_fmt != "rgb24":
-            picture = picture.reformat(
+            picture = self._to_yuv.reformat(
+                picture,
                 format=self._pix_fmt,
                 dst_colorspace=Colorspace.ITU709,
                 dst_color_range=ColorRange.MPEG,
