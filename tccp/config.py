@@ -56,21 +56,24 @@ class AutoencoderSettings(_Frozen):
 
     downsampling: Literal[4, 8, 16, 32] = 16
     latent_channels: PositiveInt = 16
+    patch: PositiveInt = 1  # patch x patch pixels are folded into channels before the first convolution
     block_channels: tuple[PositiveInt, ...] = (128, 128, 256, 256, 512)
     layers_per_block: PositiveInt = 2
     norm_groups: PositiveInt = 32
     mid_attention: bool = True
     kl_weight: NonNegativeFloat = 1e-6
+    precision: Literal["fp32", "bf16"] = "fp32"  # of the arithmetic in training; weights and encoding stay fp32
     batch_size: PositiveInt = 16
     max_steps: PositiveInt = 200_000
     learning_rate: PositiveFloat = 1e-4
 
     @model_validator(mode="after")
     def _levels_fit(self) -> AutoencoderSettings:
-        if 2 ** (len(self.block_channels) - 1) != self.downsampling:
+        factor = self.patch * 2 ** (len(self.block_channels) - 1)
+        if factor != self.downsampling:
             raise ValueError(
-                f"block_channels has {len(self.block_channels)} levels, which downsample by "
-                f"{2 ** (len(self.block_channels) - 1)}; downsampling is {self.downsampling}"
+                f"patch {self.patch} and {len(self.block_channels)} levels of block_channels downsample by {factor}; "
+                f"downsampling is {self.downsampling}"
             )
         return self
 
@@ -210,14 +213,16 @@ def toy() -> Settings:
         picture_px=64,
         autoencoder=AutoencoderSettings(
             downsampling=8,
-            latent_channels=12,
-            block_channels=(32, 48, 64, 96),
+            latent_channels=16,
+            patch=4,
+            block_channels=(64, 128),
             layers_per_block=1,
             norm_groups=8,
             mid_attention=False,
-            batch_size=16,
-            max_steps=1500,
-            learning_rate=2e-3,
+            precision="bf16",
+            batch_size=8,
+            max_steps=6000,
+            learning_rate=3e-3,
         ),
         network=NetworkSettings(
             base_channels=32,
@@ -241,7 +246,7 @@ def toy() -> Settings:
             checkpoint_every=250,
         ),
         sampling=SamplingSettings(solver="dpmpp", steps=12),
-        lips=LipSettings(source="liplet", size_px=32, liplet_channels=16, liplet_steps=600, liplet_batch_size=64),
+        lips=LipSettings(source="liplet", size_px=32, liplet_channels=16, liplet_steps=600, liplet_learning_rate=3e-3),
         variant_overrides={
             "landmark_first": {"training.batch_size": 64},
             "face_first": {"training.batch_size": 64},

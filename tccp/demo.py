@@ -28,8 +28,8 @@ TRAINING_FILMS, TRAINING_SECONDS, TRAINING_SEED = 72, 3.0, 1
 SCENE_SECONDS, SCENE_SEED = 4.0, 20_001
 """Films of two seeds share neither persons, rooms nor voices."""
 SETTINGS = (
-    "autoencoder.max_steps=800",
-    "training.max_steps=420",
+    "autoencoder.max_steps=2800",
+    "training.max_steps=400",
     "lips.liplet_steps=250",
     "headbox.draws=1",
     'variant_overrides={"landmark_first": {"training.max_steps": 260}, "face_first": {"training.max_steps": 260}}',

@@ -2,18 +2,62 @@
 
 from __future__ import annotations
 
+import time
+from typing import Any
+
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+LINE_EVERY_S = 15.0
+
+
+class LineProgress(Progress):
+    """For logs and pipes: a plain line per task now and then, and one at its end."""
+
+    def __init__(self, *columns: Any, **options: Any):
+        super().__init__(*columns, **options)
+        self._printed: dict[TaskID, float] = {}
+
+    def update(self, task_id: TaskID, *args: Any, **fields: Any) -> None:
+        super().update(task_id, *args, **fields)
+        self._line(self._tasks[task_id])
+
+    def advance(self, task_id: TaskID, advance: float = 1) -> None:
+        super().advance(task_id, advance)
+        self._line(self._tasks[task_id])
+
+    def _line(self, task: Task) -> None:
+        now = time.monotonic()
+        last = self._printed.setdefault(task.id, now)
+        done = task.total is not None and task.completed >= task.total
+        if last == float("inf") or not (done or now - last >= LINE_EVERY_S):
+            return
+        self._printed[task.id] = float("inf") if done else now
+        total = "?" if task.total is None else f"{task.total:g}"
+        eta = "" if done or task.time_remaining is None else f", ETA {task.time_remaining:.0f} s"
+        self.console.print(f"{task.description}: {task.completed:g}/{total}, {task.elapsed or 0:.0f} s{eta}")
 
 
 def progress() -> Progress:
-    """A bar on a terminal; elsewhere only the finished state is printed."""
-    return Progress(
+    """A live bar on a terminal; elsewhere a line every quarter of a minute."""
+    console = Console(stderr=True, soft_wrap=True)
+    columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("ETA"),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
     )
+    if console.is_terminal:
+        return Progress(*columns, console=console)
+    return LineProgress(*columns, console=console, disable=True)

@@ -7,11 +7,13 @@ normalised by its own statistics, per channel; outside this module latents are a
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from einops import rearrange
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ from tccp.config import AutoencoderSettings, TccpError
 from tccp.variants import PICTURE_KINDS, PictureKind
 
 STATISTICS_FILE = "latent_statistics.json"
+INITIAL_LOG_VARIANCE = -6.0
 
 
 def to_model(pictures: UInt8[Tensor, "*n h w 3"]) -> Float[Tensor, "*n 3 h w"]:
@@ -33,7 +36,14 @@ def to_bytes(pictures: Float[Tensor, "*n 3 h w"]) -> UInt8[Tensor, "*n h w 3"]:
 
 
 class PictureAutoencoder(nn.Module):
-    """Pictures `b 3 f h w` in [-1, 1] <-> normalised latents `b c f h w`, frame by frame."""
+    """Pictures `b 3 f h w` in [-1, 1] <-> normalised latents `b c f h w`, frame by frame.
+
+    Where the network takes more than 3 channels, patches of pixels are folded into them: convolutions at full resolution
+    cost most of a small auto-encoder's time.
+    """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, vae: AutoencoderKL):
         super().__init__()
@@ -46,6 +56,8 @@ class PictureAutoencoder(nn.Module):
     def from_settings(cls, settings: AutoencoderSettings) -> PictureAutoencoder:
         levels = len(settings.block_channels)
         vae = AutoencoderKL(
+            in_channels=3 * settings.patch**2,
+            out_channels=3 * settings.patch**2,
             down_block_types=("DownEncoderBlock2D",) * levels,
             up_block_types=("UpDecoderBlock2D",) * levels,
             block_out_channels=settings.block_channels,
@@ -54,11 +66,18 @@ class PictureAutoencoder(nn.Module):
             norm_num_groups=settings.norm_groups,
             mid_block_add_attention=settings.mid_attention,
         )
+        # The posterior starts narrow: with the default spread of 1 the decoder first has to learn to hear latents
+        # through their own noise, which costs most of a short training.
+        torch.nn.init.constant_(vae.quant_conv.bias[settings.latent_channels :], INITIAL_LOG_VARIANCE)
         return cls(vae)
 
     @property
     def downsampling(self) -> int:
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return self.patch * 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def patch(self) -> int:
+        return math.isqrt(self.vae.config.in_channels // 3)
 
     @property
     def latent_channels(self) -> int:
@@ -68,24 +87,33 @@ class PictureAutoencoder(nn.Module):
         row = PICTURE_KINDS.index(kind)
         return self.mean[row].view(1, -1, 1, 1, 1), self.std[row].view(1, -1, 1, 1, 1)
 
+    def posterior(self, pictures: Float[Tensor, "n 3 h w"]) -> DiagonalGaussianDistribution:
+        """Distribution of the raw latents of single pictures."""
+        return self.vae.encode(nn.functional.pixel_unshuffle(pictures, self.patch)).latent_dist
+
+    def reconstruct(self, raw: Float[Tensor, "n c hl wl"]) -> Float[Tensor, "n 3 h w"]:
+        """Pictures from raw latents."""
+        return nn.functional.pixel_shuffle(self.vae.decode(raw).sample, self.patch)
+
     def encode(self, pictures: Float[Tensor, "b 3 f h w"], kind: PictureKind) -> Float[Tensor, "b c f hl wl"]:
         """Mean of the posterior, normalised for its kind."""
         mean, std = self._scale(kind)
-        raw = self.vae.encode(rearrange(pictures, "b c f h w -> (b f) c h w")).latent_dist.mode()
+        raw = self.posterior(rearrange(pictures, "b c f h w -> (b f) c h w")).mode()
         return (rearrange(raw, "(b f) c h w -> b c f h w", f=pictures.shape[2]) - mean) / std
 
     def decode(self, latents: Float[Tensor, "b c f hl wl"], kind: PictureKind) -> Float[Tensor, "b 3 f h w"]:
         mean, std = self._scale(kind)
-        raw = rearrange(latents * std + mean, "b c f h w -> (b f) c h w")
-        return rearrange(self.vae.decode(raw).sample, "(b f) c h w -> b c f h w", f=latents.shape[2])
+        pictures = self.reconstruct(rearrange(latents * std + mean, "b c f h w -> (b f) c h w"))
+        return rearrange(pictures, "(b f) c h w -> b c f h w", f=latents.shape[2])
 
     @torch.no_grad()
     def fit_statistics(self, pictures: Mapping[PictureKind, Iterable[Float[Tensor, "n 3 h w"]]]) -> None:
         """Sets each kind's mean and spread per channel from batches of pictures, in one pass over them."""
         for kind, batches in pictures.items():
-            count, total, squares = 0, 0.0, 0.0
+            count = 0
+            total = squares = torch.zeros_like(self.mean[0], dtype=torch.float64)
             for batch in batches:
-                raw = self.vae.encode(batch.to(self.mean.device)).latent_dist.mode().double()
+                raw = self.posterior(batch.to(self.mean.device)).mode().double()
                 values = rearrange(raw, "n c h w -> c (n h w)")
                 count += values.shape[1]
                 total, squares = total + values.sum(dim=1), squares + (values**2).sum(dim=1)

@@ -48,7 +48,7 @@ class Trainer:
     ):
         """control_from: a pipeline folder that lends its video branches (see MVControlNet.start_control_from)."""
         check_settings(weights, settings)
-        self.table = ClipTable(data)
+        self.table = ClipTable(data, keep=64)
         self.weights = weights
         self.settings = settings
         self.storage = storage
