@@ -135,7 +135,7 @@ def generate_film(
         identity = read_identity(request, candidates)
         generated = 0
         with progress() as bar:
-            track = _find_head(request, scene, bar, note)
+            track = _find_head(request, scene, min(num_frames, scene.num_frames), bar, note)
             generator = Generator(
                 pipeline,
                 audio,
@@ -201,28 +201,34 @@ def _with_sampling(pipeline: Pipeline, request: FilmRequest) -> Pipeline:
     return dataclasses.replace(pipeline, settings=settings)
 
 
-def _find_head(request: FilmRequest, scene: MediaInfo, bar: Progress, note: Callable[[str], object]) -> HeadTrack:
+def _find_head(
+    request: FilmRequest, scene: MediaInfo, num_frames: int, bar: Progress, note: Callable[[str], object]
+) -> HeadTrack:
+    """The head in the first `num_frames` of the scene, and the cuts there."""
     if request.truth:
         return track_from_truth(scene)
-    task = bar.add_task("looking for the head", total=scene.num_frames)
+    task = bar.add_task("looking for the head", total=num_frames)
 
     def on_frame() -> None:
         bar.advance(task)
 
     if request.mask is None and request.box is None:
         with _detector(request) as backend:
-            return track_from_detector(scene, backend, request.person, on_frame)
+            return track_from_detector(scene, backend, request.person, num_frames, on_frame)
     if request.mask is not None:
-        track = track_from_mask(scene, request.mask)
+        track = track_from_mask(scene, request.mask, num_frames)
     else:
         assert request.box is not None
         track = track_from_boxes(scene, request.box)
-    if track.cuts is None:
-        try:
-            track = dataclasses.replace(track, cuts=find_cuts(scene, on_frame))
-        except TccpError as error:  # a plain installation generates, too
-            note(f"{scene.path} is taken for one shot: {error}")
-    return track
+    if track.cuts is not None:
+        return track
+    try:
+        return dataclasses.replace(track, cuts=find_cuts(scene, num_frames, on_frame))
+    except MediaError:
+        raise
+    except TccpError as error:  # a plain installation, without a detector of cuts, generates too
+        note(f"{scene.path} is taken for one shot: {error}")
+        return track
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from tccp.shots import CutFinder
 Point = tuple[float, float]
 OnFrame = Callable[[], object]
 _MASK_LEVEL = 127
+_LATE = 4  # frames by which a cut may be found late
 _LARGEST = 4.0  # side of a head box over the longer side of the picture: beyond it, something else was meant
 
 
@@ -91,13 +92,15 @@ def square_box(box: Float[np.ndarray, "4"], width: int, height: int, given: str)
     return (square + np.tile(origin, 2)).astype(np.float32)
 
 
-def find_cuts(scene: MediaInfo, on_frame: OnFrame = lambda: None) -> frozenset[int]:
-    """The frames at which a shot begins, but the first. Raises TccpError where scenedetect is not installed."""
+def find_cuts(scene: MediaInfo, num_frames: int | None = None, on_frame: OnFrame = lambda: None) -> frozenset[int]:
+    """The frames at which a shot begins, but the first, looked for in the first `num_frames`."""
+    needed = scene.num_frames if num_frames is None else num_frames
     finder = CutFinder()
     cuts: set[int] = set()
-    for frame in read_frames(scene.path):
+    for i, frame in enumerate(read_frames(scene.path, num_frames=min(needed + _LATE, scene.num_frames))):
         cuts.update(finder.add(frame))
-        on_frame()
+        if i < needed:
+            on_frame()
     return frozenset(cuts)
 
 
@@ -142,9 +145,10 @@ def track_from_truth(scene: MediaInfo) -> HeadTrack:
     return _checked(HeadTrack(truth.head_box, frozenset()), scene, f"the truth of {scene.path}")
 
 
-def track_from_mask(scene: MediaInfo, path: Path, on_frame: OnFrame = lambda: None) -> HeadTrack:
+def track_from_mask(scene: MediaInfo, path: Path, num_frames: int | None = None) -> HeadTrack:
     """From a mask film of the scene's size, bright where the head is to be; frames without a mask pass through.
 
+    num_frames: how many frames will be needed; of the others nothing is read.
     Raises TccpError unless it fits the scene in size and length.
     """
     info = probe(path)
@@ -155,11 +159,10 @@ def track_from_mask(scene: MediaInfo, path: Path, on_frame: OnFrame = lambda: No
             f"mask {path} is {info.width}x{info.height}, {scene.path} {scene.width}x{scene.height}: make it that size"
         )
     boxes = np.full((info.num_frames, 4), np.nan, np.float32)
-    for i, frame in enumerate(read_frames(path)):
+    for i, frame in enumerate(read_frames(path, num_frames=min(num_frames or info.num_frames, info.num_frames))):
         box = headbox.crop_box_from_mask(_is_masked(frame))
         if box is not None:
             boxes[i] = box
-        on_frame()
     return _checked(HeadTrack(boxes), scene, f"mask {path}")
 
 
@@ -168,16 +171,27 @@ def _is_masked(frame: UInt8[np.ndarray, "h w 3"]) -> Bool[np.ndarray, "h w"]:
 
 
 def track_from_detector(
-    scene: MediaInfo, backend: faces.FaceBackend, choose: Point | None = None, on_frame: OnFrame = lambda: None
+    scene: MediaInfo,
+    backend: faces.FaceBackend,
+    choose: Point | None = None,
+    num_frames: int | None = None,
+    on_frame: OnFrame = lambda: None,
 ) -> HeadTrack:
-    """From a face detector: in each shot the person who is there most, or the one at `choose` (x, y in pixels)."""
+    """From a face detector: in each shot the person who is there most, or the one at `choose` (x, y in pixels).
+
+    num_frames: how many frames will be needed; the track has no more.
+    Raises TccpError if nobody is found.
+    """
+    needed = scene.num_frames if num_frames is None else num_frames
     finder = CutFinder()
     found: list[list[faces.Face]] = []
     cuts: set[int] = set()
-    for frame in read_frames(scene.path):
-        found.append(backend.detect(frame))
+    for i, frame in enumerate(read_frames(scene.path, num_frames=min(needed + _LATE, scene.num_frames))):
         cuts.update(finder.add(frame))
-        on_frame()
+        if i < needed:
+            found.append(backend.detect(frame))
+            on_frame()
+    cuts = {cut for cut in cuts if cut < needed}
     boxes = np.full((len(found), 4), np.nan, np.float32)
     edges = [0, *sorted(cuts), len(found)]
     for start, stop in itertools.pairwise(edges):
@@ -192,7 +206,7 @@ def track_from_detector(
         raise TccpError(
             f"no face found in {scene.path} with {backend.name}: give the place of the head with --box or --mask"
         )
-    return _checked(HeadTrack(boxes, frozenset(cuts)), scene, f"{backend.name} on {scene.path}")
+    return HeadTrack(boxes, frozenset(cuts))
 
 
 def _shot_boxes(person: list[faces.Face | None]) -> Float32[np.ndarray, "f 4"]:

@@ -1,0 +1,482 @@
+"""Bad input to `preprocess` and `generate`: one line on stderr that helps, exit code 2, and nothing left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shutil
+import wave
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny import pictures, tccp, write_film
+
+from tccp.cli import main
+from tccp.media import write_audio_wav
+from tccp.roundtable import identity_path, truth_path
+
+pytest_plugins = ["tiny_fixtures"]
+
+_PROGRESS = re.compile(r"[a-z ]+: \d+/\d+, \d+ s.*")
+
+
+def one_line(stderr: str) -> str:
+    """The message. Progress of work that came before it is no part of it."""
+    lines = [line for line in stderr.splitlines() if line.strip() and not _PROGRESS.fullmatch(line)]
+    assert len(lines) == 1, stderr
+    assert lines[0].startswith("tccp: error: "), stderr
+    assert "Traceback" not in stderr
+    return lines[0].removeprefix("tccp: error: ")
+
+
+def files_below(folder: Path) -> set[Path]:
+    return {path for path in folder.rglob("*") if path.is_file()}
+
+
+@contextlib.contextmanager
+def refused(capsys: pytest.CaptureFixture[str], folder: Path, *says: str) -> Iterator[None]:
+    """`main()` inside is refused by one line that holds all of `says`, and leaves no file in `folder`."""
+    before = files_below(folder)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        yield
+    captured = capsys.readouterr()
+    message = one_line(captured.err)
+    assert caught.value.code == 2
+    assert captured.out == ""
+    missing = [text for text in says if text not in message]
+    assert not missing, message
+    assert files_below(folder) == before
+
+
+@pytest.fixture
+def arguments(film: Path, weights: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    """The command line of a generation that works, with changes; None takes an option away."""
+
+    def build(**changes: Any) -> list[str]:
+        options: dict[str, Any] = {
+            "scene": film,
+            "audio": film,
+            "identity": identity_path(film),
+            "identity-box": "whole",
+            "box": "40,20,80,60",
+            "weights": weights,
+            "out": tmp_path / "made" / "out.mp4",
+            "steps": 1,
+            "device": "cpu",
+        }
+        options |= {name.replace("_", "-"): value for name, value in changes.items()}
+        given = [f"--{name}={value}" for name, value in options.items() if value is not None and value is not True]
+        return ["generate", *given, *(f"--{name}" for name, value in options.items() if value is True)]
+
+    return build
+
+
+# Files that are not what they should be
+
+
+def _wave(path: Path, samples: np.ndarray) -> None:
+    with wave.open(str(path), "wb") as file:
+        file.setparams((1, 2, 16000, 0, "NONE", ""))
+        file.writeframes(samples.astype("<i2").tobytes())
+
+
+def _float_wave(path: Path, samples: np.ndarray) -> None:
+    """A WAV of 32-bit floats, which may hold what is not a number."""
+    data = samples.astype("<f4").tobytes()
+    header = b"RIFF" + (36 + len(data)).to_bytes(4, "little") + b"WAVEfmt " + (16).to_bytes(4, "little")
+    header += (3).to_bytes(2, "little") + (1).to_bytes(2, "little") + (16000).to_bytes(4, "little")
+    header += (64000).to_bytes(4, "little") + (4).to_bytes(2, "little") + (32).to_bytes(2, "little")
+    path.write_bytes(header + b"data" + len(data).to_bytes(4, "little") + data)
+
+
+@pytest.fixture(scope="module")
+def broken(film: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of bad files, each named for what is wrong with it."""
+    folder = tmp_path_factory.mktemp("broken")
+    content = film.read_bytes()
+    (folder / "empty.mp4").touch()
+    (folder / "text.mp4").write_text("this is no film\n" * 100)
+    index = content.rindex(b"moov") - 4
+    mdat = content.rindex(b"mdat") - 4
+    assert index < mdat  # our own films begin with their index
+    (folder / "no_index.mp4").write_bytes(content[:index] + content[mdat:])
+    (folder / "truncated.mp4").write_bytes(content[: len(content) * 2 // 3])
+    flipped = bytearray(content)
+    places = np.random.default_rng(0).integers(mdat + 5000, len(content), 200)
+    for place in places:
+        flipped[place] ^= 1 << int(place % 8)
+    (folder / "flipped.mp4").write_bytes(bytes(flipped))
+    write_film(folder / "no_audio.mp4", pictures(film))
+    _wave(folder / "no_video.wav", np.zeros(16000))
+    write_film(folder / "no_face.mp4", np.full((25, 96, 128, 3), 120, np.uint8), np.zeros(16000, np.float32))
+    _wave(folder / "no_length.wav", np.zeros(0))
+    nan = np.zeros(16000)
+    nan[9000] = np.nan
+    _float_wave(folder / "nan.wav", nan)
+    (folder / "no_picture.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing more")
+    return folder
+
+
+FILMS = {
+    "absent.mp4": "no such file; check the path",
+    "empty.mp4": "the file is empty (0 bytes)",
+    "text.mp4": "no video or audio file of a known format; give",
+    "no_index.mp4": "index",
+    "truncated.mp4": "cut short",
+    "flipped.mp4": "damaged",
+}
+
+
+@pytest.mark.parametrize("name", FILMS)
+@pytest.mark.parametrize("option", ["scene", "audio", "identity", "mask"])
+def test_generate_names_a_bad_file(
+    broken: Path,
+    arguments: Callable[..., list[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    option: str,
+    name: str,
+) -> None:
+    changes = {option: broken / name} | ({"box": None} if option == "mask" else {})
+    if option == "audio" and name == "flipped.mp4":
+        pytest.skip("flipped bits of AAC still decode to sound: damage that nobody can notice")
+    with refused(capsys, tmp_path, str(broken / name), FILMS[name]):
+        main(arguments(**changes))
+
+
+@pytest.mark.parametrize("name", FILMS)
+def test_preprocess_names_a_bad_file(
+    broken: Path, shared_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    with refused(capsys, tmp_path, str(broken / name), FILMS[name]):
+        main(["preprocess", str(broken / name), str(tmp_path / "clips"), "--weights", str(shared_weights)])
+
+
+CORRUPT = {
+    "corrupt_empty.mp4": "empty",
+    "corrupt_text.mp4": "known format",
+    "corrupt_truncated_no_moov.mp4": "index",
+    "corrupt_truncated_faststart.mp4": "cut short",
+    "corrupt_bitflips.mp4": "damaged",
+}
+
+
+@pytest.mark.clips
+@pytest.mark.parametrize("name", CORRUPT)
+def test_real_damage_is_named(
+    shared_clips: Path,
+    shared_weights: Path,
+    arguments: Callable[..., list[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+) -> None:
+    path = shared_clips / name
+    write_audio_wav(tmp_path / "sound.wav", np.full(int(3.9 * 16000), 0.01))
+    with refused(capsys, tmp_path, str(path), CORRUPT[name]):
+        main(arguments(scene=path, audio=tmp_path / "sound.wav", box="300,100,700,500"))
+    with refused(capsys, tmp_path, str(path), CORRUPT[name]):
+        main(["preprocess", str(path), str(tmp_path / "clips"), "--weights", str(shared_weights)])
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "says"),
+    [
+        ("audio", "no_audio.mp4", "no sound; give one"),
+        ("audio", "no_length.wav", "empty"),
+        ("audio", "nan.wav", "not numbers; export it again"),
+        ("audio", "no_picture.png", "known format"),
+        ("scene", "no_video.wav", "no pictures; --scene needs"),
+        ("identity", "no_video.wav", "sound only; give a picture"),
+        ("identity", "no_picture.png", "not a picture that can be read: give"),
+        ("mask", "no_video.wav", "no pictures; give a film"),
+    ],
+)
+def test_generate_names_what_a_file_lacks(
+    broken: Path,
+    arguments: Callable[..., list[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    option: str,
+    name: str,
+    says: str,
+) -> None:
+    changes = {option: broken / name} | ({"box": None} if option == "mask" else {})
+    with refused(capsys, tmp_path, str(broken / name), says):
+        main(arguments(**changes))
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("no_audio.mp4", "no sound"),
+        ("no_video.wav", "no video"),
+        ("no_face.mp4", "face"),
+        ("no_length.wav", ""),
+        ("nan.wav", "no video"),
+    ],
+)
+def test_preprocess_names_what_a_file_lacks(
+    broken: Path, shared_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, says: str
+) -> None:
+    with refused(capsys, tmp_path, str(broken / name), says):
+        main(["preprocess", str(broken / name), str(tmp_path / "clips"), "--weights", str(shared_weights)])
+
+
+def test_preprocess_goes_on_past_bad_files_and_counts_them(
+    broken: Path, film: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    footage = tmp_path / "footage"
+    shutil.copytree(broken, footage)
+    for path in (film, truth_path(film), identity_path(film)):
+        shutil.copy(path, footage)
+    main(["preprocess", str(footage), str(tmp_path / "clips"), "--backend", "truth", "--json"])
+    record = json.loads(capsys.readouterr().out)
+    assert record["clips"] == 1
+    assert sum(record["reasons"].values()) == len(record["sources"]) - 1
+    assert all(source["message"] for source in record["sources"] if not source["clips"])
+
+
+# No face, no place, no room
+
+
+@pytest.mark.parametrize("detector", ["lbp", "mediapipe"])
+def test_no_face_anywhere(
+    broken: Path,
+    shared_weights: Path,
+    arguments: Callable[..., list[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    detector: str,
+) -> None:
+    seen = {"box": None, "detector": detector, "detector_weights": shared_weights}
+    with refused(capsys, tmp_path, "no_face.mp4", f"no face found in {broken}", "--box"):
+        main(arguments(scene=broken / "no_face.mp4", **seen))
+    with refused(capsys, tmp_path, f"no face found in {broken / 'no_face.mp4'}", "--identity-box"):
+        main(arguments(identity=broken / "no_face.mp4", identity_box=None, **seen | {"box": "40,20,80,60"}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"box": "900,10,980,90"}, ["--box 900,10,980,90", "outside the picture of 128x96", "in pixels"]),
+        ({"box": "10,10,90"}, ["--box 10,10,90", "four numbers"]),
+        ({"box": "track.json"}, ["track.json", "neither a box nor a track file"]),
+        ({"identity_box": "-90,0,-10,80"}, ["identity.png", "outside the picture"]),
+        ({"landmarks": "points.jsonl"}, ["points.jsonl", "No such file", "--save-landmarks"]),
+        ({"steps": 0}, ["sampling.steps", "0"]),
+        ({"preset": "paper"}, ["weights of preset 'toy', not 'paper'", "--preset toy"]),
+        ({"out": "out.avi"}, ["out.avi", ".mp4"]),
+        ({"box": None, "truth": True, "scene": "@no_audio.mp4"}, ["no_audio.truth.npz", "no such truth file"]),
+        ({"box": None, "detector_weights": "nowhere"}, ["nowhere/face_landmarker.task", "TCCP_WEIGHTS", "lbp"]),
+    ],
+)
+def test_options_that_cannot_be_followed(
+    broken: Path,
+    arguments: Callable[..., list[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, Any],
+    says: list[str],
+) -> None:
+    given = {
+        name: str(broken / value[1:]) if isinstance(value, str) and value.startswith("@") else value
+        for name, value in changes.items()
+    }
+    with refused(capsys, tmp_path, *says):
+        main(arguments(**given))
+
+
+@pytest.mark.parametrize("place", ["file/out.mp4", "file/below/out.mp4", "folder.mp4"])
+def test_places_that_cannot_be_written(
+    film: Path, arguments: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str
+) -> None:
+    """Tests may run as root, who may write anywhere but below a file."""
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.mp4").mkdir()
+    with refused(capsys, tmp_path, str(tmp_path / place)):
+        main(arguments(out=tmp_path / place))
+    with refused(capsys, tmp_path, str(tmp_path / place)):
+        main(arguments(save_landmarks=tmp_path / place))
+    if place != "folder.mp4":
+        with refused(capsys, tmp_path, str(tmp_path / "file")):
+            main(["preprocess", str(film), str((tmp_path / place).parent), "--backend", "truth"])
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc here")
+def test_a_file_system_that_takes_no_files(
+    film: Path, arguments: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with refused(capsys, tmp_path, "/proc/out.mp4", "choose a folder"):
+        main(arguments(out="/proc/out.mp4"))
+    with refused(capsys, tmp_path, "/proc/clips"):
+        main(["preprocess", str(film), "/proc/clips", "--backend", "truth"])
+
+
+# Weights
+
+
+def _no_folder(folder: Path) -> str:
+    shutil.rmtree(folder)
+    return "manifest.json is missing"
+
+
+def _a_file_instead(folder: Path) -> str:
+    shutil.rmtree(folder)
+    folder.write_text("weights")
+    return "cannot be read"
+
+
+def _no_manifest(folder: Path) -> str:
+    (folder / "manifest.json").unlink()
+    return "train one with"
+
+
+def _manifest(change: Callable[[dict[str, Any]], object], says: str) -> Callable[[Path], str]:
+    def damage(folder: Path) -> str:
+        path = folder / "manifest.json"
+        manifest = json.loads(path.read_text())
+        change(manifest)
+        path.write_text(json.dumps(manifest))
+        return says
+
+    return damage
+
+
+def _manifest_cut(folder: Path) -> str:
+    path = folder / "manifest.json"
+    path.write_text(path.read_text()[:200])
+    return "is damaged"
+
+
+def _missing(folder: Path) -> str:
+    next((folder / "face_first").glob("*.safetensors")).unlink()
+    return "is missing: the pipeline folder is incomplete"
+
+
+def _truncated(folder: Path) -> str:
+    path = next((folder / "face_sequence").glob("*.safetensors"))
+    path.write_bytes(path.read_bytes()[:5000])
+    return "SHA-256 differs"
+
+
+def _config(folder: Path) -> str:
+    (folder / "lips" / "config.json").write_text("{}")
+    return "SHA-256 differs"
+
+
+def _signed(component: str, damage: Callable[[Path], object], says: str) -> Callable[[Path], str]:
+    """Damage under a manifest that was made to fit it."""
+
+    def apply(folder: Path) -> str:
+        import hashlib
+
+        damage(folder / component)
+        manifest = json.loads((folder / "manifest.json").read_text())
+        files = manifest["components"][component]["files"]
+        for name in files:
+            files[name] = hashlib.sha256((folder / component / name).read_bytes()).hexdigest()
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        return says
+
+    return apply
+
+
+def _cut_weights(folder: Path) -> None:
+    path = next(folder.glob("*.safetensors"))
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+def _other_network(folder: Path) -> None:
+    shutil.rmtree(folder)
+    shutil.copytree(folder.parent / "face_sequence", folder)
+
+
+DAMAGE: dict[str, Callable[[Path], str]] = {
+    "absent": _no_folder,
+    "a file": _a_file_instead,
+    "no manifest": _no_manifest,
+    "manifest cut": _manifest_cut,
+    "other format": _manifest(lambda m: m.update(format=99), "pipeline format 99; this version reads 1"),
+    "no settings": _manifest(lambda m: m.pop("settings"), "is damaged"),
+    "no components": _manifest(lambda m: m.update(components=[]), "is damaged"),
+    "unknown setting": _manifest(lambda m: m["settings"].update(speed=1), "speed"),
+    "other window": _manifest(lambda m: m["settings"].update(window=8), "num_frames is 4 there and 8"),
+    "other digest": _manifest(lambda m: m["components"]["lips"]["files"].update({"config.json": "0"}), "SHA-256"),
+    "no component": _manifest(lambda m: m["components"].pop("face_first"), "has no face_first"),
+    "missing": _missing,
+    "truncated": _truncated,
+    "config": _config,
+    "signed network": _signed("face_first", _cut_weights, "face_first cannot be loaded"),
+    "signed autoencoder": _signed("autoencoder", _cut_weights, "autoencoder"),
+    "signed lips": _signed("lips", _cut_weights, "cannot be loaded"),
+    "other network": _signed("landmark_sequence", _other_network, "condition_kinds is"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_weights_that_are_not_whole(
+    weights: Path,
+    arguments: Callable[..., list[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+) -> None:
+    folder = tmp_path / "weights"
+    shutil.copytree(weights, folder)
+    says = DAMAGE[name](folder)
+    with refused(capsys, tmp_path, str(folder), says):
+        main(arguments(weights=folder))
+
+
+def test_detector_weights_that_are_none(
+    film: Path, arguments: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "face_landmarker.task"
+    path.write_bytes(b"no model")
+    with refused(capsys, tmp_path, str(path), "not a usable"):
+        main(arguments(box=None, detector_weights=path))
+    with refused(capsys, tmp_path, str(path), "not a usable"):
+        main(["preprocess", str(film), str(tmp_path / "clips"), "--weights", str(path)])
+    with refused(capsys, tmp_path, "face_landmarker.task", "TCCP_WEIGHTS"):
+        main(["preprocess", str(film), str(tmp_path / "clips"), "--weights", str(tmp_path / "nowhere")])
+
+
+# Valid, with a warning
+
+
+def test_silent_and_clipped_sound_is_valid(
+    arguments: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, samples in {"silent": np.zeros(2000), "clipped": np.tile([1.0, -1.0], 1000)}.items():
+        write_audio_wav(tmp_path / f"{name}.wav", samples)
+        main(arguments(audio=tmp_path / f"{name}.wav", json=True))
+        captured = capsys.readouterr()
+        assert json.loads(captured.out)["frames"] == 4
+        (line,) = [line for line in captured.err.splitlines() if line.startswith("tccp: ")]
+        assert f"{name}.wav" in line and f"is {name}" in line
+
+
+# As users see it
+
+
+@pytest.mark.parametrize("name", ["text.mp4", "flipped.mp4"])
+def test_in_a_process_of_its_own(broken: Path, arguments: Callable[..., list[str]], tmp_path: Path, name: str) -> None:
+    """Nothing that runs beside Python, decoders above all, adds a line of its own."""
+    done = tccp(*arguments(scene=broken / name))
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert str(broken / name) in one_line(done.stderr)
+    assert not (tmp_path / "made" / "out.mp4").exists()
+
+
+def test_preprocess_in_a_process_of_its_own(broken: Path, shared_weights: Path, tmp_path: Path) -> None:
+    done = tccp("preprocess", broken / "no_face.mp4", tmp_path / "clips", "--weights", shared_weights)
+    assert done.returncode == 2
+    assert "no_face.mp4" in one_line(done.stderr)
+    assert not files_below(tmp_path)
