@@ -1,0 +1,141 @@
+"""The commands: light help, pure JSON, and every verb as users call it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import ROOT, tccp
+
+from tccp.cli import VERBS, main
+from tccp.media import probe
+from tccp.roundtable import identity_path, truth_path
+
+pytest_plugins = ["tiny_fixtures"]
+
+
+def test_help_is_light() -> None:
+    code = (
+        "import sys\n"
+        "from tccp.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "heavy = {'torch', 'numpy', 'cv2', 'av', 'diffusers', 'mediapipe', 'pyarrow', 'scipy'}\n"
+        "print(sorted(heavy & sys.modules.keys()), file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
+    assert all(verb in done.stdout for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([verb, "--help"])
+    assert caught.value.code == 0
+    said = capsys.readouterr().out
+    summary = str(VERBS[verb].__doc__).split()[:4]
+    assert " ".join(summary) in " ".join(said.split())
+
+
+@pytest.mark.parametrize("arguments", [["nothing"], ["generate"], ["synth"], ["describe", "--presets", "toy"]])
+def test_wrong_usage_is_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize("arguments", [["describe", "--preset", "big"], ["describe", "--set", "windw=3"]])
+def test_unknown_presets_and_settings_are_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert arguments[-1].split("=")[0] in line
+
+
+def stdout_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> Any:
+    capsys.readouterr()
+    main([str(argument) for argument in arguments])
+    return json.loads(capsys.readouterr().out)
+
+
+def test_doctor(storage: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checks = stdout_of(capsys, "doctor", "--json")["checks"]
+    assert {"python", "torch", "storage"} <= {check["name"] for check in checks}
+    assert all(check["ok"] for check in checks if check["required"])
+
+
+def test_describe(capsys: pytest.CaptureFixture[str]) -> None:
+    record = stdout_of(capsys, "describe", "--preset", "toy", "--json")
+    rows = {row["variant"]: row for row in record["variants"]}
+    assert len(rows) == 6
+    for row in rows.values():
+        assert 0 < row["control_params"] < row["params"]
+        assert row["gflop_per_window"] > 0
+    assert rows["face_sequence"]["gflop_per_window"] > 4 * rows["face_first"]["gflop_per_window"]
+
+
+def test_from_synth_to_a_film(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """synth, preprocess and generate with --json: one object on stdout, progress elsewhere."""
+    footage = tmp_path / "footage"
+    made = stdout_of(capsys, "synth", footage, "--clips", 2, "--seconds", 1, "--seed", 3, "--json")
+    films = [Path(film) for film in made["films"]]
+    assert len(films) == 2
+    assert all(path.is_file() for film in films for path in (film, truth_path(film), identity_path(film)))
+
+    clips = stdout_of(capsys, "preprocess", footage, tmp_path / "clips", "--backend", "truth", "--json")
+    assert (clips["clips"], clips["frames"]) == (2, 50)
+    assert {Path(source["source"]).name for source in clips["sources"]} == {film.name for film in films}
+
+    out = tmp_path / "out.mp4"
+    given = {"scene": films[0], "audio": films[1], "identity": identity_path(films[0]), "weights": weights, "out": out}
+    options = [f"--{name}={value}" for name, value in given.items()]
+    film = stdout_of(capsys, "generate", *options, "--truth", "--steps", 1, "--device", "cpu", "--json")
+    assert (film["frames"], film["generated"], film["passed_through"]) == (25, 25, 0)
+    assert film["out"] == str(out)
+    assert film["warnings"] == []
+    assert probe(out).num_frames == 25
+
+
+def test_generate_in_a_process_of_its_own(film: Path, weights: Path, tmp_path: Path) -> None:
+    given = {
+        "scene": film,
+        "audio": film,
+        "identity": identity_path(film),
+        "weights": weights,
+        "out": tmp_path / "a.mp4",
+    }
+    options = [f"--{name}={value}" for name, value in given.items()]
+    done = tccp("generate", *options, "--truth", "--steps", 1, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["frames"] == 25
+    assert "Warning" not in done.stderr
+
+
+def test_a_missing_device_is_one_line(
+    film: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    given = {"scene": film, "audio": film, "identity": film, "weights": weights, "out": tmp_path / "a.mp4"}
+    with pytest.raises(SystemExit) as caught:
+        main(["generate", *[f"--{name}={value}" for name, value in given.items()], "--device", "cuda"])
+    assert caught.value.code == 2
+    assert "--device cpu" in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_early_is_no_mistake() -> None:
+    """`tccp describe | head -1` must not end in a traceback."""
+    command = f"{sys.executable} -m tccp.cli describe --preset toy | head -n 1"
+    done = subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert "Traceback" not in done.stderr
