@@ -121,6 +121,7 @@ def train(
     autoencoder: Path | None = None,
     lip_weights: Path | None = None,
     control_from: Path | None = None,
+    jobs: int = 1,
     device: Device = "auto",
     storage: Storage = None,
     json: Json = False,
@@ -137,6 +138,7 @@ def train(
         lip_weights: the published Wav2Lip checkpoint, for lips.source=wav2lip.
         control_from: a pipeline folder whose video branches are taken over; with training.freeze_video_branch=true only
             the control branch is trained.
+        jobs: with `all`, components trained side by side, each in a process with its share of the cores.
     """
     from tccp.training.recipe import Trainer
 
@@ -152,8 +154,13 @@ def train(
         lip_weights=lip_weights,
         control_from=control_from,
     )
-    names = trainer.missing() if component == "all" else (component,)
-    trainer.train(names)
+    if jobs < 1:
+        raise TccpError(f"--jobs {jobs}: at least 1")
+    if component == "all":
+        names = trainer.train_missing(jobs)
+    else:
+        names = (component,)
+        trainer.train(names)
     _emit(
         json,
         {"weights": str(weights), "trained": list(names)},

@@ -61,9 +61,8 @@ def run_demo(out: Path, storage: Path, fresh: bool = False) -> dict[str, Any]:
         preprocess([films], root / "clips", settings, backend="truth")
     seconds["preprocess"] = _lap(started, seconds)
     trainer = Trainer(root / "clips", root / "weights", settings, root, resume=True)
-    for name in trainer.missing():
-        trainer.train([name])
-        seconds[f"train {name}"] = _lap(started, seconds)
+    trainer.train_missing(jobs=min(2, os.cpu_count() or 1))
+    seconds["train"] = _lap(started, seconds)
 
     scene = next(iter(sorted(_footage(root / "scene", 1, SCENE_SECONDS, SCENE_SEED).glob("*.mp4"))))
     truth = read_truth(scene)

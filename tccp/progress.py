@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
 
@@ -18,6 +19,8 @@ from rich.progress import (
 )
 
 LINE_EVERY_S = 15.0
+LINES_ONLY = "TCCP_PROGRESS_LINES"
+"""Environment variable that asks for lines on a terminal too."""
 
 
 class LineProgress(Progress):
@@ -58,6 +61,6 @@ def progress() -> Progress:
         TextColumn("ETA"),
         TimeRemainingColumn(),
     )
-    if console.is_terminal:
+    if console.is_terminal and not os.environ.get(LINES_ONLY):
         return Progress(*columns, console=console)
     return LineProgress(*columns, console=console, disable=True)

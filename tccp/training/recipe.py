@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import multiprocessing
+import os
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,7 @@ from tccp.clip import ClipTable
 from tccp.config import Settings, TccpError, VariantName
 from tccp.models.autoencoder import PictureAutoencoder
 from tccp.pipeline import check_settings, has_component, load_network, save_component, verified
-from tccp.progress import progress
+from tccp.progress import LINES_ONLY, progress
 from tccp.training.autoencoder import train_autoencoder
 from tccp.training.latents import LatentCache
 from tccp.training.lips import FOLDS, LipSources, open_lip_sources, train_liplets
@@ -24,10 +28,14 @@ from tccp.variants import FIRST_OF, TWO_STAGE, VARIANTS
 COMPONENTS: tuple[str, ...] = ("autoencoder", "lips", *VARIANTS)
 
 
-def recipe(settings: Settings) -> tuple[str, ...]:
-    """The components of the paper's pipeline, in an order in which each finds what it needs."""
+def recipe(settings: Settings) -> tuple[tuple[str, ...], ...]:
+    """The components of the paper's pipeline, in groups: within a group none needs another, the longest come first."""
     lips = ("lips",) if settings.lips.source != "none" else ()
-    return ("autoencoder", *lips, *TWO_STAGE)
+    sequences = tuple(name for name in TWO_STAGE if name in FIRST_OF)
+    firsts = tuple(name for name in TWO_STAGE if name not in FIRST_OF)
+    from_truth = all(settings.for_variant(name).training.initial_frames == "truth" for name in sequences)
+    variants = ((*sequences, *firsts),) if from_truth else (firsts, sequences)
+    return (("autoencoder", *lips), *variants)
 
 
 class Trainer:
@@ -47,6 +55,17 @@ class Trainer:
         control_from: Path | None = None,
     ):
         """control_from: a pipeline folder that lends its video branches (see MVControlNet.start_control_from)."""
+        self.arguments: dict[str, Any] = {
+            "data": data,
+            "weights": weights,
+            "settings": settings,
+            "storage": storage,
+            "resume": resume,
+            "device": device,
+            "pretrained_autoencoder": pretrained_autoencoder,
+            "lip_weights": lip_weights,
+            "control_from": control_from,
+        }
         check_settings(weights, settings)
         self.table = ClipTable(data, keep=64)
         self.weights = weights
@@ -148,4 +167,44 @@ class Trainer:
 
     def missing(self) -> tuple[str, ...]:
         """What the paper's pipeline still lacks, in training order."""
-        return tuple(name for name in recipe(self.settings) if not has_component(self.weights, name))
+        names = itertools.chain.from_iterable(recipe(self.settings))
+        return tuple(name for name in names if not has_component(self.weights, name))
+
+    def train_missing(self, jobs: int = 1) -> tuple[str, ...]:
+        """Trains what the pipeline lacks, up to `jobs` components at a time, and returns their names.
+
+        Small networks on a few cores: two processes of one thread each do more than one process of two threads, which
+        spends its time waiting for the slower half of every operation. On a GPU, leave `jobs` at 1.
+        """
+        missing = self.missing()
+        for group in recipe(self.settings):
+            names = [name for name in group if name in missing]
+            if any(name in VARIANTS for name in names):
+                self.cache.build()  # once, before the processes that read it
+            if jobs == 1 or len(names) < 2:
+                self.train(names)
+            else:
+                _train_in_processes(self.arguments, names, jobs)
+        return missing
+
+
+def _train_in_processes(arguments: dict[str, Any], names: Sequence[str], jobs: int) -> None:
+    threads = max(1, torch.get_num_threads() // jobs)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(jobs, len(names)), context, _start_process, (threads,)) as pool:
+        running = [pool.submit(_train_one, arguments, name) for name in names]
+        try:
+            for future in running:
+                future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _start_process(threads: int) -> None:
+    torch.set_num_threads(threads)
+    os.environ[LINES_ONLY] = "1"  # several live bars on one terminal would overwrite each other
+
+
+def _train_one(arguments: dict[str, Any], name: str) -> None:
+    Trainer(**arguments).train([name])
