@@ -38,8 +38,8 @@ def to_bytes(pictures: Float[Tensor, "*n 3 h w"]) -> UInt8[Tensor, "*n h w 3"]:
 class PictureAutoencoder(nn.Module):
     """Pictures `b 3 f h w` in [-1, 1] <-> normalised latents `b c f h w`, frame by frame.
 
-    Where the network takes more than 3 channels, patches of pixels are folded into them: convolutions at full resolution
-    cost most of a small auto-encoder's time.
+    Where the network takes more than 3 channels, patches of pixels are folded into them: convolutions at full
+    resolution cost most of a small auto-encoder's time.
     """
 
     mean: Tensor
