@@ -140,30 +140,34 @@ def save_component(
         with atomic_path(folder / MANIFEST) as path:
             path.write_text(json.dumps(manifest, indent=2) + "\n")
 
-    def write_untrained(folder: Path, settings: Settings, variants: Iterable[VariantName] = tuple(VARIANTS)) -> None:
-        """A complete pipeline folder of random networks, the same for the same seed: to test and to measure with.
 
-        Their control branches are open, so that control is felt.
-        """
-        torch.manual_seed(settings.seed)
-        autoencoder = PictureAutoencoder.from_settings(settings.autoencoder)
-        save_component(folder, "autoencoder", settings, autoencoder.save, {"steps": 0})
-        if settings.lips.source == "liplet":
-            lips = LipletSource(Liplet(settings.lips.size_px, settings.lips.liplet_channels))
-            save_component(folder, "lips", settings, lips.save, {"steps": 0})
-        for name in variants:
-            network = MVControlNet.from_settings(settings, name)
-            for zero in (network.control.zero_in, *network.control.zero_out):
-                torch.nn.init.normal_(zero.weight, std=0.1)
-            save_component(folder, name, settings, network.save_pretrained, {"steps": 0})
+def write_untrained(folder: Path, settings: Settings, variants: Iterable[VariantName] = tuple(VARIANTS)) -> None:
+    """A complete pipeline folder of random networks, the same for the same seed: to test and to measure with.
+
+    Their control branches are open, so that control is felt.
+    """
+    torch.manual_seed(settings.seed)
+    autoencoder = PictureAutoencoder.from_settings(settings.autoencoder)
+    save_component(folder, "autoencoder", settings, autoencoder.save, {"steps": 0})
+    if settings.lips.source == "liplet":
+        lips = LipletSource(Liplet(settings.lips.size_px, settings.lips.liplet_channels))
+        save_component(folder, "lips", settings, lips.save, {"steps": 0})
+    for name in variants:
+        network = MVControlNet.from_settings(settings, name)
+        for zero in (network.control.zero_in, *network.control.zero_out):
+            torch.nn.init.normal_(zero.weight, std=0.1)
+        save_component(folder, name, settings, network.save_pretrained, {"steps": 0})
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """One process at a time: components of one pipeline may be trained side by side."""
-    with (folder / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    handle = os.open(folder, os.O_RDONLY)  # the folder itself is locked: no file is left in it
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(handle)
 
 
 def verified(folder: Path, name: str) -> Path:

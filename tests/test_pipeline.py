@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -152,3 +153,16 @@ def test_unknown_settings_in_a_manifest_are_named_with_their_file(weights: Path,
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(TccpError, match=r"manifest\.json: setting window"):
         read_settings(tmp_path)
+
+
+def _save_one(folder: Path, name: str) -> None:
+    save_component(folder, name, tiny.SETTINGS, lambda path: (path / "a.json").write_text(name), {})
+
+
+def test_components_saved_side_by_side_are_all_in_the_manifest(tmp_path: Path) -> None:
+    """Threads open the folder anew each, so they wait for the lock as processes do."""
+    names = [f"component_{i}" for i in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda name: _save_one(tmp_path, name), names))
+    assert sorted(read_manifest(tmp_path)["components"]) == names
+    assert {path.name for path in tmp_path.iterdir()} == {*names, "manifest.json"}

@@ -73,7 +73,7 @@ def test_frames_without_a_mask_have_no_box(film: Path, tmp_path: Path) -> None:
 
 
 @given(
-    st.tuples(st.floats(-30, 127), st.floats(-30, 95), st.floats(2.0, 200), st.floats(2.0, 200)).filter(
+    st.tuples(st.floats(-30, 127), st.floats(-30, 95), st.floats(2.1, 200), st.floats(2.1, 200)).filter(
         lambda box: box[0] + box[2] > 0.5 and box[1] + box[3] > 0.5
     )
 )
