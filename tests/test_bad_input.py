@@ -132,8 +132,15 @@ FILMS = {
 }
 
 
-@pytest.mark.parametrize("name", FILMS)
-@pytest.mark.parametrize("option", ["scene", "audio", "identity", "mask"])
+@pytest.mark.parametrize(
+    ("option", "name"),
+    [
+        (option, name)
+        for option in ("scene", "audio", "identity", "mask")
+        for name in FILMS
+        if (option, name) != ("audio", "flipped.mp4")  # flipped bits of AAC still decode to sound: nobody can tell
+    ],
+)
 def test_generate_names_a_bad_file(
     broken: Path,
     arguments: Callable[..., list[str]],
@@ -143,8 +150,6 @@ def test_generate_names_a_bad_file(
     name: str,
 ) -> None:
     changes = {option: broken / name} | ({"box": None} if option == "mask" else {})
-    if option == "audio" and name == "flipped.mp4":
-        pytest.skip("flipped bits of AAC still decode to sound: damage that nobody can notice")
     with refused(capsys, tmp_path, str(broken / name), FILMS[name]):
         main(arguments(**changes))
 
