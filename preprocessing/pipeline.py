@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -93,7 +94,7 @@ def preprocess(
     """
     out = Path(out)
     table = find_sources(sources)
-    with progress() as bar, atomic_path(out / "report.json") as report_file:
+    with _no_empty_folder(out), progress() as bar, atomic_path(out / "report.json") as report_file:
         task = bar.add_task("probing", total=table.num_rows)
         probed: list[pa.Table] = []
         for row in range(table.num_rows):
@@ -121,6 +122,19 @@ def preprocess(
         report = Report(SCHEMA_VERSION, backend, settings.picture_px, max_clip_s, counts)
         report_file.write_text(report.to_json(), encoding="utf-8")
     return report
+
+
+@contextmanager
+def _no_empty_folder(folder: Path) -> Iterator[None]:
+    """After an error, a folder that was made for nothing goes again."""
+    existed = folder.exists()
+    try:
+        yield
+    except BaseException:
+        if not existed:
+            with suppress(OSError):
+                folder.rmdir()  # which removes empty folders only
+        raise
 
 
 def _rows_of(

@@ -187,7 +187,7 @@ def _identity_stills(track: Sequence[Span], picture_px: int) -> dict[int | str, 
 
 
 def _still_of_file(path: Path, picture_px: int) -> bytes:
-    picture = cv2.imread(str(path), cv2.IMREAD_COLOR)
+    picture = cv2.imread(str(path), cv2.IMREAD_COLOR) if path.is_file() else None
     if picture is None:
         raise MediaError(path, "bad_identity", "is not a readable picture; restore it or make the footage again")
     height, width = picture.shape[:2]

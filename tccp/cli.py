@@ -204,7 +204,7 @@ def generate(
     Args:
         scene: the film.
         audio: any media file with sound.
-        identity: a picture or a film of the person.
+        identity: a picture or a film of the person; with --truth, a picture is taken as the head crop it is there.
         weights: pipeline folder.
         out: the film to write, .mp4.
         mask: a film of the scene's size, bright where the head is to be.

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tccp import __version__
 from tccp.config import TccpError, git_commit
 
 PACKAGES = ("torch", "diffusers", "av", "opencv-contrib-python", "pyarrow")
@@ -31,7 +32,7 @@ def examine(storage: Path) -> list[dict[str, Any]]:
         checks.append({"name": name, "ok": ok, "required": required, "found": found})
 
     add("python", sys.version_info[:2] == (3, 11), sys.version.split()[0])
-    add("tccp", True, f"{importlib.metadata.version('tccp')}, commit {git_commit()[:12]}")
+    add("tccp", True, f"{__version__}, commit {git_commit()[:12]}")
     for package in PACKAGES:
         add(package, *_version(package))
     for package, purpose in OPTIONAL.items():

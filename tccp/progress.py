@@ -24,7 +24,7 @@ LINES_ONLY = "TCCP_PROGRESS_LINES"
 
 
 class LineProgress(Progress):
-    """For logs and pipes: a plain line per task now and then, and one at its end."""
+    """For logs and pipes: a plain line per task now and then, and one at the end of a task that took so long."""
 
     def __init__(self, *columns: Any, **options: Any):
         super().__init__(*columns, **options)
@@ -42,7 +42,8 @@ class LineProgress(Progress):
         now = time.monotonic()
         last = self._printed.setdefault(task.id, now)
         done = task.total is not None and task.completed >= task.total
-        if last == float("inf") or not (done or now - last >= LINE_EVERY_S):
+        due = now - last >= LINE_EVERY_S or (done and (task.elapsed or 0) >= LINE_EVERY_S)
+        if last == float("inf") or not due:
             return
         self._printed[task.id] = float("inf") if done else now
         total = "?" if task.total is None else f"{task.total:g}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from diffusers.training_utils import EMAModel
@@ -170,7 +169,3 @@ def train_variant(
     )
     ema.copy_to(model.parameters())
     return model.eval(), result
-
-
-def default_run_folder(storage: Path, name: str, component: str) -> Path:
-    return storage / "runs" / name / component
