@@ -10,20 +10,20 @@ from test_models import tiny
 from preprocessing.pipeline import preprocess
 from tccp.clip import ClipTable
 from tccp.config import TccpError, override
-from tccp.data import PlannedWindow, WindowId
-from tccp.models.autoencoder import PictureAutoencoder
+from tccp.data import PlannedWindow, WindowId, view
+from tccp.models.autoencoder import PictureAutoencoder, to_model
 from tccp.models.mvcontrolnet import MVControlNet
 from tccp.roundtable import write_clips
 from tccp.training.autoencoder import fit_latent_statistics, train_autoencoder
 from tccp.training.engine import TorchEngine, learning_rate_factor
-from tccp.training.latents import LatentCache
+from tccp.training.latents import PICTURES, LatentCache
 from tccp.training.lips import open_lip_sources, train_liplets
 from tccp.training.loop import NonFiniteLoss, RunFolder, fit
 from tccp.training.variant import VariantLoss, draw, train_variant
 from tccp.variants import VARIANTS
 
 SMALL = {
-    "autoencoder.block_channels": (8, 8, 16, 16),
+    "autoencoder.block_channels": (8, 16),
     "autoencoder.norm_groups": 4,
     "autoencoder.batch_size": 4,
     "lips.liplet_steps": 2,
@@ -289,6 +289,33 @@ def test_learning_rate_warms_up_and_falls_to_zero():
     assert values[-1] == pytest.approx(1 / 90)
 
 
+@pytest.mark.parametrize("name", ["landmark_sequence", "face_sequence"])
+def test_a_window_holds_what_its_pictures_encode_to(cache, name):
+    """From the disk and back: latents of every kind, mel, identity and lips, frame for frame."""
+    row, settings = VARIANTS[name], cache.settings
+    window = PlannedWindow(3, WindowId(cache.table.ids[1], 7))
+    batch = cache.batch([window], row, settings.window)
+    clip = cache.table[window.id.clip_id]
+    fits = []
+    for number in range(settings.headbox.draws):
+        seen = view(clip, settings, number, settings.seed, 7, settings.window)
+        pictures = {kind: to_model(torch.from_numpy(getattr(seen, field))) for kind, field in PICTURES.items()}
+        with torch.no_grad():
+            latents = {k: cache.autoencoder.encode(p.transpose(0, 1)[None], k) for k, p in pictures.items()}
+        expected = (latents[row.generates], latents[row.control])
+        found = (batch.latents, batch.control)
+        fits.append(all(torch.allclose(a, b, atol=5e-3) for a, b in zip(expected, found, strict=True)))
+        if fits[-1] and batch.conditions.audio is not None:
+            assert torch.equal(batch.conditions.audio[0], torch.from_numpy(seen.mel))
+        if fits[-1] and batch.conditions.identity is not None:
+            assert torch.equal(batch.conditions.identity[0], to_model(torch.from_numpy(seen.identity)))
+    assert fits.count(True) == 1
+    if batch.conditions.lips is not None:
+        assert cache.lips is not None
+        lips = cache.lips.read(window.id.clip_id, 7, settings.window)
+        assert torch.equal(batch.conditions.lips[0], to_model(torch.from_numpy(lips)))
+
+
 def test_jitter_draws_have_latents_of_their_own(cache):
     clip_id = cache.table.ids[0]
     settings = cache.settings
@@ -309,3 +336,17 @@ def test_autoencoder_learns_and_resumes(data, tmp_path):
     assert sum(result.losses[-3:]) < sum(result.losses[:3])
     for (name, a), b in zip(weights_of(whole).items(), weights_of(resumed).values(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_a_pretrained_autoencoder_is_taken_as_it_is_but_for_its_statistics(data, tmp_path):
+    settings = small()
+    torch.manual_seed(5)
+    given = PictureAutoencoder.from_settings(settings.autoencoder)
+    given.vae.save_pretrained(tmp_path)  # any diffusers folder: without latent statistics
+    taken, result = train_autoencoder(settings, ClipTable(data), None, pretrained=tmp_path)
+    assert result.losses == []
+    for (name, a), b in zip(given.vae.state_dict().items(), taken.vae.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert not torch.equal(taken.std, given.std)
+    with pytest.raises(TccpError, match="latent_channels 4, the settings 8"):
+        train_autoencoder(small(**{"autoencoder.latent_channels": 8}), ClipTable(data), None, pretrained=tmp_path)

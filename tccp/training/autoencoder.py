@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tccp.clip import ClipTable
-from tccp.config import Settings, TrainingSettings
+from tccp.config import Settings, TccpError, TrainingSettings
 from tccp.data import rng_seed, view
 from tccp.models.autoencoder import PictureAutoencoder, to_model
 from tccp.training.engine import TorchEngine
@@ -83,6 +83,16 @@ def fit_latent_statistics(autoencoder: PictureAutoencoder, table: ClipTable, set
     autoencoder.fit_statistics({kind: _statistics_batches(table, settings, kind) for kind in PICTURES})
 
 
+def _check_shape(autoencoder: PictureAutoencoder, settings: Settings, folder: Path) -> None:
+    for name in ("downsampling", "latent_channels"):
+        found, asked = getattr(autoencoder, name), getattr(settings.autoencoder, name)
+        if found != asked:
+            raise TccpError(
+                f"the auto-encoder {folder} has {name} {found}, the settings {asked}: give another folder, or "
+                f"--set autoencoder.{name}={found}"
+            )
+
+
 def train_autoencoder(
     settings: Settings,
     table: ClipTable,
@@ -95,6 +105,7 @@ def train_autoencoder(
     """Trains an auto-encoder, or takes a diffusers folder as it is, and fits the latent statistics to this data."""
     if pretrained is not None:
         autoencoder = PictureAutoencoder.load(pretrained).to(device)
+        _check_shape(autoencoder, settings, pretrained)
         result = FitResult([])
     else:
         torch.manual_seed(rng_seed(settings.seed, "init", "autoencoder"))

@@ -48,14 +48,17 @@ def encode_clip(
     """Latents `f c h w` of every kind in half precision, mel `f 80 16`, identity `s s 3`: one clip under one draw."""
     seen = view(clip, settings, draw, seed)
     device = autoencoder.mean.device
-    arrays: dict[str, np.ndarray] = {"mel": seen.mel, "identity": np.ascontiguousarray(seen.identity)}
+    arrays: dict[str, np.ndarray] = {
+        "mel": np.ascontiguousarray(seen.mel),
+        "identity": np.ascontiguousarray(seen.identity),
+    }
     with torch.inference_mode():
         for kind, name in PICTURES.items():
             parts = []
             for batch in torch.from_numpy(getattr(seen, name)).split(ENCODE_BATCH):
                 latents = autoencoder.encode(to_model(batch).to(device).unsqueeze(2), kind)
                 parts.append(latents.squeeze(2).half().cpu().numpy())
-            arrays[kind] = np.concatenate(parts)
+            arrays[kind] = np.ascontiguousarray(np.concatenate(parts))  # safetensors writes memory as it lies
     return arrays
 
 

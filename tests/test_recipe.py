@@ -1,0 +1,85 @@
+"""From a clip table to a pipeline folder, by the same functions as `tccp train`."""
+
+import hashlib
+import json
+
+import pytest
+import torch
+from test_training import small
+
+from preprocessing.pipeline import preprocess
+from tccp.config import TccpError
+from tccp.pipeline import MANIFEST, Pipeline
+from tccp.roundtable import write_clips
+from tccp.training.recipe import Trainer, recipe
+from tccp.variants import TWO_STAGE
+
+SHORT = {
+    "autoencoder.max_steps": 2,
+    "training.max_steps": 2,
+    "training.batch_size": 2,
+    "headbox.draws": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recipe")
+    write_clips(folder / "films", 2, 0.8, seed=5, width=128, height=96)
+    preprocess([folder / "films"], folder / "clips", small(), backend="truth")
+    return folder / "clips"
+
+
+def files_of(weights):
+    return {
+        str(path.relative_to(weights)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(weights.rglob("*.safetensors"))
+    }
+
+
+def test_a_network_comes_after_what_it_needs():
+    settings = small()
+    assert recipe(settings)[0] == ("autoencoder", "lips")
+    assert set(recipe(settings)[1]) == set(TWO_STAGE)
+    generated = recipe(small(**{"training.initial_frames": "generated"}))
+    assert generated[1:] == (("landmark_first", "face_first"), ("landmark_sequence", "face_sequence"))
+    assert recipe(small(**{"lips.source": "none"}))[0] == ("autoencoder",)
+
+
+@pytest.mark.slow
+def test_side_by_side_gives_the_same_weights(data, tmp_path):
+    settings = small(**SHORT)
+    one = Trainer(data, tmp_path / "one", settings, tmp_path / "storage1")
+    assert set(one.train_missing()) == {"autoencoder", "lips", *TWO_STAGE}
+    assert one.missing() == ()
+    assert one.train_missing() == ()
+    two = Trainer(data, tmp_path / "two", settings, tmp_path / "storage2")
+    two.train_missing(jobs=2)
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+    assert len(files_of(tmp_path / "one")) == 6
+    manifest = json.loads((tmp_path / "two" / MANIFEST).read_text())
+    for component in manifest["components"].values():
+        assert component["provenance"]["clips"] == 2
+        assert component["provenance"]["git_commit"]
+    pipeline = Pipeline.load(tmp_path / "two")
+    assert not any(torch.isnan(p).any() for network in pipeline.networks.values() for p in network.parameters())
+
+
+def test_a_run_that_exists_is_taken_up_only_on_request(data, tmp_path):
+    settings = small(**SHORT)
+    folder = tmp_path / "storage"
+    Trainer(data, tmp_path / "w", settings, folder).train(["autoencoder"])
+    again = Trainer(data, tmp_path / "w", settings, folder)
+    with pytest.raises(TccpError, match="--resume"):
+        again.train(["autoencoder"])
+    Trainer(data, tmp_path / "w", settings, folder, resume=True).train(["autoencoder"])
+
+
+def test_unknown_components_and_weights_of_other_settings_are_refused(data, tmp_path):
+    settings = small(**SHORT)
+    trainer = Trainer(data, tmp_path / "w", settings, tmp_path / "storage")
+    with pytest.raises(TccpError, match="unknown component 'face'"):
+        trainer.train(["face"])
+    trainer.train(["autoencoder"])
+    with pytest.raises(TccpError, match="holds weights of other settings"):
+        Trainer(data, tmp_path / "w", small(**SHORT, window=5), tmp_path / "storage")
