@@ -234,8 +234,8 @@ def toy() -> Settings:
         ),
         diffusion=DiffusionSettings(prediction="v", zero_terminal_snr=True),
         training=TrainingSettings(
-            batch_size=16,
-            max_steps=1500,
+            batch_size=8,
+            max_steps=3000,
             learning_rate=1.2e-3,
             schedule="linear",
             warmup_steps=50,
@@ -248,10 +248,10 @@ def toy() -> Settings:
         sampling=SamplingSettings(solver="dpmpp", steps=12),
         lips=LipSettings(source="liplet", size_px=32, liplet_channels=16, liplet_steps=600, liplet_learning_rate=3e-3),
         variant_overrides={
-            "landmark_first": {"training.batch_size": 64},
-            "face_first": {"training.batch_size": 64},
+            "landmark_first": {"training.batch_size": 32},
+            "face_first": {"training.batch_size": 32},
             "face_sequence": {"network.first_frame_channels": True},
-            "one_stage_first": {"training.batch_size": 64},
+            "one_stage_first": {"training.batch_size": 32},
             "one_stage_sequence": {"network.first_frame_channels": True},
         },
     )

@@ -28,11 +28,12 @@ TRAINING_FILMS, TRAINING_SECONDS, TRAINING_SEED = 72, 3.0, 1
 SCENE_SECONDS, SCENE_SEED = 4.0, 20_001
 """Films of two seeds share neither persons, rooms nor voices."""
 SETTINGS = (
-    "autoencoder.max_steps=2800",
-    "training.max_steps=400",
+    "autoencoder.max_steps=2200",
+    "training.max_steps=700",
     "lips.liplet_steps=250",
     "headbox.draws=1",
-    'variant_overrides={"landmark_first": {"training.max_steps": 260}, "face_first": {"training.max_steps": 260}}',
+    "variant_overrides.landmark_first.training.max_steps=1000",
+    "variant_overrides.face_first.training.max_steps=1000",
 )
 """The toy preset, cut short: at this stage the demo trains its own weights, within its quarter of an hour."""
 SHEET_COLUMNS = 8
