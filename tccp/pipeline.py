@@ -194,7 +194,10 @@ def has_component(folder: Path, name: str) -> bool:
 def load_network(folder: Path, name: VariantName, device: torch.device | str = "cpu") -> MVControlNet:
     path = verified(folder, name)
     try:
-        return MVControlNet.from_pretrained(path, use_safetensors=True, local_files_only=True).to(device).eval()
+        network = MVControlNet.from_pretrained(
+            path, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
+        )
+        return network.to(device).eval()
     except Exception as error:  # diffusers and safetensors raise many kinds for a broken folder
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise TccpError(f"{path} cannot be loaded ({reason}): copy it again or train {name} anew") from None
