@@ -32,8 +32,8 @@ SETTINGS = (
     "training.max_steps=700",
     "lips.liplet_steps=250",
     "headbox.draws=1",
-    "variant_overrides.landmark_first.training.max_steps=1000",
-    "variant_overrides.face_first.training.max_steps=1000",
+    "variant_overrides.landmark_first.training.max_steps=800",
+    "variant_overrides.face_first.training.max_steps=800",
 )
 """The toy preset, cut short: at this stage the demo trains its own weights, within its quarter of an hour."""
 SHEET_COLUMNS = 8
