@@ -159,9 +159,11 @@ class Trainer:
         model, result = train_variant(
             name, self.settings, cache, run, first=first, start_from=start_from, device=self.device
         )
-        last = sum(result.losses[-50:]) / max(1, len(result.losses[-50:]))
+        last = result.losses[-50:]  # none where the run was complete and only its export was missing
         provenance = self._provenance(
-            steps=settings.training.max_steps, seconds=round(result.seconds, 1), last_losses=round(last, 5)
+            steps=settings.training.max_steps,
+            seconds=round(result.seconds, 1),
+            last_losses=round(sum(last) / len(last), 5) if last else None,
         )
         save_component(self.weights, name, self.settings, model.save_pretrained, provenance)
 
