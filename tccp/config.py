@@ -128,7 +128,8 @@ class TrainingSettings(_Frozen):
     ema_decay: _Decay = 0.9999  # reached gradually: (1 + k) / (10 + k) at update k while that is less
     condition_dropout: float = Field(0.0, ge=0, lt=1)  # share of windows trained without conditions, for guidance
     initial_frames: Literal["truth", "generated", "mix"] = "truth"
-    initial_frame_noise: NonNegativeFloat = 0.0  # standard deviation, in latent units, of noise on the clean frame
+    initial_frame_noise: NonNegativeFloat = 0.0  # noise on the clean frame: its spread is uniform from 0 to this
+    precision: Literal["fp32", "bf16"] = "fp32"  # of the arithmetic in training; weights and sampling stay fp32
     freeze_video_branch: bool = False
     checkpoint_every: PositiveInt = 1000
     log_every: PositiveInt = 10
@@ -165,6 +166,7 @@ class Settings(_Frozen):
     seed: int = Field(0, ge=0)
     window: PositiveInt = 8  # frames per window of the sequence variants
     picture_px: PositiveInt = 256  # face crops, landmark pictures and fitted scenes are square and of one size
+    context: Literal["scene", "none"] = "scene"  # none blinds the networks to the scene: the ablation
     headbox: HeadBoxSettings = HeadBoxSettings()
     autoencoder: AutoencoderSettings = AutoencoderSettings()
     network: NetworkSettings = NetworkSettings()

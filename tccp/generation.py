@@ -184,6 +184,7 @@ class Generator:
         self.landmark_points = landmark_points
         self.redraw = pipeline.settings.sampling.redraw_landmarks if redraw is None else redraw
         self.color_match = color_match
+        self.sees_scene = pipeline.settings.context == "scene"
         size = pipeline.settings.picture_px
         side = np.array([0, 0, identity.shape[1], identity.shape[0]], np.float32)
         self.identity_picture = headbox.crop(identity, side, size)
@@ -251,7 +252,7 @@ class Generator:
             for i, latents in enumerate(self._encode(masked, "scene")):
                 lip = None if pictures is None else pictures[i]
                 waiting.append(_Waiting(batch[i], masked[i], lip))
-                yield FrameInputs(latents, mel[i], lip)
+                yield FrameInputs(latents if self.sees_scene else torch.zeros_like(latents), mel[i], lip)
 
     def _face_inputs(
         self, scene_inputs: Iterator[FrameInputs], waiting: deque[_Waiting], drawn: deque[_Drawn], seed: int

@@ -36,7 +36,17 @@ from tccp.variants import FIRST_OF, TWO_STAGE, VARIANTS
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-SHAPING = ("preset", "window", "picture_px", "autoencoder", "network", "diffusion", "lips", "variant_overrides")
+SHAPING = (
+    "preset",
+    "window",
+    "picture_px",
+    "context",
+    "autoencoder",
+    "network",
+    "diffusion",
+    "lips",
+    "variant_overrides",
+)
 """Settings that components of one pipeline must share: they decide shapes, latents, or what is predicted."""
 
 

@@ -83,10 +83,11 @@ class LatentCache:
     def path(self, clip_id: str, draw: int) -> Path:
         return self.folder / f"{clip_id}-{draw}.safetensors"
 
-    def build(self) -> None:
-        """Computes what is missing. Interrupted, it goes on where it was."""
+    def build(self, part: int = 0, parts: int = 1) -> None:
+        """Computes what is missing, in all or of one part of the clips. Interrupted, it goes on where it was."""
         draws = range(self.settings.headbox.draws)
-        missing = [(c, d) for c in self.table.ids for d in draws if not self.path(c, d).exists()]
+        ids = self.table.ids[part::parts]
+        missing = [(c, d) for c in ids for d in draws if not self.path(c, d).exists()]
         with progress() as bar:
             task = bar.add_task("encoding clips to latents", total=len(missing))
             for clip_id, draw in missing:
@@ -95,8 +96,8 @@ class LatentCache:
                     save_file(arrays, temporary)
                 bar.advance(task)
             if self.lips:
-                task = bar.add_task("drawing lip references", total=len(self.table))
-                self.lips.write(self.table, lambda done, total: bar.update(task, completed=done))
+                task = bar.add_task("drawing lip references", total=len(ids))
+                self.lips.write(self.table, lambda done, total: bar.update(task, completed=done), ids)
 
     def batch(self, planned: Sequence[PlannedWindow], row: Variant, num_frames: int) -> TrainingBatch:
         """The windows of one step. Which jitter draw a window takes is drawn from (seed, id, epoch)."""
@@ -115,13 +116,17 @@ class LatentCache:
             if "lips" in kinds:
                 assert self.lips is not None
                 columns["lips"].append(self.lips.read(clip_id, start, num_frames))
-        return self._tensors(columns, kinds)
+        blind = row.control == "scene" and self.settings.context == "none"
+        return self._tensors(columns, kinds, blind)
 
-    def _tensors(self, columns: dict[str, list[np.ndarray]], kinds: Sequence[ConditionKind]) -> TrainingBatch:
+    def _tensors(
+        self, columns: dict[str, list[np.ndarray]], kinds: Sequence[ConditionKind], blind: bool
+    ) -> TrainingBatch:
         stacked = {name: torch.from_numpy(np.stack(values)) for name, values in columns.items()}
         pictures = {name: to_model(stacked[name]) for name in kinds if name != "audio"}
+        control = stacked["control"].float().transpose(1, 2).contiguous()
         return TrainingBatch(
             latents=stacked["latents"].float().transpose(1, 2).contiguous(),
-            control=stacked["control"].float().transpose(1, 2).contiguous(),
+            control=torch.zeros_like(control) if blind else control,
             conditions=Conditions(audio=stacked["audio"] if "audio" in kinds else None, **pictures),
         )

@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -178,10 +178,19 @@ class LipTable:
     def path(self, clip_id: str) -> Path:
         return self.folder / f"{clip_id}.npy"
 
-    def write(self, table: ClipTable, on_clip: Callable[[int, int], None] | None = None) -> int:
-        """Draw the lips of every clip that has none yet; returns how many were drawn. on_clip: (done, of)."""
+    def write(
+        self,
+        table: ClipTable,
+        on_clip: Callable[[int, int], None] | None = None,
+        clip_ids: Sequence[str] | None = None,
+    ) -> int:
+        """Draw the lips of every clip (or of these) that has none yet; returns how many were drawn.
+
+        on_clip: called with (done, of).
+        """
         drawn = 0
-        for done, clip_id in enumerate(table.ids, 1):
+        chosen = table.ids if clip_ids is None else clip_ids
+        for done, clip_id in enumerate(chosen, 1):
             if not self.path(clip_id).exists():
                 clip = table[clip_id]
                 pictures = lip_pictures(clip, self.sources.for_clip(clip_id, clip.source_hash))
@@ -189,7 +198,7 @@ class LipTable:
                     np.save(file, pictures, allow_pickle=False)
                 drawn += 1
             if on_clip is not None:
-                on_clip(done, len(table))
+                on_clip(done, len(chosen))
         return drawn
 
     def read(self, clip_id: str, start_frame: int = 0, num_frames: int | None = None) -> UInt8[np.ndarray, "f s s 3"]:

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import multiprocessing
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -141,11 +141,10 @@ class Trainer:
 
     @property
     def cache(self) -> LatentCache:
-        """The latent cache of this table, built on first use."""
+        """The latent cache of this table; `build()` fills it."""
         if self._cache is None:
             autoencoder = PictureAutoencoder.load(verified(self.weights, "autoencoder")).to(self.device).eval()
             self._cache = LatentCache(self.storage, self.table, self.settings, autoencoder, self._lip_sources())
-            self._cache.build()
         return self._cache
 
     def _train_variant(self, name: VariantName) -> None:
@@ -155,6 +154,7 @@ class Trainer:
             first = load_network(self.weights, FIRST_OF[name], self.device)
         start_from = load_network(self.control_from, name, self.device) if self.control_from else None
         cache = self.cache
+        cache.build()
         run = self._run(name)
         model, result = train_variant(
             name, self.settings, cache, run, first=first, start_from=start_from, device=self.device
@@ -181,20 +181,21 @@ class Trainer:
         missing = self.missing()
         for group in recipe(self.settings):
             names = [name for name in group if name in missing]
-            if any(name in VARIANTS for name in names):
-                self.cache.build()  # once, before the processes that read it
+            if jobs > 1 and any(name in VARIANTS for name in names):
+                self.cache  # noqa: B018  makes the liplets, once, before the processes that read them
+                _in_processes(jobs, _build_part, [(self.arguments, part, jobs) for part in range(jobs)])
             if jobs == 1 or len(names) < 2:
                 self.train(names)
             else:
-                _train_in_processes(self.arguments, names, jobs)
+                _in_processes(jobs, _train_one, [(self.arguments, name) for name in names])
         return missing
 
 
-def _train_in_processes(arguments: dict[str, Any], names: Sequence[str], jobs: int) -> None:
+def _in_processes(jobs: int, work: Callable[..., None], calls: Sequence[tuple[Any, ...]]) -> None:
     threads = max(1, torch.get_num_threads() // jobs)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(jobs, len(names)), context, _start_process, (threads,)) as pool:
-        running = [pool.submit(_train_one, arguments, name) for name in names]
+    with ProcessPoolExecutor(min(jobs, len(calls)), context, _start_process, (threads,)) as pool:
+        running = [pool.submit(work, *arguments) for arguments in calls]
         try:
             for future in running:
                 future.result()
@@ -206,6 +207,10 @@ def _train_in_processes(arguments: dict[str, Any], names: Sequence[str], jobs: i
 def _start_process(threads: int) -> None:
     torch.set_num_threads(threads)
     os.environ[LINES_ONLY] = "1"  # several live bars on one terminal would overwrite each other
+
+
+def _build_part(arguments: dict[str, Any], part: int, parts: int) -> None:
+    Trainer(**arguments).cache.build(part, parts)
 
 
 def _train_one(arguments: dict[str, Any], name: str) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from diffusers.training_utils import EMAModel
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tccp.config import SamplingSettings, Settings, VariantName
 from tccp.data import PlannedWindow, TrainingOrder, rng_seed, window_ids
@@ -29,6 +31,7 @@ class Draws:
     t: Int[Tensor, " b"]
     dropped: Bool[Tensor, " b"]
     initial_noise: Float[Tensor, "b c h w"]
+    initial_spread: Float[Tensor, " b"]  # of that noise, 0..1 of settings' largest
     generated: Bool[Tensor, " b"]  # windows whose initial frame is generated, when settings ask for a mix
 
 
@@ -36,7 +39,7 @@ def draw(
     planned: Sequence[PlannedWindow], shape: tuple[int, ...], settings: Settings, num_train_timesteps: int
 ) -> Draws:
     """Draws for windows whose latents have `shape` c f h w."""
-    noise, t, dropped, initial, generated = [], [], [], [], []
+    noise, t, dropped, initial, spread, generated = [], [], [], [], [], []
     for epoch, (clip_id, start) in planned:
         generator = torch.Generator().manual_seed(rng_seed(settings.seed, "diffusion", clip_id, start, epoch))
         noise.append(torch.randn(shape, generator=generator))
@@ -44,7 +47,8 @@ def draw(
         dropped.append(torch.rand((), generator=generator) < settings.training.condition_dropout)
         initial.append(torch.randn((shape[0], *shape[2:]), generator=generator))
         generated.append(torch.rand((), generator=generator) < 0.5)
-    return Draws(*(torch.stack(values) for values in (noise, t, dropped, initial, generated)))
+        spread.append(torch.rand((), generator=generator))
+    return Draws(*(torch.stack(values) for values in (noise, t, dropped, initial, spread, generated)))
 
 
 class VariantLoss:
@@ -89,9 +93,27 @@ class VariantLoss:
         draws = draw(planned, tuple(latents.shape[1:]), self.settings, self.schedule.num_train_timesteps)
         conditions = batch.conditions.drop(draws.dropped).to(device)
         initial = self._initial(batch, draws, planned).to(device) if self.row.continues else None
-        return window_loss(
-            self.model, self.schedule, latents, draws.noise.to(device), draws.t.to(device), conditions, control, initial
-        )
+        with self._precision(device.type):
+            return window_loss(
+                self.model,
+                self.schedule,
+                latents,
+                draws.noise.to(device),
+                draws.t.to(device),
+                conditions,
+                control,
+                initial,
+            )
+
+    @contextmanager
+    def _precision(self, device_type: str) -> Iterator[None]:
+        if self.settings.training.precision == "fp32":
+            yield
+            return
+        # On CPUs the fused attention's backward pass is several times slower in bf16 than plain products are.
+        plain = sdpa_kernel(SDPBackend.MATH) if device_type == "cpu" else nullcontext()
+        with torch.autocast(device_type, torch.bfloat16), plain:
+            yield
 
     def _initial(
         self, batch: TrainingBatch, draws: Draws, planned: Sequence[PlannedWindow]
@@ -105,7 +127,8 @@ class VariantLoss:
             rows = [i for i in range(len(planned)) if chosen[i]]
             if rows:
                 initial[chosen] = self._generate_first([planned[i] for i in rows])
-        return initial + settings.initial_frame_noise * draws.initial_noise
+        spread = settings.initial_frame_noise * draws.initial_spread[:, None, None, None]
+        return initial + spread * draws.initial_noise
 
     def _generate_first(self, planned: Sequence[PlannedWindow]) -> Float[Tensor, "b c h w"]:
         if self.first is None:
