@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from tccp.clip import atomic_path
 from tccp.config import Settings, TccpError, VariantName, git_commit, settings_from_json
@@ -151,6 +152,31 @@ def save_component(
             path.write_text(json.dumps(manifest, indent=2) + "\n")
 
 
+def export(folder: Path, out: Path, names: Iterable[str], *, half: bool = False, **provenance: Any) -> None:
+    """Copies components of a pipeline to another folder, to be passed on; `provenance` is added to each one's.
+
+    half: weights are stored in half precision, half the size; loading gives single precision again.
+    Raises TccpError if a component is missing or damaged, or `out` holds weights of other settings.
+    """
+    settings = read_settings(folder)
+    components = read_manifest(folder)["components"]
+    for name in names:
+        source = verified(folder, name)
+
+        def write(target: Path, source: Path = source) -> None:
+            shutil.copytree(source, target, dirs_exist_ok=True)
+            for path in target.rglob("*.safetensors") if half else ():
+                tensors = {
+                    key: value.half() if value.is_floating_point() else value for key, value in load_file(path).items()
+                }
+                save_file(tensors, path, metadata={"format": "pt"})
+
+        record = dict(components[name]["provenance"])
+        commit = record.pop("git_commit", None)  # of the training, not of this copy
+        precision = {"precision": "fp16"} if half else {}
+        save_component(out, name, settings, write, {**record, "git_commit": commit, **precision, **provenance})
+
+
 def write_untrained(folder: Path, settings: Settings, variants: Iterable[VariantName] = tuple(VARIANTS)) -> None:
     """A complete pipeline folder of random networks, the same for the same seed: to test and to measure with.
 
@@ -207,7 +233,7 @@ def load_network(folder: Path, name: VariantName, device: torch.device | str = "
         network = MVControlNet.from_pretrained(
             path, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
         )
-        return network.to(device).eval()
+        return network.to(device, torch.float32).eval()
     except Exception as error:  # diffusers and safetensors raise many kinds for a broken folder
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise TccpError(f"{path} cannot be loaded ({reason}): copy it again or train {name} anew") from None

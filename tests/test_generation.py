@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,17 +18,17 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import ROOT, generated, pictures, request_of, write_film, write_track
+from tiny import ROOT, SETTINGS, generated, pictures, request_of, write_film, write_track
 
 from tccp.config import SAMPLE_RATE_HZ, SAMPLES_PER_FRAME, TccpError, override
 from tccp.film import generate_film
 from tccp.generation import Extend, Generator, LandmarkTrack, scene_frames, scene_indices
 from tccp.headbox import mask_from_box
 from tccp.media import open_audio, probe, read_metadata, write_audio_wav
-from tccp.pipeline import Pipeline
-from tccp.roundtable import read_identity, read_truth
+from tccp.pipeline import Pipeline, write_untrained
+from tccp.roundtable import identity_path, read_identity, read_truth, truth_path
 from tccp.tracks import HeadTrack
-from tccp.variants import VariantName
+from tccp.variants import TWO_STAGE, VariantName
 
 pytest_plugins = ["tiny_fixtures"]
 
@@ -211,6 +212,29 @@ def test_nothing_of_the_head_that_was_there_is_left(film: Path, weights: Path, t
     for name, path in (("a", film), ("b", painted)):
         generated(film, weights, tmp_path / f"{name}.mp4", scene=path, audio=tones, box=str(track))
     assert np.array_equal(pictures(tmp_path / "a.mp4"), pictures(tmp_path / "b.mp4"))
+
+
+def test_a_blind_pipeline_sees_nothing_of_the_scene(film: Path, weights: Path, tmp_path: Path) -> None:
+    blind = tmp_path / "blind"
+    write_untrained(blind, override(SETTINGS, {"context": "none"}), TWO_STAGE)
+    other = write_film(tmp_path / "other.mp4", 255 - pictures(film), film)
+    shutil.copy(truth_path(film), truth_path(other))
+    marks = {
+        name: [
+            np.stack(
+                [
+                    frame.landmark_picture
+                    for frame in generated(
+                        scene, folder, tmp_path / "out.mp4", audio=film, identity=identity_path(film)
+                    )[1]
+                ]
+            )
+            for scene in (film, other)
+        ]
+        for name, folder in (("blind", blind), ("sighted", weights))
+    }
+    assert np.array_equal(*marks["blind"])
+    assert not np.array_equal(*marks["sighted"])
 
 
 def test_a_generated_film_says_so(made: tuple[Path, Path, Any]) -> None:

@@ -17,6 +17,7 @@ from tccp.models.mvcontrolnet import MVControlNet
 from tccp.pipeline import (
     Pipeline,
     check_settings,
+    export,
     has_component,
     load_network,
     read_manifest,
@@ -166,3 +167,39 @@ def test_components_saved_side_by_side_are_all_in_the_manifest(tmp_path: Path) -
         list(pool.map(lambda name: _save_one(tmp_path, name), names))
     assert sorted(read_manifest(tmp_path)["components"]) == names
     assert {path.name for path in tmp_path.iterdir()} == {*names, "manifest.json"}
+
+
+def test_an_export_in_half_precision_is_half_the_size_and_nearly_the_same(weights: Path, tmp_path: Path) -> None:
+    names = ("autoencoder", "lips", "face_first")
+    export(weights, tmp_path / "out", names, half=True, machine="a test")
+    sizes = [
+        sum(p.stat().st_size for name in names for p in (f / name).rglob("*.safetensors"))
+        for f in (weights, tmp_path / "out")
+    ]
+    assert sizes[1] < 0.6 * sizes[0]
+    before, after = (Pipeline.load(folder, ("face_first",)) for folder in (weights, tmp_path / "out"))
+    for one, other in (
+        (before.networks["face_first"], after.networks["face_first"]),
+        (before.autoencoder, after.autoencoder),
+        (before.lips.network, after.lips.network),  # type: ignore[union-attr]
+    ):
+        for a, b in zip(one.parameters(), other.parameters(), strict=True):
+            assert b.dtype == torch.float32
+            assert torch.equal(a.half().float(), b)
+    old, new = (read_manifest(f)["components"]["face_first"]["provenance"] for f in (weights, tmp_path / "out"))
+    assert new == {**old, "precision": "fp16", "machine": "a test"}
+
+
+def test_an_export_copies_files_as_they_are_and_only_whole_ones(weights: Path, tmp_path: Path) -> None:
+    export(weights, tmp_path / "out", ("face_first",))
+    assert read_manifest(tmp_path / "out")["components"] == {
+        "face_first": read_manifest(weights)["components"]["face_first"]
+    }
+    broken = tmp_path / "broken"
+    shutil.copytree(weights, broken)
+    (broken / "face_first" / "config.json").write_text("{}")
+    with pytest.raises(TccpError, match="not the file of the manifest"):
+        export(broken, tmp_path / "other", ("face_first",))
+    with pytest.raises(TccpError, match="has no one"):
+        export(weights, tmp_path / "other", ("one",))
+    assert not (tmp_path / "other").exists()

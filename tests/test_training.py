@@ -73,13 +73,14 @@ def weights_of(model):
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_resumed_training_is_the_same_run_bit_for_bit(cache, tmp_path, accumulation):
+@pytest.mark.parametrize(("accumulation", "precision"), [(1, "fp32"), (2, "fp32"), (1, "bf16")])
+def test_resumed_training_is_the_same_run_bit_for_bit(cache, tmp_path, accumulation, precision):
     settings = small(
         **{
             "training.max_steps": 6,
             "training.checkpoint_every": 2,
             "training.accumulation": accumulation,
+            "training.precision": precision,
             "training.condition_dropout": 0.3,
             "network.dropout": 0.2,
         }
@@ -105,6 +106,60 @@ def test_resumed_training_is_the_same_run_bit_for_bit(cache, tmp_path, accumulat
         return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
 
     assert logged(whole_run) == logged(resumed_run)
+
+
+def test_bf16_arithmetic_gives_nearly_the_same_loss_and_gradients(cache):
+    def measured(precision):
+        settings = small(**{"training.precision": precision})
+        torch.manual_seed(0)
+        model = MVControlNet.from_settings(settings, "face_sequence")
+        for zero in (model.control.zero_in, *model.control.zero_out):
+            torch.nn.init.normal_(zero.weight, std=0.1)
+        loss = VariantLoss(model, "face_sequence", settings, with_settings(cache, settings))(0, 0)
+        loss.backward()
+        return loss, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    (full, full_gradient), (reduced, reduced_gradient) = measured("fp32"), measured("bf16")
+    assert full_gradient.dtype == reduced_gradient.dtype == torch.float32
+    assert not torch.equal(full, reduced)
+    assert abs(full - reduced) < 0.02 * full
+    assert torch.cosine_similarity(full_gradient, reduced_gradient, dim=0) > 0.99
+
+
+def test_a_blind_network_is_shown_no_scene_and_the_others_their_control(cache):
+    planned = [PlannedWindow(0, WindowId(cache.table.ids[0], 0))]
+    blind = with_settings(cache, small(context="none"))
+    for name, row in VARIANTS.items():
+        seen, unseen = (which.batch(planned, row, 4) for which in (cache, blind))
+        assert seen.control.any()
+        assert unseen.control.any() == (row.control != "scene"), name
+        assert torch.equal(seen.latents, unseen.latents)
+
+
+def test_initial_frames_carry_noise_of_every_spread_up_to_the_largest(cache):
+    settings = small(**{"training.initial_frame_noise": 0.5})
+    model = MVControlNet.from_settings(settings, "face_sequence")
+    losses = VariantLoss(model, "face_sequence", settings, with_settings(cache, settings))
+    planned = [PlannedWindow(epoch, WindowId(cache.table.ids[0], 0)) for epoch in range(60)]
+    batch = with_settings(cache, settings).batch(planned, VARIANTS["face_sequence"], 8)
+    draws = draw(planned, tuple(batch.latents.shape[1:]), settings, 1000)
+    added = losses._initial(batch, draws, planned) - batch.latents[:, :, 0]
+    spread = added.flatten(1).std(dim=1) / draws.initial_noise.flatten(1).std(dim=1)
+    assert 0.45 < spread.max() <= 0.501
+    assert spread.min() < 0.05
+    assert 0.2 < spread.mean() < 0.3
+
+
+def test_latents_encoded_in_parts_are_those_encoded_at_once(cache, tmp_path):
+    parts = LatentCache(tmp_path, cache.table, cache.settings, cache.autoencoder, cache.lips.sources)
+    parts.build(1, 2)
+    there = {path.name for path in parts.folder.iterdir()}
+    assert 0 < len(there) < len(list(cache.folder.iterdir()))
+    parts.build(0, 2)
+    for path in cache.folder.iterdir():
+        assert (parts.folder / path.name).read_bytes() == path.read_bytes()
+    for path in cache.lips.folder.iterdir():
+        assert (parts.lips.folder / path.name).read_bytes() == path.read_bytes()
 
 
 def test_kept_checkpoints_are_the_newest_and_whole(cache, tmp_path):

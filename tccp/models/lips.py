@@ -168,7 +168,7 @@ def load_liplet(folder: Path) -> Liplet:
         network = Liplet.from_pretrained(folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False)
     except Exception as error:  # diffusers and safetensors raise many kinds for a broken folder
         raise TccpError(f"liplet {folder}: cannot be loaded ({str(error).splitlines()[0][:200]})") from None
-    return network.eval()
+    return network.float().eval()
 
 
 def weights_hash(network: nn.Module) -> str:
