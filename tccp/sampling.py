@@ -7,7 +7,7 @@ different solvers and guidance, in one evaluation of the network. The command li
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -141,9 +141,20 @@ def _predict(model: Denoiser, states: Sequence[WindowState], t: Sequence[int]) -
 
 def run_window(model: Denoiser, schedule: NoiseSchedule, state: WindowState) -> Float[Tensor, "c f h w"]:
     """All steps of one window."""
-    while not state.finished:
-        (state,) = advance(model, schedule, [state])
-    return state.latents
+    return run_windows(model, schedule, [state])[0]
+
+
+def run_windows(
+    model: Denoiser, schedule: NoiseSchedule, states: Sequence[WindowState], batch_size: int = 16
+) -> list[Float[Tensor, "c f h w"]]:
+    """All steps of windows that stand at the same step, up to `batch_size` of them in one evaluation."""
+    finished: list[Tensor] = []
+    for start in range(0, len(states), batch_size):
+        batch = list(states[start : start + batch_size])
+        while not batch[0].finished:
+            batch = advance(model, schedule, batch)
+        finished += [state.latents for state in batch]
+    return finished
 
 
 @dataclass(frozen=True)
@@ -153,6 +164,15 @@ class FrameInputs:
     control: Float[Tensor, "c h w"]
     audio: Float[Tensor, "80 16"] | None = None
     lips: Float[Tensor, "3 s s"] | None = None
+
+
+@dataclass(frozen=True)
+class _Window:
+    """A window of a chain, who is to finish it, and which of its frames are new."""
+
+    model: MVControlNet
+    state: WindowState
+    new: slice
 
 
 @dataclass(frozen=True)
@@ -178,6 +198,25 @@ class Stage:
         control = torch.stack([frame.control for frame in frames], dim=1)
         return start_window(self.schedule, self.settings, conditions, control, initial, seed)
 
+    def _windows(
+        self, frames: Iterable[FrameInputs], identity: Float[Tensor, "3 h w"], seed: int
+    ) -> Generator[_Window, Tensor, None]:
+        """The windows of a chain, each to be answered by its finished latents before the next is asked for."""
+        source = iter(frames)
+        last = next(source, None)
+        if last is None:
+            return
+        position = 0
+        state = self._state(self.first, [last], identity, None, rng_seed(seed, position))
+        latents = (yield _Window(self.first, state, slice(0, 1)))[:, 0]
+        num_new = self.sequence.config.num_frames - 1
+        while new := list(islice(source, num_new)):
+            window = [last, *new, *[new[-1]] * (num_new - len(new))]
+            position += len(new)
+            state = self._state(self.sequence, window, identity, latents, rng_seed(seed, position))
+            generated = yield _Window(self.sequence, state, slice(1, len(new) + 1))
+            last, latents = new[-1], generated[:, len(new)]
+
     def chain(
         self, frames: Iterable[FrameInputs], identity: Float[Tensor, "3 h w"], seed: int
     ) -> Iterator[Float[Tensor, "c h w"]]:
@@ -187,19 +226,59 @@ class Stage:
         handed on as they are, never decoded, and adds `window - 1` frames. The last window is filled up by repeating
         its last inputs and what is surplus is not given out. Memory does not grow with the number of frames.
         """
-        source = iter(frames)
-        last = next(source, None)
-        if last is None:
-            return
-        position = 0
-        state = self._state(self.first, [last], identity, None, rng_seed(seed, position))
-        latents = run_window(self.first, self.schedule, state)[:, 0]
-        yield latents
-        num_new = self.sequence.config.num_frames - 1
-        while new := list(islice(source, num_new)):
-            window = [last, *new, *[new[-1]] * (num_new - len(new))]
-            position += len(new)
-            state = self._state(self.sequence, window, identity, latents, rng_seed(seed, position))
-            generated = run_window(self.sequence, self.schedule, state)
-            yield from generated[:, 1 : len(new) + 1].unbind(dim=1)
-            last, latents = new[-1], generated[:, len(new)]
+        windows = self._windows(frames, identity, seed)
+        window = next(windows, None)
+        while window is not None:
+            generated = run_window(window.model, self.schedule, window.state)
+            yield from generated[:, window.new].unbind(dim=1)
+            window = _answer(windows, generated)
+
+    def chain_batch(
+        self,
+        frames: Sequence[Sequence[FrameInputs]],
+        identities: Sequence[Float[Tensor, "3 s s"]],
+        seeds: Sequence[int],
+        batch_size: int = 16,
+    ) -> list[Float[Tensor, "c f h w"]]:
+        """What `chain` gives for every clip, all clips in lockstep, up to `batch_size` windows in one evaluation.
+
+        Raises ValueError if the clips, which must not be empty, differ in number of frames.
+        """
+        if len({len(clip) for clip in frames}) > 1 or not all(frames):
+            raise ValueError(f"clips of {sorted({len(clip) for clip in frames})} frames: all must be of one length")
+        chains = [self._windows(*clip) for clip in zip(frames, identities, seeds, strict=True)]
+        parts: list[list[Tensor]] = [[] for _ in chains]
+        windows = [next(windows) for windows in chains]
+        while windows:
+            states = [window.state for window in windows]
+            generated = run_windows(windows[0].model, self.schedule, states, batch_size)
+            for part, window, latents in zip(parts, windows, generated, strict=True):
+                part.append(latents[:, window.new])
+            following = [_answer(*pair) for pair in zip(chains, generated, strict=True)]
+            windows = [window for window in following if window is not None]
+        return [torch.cat(part, dim=1) for part in parts]
+
+    def each_frame(
+        self,
+        frames: Sequence[FrameInputs],
+        identity: Float[Tensor, "3 s s"],
+        seed: int,
+        batch_size: int = 16,
+    ) -> Float[Tensor, "c f h w"]:
+        """Every frame by the first-frame network, on its own and from noise of its own. Frame 0 is the chain's.
+
+        What is left of a stage without its temporal network.
+        """
+        states = [
+            self._state(self.first, [frame], identity, None, rng_seed(seed, position))
+            for position, frame in enumerate(frames)
+        ]
+        return torch.cat(run_windows(self.first, self.schedule, states, batch_size), dim=1)
+
+
+def _answer(windows: Generator[_Window, Tensor, None], finished: Tensor) -> _Window | None:
+    """Gives a chain its finished window; the next one, or None at the end."""
+    try:
+        return windows.send(finished)
+    except StopIteration:
+        return None

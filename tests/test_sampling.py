@@ -305,3 +305,45 @@ def test_a_chain_reads_no_further_than_its_window(stage):
     assert read == 1
     next(chain)
     assert read == 4
+
+
+def identities(count):
+    torch.manual_seed(1)
+    return list(torch.randn(count, 3, 32, 32))
+
+
+@pytest.mark.parametrize("count", [1, 4, 10, 12])
+@pytest.mark.parametrize("batch_size", [2, 16])
+def test_a_batch_of_chains_is_each_chain(stage, count, batch_size):
+    clips, people, seeds = [frames(count, seed=i) for i in range(3)], identities(3), [5, 6, 5]
+    together = stage.chain_batch(clips, people, seeds, batch_size)
+    for clip, person, seed, latents in zip(clips, people, seeds, together, strict=True):
+        alone = torch.stack(list(stage.chain(clip, person, seed)), dim=1)
+        assert latents.shape == alone.shape
+        torch.testing.assert_close(latents, alone, rtol=0, atol=1e-5)
+
+
+def test_a_batch_of_chains_evaluates_as_many_windows_at_a_time_as_it_may(stage):
+    sizes = []
+    handle = stage.sequence.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    stage.chain_batch([frames(4, seed=i) for i in range(5)], identities(5), range(5), batch_size=2)
+    handle.remove()
+    assert sizes == [2, 2, 2, 2, 2, 2, 1, 1, 1]  # three steps each
+
+
+@pytest.mark.parametrize("lengths", [(4, 5), (0, 0)])
+def test_a_batch_of_chains_is_of_one_length(stage, lengths):
+    with pytest.raises(ValueError, match=str(lengths[1])):
+        stage.chain_batch([frames(n) for n in lengths], identities(2), [0, 1])
+
+
+def test_frames_on_their_own_know_nothing_of_each_other(stage):
+    """Frame 0 is the chain's; every other one has noise of its own and is the same whatever its neighbours are."""
+    clip, (person,) = frames(6), identities(1)
+    alone = stage.each_frame(clip, person, seed=3, batch_size=4)
+    assert alone.shape[1] == 6
+    torch.testing.assert_close(alone[:, 0], next(stage.chain(clip, person, seed=3)), rtol=0, atol=1e-5)
+    swapped = stage.each_frame([clip[1], clip[0], *clip[2:]], person, seed=3)
+    torch.testing.assert_close(swapped[:, 2:], alone[:, 2:], rtol=0, atol=1e-5)
+    repeated = stage.each_frame([clip[0]] * 2, person, seed=3)
+    assert (repeated[:, 0] - repeated[:, 1]).abs().mean() > 0.01
