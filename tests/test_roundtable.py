@@ -44,6 +44,10 @@ def outside(picture: np.ndarray, box: np.ndarray) -> np.ndarray:
     return rest
 
 
+ALONE_WITH_LISTENER = (0, 3, 11)
+"""Seeds of clips with one other person; in the last he moves."""
+
+
 # -- determinism ------------------------------------------------------------------------------------------------------
 
 
@@ -335,6 +339,57 @@ def test_drift_has_the_size_asked_for():
     tracks = np.stack([drift(np.random.default_rng(seed), 500, 3.0) for seed in range(60)])
     assert np.sqrt((tracks**2).mean()) == pytest.approx(3.0, rel=0.1)
     assert np.abs(np.diff(tracks, axis=1)).max() < 3.0
+
+
+# -- the counterfactual: only the listener moves -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", ALONE_WITH_LISTENER)
+@pytest.mark.parametrize("listener_deg", [-52.0, -24, 35.0])
+def test_only_the_listener_and_the_turn_of_the_head_change(seed, listener_deg):
+    clip = synthesise(seed, 1.2)
+    moved = synthesise(seed, 1.2, listener_deg=listener_deg)
+    turning = {"yaw_deg", "pitch_deg", "landmarks_px", "target_deg", "listener_side", "others_box", "kind", "event_s"}
+    for field in dataclasses.fields(Truth):
+        same = np.array_equal(getattr(clip, field.name), getattr(moved, field.name))
+        assert same or field.name in turning, field.name
+    assert np.array_equal(clip.audio, moved.audio)
+    assert np.array_equal(clip.identity, moved.identity)
+    for frame in (0, 29):
+        drawn, redrawn = clip.render(frame), moved.render(frame)
+        listener = np.zeros(drawn.shape[:2], bool)
+        for version, picture in ((clip, drawn), (moved, redrawn)):
+            alone = dataclasses.replace(version, stage=dataclasses.replace(version.stage, others=()))
+            listener |= (alone.render(frame) != picture).any(-1)
+        assert 0.02 < listener.mean() < 0.7
+        assert not np.array_equal(drawn[listener], redrawn[listener])
+        for picture in (drawn, redrawn):
+            picture[listener] = 0
+        assert np.array_equal(outside(drawn, clip.head_box[frame]), outside(redrawn, clip.head_box[frame]))
+
+
+@pytest.mark.parametrize("seed", ALONE_WITH_LISTENER)
+def test_the_yaw_follows_the_listener_who_was_moved(seed):
+    bearings = (-60.0, -40.0, -20.0, 20.0, 40.0, 60.0)
+    clips = [synthesise(seed, 1.2, listener_deg=bearing) for bearing in bearings]
+    for clip, bearing in zip(clips, bearings, strict=True):
+        assert (clip.kind, len(clip.event_s)) == ("still", 0)
+        np.testing.assert_allclose(clip.target_deg, bearing, atol=1e-4)
+        assert (clip.listener_side == np.sign(bearing)).all()
+        middle = clip.head_box[:, ::2].mean(axis=1)
+        assert (np.sign(clip.others_box[:, 0, ::2].mean(axis=1) - middle) == np.sign(bearing)).all()
+        # What is left of the yaw is the head's own drift, the same wherever the listener stands.
+        np.testing.assert_allclose(clip.yaw_deg - bearing, clips[0].yaw_deg - bearings[0], atol=1e-3)
+        assert np.abs(clip.yaw_deg - bearing).max() < 6
+
+
+def test_a_listener_out_of_reach_or_not_alone_is_refused():
+    for bearing in (-61, 0, 19.9):
+        with pytest.raises(TccpError, match="20 to 60 degrees"):
+            synthesise(ALONE_WITH_LISTENER[0], 0.2, listener_deg=bearing)
+    seed = next(seed for seed in range(50) if synthesise(seed, 0.2).others_box.shape[1] == 2)
+    with pytest.raises(TccpError, match="has 2: take another seed"):
+        synthesise(seed, 0.2, listener_deg=30)
 
 
 # -- files ------------------------------------------------------------------------------------------------------------

@@ -6,13 +6,14 @@ torso only leans to the first listener, under noise.
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Int8
 
-from tccp.config import FPS
+from tccp.config import FPS, TccpError
 from tccp.roundtable.head import Pose
 from tccp.roundtable.motion import drift, follow, glide
 from tccp.roundtable.voice import Speech
@@ -30,6 +31,7 @@ _ATTEND_S = 0.35
 _MOVE_S = 1.0
 _TORSO_GAIN, _TORSO_NOISE_DEG = 0.35, 20.0
 _NEAR_DEG, _WIDE_DEG = (20.0, 32.0), (45.0, 60.0)
+MIN_BEARING_DEG, MAX_BEARING_DEG = _NEAR_DEG[0], _WIDE_DEG[1]
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,13 @@ def make_camera(rng: np.random.Generator, num_frames: int, width: int, height: i
     )
 
 
-def stage(rng: np.random.Generator, speech: Speech, width: int, height: int) -> Staging:
-    """A conversation for this speech. Its draws follow one another in a fixed order: talker first, sides after."""
+def stage(
+    rng: np.random.Generator, speech: Speech, width: int, height: int, listener_deg: float | None = None
+) -> Staging:
+    """A conversation for this speech. Its draws follow one another in a fixed order: talker first, sides after.
+
+    listener_deg: bearing at which the only other person stands instead, throughout (`synthesise`).
+    """
     num_frames = len(speech.opening)
     scale = min(height / 192, width / 256)
     camera = make_camera(rng, num_frames, width, height)
@@ -103,17 +110,31 @@ def stage(rng: np.random.Generator, speech: Speech, width: int, height: int) -> 
 
     plan = _Plan(middle, side_px, side_px / _BOX_M * _TALKER_DEPTH_M, width, height)
     others, bearings = [], []
+    same_draws = deepcopy(rng)
     for k in range(num_others):
         moves = kind == "move" and k == 0
         place, bearing = _other(rng, plan, int(sides[k]), moves, addressee == k, event_s)
         others.append(place)
         bearings.append(bearing)
+    leans_to_deg = bearings[0][0]
+    if listener_deg is not None:
+        if num_others > 1:
+            raise TccpError(
+                f"listener_deg moves the only other person of a clip, and this one has {num_others}: take another seed "
+                "(len(clip.others_box[0]) counts them)"
+            )
+        # The talker's body stays as it was, so it still leans to where the listener stood.
+        sides = np.sign([listener_deg]).astype(int)
+        others[0], bearings[0] = _other(
+            same_draws, plan, int(sides[0]), kind == "move", addressee == 0, event_s, listener_deg
+        )
+        kind, event_s = "still", np.zeros(0)
 
     target = np.stack(bearings)[addressee, np.arange(num_frames)]
     lower_px = np.stack([place.origin[:, 1] - origin[:, 1] for place in others])[addressee, np.arange(num_frames)]
     yaw = follow(target, lag_s, _TURN_S)
     eyes = follow(target, max(lag_s - 0.12, 0.04), 0.12) - yaw
-    torso = np.clip(_TORSO_GAIN * target[0] + rng.normal(0, _TORSO_NOISE_DEG), -45, 45)
+    torso = np.clip(_TORSO_GAIN * leans_to_deg + rng.normal(0, _TORSO_NOISE_DEG), -45, 45)
     hands = np.zeros((num_frames, 2))
     if rng.random() < 0.6:
         beat = 0.32 + 0.22 * speech.stress + drift(rng, num_frames, 0.05)
@@ -174,8 +195,12 @@ def _other(
     moves: bool,
     is_addressed: Bool[np.ndarray, " f"],
     event_s: Float64[np.ndarray, " e"],
+    bearing_deg: float | None = None,
 ) -> tuple[Place, Float64[np.ndarray, " f"]]:
-    """One of the others, nearer to the camera than the talker, and his bearing from the talker in degrees."""
+    """One of the others, nearer to the camera than the talker, and his bearing from the talker in degrees.
+
+    bearing_deg: instead of the bearing that is drawn, on `side`; everything else is drawn as without it.
+    """
     num_frames = len(is_addressed)
     unit = plan.box_side_px / BOX_UNITS
     angles = [rng.uniform(*_NEAR_DEG), rng.uniform(*_WIDE_DEG)]
@@ -186,7 +211,7 @@ def _other(
     bearing = np.full(num_frames, angles[0])
     for k, at_s in enumerate(event_s if moves else ()):
         bearing += glide(0.0, (angles[1] - angles[0]) * (-1) ** k, float(at_s), _MOVE_S, num_frames)
-    bearing *= side
+    bearing = bearing * side if bearing_deg is None else np.full(num_frames, float(bearing_deg))
     gap = rng.uniform(0.1, 1.2) * unit
 
     # Depth from bearing and place: solve tan(bearing) = (X - X_talker) / (Z_talker - Z), X = (x - centre) Z / focal.

@@ -21,7 +21,17 @@ from tccp.roundtable.motion import blinks
 from tccp.roundtable.people import Person, make_person, shade
 from tccp.roundtable.portrait import HeadModel, paint_head
 from tccp.roundtable.room import Room, make_room, room_seen, tint
-from tccp.roundtable.staging import BOX_CENTRE_Y, BOX_UNITS, Camera, ClipKind, Place, make_camera, stage
+from tccp.roundtable.staging import (
+    BOX_CENTRE_Y,
+    BOX_UNITS,
+    MAX_BEARING_DEG,
+    MIN_BEARING_DEG,
+    Camera,
+    ClipKind,
+    Place,
+    make_camera,
+    stage,
+)
 from tccp.roundtable.voice import REST_WIDTH, speak
 
 MIN_WIDTH, MIN_HEIGHT = 128, 96
@@ -173,12 +183,21 @@ class RoundTableClip(Truth):
 
 
 def synthesise(
-    seed: int, seconds: float | int, width: int = 256, height: int = 192, person_seed: int | None = None
+    seed: int,
+    seconds: float | int,
+    width: int = 256,
+    height: int = 192,
+    person_seed: int | None = None,
+    listener_deg: float | int | None = None,
 ) -> RoundTableClip:
     """The clip of this seed. `person_seed` makes several clips share a talker, face and voice.
 
-    width, height: even, at least 128 x 96; the head box is about 3/8 of the height. Raises TccpError for values out of
-    range.
+    width, height: even, at least 128 x 96; the head box is about 3/8 of the height.
+    listener_deg: the counterfactual. The listener, the only other person of the clip (`others_box[0]` has one row),
+    stands at this bearing throughout, 20 to 60 degrees to the left (negative) or right (positive). The talker's head and
+    eyes turn, and bend, to him there; all else is the clip without it, bit for bit: people, clothes, bodies, head box,
+    camera, room and sound.
+    Raises TccpError for values out of range, and for a listener_deg where there are two other people.
     """
     num_frames = round(seconds * FPS)
     if num_frames < 1:
@@ -187,12 +206,17 @@ def synthesise(
         raise TccpError(f"scene of {width}x{height}: width and height are even, at least {MIN_WIDTH}x{MIN_HEIGHT}")
     if seed < 0 or (person_seed is not None and person_seed < 0):
         raise TccpError(f"seed {seed}, person seed {person_seed}: seeds are whole numbers from 0")
+    if listener_deg is not None and not MIN_BEARING_DEG <= abs(listener_deg) <= MAX_BEARING_DEG:
+        raise TccpError(
+            f"listener_deg is {listener_deg}: a listener stands {MIN_BEARING_DEG:g} to {MAX_BEARING_DEG:g} degrees to "
+            "the left (negative) or right (positive)"
+        )
     # One stream per matter: a longer clip or another person changes nothing else.
     who, sound, scene, play = (np.random.default_rng([seed, stream]) for stream in range(4))
     person = make_person(int(who.integers(2**31)) if person_seed is None else person_seed)
     speech = speak(sound, person.voice, num_frames)
     room = make_room(scene, width, height)
-    staging = stage(play, speech, width, height)
+    staging = stage(play, speech, width, height, None if listener_deg is None else float(listener_deg))
     brow = np.clip(speech.stress, 0, 1)
     expression = Expression(speech.opening, speech.width, brow, blinks(play, num_frames).astype(np.float32))
     talker = _actor(person, _outfit(scene), staging.talker, expression, staging.camera)
