@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -153,6 +154,7 @@ def train(
         pretrained_autoencoder=autoencoder,
         lip_weights=lip_weights,
         control_from=control_from,
+        command=shlex.join(["tccp", "train", component, "--preset", preset, *(["--set", *set] if set else [])]),
     )
     if jobs < 1:
         raise TccpError(f"--jobs {jobs}: at least 1")

@@ -61,6 +61,9 @@ def test_side_by_side_gives_the_same_weights(data, tmp_path):
     for component in manifest["components"].values():
         assert component["provenance"]["clips"] == 2
         assert component["provenance"]["git_commit"]
+        assert component["provenance"]["machine"]
+        assert component["provenance"]["steps"] == 2
+        assert component["provenance"]["core_minutes"] >= 0
     pipeline = Pipeline.load(tmp_path / "two")
     assert not any(torch.isnan(p).any() for network in pipeline.networks.values() for p in network.parameters())
 

@@ -97,6 +97,7 @@ def test_resumed_training_is_the_same_run_bit_for_bit(cache, tmp_path, accumulat
     resumed, second = train_variant("landmark_sequence", settings, here, resumed_run)
 
     assert first.losses + second.losses == whole_result.losses
+    assert second.seconds > first.seconds > 0  # all calls together
     assert len(set(whole_result.losses)) == 6
     for (name, a), b in zip(weights_of(whole).items(), weights_of(resumed).values(), strict=True):
         assert torch.equal(a, b), name

@@ -30,6 +30,7 @@ from tccp.training.engine import Engine
 
 KEEP_CHECKPOINTS = 2
 EMA_FILE = "ema.pt"
+SPENT_FILE = "spent.json"
 
 
 class NonFiniteLoss(TccpError):
@@ -89,7 +90,7 @@ class RunFolder:
 
 @dataclass(frozen=True)
 class FitResult:
-    """losses: one value per step that was run here. seconds: wall clock of those steps."""
+    """losses: one value per step that was run here. seconds: wall clock of the whole run, earlier calls included."""
 
     losses: list[float] = field(repr=False)
     seconds: float = 0.0
@@ -118,14 +119,16 @@ def fit(
     """
     device = next(engine.module.parameters()).device
     done = (run.latest() if run else None) or 0
+    spent = 0.0
     if run and done:
+        spent = json.loads((run.checkpoint(done) / SPENT_FILE).read_text())["seconds"]
         engine.load(run.checkpoint(done))
         ema.load_state_dict(torch.load(run.checkpoint(done) / EMA_FILE, weights_only=True))
         ema.to(device)
         _truncate_metrics(run.path / "metrics.jsonl", done)
     last = min(settings.max_steps, stop_at or settings.max_steps)
     losses: list[float] = []
-    started = time.monotonic()
+    started = time.monotonic() - spent
     engine.module.train()
     with progress() as bar:
         task = bar.add_task(title, total=settings.max_steps, completed=done)
@@ -158,6 +161,7 @@ def fit(
                 with atomic_folder(run.checkpoint(step + 1)) as folder:
                     engine.save(folder)
                     torch.save(ema.state_dict(), folder / EMA_FILE)
+                    (folder / SPENT_FILE).write_text(json.dumps({"seconds": time.monotonic() - started}) + "\n")
                 run.prune()
     return FitResult(losses, time.monotonic() - started, len(losses))
 

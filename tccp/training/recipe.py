@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import multiprocessing
 import os
+import platform
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -21,7 +24,7 @@ from tccp.progress import LINES_ONLY, progress
 from tccp.training.autoencoder import train_autoencoder
 from tccp.training.latents import LatentCache
 from tccp.training.lips import FOLDS, LipSources, open_lip_sources, train_liplets
-from tccp.training.loop import RunFolder
+from tccp.training.loop import SPENT_FILE, RunFolder
 from tccp.training.variant import train_variant
 from tccp.variants import FIRST_OF, TWO_STAGE, VARIANTS
 
@@ -53,8 +56,12 @@ class Trainer:
         pretrained_autoencoder: Path | None = None,
         lip_weights: Path | None = None,
         control_from: Path | None = None,
+        command: str | None = None,
     ):
-        """control_from: a pipeline folder that lends its video branches (see MVControlNet.start_control_from)."""
+        """control_from: a pipeline folder that lends its video branches (see MVControlNet.start_control_from).
+
+        command: what the user typed, for the provenance.
+        """
         self.arguments: dict[str, Any] = {
             "data": data,
             "weights": weights,
@@ -65,6 +72,7 @@ class Trainer:
             "pretrained_autoencoder": pretrained_autoencoder,
             "lip_weights": lip_weights,
             "control_from": control_from,
+            "command": command,
         }
         check_settings(weights, settings)
         self.table = ClipTable(data, keep=64)
@@ -76,8 +84,10 @@ class Trainer:
         self.pretrained_autoencoder = pretrained_autoencoder
         self.lip_weights = lip_weights
         self.control_from = control_from
+        self.command = command
         self.data_hash = hashlib.blake2b(" ".join(self.table.ids).encode(), digest_size=8).hexdigest()
         self._cache: LatentCache | None = None
+        self._lip_seconds: float | None = None
 
     def train(self, names: Sequence[str]) -> None:
         """Trains these components, in this order, and adds each to the pipeline folder as it is finished."""
@@ -96,15 +106,20 @@ class Trainer:
         folder = self.storage / "runs" / f"{self.weights.name}-{key}-{self.data_hash}" / name
         return RunFolder.open(folder, self.settings, resume=self.resume)
 
-    def _provenance(self, **more: Any) -> dict[str, Any]:
+    def _provenance(self, steps: int, seconds: float | None = None, **more: Any) -> dict[str, Any]:
         threads = torch.get_num_threads()
         return {
+            "steps": steps,
+            "seconds": None if seconds is None else round(seconds, 1),
+            "core_minutes": None if seconds is None or self.device != "cpu" else round(seconds * threads / 60, 1),
+            **more,
             "clips": len(self.table),
             "frames": sum(self.table.num_frames.values()),
             "data_hash": self.data_hash,
             "seed": self.settings.seed,
             "device": self.device if self.device != "cpu" else f"cpu, {threads} threads",
-            **more,
+            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
+            "command": self.command,
         }
 
     def _train_autoencoder(self) -> None:
@@ -113,7 +128,7 @@ class Trainer:
             self.settings, self.table, run, pretrained=self.pretrained_autoencoder, device=self.device
         )
         steps = 0 if self.pretrained_autoencoder else self.settings.autoencoder.max_steps
-        provenance = self._provenance(steps=steps, seconds=round(result.seconds, 1))
+        provenance = self._provenance(steps, result.seconds)
         save_component(self.weights, "autoencoder", self.settings, autoencoder.save, provenance)
 
     def _train_lips(self) -> None:
@@ -121,7 +136,8 @@ class Trainer:
         if sources is None:
             raise TccpError("lips.source is none: there is no lip source to train")
         steps = self.settings.lips.liplet_steps if self.settings.lips.source == "liplet" else 0
-        save_component(self.weights, "lips", self.settings, sources.for_new_footage.save, self._provenance(steps=steps))
+        provenance = self._provenance(steps, self._lip_seconds)
+        save_component(self.weights, "lips", self.settings, sources.for_new_footage.save, provenance)
 
     def _lip_sources(self) -> LipSources | None:
         """The lip sources that serve this table; liplets are trained on it here, once."""
@@ -136,7 +152,11 @@ class Trainer:
             def on_step(fold: int, step: int, loss: float) -> None:
                 bar.update(task, completed=fold * lips.liplet_steps + step)
 
+            started = time.monotonic()
             train_liplets(self.table, self.settings, folder, self.settings.seed, on_step, self.device)
+        if not (folder / SPENT_FILE).exists():
+            (folder / SPENT_FILE).write_text(json.dumps({"seconds": time.monotonic() - started}) + "\n")
+        self._lip_seconds = float(json.loads((folder / SPENT_FILE).read_text())["seconds"])
         return open_lip_sources(lips, folder, self.device)
 
     @property
@@ -161,8 +181,8 @@ class Trainer:
         )
         last = result.losses[-50:]  # none where the run was complete and only its export was missing
         provenance = self._provenance(
-            steps=settings.training.max_steps,
-            seconds=round(result.seconds, 1),
+            settings.training.max_steps,
+            result.seconds,
             last_losses=round(sum(last) / len(last), 5) if last else None,
         )
         save_component(self.weights, name, self.settings, model.save_pretrained, provenance)
