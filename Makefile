@@ -17,14 +17,14 @@ ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENCV_
 PYTEST     := $(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check clean setup
+.PHONY: help demo test check clean setup toy-weights ablation-weights
 MAKEFLAGS += --no-print-directory
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(READY)  ## train small and generate a talking head into a scene: out/demo.mp4, out/demo.png, out/demo.json
-	@$(BIN)/tccp demo --out out
+demo: $(READY)  ## generate a talking head into a scene: out/demo.mp4, .png, .json; TRAIN=1 trains small weights first
+	@$(BIN)/tccp demo --out out $(if $(TRAIN),--train)
 
 test: $(READY)  ## the whole test suite, on two cores; PYTEST_ARGS=... goes to pytest
 	@$(PYTEST) --durations 15 $(PYTEST_ARGS)
@@ -35,6 +35,39 @@ check: $(READY)  ## lint, format, types, layers and the fast tests
 	@$(BIN)/mypy $(SOURCES)
 	@$(BIN)/lint-imports
 	@$(PYTEST) -q -m 'not slow' $(PYTEST_ARGS)
+
+# The packaged weights, by the project's own commands. What is done is not done again; what was cut goes on.
+TOY     := $(or $(TCCP_STORAGE),$(HOME)/.tccp)/toy-weights
+FOOTAGE := $(patsubst %,$(TOY)/footage/%/.done,$(shell seq 1001 1024))
+TRAIN   = $(BIN)/tccp train $(1) --data $(TOY)/clips --storage $(TOY) --resume --weights $(TOY)/$(2) --set headbox.draws=1
+
+toy-weights: $(READY)  ## train the packaged weights anew, on two cores; stop and start it at any point
+	@$(MAKE) -j $(WORKERS) $(FOOTAGE)
+	@$(MAKE) $(TOY)/clips/clips.parquet
+	@$(call TRAIN,all,weights) --jobs $(WORKERS)
+	@$(BIN)/tccp export $(TOY)/weights tccp/toy --half
+
+$(TOY)/footage/%/.done: | $(READY)
+	@$(ONE_THREAD) $(BIN)/tccp synth $(@D) --clips 100 --seconds 1.6 --seed $*
+	@touch $@
+
+$(TOY)/clips/clips.parquet: $(FOOTAGE)
+	@$(BIN)/tccp preprocess $(TOY)/footage $(TOY)/clips --backend truth
+
+# Networks that some of the benchmark's rows need, on the same clips, auto-encoder and lips as the packaged ones.
+ABLATIONS := one_stage/one_stage_first one_stage/one_stage_sequence context_blind/landmark_first \
+             context_blind/landmark_sequence no_lip/face_first no_lip/face_sequence
+
+ablation-weights: toy-weights  ## train what the benchmark compares with: one stage, blind to the scene, without lips
+	@for kind in one_stage context_blind no_lip; do $(MAKE) $(TOY)/ablations/$$kind/autoencoder/config.json || exit; done
+	@$(MAKE) -j $(WORKERS) $(ABLATIONS:%=$(TOY)/ablations/%/config.json)
+
+$(TOY)/ablations/context_blind/%: SET := context=none
+$(TOY)/ablations/no_lip/%: SET := lips.source=none
+
+$(TOY)/ablations/%/config.json:
+	@$(ONE_THREAD) $(call TRAIN,$(notdir $*),ablations/$(patsubst %/,%,$(dir $*))) $(SET) \
+		$(if $(filter %/autoencoder,$*),--autoencoder $(TOY)/weights/autoencoder)
 
 clean:  ## remove what make made here: .venv, out and caches
 	@rm -rf $(VENV) out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

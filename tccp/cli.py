@@ -16,6 +16,7 @@ import tyro
 from tyro.conf import Positional
 
 from tccp.config import TccpError, load_settings, storage_root
+from tccp.variants import TWO_STAGE
 
 Preset = Annotated[str, tyro.conf.arg(help="settings to start from: paper or toy")]
 Overrides = Annotated[
@@ -170,6 +171,34 @@ def train(
     )
 
 
+def export(
+    weights: Positional[Path],
+    out: Positional[Path],
+    components: tuple[str, ...] = ("autoencoder", "lips", *TWO_STAGE),
+    half: bool = False,
+    json: Json = False,
+) -> None:
+    """Copy components of a pipeline folder to another folder, to be passed on.
+
+    Args:
+        weights: pipeline folder.
+        out: folder to copy to; components that are there are replaced.
+        components: which; by default those that generate in two stages.
+        half: store weights in half precision, at half the size.
+    """
+    from tccp.pipeline import export as export_components
+    from tccp.pipeline import read_manifest
+
+    export_components(weights, out, components, half=half)
+    files = [path for path in out.rglob("*") if path.is_file()]
+    size_mb = sum(path.stat().st_size for path in files) / 1e6
+    _emit(
+        json,
+        {"out": str(out), "components": sorted(read_manifest(out)["components"]), "megabytes": round(size_mb, 1)},
+        f"{len(components)} components in {out}, {size_mb:.1f} MB",
+    )
+
+
 def generate(
     scene: Path,
     audio: Path,
@@ -207,7 +236,7 @@ def generate(
         scene: the film.
         audio: any media file with sound.
         identity: a picture or a film of the person; with --truth, a picture is taken as the head crop it is there.
-        weights: pipeline folder.
+        weights: pipeline folder; `toy` is the packaged one, which knows RoundTable only.
         out: the film to write, .mp4.
         mask: a film of the scene's size, bright where the head is to be.
         box: x0,y0,x1,y1 in scene pixels, or a JSON track file {"boxes": [[x0, y0, x1, y1], null, ...]}.
@@ -228,12 +257,13 @@ def generate(
         lip_weights: the published Wav2Lip checkpoint, for weights trained with lips.source=wav2lip.
     """
     from tccp.film import FilmRequest, generate_film
+    from tccp.pipeline import weights_folder
 
     request = FilmRequest(
         scene=scene,
         audio=audio,
         identity=identity,
-        weights=weights,
+        weights=weights_folder(weights),
         out=out,
         mask=mask,
         box=box,
@@ -286,16 +316,19 @@ def doctor(storage: Storage = None, json: Json = False) -> None:
         raise SystemExit(1)
 
 
-def demo(out: Path = Path("out"), fresh: bool = False, storage: Storage = None, json: Json = False) -> None:
-    """The whole chain on RoundTable: train small, then generate into an unseen scene with unseen sound.
+def demo(
+    out: Path = Path("out"), train: bool = False, fresh: bool = False, storage: Storage = None, json: Json = False
+) -> None:
+    """The whole chain on RoundTable: generate into an unseen scene, with unseen sound, in under a minute.
 
     Args:
-        out: folder for demo.mp4, demo.png and demo.json.
-        fresh: train again although the storage holds the demo's weights.
+        out: folder for demo.mp4, demo.png, demo.webp and demo.json.
+        train: with weights trained first, small, in a quarter of an hour, instead of the packaged ones.
+        fresh: with --train, train again although the storage holds the demo's weights.
     """
     from tccp.demo import run_demo
 
-    record = run_demo(out, storage_root(storage), fresh=fresh)
+    record = run_demo(out, storage_root(storage), train=train, fresh=fresh)
     _emit(json, record, f"look at {out / 'demo.mp4'} and {out / 'demo.png'}")
 
 
@@ -303,6 +336,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "synth": synth,
     "preprocess": preprocess,
     "train": train,
+    "export": export,
     "generate": generate,
     "describe": describe,
     "doctor": doctor,

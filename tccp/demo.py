@@ -1,4 +1,4 @@
-"""`make demo`: RoundTable footage -> clip table -> a pipeline trained for minutes -> a head in an unseen scene."""
+"""`make demo`: a head generated into an unseen scene, with the packaged weights or with weights trained for it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from typing import Any
 import cv2
 import numpy as np
 from jaxtyping import Float, UInt8
+from PIL import Image
 
 from preprocessing.pipeline import preprocess
 from tccp import headbox, landmarks
+from tccp.clip import atomic_path
 from tccp.config import FPS, Settings, TccpError, git_commit, load_settings, settings_to_json
 from tccp.film import FilmRequest, FilmResult, generate_film
 from tccp.generation import GeneratedFrame
 from tccp.media import VideoWriter, mark_generated, read_frames
+from tccp.pipeline import TOY_WEIGHTS, read_settings
 from tccp.progress import progress
 from tccp.roundtable import Truth, identity_path, read_truth, write_clips
 from tccp.training.recipe import Trainer
@@ -29,41 +32,35 @@ SCENE_SECONDS, SCENE_SEED = 4.0, 20_001
 """Films of two seeds share neither persons, rooms nor voices."""
 SETTINGS = (
     "autoencoder.max_steps=2200",
-    "training.max_steps=700",
+    "training.max_steps=500",
     "lips.liplet_steps=250",
     "headbox.draws=1",
-    "variant_overrides.landmark_first.training.max_steps=800",
-    "variant_overrides.face_first.training.max_steps=800",
+    "variant_overrides.landmark_first.training.max_steps=450",
+    "variant_overrides.face_first.training.max_steps=450",
 )
-"""The toy preset, cut short: at this stage the demo trains its own weights, within its quarter of an hour."""
+"""The toy preset, cut short: a demo that trains its own weights has a quarter of an hour."""
 SHEET_COLUMNS = 8
 _SCALE = 2
 _LABEL_PX = 22
+_PREVIEW_PX = 768
 
 
-def run_demo(out: Path, storage: Path, fresh: bool = False) -> dict[str, Any]:
-    """Writes demo.mp4, demo.png, demo.json and generated.mp4 to `out`; returns what demo.json holds.
+def run_demo(out: Path, storage: Path, train: bool = False, fresh: bool = False) -> dict[str, Any]:
+    """Writes demo.mp4, demo.png, demo.webp, demo.json, generated.mp4 and landmarks.jsonl to `out`.
 
-    What is done already (footage, weights of the same settings) is found in `storage` and not done again; an
-    interrupted demo goes on from its last checkpoint. Raises TccpError if `out` or `storage` cannot be written to.
+    Generates with the packaged toy weights, or (`train`) with weights trained here first. Of the latter what is done
+    already is found in `storage` and not done again, unless `fresh`; an interrupted demo goes on from its last
+    checkpoint. Returns what demo.json holds. Raises TccpError if `out` or `storage` cannot be written to.
     """
     started = time.monotonic()
-    settings = load_settings("toy", SETTINGS)
-    key = hashlib.blake2b(settings_to_json(settings).encode(), digest_size=6).hexdigest()
-    root = storage / "demo" / key
-    if fresh:
-        shutil.rmtree(root, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
     seconds: dict[str, float] = {}
-
-    films = _footage(root / "footage", TRAINING_FILMS, TRAINING_SECONDS, TRAINING_SEED)
-    seconds["footage"] = _lap(started, seconds)
-    if not (root / "clips" / "clips.parquet").exists():
-        preprocess([films], root / "clips", settings, backend="truth")
-    seconds["preprocess"] = _lap(started, seconds)
-    trainer = Trainer(root / "clips", root / "weights", settings, root, resume=True)
-    trainer.train_missing(jobs=min(2, os.cpu_count() or 1))
-    seconds["train"] = _lap(started, seconds)
+    if train:
+        root = _training_root(storage, fresh)
+        weights = _train(root, started, seconds)
+    else:
+        root, weights = storage / "demo", TOY_WEIGHTS
+    settings = read_settings(weights)
 
     scene = next(iter(sorted(_footage(root / "scene", 1, SCENE_SECONDS, SCENE_SEED).glob("*.mp4"))))
     truth = read_truth(scene)
@@ -72,16 +69,18 @@ def run_demo(out: Path, storage: Path, fresh: bool = False) -> dict[str, Any]:
         scene=scene,
         audio=scene,
         identity=identity_path(scene),
-        weights=root / "weights",
+        weights=weights,
         out=out / "generated.mp4",
         truth=True,
         save_landmarks=out / "landmarks.jsonl",
     )
     result = generate_film(request, on_frame=shown.append)
     seconds["generate"] = _lap(started, seconds)
-    _write_film(out / "demo.mp4", scene, shown)
+    _write_films(out, scene, shown)
     _write_picture(out / "demo.png", sheet(scene, truth, shown))
+    seconds["pictures"] = _lap(started, seconds)
     record = {
+        "weights": "trained by this demo" if train else "packaged",
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "total_seconds": round(time.monotonic() - started, 1),
         "cores": os.cpu_count(),
@@ -92,6 +91,28 @@ def run_demo(out: Path, storage: Path, fresh: bool = False) -> dict[str, Any]:
     }
     (out / "demo.json").write_text(json.dumps(record, indent=2) + "\n")
     return record
+
+
+def _training_root(storage: Path, fresh: bool) -> Path:
+    key = hashlib.blake2b(settings_to_json(load_settings("toy", SETTINGS)).encode(), digest_size=6).hexdigest()
+    root = storage / "demo" / key
+    if fresh:
+        shutil.rmtree(root, ignore_errors=True)
+    return root
+
+
+def _train(root: Path, started: float, seconds: dict[str, float]) -> Path:
+    """The demo's own weights, trained in minutes. `seconds` gets what each part took."""
+    settings = load_settings("toy", SETTINGS)
+    films = _footage(root / "footage", TRAINING_FILMS, TRAINING_SECONDS, TRAINING_SEED)
+    seconds["footage"] = _lap(started, seconds)
+    if not (root / "clips" / "clips.parquet").exists():
+        preprocess([films], root / "clips", settings, backend="truth")
+    seconds["preprocess"] = _lap(started, seconds)
+    trainer = Trainer(root / "clips", root / "weights", settings, root, resume=True)
+    trainer.train_missing(jobs=min(2, os.cpu_count() or 1))
+    seconds["train"] = _lap(started, seconds)
+    return root / "weights"
 
 
 def _lap(started: float, seconds: dict[str, float]) -> float:
@@ -160,16 +181,29 @@ def _masked(picture: UInt8[np.ndarray, "h w 3"], frame: GeneratedFrame) -> UInt8
     return headbox.mask_scene(picture[None], frame.box[None])[0]
 
 
-def _write_film(path: Path, scene: Path, frames: list[GeneratedFrame]) -> None:
-    """What was given, what was generated and the truth, side by side, with the driving sound."""
+def _write_films(out: Path, scene: Path, frames: list[GeneratedFrame]) -> None:
+    """What was given, what was generated and the truth, side by side: demo.mp4 with sound, demo.webp to loop on a page.
+
+    The preview shows every other frame, at half the speed of its frames, so that it plays as fast as the film.
+    """
     height, width = frames[0].picture.shape[:2]
     size = (_SCALE * width, _SCALE * height)
+    preview = []
     with VideoWriter(
-        path, 3 * size[0], size[1] + _LABEL_PX, audio_from=scene, metadata=mark_generated(demo="RoundTable")
+        out / "demo.mp4", 3 * size[0], size[1] + _LABEL_PX, audio_from=scene, metadata=mark_generated(demo="RoundTable")
     ) as film:
-        for frame, true in zip(frames, read_frames(scene), strict=False):
+        for i, (frame, true) in enumerate(zip(frames, read_frames(scene), strict=False)):
             columns = {"given: masked scene, sound": _masked(true, frame), "generated": frame.picture, "truth": true}
-            film.write(np.concatenate([_labelled(_enlarged(p, *size), text) for text, p in columns.items()], axis=1))
+            picture = np.concatenate([_labelled(_enlarged(p, *size), text) for text, p in columns.items()], axis=1)
+            film.write(picture)
+            if i % 2 == 0:
+                preview.append(
+                    Image.fromarray(picture).resize((_PREVIEW_PX, _PREVIEW_PX * picture.shape[0] // picture.shape[1]))
+                )
+    with atomic_path(out / "demo.webp") as path:
+        preview[0].save(
+            path, format="WEBP", save_all=True, append_images=preview[1:], duration=2 * 1000 // FPS, loop=0, quality=60
+        )
 
 
 def sheet(scene: Path, truth: Truth, frames: list[GeneratedFrame]) -> UInt8[np.ndarray, "h w 3"]:

@@ -37,6 +37,8 @@ from tccp.variants import FIRST_OF, TWO_STAGE, VARIANTS
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+TOY_WEIGHTS = Path(__file__).parent / "toy"
+"""The packaged pipeline, trained on RoundTable by `make toy-weights`."""
 SHAPING = (
     "preset",
     "window",
@@ -49,6 +51,11 @@ SHAPING = (
     "variant_overrides",
 )
 """Settings that components of one pipeline must share: they decide shapes, latents, or what is predicted."""
+
+
+def weights_folder(given: Path) -> Path:
+    """The folder that `--weights` means: `toy` is the packaged pipeline, unless there is a folder of that name."""
+    return TOY_WEIGHTS if given == Path("toy") and not given.exists() else given
 
 
 def _digest(path: Path) -> str:
