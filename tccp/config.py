@@ -128,7 +128,7 @@ class TrainingSettings(_Frozen):
     ema_decay: _Decay = 0.9999  # reached gradually: (1 + k) / (10 + k) at update k while that is less
     condition_dropout: float = Field(0.0, ge=0, lt=1)  # share of windows trained without conditions, for guidance
     initial_frames: Literal["truth", "generated", "mix"] = "truth"
-    initial_frame_noise: NonNegativeFloat = 0.0  # noise on the clean frame: its spread is uniform from 0 to this
+    initial_frame_noise: NonNegativeFloat = 0.0  # standard deviation, in latent units, of noise on the clean frame
     precision: Literal["fp32", "bf16"] = "fp32"  # of the arithmetic in training; weights and sampling stay fp32
     freeze_video_branch: bool = False
     checkpoint_every: PositiveInt = 1000
@@ -245,18 +245,19 @@ def toy() -> Settings:
             gradient_clip=1.0,
             ema_decay=0.998,
             condition_dropout=0.1,
-            initial_frame_noise=0.5,
+            initial_frame_noise=0.25,
             precision="bf16",
             checkpoint_every=250,
         ),
         sampling=SamplingSettings(solver="dpmpp", steps=12),
         lips=LipSettings(source="liplet", size_px=32, liplet_channels=16, liplet_steps=1200, liplet_learning_rate=3e-3),
         variant_overrides={
-            "landmark_first": {"training.batch_size": 32},
-            "face_first": {"training.batch_size": 32},
+            "landmark_first": {"training.batch_size": 64},
+            "face_first": {"training.batch_size": 64},
             "face_sequence": {"network.first_frame_channels": True},
-            "one_stage_first": {"training.batch_size": 32},
-            "one_stage_sequence": {"network.first_frame_channels": True},
+            # One stage in place of two: as many steps as the two networks that it replaces.
+            "one_stage_first": {"training.batch_size": 64, "training.max_steps": 5600},
+            "one_stage_sequence": {"network.first_frame_channels": True, "training.max_steps": 5600},
         },
     )
 

@@ -137,20 +137,6 @@ def test_a_blind_network_is_shown_no_scene_and_the_others_their_control(cache):
         assert torch.equal(seen.latents, unseen.latents)
 
 
-def test_initial_frames_carry_noise_of_every_spread_up_to_the_largest(cache):
-    settings = small(**{"training.initial_frame_noise": 0.5})
-    model = MVControlNet.from_settings(settings, "face_sequence")
-    losses = VariantLoss(model, "face_sequence", settings, with_settings(cache, settings))
-    planned = [PlannedWindow(epoch, WindowId(cache.table.ids[0], 0)) for epoch in range(60)]
-    batch = with_settings(cache, settings).batch(planned, VARIANTS["face_sequence"], 8)
-    draws = draw(planned, tuple(batch.latents.shape[1:]), settings, 1000)
-    added = losses._initial(batch, draws, planned) - batch.latents[:, :, 0]
-    spread = added.flatten(1).std(dim=1) / draws.initial_noise.flatten(1).std(dim=1)
-    assert 0.45 < spread.max() <= 0.501
-    assert spread.min() < 0.05
-    assert 0.2 < spread.mean() < 0.3
-
-
 def test_latents_encoded_in_parts_are_those_encoded_at_once(cache, tmp_path):
     parts = LatentCache(tmp_path, cache.table, cache.settings, cache.autoencoder, cache.lips.sources)
     parts.build(1, 2)

@@ -31,7 +31,6 @@ class Draws:
     t: Int[Tensor, " b"]
     dropped: Bool[Tensor, " b"]
     initial_noise: Float[Tensor, "b c h w"]
-    initial_spread: Float[Tensor, " b"]  # of that noise, 0..1 of settings' largest
     generated: Bool[Tensor, " b"]  # windows whose initial frame is generated, when settings ask for a mix
 
 
@@ -39,7 +38,7 @@ def draw(
     planned: Sequence[PlannedWindow], shape: tuple[int, ...], settings: Settings, num_train_timesteps: int
 ) -> Draws:
     """Draws for windows whose latents have `shape` c f h w."""
-    noise, t, dropped, initial, spread, generated = [], [], [], [], [], []
+    noise, t, dropped, initial, generated = [], [], [], [], []
     for epoch, (clip_id, start) in planned:
         generator = torch.Generator().manual_seed(rng_seed(settings.seed, "diffusion", clip_id, start, epoch))
         noise.append(torch.randn(shape, generator=generator))
@@ -47,8 +46,7 @@ def draw(
         dropped.append(torch.rand((), generator=generator) < settings.training.condition_dropout)
         initial.append(torch.randn((shape[0], *shape[2:]), generator=generator))
         generated.append(torch.rand((), generator=generator) < 0.5)
-        spread.append(torch.rand((), generator=generator))
-    return Draws(*(torch.stack(values) for values in (noise, t, dropped, initial, spread, generated)))
+    return Draws(*(torch.stack(values) for values in (noise, t, dropped, initial, generated)))
 
 
 class VariantLoss:
@@ -127,8 +125,7 @@ class VariantLoss:
             rows = [i for i in range(len(planned)) if chosen[i]]
             if rows:
                 initial[chosen] = self._generate_first([planned[i] for i in rows])
-        spread = settings.initial_frame_noise * draws.initial_spread[:, None, None, None]
-        return initial + spread * draws.initial_noise
+        return initial + settings.initial_frame_noise * draws.initial_noise
 
     def _generate_first(self, planned: Sequence[PlannedWindow]) -> Float[Tensor, "b c h w"]:
         if self.first is None:
