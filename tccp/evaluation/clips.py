@@ -1,0 +1,115 @@
+"""The clips that rows are judged on: RoundTable, drawn in memory, with people, rooms and voices of their own.
+
+No film is written or decoded: what a codec does to pictures is no part of the measurement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from itertools import islice
+from typing import Any, Literal, get_args
+
+import numpy as np
+from jaxtyping import Float32, UInt8
+
+from tccp import headbox
+from tccp.audio import mel_windows
+from tccp.config import FPS, Settings
+from tccp.roundtable import Truth, synthesise
+
+HELD_OUT_FRAMES = 36
+"""1.44 s: a first frame and five windows of seven new ones."""
+DRIFT_FRAMES = 351
+"""A first frame and fifty windows of seven new ones."""
+COUNTERFACTUAL_FRAMES = 15
+COUNTERFACTUAL_DEG = (-50.0, -25.0, 25.0, 50.0)
+"""Bearings at which the only listener of a clip is made to stand."""
+_SOUND_MARGIN_FRAMES = 5  # the last frame's audio window looks 0.14 s ahead of it
+
+Purpose = Literal["held_out", "reference", "prior", "drift", "counterfactual"]
+"""What clips are for: figures; the true faces of the Frechet distance; what predictors that see no scene learn from;
+long chains; the listener moved."""
+_FIRST_ENTROPY = 90_001  # training films come from seeds 1 and 1001 onward (write_clips), the probe's from 5,000,000
+
+
+def clip_seeds(purpose: Purpose, count: int) -> list[int]:
+    """Seeds of `count` clips, the same whenever asked for; more of them begin with the same ones.
+
+    They are hashes of 63 bits, so no two purposes share a clip, nor do they with any film of `tccp synth`.
+    """
+    sequence = np.random.SeedSequence([_FIRST_ENTROPY + get_args(Purpose).index(purpose)])
+    return [int(seed) for seed in sequence.generate_state(count, np.uint64) >> 1]
+
+
+def counterfactual_seeds(count: int) -> list[int]:
+    """Seeds of clips in which the talker has one listener: `make_clip(..., listener_deg=...)` can move him."""
+
+    def suitable() -> Iterator[int]:
+        for seed in clip_seeds("counterfactual", 16 * count + 16):
+            if synthesise(seed, _seconds(COUNTERFACTUAL_FRAMES)).others_box.shape[1] == 1:
+                yield seed
+
+    return list(islice(suitable(), count))
+
+
+def _seconds(num_frames: int) -> float:
+    return (num_frames + _SOUND_MARGIN_FRAMES) / FPS
+
+
+@dataclass(frozen=True)
+class EvaluationClip:
+    """A clip of f frames: its truth, and everything that generation is given.
+
+    scenes: as drawn; faces: what truth.head_box shows, at picture_px; points: true landmarks, 0..1 of the head box;
+    masked_scenes: at picture_px; mel: the networks' audio window of each frame; audio: 16 kHz, -1..1, going on a little
+    after the last frame; identity: the talker elsewhere, at picture_px.
+    """
+
+    truth: Truth
+    scenes: UInt8[np.ndarray, "f h w 3"]
+    faces: UInt8[np.ndarray, "f s s 3"]
+    points: Float32[np.ndarray, "f 68 2"]
+    masked_scenes: UInt8[np.ndarray, "f s s 3"]
+    mel: Float32[np.ndarray, "f 80 16"]
+    audio: Float32[np.ndarray, " samples"]
+    identity: UInt8[np.ndarray, "s s 3"]
+
+    @property
+    def num_frames(self) -> int:
+        return len(self.faces)
+
+
+def make_clip(seed: int, num_frames: int, settings: Settings, **options: Any) -> EvaluationClip:
+    """The clip of this seed, as `tccp generate` would see it. options: of `tccp.roundtable.synthesise`."""
+    clip = synthesise(seed, _seconds(num_frames), **options)
+    truth = _first_frames(clip, num_frames)
+    scenes = np.stack([clip.render(frame) for frame in range(num_frames)])
+    size, boxes = settings.picture_px, truth.head_box
+    fit = headbox.SceneFit(clip.width, clip.height, size)
+    height, width = clip.identity.shape[:2]
+    return EvaluationClip(
+        truth=truth,
+        scenes=scenes,
+        faces=np.stack([headbox.crop(scene, box, size) for scene, box in zip(scenes, boxes, strict=True)]),
+        points=true_points(truth),
+        masked_scenes=headbox.mask_scene(np.stack([fit.fit(scene) for scene in scenes]), fit.boxes(boxes)),
+        mel=mel_windows(clip.audio, 0, num_frames),
+        audio=clip.audio,
+        identity=headbox.crop(clip.identity, np.array([0, 0, width, height], np.float32), size),
+    )
+
+
+def true_points(truth: Truth) -> Float32[np.ndarray, "f 68 2"]:
+    """The true landmarks in 0..1 of the head box."""
+    return np.stack([headbox.to_crop(*frame) for frame in zip(truth.landmarks_px, truth.head_box, strict=True)])
+
+
+def _first_frames(truth: Truth, num_frames: int) -> Truth:
+    values = {field.name: getattr(truth, field.name) for field in fields(Truth)}
+    for name, value in values.items():
+        if name == "event_s":
+            values[name] = value[value < num_frames / FPS]
+        elif isinstance(value, np.ndarray):
+            values[name] = value[:num_frames]
+    return Truth(**values)

@@ -1,0 +1,321 @@
+"""`tccp evaluate roundtable`: work shared out to processes, and what they found made into one record.
+
+Which clips go through the networks together depends on the number of clips alone: the number of processes changes
+nothing but the time.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.queues import SimpleQueue
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from tccp.config import TccpError, git_commit
+from tccp.evaluation.clips import (
+    COUNTERFACTUAL_FRAMES,
+    DRIFT_FRAMES,
+    HELD_OUT_FRAMES,
+    clip_seeds,
+    counterfactual_seeds,
+)
+from tccp.evaluation.figures import Drift, corr_loss, frechet_distance
+from tccp.evaluation.predictors import CUES, fit_cues
+from tccp.evaluation.probe import CANDIDATES, top1
+from tccp.evaluation.report import POOLED_RESAMPLES, RESAMPLES, TARGETS, Pooled, compare, summarise
+from tccp.evaluation.rows import Models
+from tccp.evaluation.sheet import check_writable, chosen, write_sheet
+from tccp.evaluation.worker import (
+    DRIFT_AT,
+    HeldOut,
+    Reference,
+    Worker,
+    counterfactual_work,
+    drift_work,
+    held_out_work,
+    reference_work,
+)
+from tccp.pipeline import read_manifest
+from tccp.progress import progress
+
+_SHARD_CLIPS, _DRIFT_SHARD_CLIPS, _COUNTERFACTUAL_SHARD_CLIPS = 8, 6, 4
+_POLL_S = 0.5
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much is measured. prior: clips that the forests of mask_only and mask_body learn from."""
+
+    clips: int = 128
+    drift: int = 12
+    counterfactual: int = 48
+    prior: int = 600
+    drift_frames: int = DRIFT_FRAMES
+
+    def __post_init__(self) -> None:
+        if self.clips < 2:
+            raise TccpError(f"--clips {self.clips}: at least 2, every clip is also judged against another one's truth")
+
+
+FULL, QUICK = Extent(), Extent(clips=12, drift=3, counterfactual=8, prior=120)
+
+
+def evaluate_roundtable(
+    weights: Path,
+    ablations: Path | None = None,
+    extent: Extent = FULL,
+    *,
+    jobs: int = 1,
+    sheet: Path | None = None,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Measures a pipeline folder on RoundTable clips that no training has seen; the record that `--json` prints.
+
+    ablations: folder with pipelines no_lip/, one_stage/ and context_blind/ of what differs; rows without networks are
+    null, and `missing` says why. jobs: processes of one thread each. sheet: a PNG of five clips.
+    Raises TccpError for weights that are missing or do not fit, and numbers out of range.
+    """
+    if jobs < 1:
+        raise TccpError(f"--jobs {jobs}: at least 1")
+    if sheet is not None:
+        check_writable(sheet)
+    started = time.monotonic()
+    models = Models.load(weights, ablations, device)
+    missing = dict(models.missing)
+    with progress() as bar:
+        task = bar.add_task("evaluating", total=round(_all_work(models, extent)))
+        with _work(models, (weights, ablations, device), jobs, lambda done: bar.advance(task, done)) as work:
+            drift = work.submit(
+                Worker.drift, _shards(clip_seeds("drift", extent.drift), _DRIFT_SHARD_CLIPS), extent.drift_frames
+            )
+            moved = _shards(counterfactual_seeds(extent.counterfactual), _COUNTERFACTUAL_SHARD_CLIPS)
+            counterfactual = work.submit(Worker.counterfactual, moved)
+            reference = work.submit(Worker.reference, _shards(clip_seeds("reference", extent.clips), _SHARD_CLIPS))
+            try:
+                forests = fit_cues(extent.prior, work.poll)
+            except ImportError:
+                forests = {}
+                missing |= dict.fromkeys(CUES, "its forest needs scikit-learn: pip install scikit-learn")
+            numbered = _shards(list(enumerate(clip_seeds("held_out", extent.clips))), _SHARD_CLIPS)
+            on_sheet = chosen(extent.clips) if sheet else []
+            held_out = work.submit(Worker.held_out, numbered, forests, on_sheet)
+            found = Found(*(work.collect(part) for part in (held_out, reference, drift, counterfactual)))
+    if sheet is not None:
+        write_sheet(sheet, [clip.sheet for clip in found.held_out if clip.sheet is not None])
+    samples, pooled = found.samples(), found.pooled()
+    rows, differences = summarise(samples, pooled), compare(samples, pooled)
+    return {
+        "benchmark": "roundtable",
+        "clips": extent.clips,
+        "frames": HELD_OUT_FRAMES,
+        "seconds": round(time.monotonic() - started, 1),
+        "git_commit": git_commit(),
+        "weights": _weights_summary(weights),
+        "ablations": {name: _weights_summary(ablations / name) for name in models.ablations} if ablations else {},
+        "counts": {
+            "drift_clips": extent.drift,
+            "drift_frames": extent.drift_frames,
+            "counterfactual_clips": sum(map(len, moved)),
+            "counterfactual_frames": COUNTERFACTUAL_FRAMES,
+            "reference_clips": extent.clips,
+            "prior_clips": extent.prior,
+            "identity_candidates": min(CANDIDATES, 2 * extent.clips),
+            "resamples": RESAMPLES,
+            "resamples_pooled": POOLED_RESAMPLES,
+            "jobs": jobs,
+        },
+        "rows": rows,
+        "differences": differences,
+        "targets": [target.record(rows, differences) for target in TARGETS],
+        "missing": missing,
+    }
+
+
+def _weights_summary(folder: Path) -> dict[str, Any]:
+    """What is judged: settings that name it, and per component its commit, steps and minutes."""
+    manifest = read_manifest(folder)
+    kept = ("git_commit", "steps", "seconds", "seed", "clips")
+    components = {
+        name: {key: component["provenance"][key] for key in kept if key in component.get("provenance", {})}
+        for name, component in manifest["components"].items()
+    }
+    settings = {key: manifest["settings"].get(key) for key in ("preset", "picture_px", "window", "sampling")}
+    return {"folder": folder.resolve().name, "settings": settings, "components": components}
+
+
+def _all_work(models: Models, extent: Extent) -> float:
+    return (
+        extent.clips * (held_out_work(models) + reference_work())
+        + extent.drift * drift_work(models, extent.drift_frames)
+        + extent.counterfactual * counterfactual_work()
+    )
+
+
+def _shards(items: Sequence[Any], size: int) -> list[list[Any]]:
+    """In order, alike in length, at most `size`; two at least where two processes can share, none with a single item
+    unless there is but one."""
+    count = max(math.ceil(len(items) / size), min(2, len(items) // 2), 1)
+    edges = np.linspace(0, len(items), count + 1).round().astype(int)
+    return [list(items[a:b]) for a, b in itertools.pairwise(edges) if b > a]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the processes found, in the order of the clips."""
+
+    held_out: list[HeldOut]
+    reference: list[Reference]
+    drift: list[dict[str, Drift]]
+    counterfactual: list[dict[str, dict[str, float]]]
+
+    def samples(self) -> dict[str, dict[str, Float[np.ndarray, " n"]]]:
+        """Figures per clip: row -> figure -> values."""
+        samples: dict[str, dict[str, np.ndarray]] = {}
+        per_clip: list[list[dict[str, dict[str, float]]]] = [
+            [{row: kept.figures for row, kept in clip.rows.items()} for clip in self.held_out],
+            [{row: drift.figures for row, drift in clip.items()} for clip in self.drift],
+            self.counterfactual,
+        ]
+        for clips in filter(None, per_clip):
+            for row, figures in clips[0].items():
+                for name in figures:
+                    samples.setdefault(row, {})[name] = np.array([clip[row][name] for clip in clips], np.float64)
+        for row in self._rows_with_faces():
+            samples[row]["identity_top1"] = self._identity_top1(row)
+        return samples
+
+    def _rows_with_faces(self) -> list[str]:
+        return [row for row, kept in self.held_out[0].rows.items() if kept.identity is not None]
+
+    def _identity_top1(self, row: str) -> Float[np.ndarray, " n"]:
+        """Each talker among 16: himself, those of the clips that follow, and of other clips where there are too few."""
+        people = np.stack([clip.identity for clip in self.held_out])
+        others = [clip.identity for clip in self.reference]
+        found = []
+        for k, clip in enumerate(self.held_out):
+            candidates = np.stack([*np.roll(people, -k, axis=0), *others])[:CANDIDATES]
+            identity = clip.rows[row].identity
+            assert identity is not None
+            found.append(top1(identity, candidates, 0))
+        return np.array(found)
+
+    def pooled(self) -> dict[str, dict[str, Pooled]]:
+        """Figures of all clips together: Frechet distances, and the loss of correlation in long chains."""
+        pooled: dict[str, dict[str, Pooled]] = {}
+        reference = np.concatenate([clip.features for clip in self.reference])
+        for row in self._rows_with_faces():
+            kept = [clip.rows[row].features for clip in self.held_out]
+            features = np.stack([one for one in kept if one is not None])
+
+            def distance(clips: np.ndarray, features: np.ndarray = features) -> float:
+                return frechet_distance(features[clips].reshape(-1, features.shape[-1]), reference)
+
+            pooled[row] = {"frechet": Pooled.of(len(features), distance)}
+        for row in self.drift[0] if self.drift else ():
+            drifts = [clip[row] for clip in self.drift]
+            for k in DRIFT_AT:
+                for ending in ("", "_face"):
+                    openings = [drift.mouth_face[k] if ending else drift.mouth[k] for drift in drifts]
+
+                    def loss(clips: np.ndarray, openings: Sequence[np.ndarray] = openings) -> float:
+                        return corr_loss([openings[clip] for clip in clips])
+
+                    pooled.setdefault(row, {})[f"drift_{k}_corr{ending}"] = Pooled.of(len(drifts), loss)
+        return pooled
+
+
+# -- processes --------------------------------------------------------------------------------------------------------
+
+
+class _ThisProcess(Executor):
+    """Does at once what it is asked to."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Shards of clips on their way through processes, which report what they have done to `queue`."""
+
+    executor: Executor
+    queue: SimpleQueue[float]
+    on_work: Callable[[float], object]
+
+    def submit(self, task: Callable[..., list[Any]], shards: Sequence[Any], *arguments: Any) -> list[Future[list[Any]]]:
+        return [self.executor.submit(_perform, task, shard, *arguments) for shard in shards]
+
+    def poll(self) -> None:
+        while not self.queue.empty():
+            self.on_work(self.queue.get())
+
+    def collect(self, submitted: Sequence[Future[list[Any]]]) -> list[Any]:
+        """The results of all shards, in order; raises what a process raised."""
+        pending = set(submitted)
+        while pending:
+            done, pending = wait(pending, _POLL_S, FIRST_EXCEPTION)
+            self.poll()
+            for future in done:
+                future.result()
+        return [result for future in submitted for result in future.result()]
+
+
+@contextmanager
+def _work(
+    models: Models, arguments: tuple[Path, Path | None, str], jobs: int, on_work: Callable[[float], object]
+) -> Iterator[_Work]:
+    context = multiprocessing.get_context("spawn")
+    queue = context.SimpleQueue()
+    if jobs == 1:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # as in a process of its own: other sums would round otherwise
+        _process.worker = Worker(models, on_work)
+        try:
+            yield _Work(_ThisProcess(), queue, on_work)
+        finally:
+            _process.worker = None
+            torch.set_num_threads(threads)
+        return
+    with ProcessPoolExecutor(jobs, context, _start_process, (queue, *arguments)) as pool:
+        try:
+            yield _Work(pool, queue, on_work)
+        except BrokenProcessPool:
+            raise TccpError("a process of the evaluation was ended from outside, perhaps for its memory: "
+                            f"give fewer than --jobs {jobs}") from None  # fmt: skip
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+class _Process:
+    worker: Worker | None = None
+
+
+_process = _Process()
+"""What this process works with."""
+
+
+def _start_process(queue: SimpleQueue[float], weights: Path, ablations: Path | None, device: str) -> None:
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    _process.worker = Worker(Models.load(weights, ablations, device), queue.put)
+
+
+def _perform(task: Callable[..., list[Any]], shard: Any, *arguments: Any) -> list[Any]:
+    assert _process.worker is not None
+    return task(_process.worker, shard, *arguments)
