@@ -194,9 +194,9 @@ def synthesise(
 
     width, height: even, at least 128 x 96; the head box is about 3/8 of the height.
     listener_deg: the counterfactual. The listener, the only other person of the clip (`others_box[0]` has one row),
-    stands at this bearing throughout, 20 to 60 degrees to the left (negative) or right (positive). The talker's head and
-    eyes turn, and bend, to him there; all else is the clip without it, bit for bit: people, clothes, bodies, head box,
-    camera, room and sound.
+    stands at this bearing throughout, 20 to 60 degrees to the left (negative) or right (positive). The talker's head
+    and eyes turn, and bend, to him there; all else is the clip without it, bit for bit: people, clothes, the talker's
+    body, head box, camera, room and sound.
     Raises TccpError for values out of range, and for a listener_deg where there are two other people.
     """
     num_frames = round(seconds * FPS)
