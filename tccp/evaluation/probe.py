@@ -1,6 +1,6 @@
 """The fixed probe: a small network that reads mouth, yaw and person from pictures of RoundTable faces.
 
-It judges generated faces, so it has seen none of them: `python -m tccp.evaluation.probe` trains it on drawn faces alone,
+It judges generated faces, so it has seen none of them: `python -m tccp.evaluation.probe` trains it on drawn faces,
 blurred, moved and tinted so that it reads soft pictures too. Its seeds are its own: 5,000,000 on for training,
 5,500,000 on for the figures below.
 """
