@@ -3,6 +3,18 @@
 It judges generated faces, so it has seen none of them: `python -m tccp.evaluation.probe` trains it on drawn faces,
 blurred, moved and tinted so that it reads soft pictures too. Its seeds are its own: 5,000,000 on for training,
 5,500,000 on for the figures below.
+
+What the packaged one reaches on 64 held-out clips of 2 s: on faces as drawn, and on the same faces through the toy
+auto-encoder, which is the ceiling of what it can find in generated ones. It was trained with the defaults of `main`:
+1,200 people, 12 faces each, 1,400 steps, about 10 core-minutes with the drawing.
+
+    figure, mean over clips              drawn    auto-encoded
+    correlation of the opening           0.994    0.968
+    amplitude of the opening, ratio      0.98     0.87
+    correlation of the width             0.979    0.732
+    yaw error, degrees                   1.15     1.45
+    right person of 16, frames           98.5%    95.7%
+    right person of 16, clips            98.4%    96.9%
 """
 
 from __future__ import annotations
@@ -199,7 +211,7 @@ def augment(pictures: Float[Tensor, "n 3 m m"], rng: np.random.Generator) -> Flo
         return torch.from_numpy(rng.uniform(low, high, (n, *shape)).astype(np.float32))
 
     zoom = PROBE_PX / size * draw(0.96, 1.04)
-    shift = draw(-1, 1, 2) * (2 * 2.5 / size)
+    shift = draw(-1.0, 1.0, 2) * (2 * 2.5 / size)
     theta = torch.zeros(n, 2, 3)
     theta[:, 0, 0] = theta[:, 1, 1] = zoom
     theta[:, :, 2] = shift
@@ -212,9 +224,9 @@ def augment(pictures: Float[Tensor, "n 3 m m"], rng: np.random.Generator) -> Flo
         small = functional.interpolate(moved[rows], size=smaller, mode="bilinear", antialias=True)
         out[rows] = functional.interpolate(small, size=PROBE_PX, mode="bicubic")
     gain, level = draw(0.88, 1.12, 1, 1, 1), draw(-0.12, 0.12, 1, 1, 1) + draw(-0.04, 0.04, 3, 1, 1)
-    noise = torch.from_numpy(rng.standard_normal(out.shape).astype(np.float32)) * draw(0, 0.08, 1, 1, 1)
+    noise = torch.from_numpy(rng.standard_normal(out.shape).astype(np.float32)) * draw(0.0, 0.08, 1, 1, 1)
     disturbed = (out * gain + level + noise).clamp(-1, 1)
-    return torch.where(draw(0, 1, 1, 1, 1) < 0.25, moved, disturbed)
+    return torch.where(draw(0.0, 1.0, 1, 1, 1) < 0.25, moved, disturbed)
 
 
 def probe_loss(
