@@ -61,6 +61,26 @@ def test_unknown_presets_and_settings_are_one_line(arguments: list[str], capsys:
     assert arguments[-1].split("=")[0] in line
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--weights", "nowhere"], "nowhere"),
+        (["--weights", "nowhere", "--clips", "0"], "--clips 0"),
+        (["--weights", "nowhere", "--jobs", "0"], "--jobs 0"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_is_one_line(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["evaluate", "roundtable", *arguments])
+    assert caught.value.code == 2
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    assert said in line
+    assert captured.out == ""
+
+
 def stdout_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> Any:
     capsys.readouterr()
     main([str(argument) for argument in arguments])

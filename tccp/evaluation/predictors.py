@@ -17,14 +17,14 @@ from jaxtyping import Float, Float32, UInt8
 
 from tccp import headbox
 from tccp.config import FPS
-from tccp.evaluation.clips import HELD_OUT_FRAMES, EvaluationClip, clip_seeds, true_points
+from tccp.evaluation.clips import EvaluationClip, clip_seeds, true_points
 from tccp.evaluation.figures import side_accuracy
 from tccp.landmarks import head_pose
 from tccp.roundtable import Truth, synthesise
 
 Cue = Literal["mask_only", "mask_body"]
 CUES: tuple[Cue, ...] = ("mask_only", "mask_body")
-_MEAN_CLIPS = 96
+_MEAN_CLIPS = 64
 _FRAME_STEP = 3  # neighbouring frames tell the same: every third one is learnt from
 _TREES, _MIN_SAMPLES_LEAF = 200, 15
 
@@ -62,8 +62,8 @@ def cue_features(cue: Cue, truth: Truth) -> Float[np.ndarray, "f n"]:
     return np.concatenate(features, axis=1)
 
 
-def fit_cues(count: int, on_clip: Callable[[], object] = lambda: None) -> dict[Cue, Any]:
-    """A random forest per cue, fitted on `count` clips of their own to the yaw that landmarks show (`head_pose`).
+def fit_cues(count: int, num_frames: int, on_clip: Callable[[], object] = lambda: None) -> dict[Cue, Any]:
+    """A random forest per cue, fitted to the yaw that landmarks show (`head_pose`), on clips of their own.
 
     Raises ImportError without scikit-learn.
     """
@@ -72,7 +72,7 @@ def fit_cues(count: int, on_clip: Callable[[], object] = lambda: None) -> dict[C
     features: dict[Cue, list[np.ndarray]] = {cue: [] for cue in CUES}
     yaw_deg = []
     for seed in clip_seeds("prior", count):
-        clip = synthesise(seed, HELD_OUT_FRAMES / FPS)
+        clip = synthesise(seed, num_frames / FPS)
         yaw_deg.append(head_pose(true_points(clip)).yaw_deg[::_FRAME_STEP])
         for cue in CUES:
             features[cue].append(cue_features(cue, clip)[::_FRAME_STEP])

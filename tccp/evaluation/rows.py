@@ -294,12 +294,12 @@ class Row:
 
 ROWS: dict[str, Row] = {
     "reconstruction": Row(reconstruction, 0.3),
-    "two_stage_truth": Row(two_stage_truth, 1),
-    "two_stage_generated": Row(two_stage_generated, 2),
-    "no_lip": Row(no_lip, 1),
-    "one_stage": Row(one_stage, 1),
-    "per_frame": Row(per_frame, 1),
-    "context_blind": Row(context_blind, 2),
-    "audio_shuffled": Row(audio_shuffled, 2),
+    "two_stage_truth": Row(two_stage_truth, 1.0),
+    "two_stage_generated": Row(two_stage_generated, 2.0),
+    "no_lip": Row(no_lip, 1.0),
+    "one_stage": Row(one_stage, 1.0),
+    "per_frame": Row(per_frame, 1.0),
+    "context_blind": Row(context_blind, 2.0),
+    "audio_shuffled": Row(audio_shuffled, 2.0),
 }
 """Rows that come out of networks, in the order of the table."""

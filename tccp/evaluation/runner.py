@@ -63,6 +63,7 @@ class Extent:
     drift: int = 12
     counterfactual: int = 48
     prior: int = 600
+    frames: int = HELD_OUT_FRAMES
     drift_frames: int = DRIFT_FRAMES
 
     def __post_init__(self) -> None:
@@ -103,15 +104,16 @@ def evaluate_roundtable(
             )
             moved = _shards(counterfactual_seeds(extent.counterfactual), _COUNTERFACTUAL_SHARD_CLIPS)
             counterfactual = work.submit(Worker.counterfactual, moved)
-            reference = work.submit(Worker.reference, _shards(clip_seeds("reference", extent.clips), _SHARD_CLIPS))
+            others = _shards(clip_seeds("reference", extent.clips), _SHARD_CLIPS)
+            reference = work.submit(Worker.reference, others, extent.frames)
             try:
-                forests = fit_cues(extent.prior, work.poll)
+                forests = fit_cues(extent.prior, extent.frames, work.poll)
             except ImportError:
                 forests = {}
                 missing |= dict.fromkeys(CUES, "its forest needs scikit-learn: pip install scikit-learn")
             numbered = _shards(list(enumerate(clip_seeds("held_out", extent.clips))), _SHARD_CLIPS)
             on_sheet = chosen(extent.clips) if sheet else []
-            held_out = work.submit(Worker.held_out, numbered, forests, on_sheet)
+            held_out = work.submit(Worker.held_out, numbered, extent.frames, forests, on_sheet)
             found = Found(*(work.collect(part) for part in (held_out, reference, drift, counterfactual)))
     if sheet is not None:
         write_sheet(sheet, [clip.sheet for clip in found.held_out if clip.sheet is not None])
@@ -120,7 +122,7 @@ def evaluate_roundtable(
     return {
         "benchmark": "roundtable",
         "clips": extent.clips,
-        "frames": HELD_OUT_FRAMES,
+        "frames": extent.frames,
         "seconds": round(time.monotonic() - started, 1),
         "git_commit": git_commit(),
         "weights": _weights_summary(weights),
@@ -158,8 +160,8 @@ def _weights_summary(folder: Path) -> dict[str, Any]:
 
 def _all_work(models: Models, extent: Extent) -> float:
     return (
-        extent.clips * (held_out_work(models) + reference_work())
-        + extent.drift * drift_work(models, extent.drift_frames)
+        extent.clips * extent.frames * (held_out_work(models) + reference_work())
+        + extent.drift * extent.drift_frames * drift_work(models)
         + extent.counterfactual * counterfactual_work()
     )
 
@@ -194,7 +196,7 @@ class Found:
                 for name in figures:
                     samples.setdefault(row, {})[name] = np.array([clip[row][name] for clip in clips], np.float64)
         for row in self._rows_with_faces():
-            samples[row]["identity_top1"] = self._identity_top1(row)
+            samples.setdefault(row, {})["identity_top1"] = self._identity_top1(row)
         return samples
 
     def _rows_with_faces(self) -> list[str]:

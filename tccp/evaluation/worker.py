@@ -69,11 +69,15 @@ class Worker:
     tick: Callable[[float], object]
 
     def held_out(
-        self, numbered: Sequence[tuple[int, int]], forests: Mapping[Cue, Any], on_sheet: Sequence[int]
+        self,
+        numbered: Sequence[tuple[int, int]],
+        num_frames: int,
+        forests: Mapping[Cue, Any],
+        on_sheet: Sequence[int],
     ) -> list[HeldOut]:
         """Every row of clips that are given by number and seed. on_sheet: numbers of clips that the sheet shows."""
         settings = self.models.pipeline.settings
-        clips = [make_clip(seed, of.HELD_OUT_FRAMES, settings) for _, seed in numbered]
+        clips = [make_clip(seed, num_frames, settings) for _, seed in numbered]
         shard = Shard(self.models, clips)
         truths = shard.truth()
         identities = embed_identity(self.models.probe, np.stack([clip.identity for clip in clips]))
@@ -95,24 +99,23 @@ class Worker:
                         assert made.marks is not None
                         marks = shard.decode(made.marks[i], "landmark")
                         done[i].sheet = sheet_clip(number, clips[i], shown[i], marks, done[i].rows[name].figures)
-                self.tick(row.chains * of.HELD_OUT_FRAMES * len(clips))
+                self.tick(row.chains * num_frames * len(clips))
         mean = mean_face(settings.picture_px)
-        n = of.HELD_OUT_FRAMES
-        points, faces = np.stack([mean.points] * n), np.stack([mean.face] * n)
+        points, faces = np.stack([mean.points] * num_frames), np.stack([mean.face] * num_frames)
         keep("mean", [composed(self.models.probe, clip, faces, points) for clip in clips])
         for cue, forest in forests.items():
             for result, clip in zip(done, clips, strict=True):
                 result.rows[cue] = RowOfClip(cue_figures(cue, forest, clip))
         return done
 
-    def reference(self, seeds: Sequence[int]) -> list[Reference]:
+    def reference(self, seeds: Sequence[int], num_frames: int) -> list[Reference]:
         """True faces of other clips."""
         done = []
         for seed in seeds:
-            clip = make_clip(seed, of.HELD_OUT_FRAMES, self.models.pipeline.settings)
+            clip = make_clip(seed, num_frames, self.models.pipeline.settings)
             identity = embed_identity(self.models.probe, clip.identity[None])[0]
             done.append(Reference(identity, read_faces(self.models.probe, clip.faces).features))
-            self.tick(_REFERENCE_CHAINS * of.HELD_OUT_FRAMES)
+            self.tick(_REFERENCE_CHAINS * num_frames)
         return done
 
     def drift(self, seeds: Sequence[int], num_frames: int) -> list[dict[str, Drift]]:
@@ -176,17 +179,18 @@ def _slopes(clips: Sequence[EvaluationClip], shown: Sequence[Shown]) -> dict[str
 
 
 def held_out_work(models: Models) -> float:
-    """Ticks of one held-out clip."""
-    return of.HELD_OUT_FRAMES * sum(row.chains for name, row in ROWS.items() if name not in models.missing)
+    """Ticks of a frame of a held-out clip; of other clips below."""
+    return sum(row.chains for name, row in ROWS.items() if name not in models.missing)
 
 
 def reference_work() -> float:
-    return _REFERENCE_CHAINS * of.HELD_OUT_FRAMES
+    return _REFERENCE_CHAINS
 
 
-def drift_work(models: Models, num_frames: int) -> float:
-    return num_frames * sum(ROWS[row].chains for row in DRIFT_ROWS if row not in models.missing)
+def drift_work(models: Models) -> float:
+    return sum(ROWS[row].chains for row in DRIFT_ROWS if row not in models.missing)
 
 
 def counterfactual_work() -> float:
+    """Of a whole clip, at all bearings."""
     return _COUNTERFACTUAL_CHAINS * of.COUNTERFACTUAL_FRAMES * len(of.COUNTERFACTUAL_DEG)
