@@ -201,6 +201,20 @@ def test_a_missing_condition_is_named():
         model(latents, t, Conditions(), control)
 
 
+def test_a_wider_control_embedding_is_one_of_the_control_branch_alone():
+    none, same, wide = (
+        MVControlNet.from_settings(tiny(**{"variant_overrides": {}, "network.control_embedding": widths}), "face_first")
+        for widths in ((), (16,), (24, 40))
+    )
+    shapes = [{name: tuple(p.shape) for name, p in model.named_parameters()} for model in (none, same, wide)]
+    assert shapes[0] == shapes[1]
+    inner = [name for name in shapes[2] if name.startswith("control.embed")]
+    assert [shapes[2][name][0] for name in inner if name.endswith("weight")] == [24, 40, 16]
+    assert {n: s for n, s in shapes[0].items() if "embed" not in n} == {
+        n: s for n, s in shapes[2].items() if "embed" not in n
+    }
+
+
 def test_save_pretrained_round_trip(tmp_path):
     settings = tiny()
     row = VARIANTS["face_sequence"]

@@ -137,6 +137,16 @@ def test_a_blind_network_is_shown_no_scene_and_the_others_their_control(cache):
         assert torch.equal(seen.latents, unseen.latents)
 
 
+def test_a_shift_of_time_steps_trains_more_on_noisy_ones(cache):
+    planned = [PlannedWindow(epoch, WindowId(cache.table.ids[0], 0)) for epoch in range(400)]
+    plain, shifted = (
+        draw(planned, (1, 1, 1, 1), small(**{"training.timestep_shift": shift}), 1000).t.double() for shift in (1, 3)
+    )
+    assert abs(plain.mean() - 500) < 45
+    assert torch.equal(shifted, (3000 * (u := (plain + 0.5) / 1000) / (1 + 2 * u)).floor())
+    assert 0 <= shifted.min() < shifted.max() <= 999
+
+
 def test_latents_encoded_in_parts_are_those_encoded_at_once(cache, tmp_path):
     parts = LatentCache(tmp_path, cache.table, cache.settings, cache.autoencoder, cache.lips.sources)
     parts.build(1, 2)

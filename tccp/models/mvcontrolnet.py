@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -29,15 +30,13 @@ class VideoBranch(nn.Module):
 class ControlBranch(nn.Module):
     """Encoder and middle like the video branch's, with zero convolutions where control enters and leaves."""
 
-    def __init__(self, encoder: Encoder, control_channels: int, base_channels: int):
+    def __init__(self, encoder: Encoder, control_channels: int, embedding: Sequence[int], base_channels: int):
         super().__init__()
         self.encoder = encoder
-        self.embed = nn.Sequential(
-            nn.Conv2d(control_channels, base_channels, 3, padding=1),
-            nn.SiLU(),
-            nn.Conv2d(base_channels, base_channels, 3, padding=1),
-            nn.SiLU(),
-        )
+        widths = [control_channels, *(embedding or (base_channels,)), base_channels]
+        self.embed = nn.Sequential()
+        for before, after in pairwise(widths):
+            self.embed.extend([nn.Conv2d(before, after, 3, padding=1), nn.SiLU()])
         self.zero_in = zero_module(nn.Conv2d(base_channels, base_channels, 1))
         widths = encoder.skip_channels
         self.zero_out = nn.ModuleList([zero_module(nn.Conv2d(c, c, 1)) for c in [*widths, widths[-1]]])
@@ -79,6 +78,7 @@ class MVControlNet(ModelMixin, ConfigMixin):
         norm_groups: int = 32,
         pooled_conditions: bool = False,
         first_frame_channels: bool = False,
+        control_embedding: Sequence[int] = (),
     ):
         super().__init__()
         self.conditions = ConditionEncoders(condition_kinds, condition_dim, picture_px, lip_px)
@@ -95,7 +95,9 @@ class MVControlNet(ModelMixin, ConfigMixin):
         )
         pooled_dim = condition_dim * len(condition_kinds) if pooled_conditions else None
         self.video = VideoBranch(Encoder(in_channels, *shape, pooled_dim), Decoder(latent_channels, *shape))
-        self.control = ControlBranch(Encoder(in_channels, *shape, pooled_dim), latent_channels, base_channels)
+        self.control = ControlBranch(
+            Encoder(in_channels, *shape, pooled_dim), latent_channels, control_embedding, base_channels
+        )
         self.control.encoder.load_state_dict(self.video.encoder.state_dict())
 
     @classmethod
@@ -120,6 +122,7 @@ class MVControlNet(ModelMixin, ConfigMixin):
             norm_groups=network.norm_groups,
             pooled_conditions=network.pooled_conditions,
             first_frame_channels=network.first_frame_channels and row.continues,
+            control_embedding=network.control_embedding,
         )
         if network.gradient_checkpointing:
             model.enable_gradient_checkpointing()

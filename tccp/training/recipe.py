@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,6 @@ class Trainer:
         self.control_from = control_from
         self.command = command
         self.data_hash = hashlib.blake2b(" ".join(self.table.ids).encode(), digest_size=8).hexdigest()
-        self._cache: LatentCache | None = None
         self._lip_seconds: float | None = None
 
     def train(self, names: Sequence[str]) -> None:
@@ -159,13 +158,13 @@ class Trainer:
         self._lip_seconds = float(json.loads((folder / SPENT_FILE).read_text())["seconds"])
         return open_lip_sources(lips, folder, self.device)
 
-    @property
-    def cache(self) -> LatentCache:
-        """The latent cache of this table; `build()` fills it."""
-        if self._cache is None:
-            autoencoder = PictureAutoencoder.load(verified(self.weights, "autoencoder")).to(self.device).eval()
-            self._cache = LatentCache(self.storage, self.table, self.settings, autoencoder, self._lip_sources())
-        return self._cache
+    def cache_for(self, names: Iterable[str]) -> LatentCache:
+        """The latent cache of this table, with lips if one of these variants takes them; `build()` fills it."""
+        source = self.settings.lips.source
+        needs_lips = any("lips" in VARIANTS[name].conditions_with(source) for name in VARIANTS if name in names)
+        autoencoder = PictureAutoencoder.load(verified(self.weights, "autoencoder")).to(self.device).eval()
+        lips = self._lip_sources() if needs_lips else None
+        return LatentCache(self.storage, self.table, self.settings, autoencoder, lips)
 
     def _train_variant(self, name: VariantName) -> None:
         settings = self.settings.for_variant(name)
@@ -173,7 +172,7 @@ class Trainer:
         if name in FIRST_OF and settings.training.initial_frames != "truth":
             first = load_network(self.weights, FIRST_OF[name], self.device)
         start_from = load_network(self.control_from, name, self.device) if self.control_from else None
-        cache = self.cache
+        cache = self.cache_for([name])
         cache.build()
         run = self._run(name)
         model, result = train_variant(
@@ -202,8 +201,8 @@ class Trainer:
         for group in recipe(self.settings):
             names = [name for name in group if name in missing]
             if jobs > 1 and any(name in VARIANTS for name in names):
-                self.cache  # noqa: B018  makes the liplets, once, before the processes that read them
-                _in_processes(jobs, _build_part, [(self.arguments, part, jobs) for part in range(jobs)])
+                self.cache_for(names)  # makes the liplets, once, before the processes that read them
+                _in_processes(jobs, _build_part, [(self.arguments, names, part, jobs) for part in range(jobs)])
             if jobs == 1 or len(names) < 2:
                 self.train(names)
             else:
@@ -229,8 +228,8 @@ def _start_process(threads: int) -> None:
     os.environ[LINES_ONLY] = "1"  # several live bars on one terminal would overwrite each other
 
 
-def _build_part(arguments: dict[str, Any], part: int, parts: int) -> None:
-    Trainer(**arguments).cache.build(part, parts)
+def _build_part(arguments: dict[str, Any], names: Sequence[str], part: int, parts: int) -> None:
+    Trainer(**arguments).cache_for(names).build(part, parts)
 
 
 def _train_one(arguments: dict[str, Any], name: str) -> None:

@@ -39,10 +39,12 @@ def draw(
 ) -> Draws:
     """Draws for windows whose latents have `shape` c f h w."""
     noise, t, dropped, initial, generated = [], [], [], [], []
+    shift = settings.training.timestep_shift
     for epoch, (clip_id, start) in planned:
         generator = torch.Generator().manual_seed(rng_seed(settings.seed, "diffusion", clip_id, start, epoch))
         noise.append(torch.randn(shape, generator=generator))
-        t.append(torch.randint(num_train_timesteps, (), generator=generator))
+        u = (int(torch.randint(num_train_timesteps, (), generator=generator)) + 0.5) / num_train_timesteps
+        t.append(torch.tensor(int(num_train_timesteps * shift * u / (1 + (shift - 1) * u))))
         dropped.append(torch.rand((), generator=generator) < settings.training.condition_dropout)
         initial.append(torch.randn((shape[0], *shape[2:]), generator=generator))
         generated.append(torch.rand((), generator=generator) < 0.5)
