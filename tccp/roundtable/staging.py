@@ -239,12 +239,16 @@ def _other(
         if begins < num_frames and is_addressed[begins] and not is_addressed[max(begins - 1, 0)]:
             up = glide(0.0, 1.0, float(at_s), 0.3, num_frames) - glide(0.0, 1.0, float(at_s) + 0.8, 0.4, num_frames)
             hands[:, (side + 1) // 2] = np.maximum(hands[:, (side + 1) // 2], up)
+    pose = _pose(yaw, drift(rng, num_frames, 2.0), drift(rng, num_frames, 2.0))
+    # The body turns with the head, later and less: a small picture shows bodies where it hardly shows heads.
+    torso_towards, torso_elsewhere = -side * rng.uniform(95, 150), 0.5 * elsewhere
+    torso = torso_elsewhere + follow(is_addressed.astype(np.float64), 0.08, 0.6) * (torso_towards - torso_elsewhere)
     place = Place(
         origin=np.stack([x, y], axis=-1) + sway,
         unit_px=unit * grow,
         depth_m=depth_m,
-        pose=_pose(yaw, drift(rng, num_frames, 2.0), drift(rng, num_frames, 2.0)),
-        torso_yaw_deg=np.full(num_frames, -side * rng.uniform(95, 150)),
+        pose=pose,
+        torso_yaw_deg=torso,
         hands=hands,
         gaze_deg=np.zeros(num_frames),
     )
