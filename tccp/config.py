@@ -127,9 +127,7 @@ class TrainingSettings(_Frozen):
     adam_betas: tuple[_Decay, _Decay] = (0.9, 0.999)
     gradient_clip: PositiveFloat | None = None
     ema_decay: _Decay = 0.9999  # reached gradually: (1 + k) / (10 + k) at update k while that is less
-    timestep_shift: PositiveFloat = (
-        1.0  # above 1, more of the noisy times: s u / (1 + (s - 1) u), Esser et al. 2024
-    )
+    timestep_shift: PositiveFloat = 1.0  # above 1, more of the noisy times: s u / (1 + (s - 1) u), Esser et al. 2024
     condition_dropout: float = Field(0.0, ge=0, lt=1)  # share of windows trained without conditions, for guidance
     initial_frames: Literal["truth", "generated", "mix"] = "truth"
     initial_frame_noise: NonNegativeFloat = 0.0  # standard deviation, in latent units, of noise on the clean frame
@@ -214,7 +212,7 @@ def paper() -> Settings:
 
 def toy() -> Settings:
     """Trains on two CPU cores in minutes. What differs from `paper`, and why, is listed in README."""
-    first = {"training.batch_size": 64, "training.timestep_shift": 3.0}
+    seeing = {"network.control_embedding": [128, 128]}  # networks that are shown the scene
     return Settings(
         preset="toy",
         picture_px=64,
@@ -257,17 +255,18 @@ def toy() -> Settings:
         sampling=SamplingSettings(solver="dpmpp", steps=12),
         lips=LipSettings(source="liplet", size_px=32, liplet_channels=16, liplet_steps=1200, liplet_learning_rate=3e-3),
         variant_overrides={
-            "landmark_first": {"network.control_embedding": [128, 128], **first},
-            "landmark_sequence": {"network.control_embedding": [128, 128]},
-            "face_first": first,
+            "landmark_first": {"training.batch_size": 64, "training.timestep_shift": 3.0, **seeing},
+            "landmark_sequence": seeing,
+            "face_first": {"training.batch_size": 64},
             "face_sequence": {"network.first_frame_channels": True},
             # One stage in place of two: as many steps as the two networks that it replaces.
-            "one_stage_first": {"network.control_embedding": [128, 128], **first, "training.max_steps": 5600},
-            "one_stage_sequence": {
-                "network.control_embedding": [128, 128],
-                "network.first_frame_channels": True,
+            "one_stage_first": {
+                "training.batch_size": 64,
+                "training.timestep_shift": 3.0,
                 "training.max_steps": 5600,
+                **seeing,
             },
+            "one_stage_sequence": {"network.first_frame_channels": True, "training.max_steps": 5600, **seeing},
         },
     )
 
