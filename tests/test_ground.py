@@ -58,9 +58,10 @@ def pins() -> dict[str, str]:
 
 
 def installed_closure() -> Iterator[importlib.metadata.Distribution]:
-    """What `make` installed for this project: tccp[preprocess,dev] and everything that it pulls in."""
+    """What `make` installed for this project: tccp[preprocess,evaluate,dev] and everything that it pulls in."""
     seen: set[tuple[str, str]] = set()
-    queue = [Requirement(text) for text in [*PROJECT["dependencies"], *EXTRAS["preprocess"], *EXTRAS["dev"]]]
+    installed = [text for extra in ("preprocess", "evaluate", "dev") for text in EXTRAS[extra]]
+    queue = [Requirement(text) for text in [*PROJECT["dependencies"], *installed]]
     while queue:
         requirement = queue.pop()
         name = canonicalize_name(requirement.name)
@@ -125,7 +126,7 @@ def imported_packages(files: list[Path]) -> dict[str, Path]:
 @pytest.mark.parametrize("part", ["code", "tests"])
 def test_every_import_is_of_a_declared_requirement(part: str) -> None:
     """Not of one that something else happens to bring along. Only tests may import what `dev` brings."""
-    extras = ["preprocess", "train", "serve"] if part == "code" else EXTRAS
+    extras = ["preprocess", "evaluate", "train", "serve"] if part == "code" else EXTRAS
     texts = [*PROJECT["dependencies"], *(text for extra in extras for text in EXTRAS[extra])]
     declared = {canonicalize_name(Requirement(text).name) for text in texts}
     folders = CODE if part == "code" else [ROOT / "tests"]
