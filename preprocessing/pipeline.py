@@ -157,13 +157,15 @@ def _joined(tables: Iterator[pa.Table]) -> pa.Table:
 def find_sources(given: Sequence[str | Path]) -> pa.Table:
     """Rows of (path, source) for films and folders of films, a folder's in order of name; `source` is relative to it.
 
+    Hidden files are left out: a writer that was killed leaves its unfinished film under such a name.
     Raises TccpError if a folder holds no film, or nothing is given.
     """
     spans = []
     for item in map(Path, given):
         files = [item]
         if item.is_dir():
-            files = sorted(p for p in item.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file())
+            found = (p for p in item.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file())
+            files = sorted(p for p in found if not p.name.startswith("."))
             if not files:
                 raise TccpError(f"{item} holds no film ({', '.join(VIDEO_SUFFIXES)}); give one that does, or files")
         spans += [Span(str(path), path.relative_to(item).as_posix() if item.is_dir() else path.name) for path in files]

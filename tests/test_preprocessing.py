@@ -404,6 +404,7 @@ def test_sources_are_films_of_a_folder_and_files_by_name(tmp_path: Path) -> None
     for name in ("b.mp4", "a.MOV", "deep/c.mkv", "notes.txt", "b.truth.npz"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
+    (tmp_path / ".b.0f1e.partial.mp4").touch()  # what a writer that was killed leaves
     found = find_sources([tmp_path, tmp_path / "notes.txt"])
     assert found.column("source").to_pylist() == ["a.MOV", "b.mp4", "deep/c.mkv", "notes.txt"]
     (tmp_path / "none").mkdir()
