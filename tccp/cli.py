@@ -312,7 +312,7 @@ def evaluate(
         benchmark: roundtable: procedural scenes with new people, rooms and voices.
         weights: pipeline folder.
         ablations: folder with the pipelines no_lip, one_stage and context_blind; rows without them stay empty.
-        quick: a tenth of the clips, to see that all is well; not to be quoted.
+        quick: a tenth of the clips and shorter chains, to see that all is well; not to be quoted.
         clips: number of held-out clips (default: 128; 12 with --quick).
         jobs: processes of one thread each (default: one per core, at most 8; 1 on a GPU). Figures do not depend on it.
         sheet: a PNG to write, of five clips: what was given, the truth, what was generated.

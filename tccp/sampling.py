@@ -263,7 +263,7 @@ class Stage:
         frames: Sequence[FrameInputs],
         identity: Float[Tensor, "3 s s"],
         seed: int,
-        batch_size: int = 16,
+        batch_size: int = 64,
     ) -> Float[Tensor, "c f h w"]:
         """Every frame by the first-frame network, on its own and from noise of its own. Frame 0 is the chain's.
 
