@@ -63,11 +63,8 @@ def cue_features(cue: Cue, truth: Truth) -> Float[np.ndarray, "f n"]:
 
 
 def fit_cues(count: int, num_frames: int, on_clip: Callable[[], object] = lambda: None) -> dict[Cue, Any]:
-    """A random forest per cue, fitted to the yaw that landmarks show (`head_pose`), on clips of their own.
-
-    Raises ImportError without scikit-learn.
-    """
-    from sklearn.ensemble import RandomForestRegressor
+    """A random forest per cue, fitted to the yaw that landmarks show (`head_pose`), on clips of their own."""
+    from sklearn.ensemble import RandomForestRegressor  # a slow import
 
     features: dict[Cue, list[np.ndarray]] = {cue: [] for cue in CUES}
     yaw_deg = []

@@ -6,6 +6,7 @@ nothing but the time.
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import math
 import multiprocessing
@@ -33,7 +34,7 @@ from tccp.evaluation.clips import (
     counterfactual_seeds,
 )
 from tccp.evaluation.figures import Drift, corr_loss, frechet_distance
-from tccp.evaluation.predictors import CUES, fit_cues
+from tccp.evaluation.predictors import fit_cues
 from tccp.evaluation.probe import CANDIDATES, top1
 from tccp.evaluation.report import POOLED_RESAMPLES, RESAMPLES, TARGETS, Pooled, compare, summarise
 from tccp.evaluation.rows import Models
@@ -95,9 +96,10 @@ def evaluate_roundtable(
         raise TccpError(f"--jobs {jobs}: at least 1")
     if sheet is not None:
         check_writable(sheet)
+    if absent := [name for name in ("skimage", "sklearn") if importlib.util.find_spec(name) is None]:
+        raise TccpError(f"{absent[0]} is not installed: pip install -c constraints.txt -e '.[evaluate]'")
     started = time.monotonic()
     models = Models.load(weights, ablations, device)
-    missing = dict(models.missing)
     with progress() as bar:
         task = bar.add_task("evaluating", total=round(_all_work(models, extent)))
         with _work(models, (weights, ablations, device), jobs, lambda done: bar.advance(task, done)) as work:
@@ -108,11 +110,7 @@ def evaluate_roundtable(
             counterfactual = work.submit(Worker.counterfactual, moved)
             others = _shards(clip_seeds("reference", extent.clips), _SHARD_CLIPS)
             reference = work.submit(Worker.reference, others, extent.frames)
-            try:
-                forests = fit_cues(extent.prior, extent.frames, work.poll)
-            except ImportError:
-                forests = {}
-                missing |= dict.fromkeys(CUES, "its forest needs scikit-learn: pip install scikit-learn")
+            forests = fit_cues(extent.prior, extent.frames, work.poll)
             numbered = _shards(list(enumerate(clip_seeds("held_out", extent.clips))), _SHARD_CLIPS)
             on_sheet = chosen(extent.clips) if sheet else []
             held_out = work.submit(Worker.held_out, numbered, extent.frames, forests, on_sheet)
@@ -144,7 +142,7 @@ def evaluate_roundtable(
         "rows": rows,
         "differences": differences,
         "targets": [target.record(rows, differences) for target in TARGETS],
-        "missing": missing,
+        "missing": dict(models.missing),
     }
 
 
