@@ -216,6 +216,7 @@ def generate(
     steps: int | None = None,
     solver: Literal["ddpm", "ddim", "dpmpp"] | None = None,
     guidance_scale: float | None = None,
+    temperature: float | None = None,
     seed: int = 0,
     preset: Annotated[str | None, tyro.conf.arg(help="refuse weights of any other preset")] = None,
     one_stage: bool = False,
@@ -248,6 +249,7 @@ def generate(
         extend: what to do when the scene is shorter than the sound.
         steps: sampling steps (default: as trained).
         guidance_scale: above 1, conditions are followed more closely.
+        temperature: below 1, less is left to chance: nearer to what is most likely, and livelier at 1.
         one_stage: use the one-stage ablation networks.
         save_landmarks: write stage 1's landmarks as JSON lines, to look at or edit.
         landmarks: take (edited) landmarks from such a file instead of stage 1.
@@ -276,6 +278,7 @@ def generate(
         steps=steps,
         solver=solver,
         guidance_scale=guidance_scale,
+        temperature=temperature,
         seed=seed,
         preset=preset,
         one_stage=one_stage,

@@ -146,6 +146,7 @@ class TrainingSettings(_Frozen):
 class SamplingSettings(_Frozen):
     solver: Solver = "ddpm"
     steps: PositiveInt = 1000
+    temperature: NonNegativeFloat = 1.0  # scales all noise: below 1, samples lie nearer to what is most likely
     guidance_scale: PositiveFloat = 1.0  # 1 is the network as trained; above it, conditions are pushed
     redraw_landmarks: bool = False  # read stage 1's points back and draw them anew for stage 2
 

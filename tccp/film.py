@@ -68,6 +68,7 @@ class FilmRequest:
     steps: int | None = None
     solver: Solver | None = None
     guidance_scale: float | None = None
+    temperature: float | None = None
     seed: int = 0
     preset: str | None = None
     one_stage: bool = False
@@ -189,7 +190,8 @@ def _check_writable(path: Path, option: str) -> None:
 
 def _with_sampling(pipeline: Pipeline, request: FilmRequest) -> Pipeline:
     """The pipeline with what the command line says about sampling, also where a variant has settings of its own."""
-    given = {"solver": request.solver, "steps": request.steps, "guidance_scale": request.guidance_scale}
+    names = ("solver", "steps", "guidance_scale", "temperature")
+    given = {name: getattr(request, name) for name in names}
     changes = {f"sampling.{name}": value for name, value in given.items() if value is not None}
     settings = override(pipeline.settings, changes)
     for variant, own in settings.variant_overrides.items():

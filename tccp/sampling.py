@@ -43,6 +43,7 @@ class WindowState:
     seed: int
     plan: SolverPlan
     guidance_scale: float
+    temperature: float
     conditions: Conditions
     control: Float[Tensor, "c f h w"]
     initial: Float[Tensor, "c h w"] | None
@@ -71,8 +72,9 @@ def start_window(
 ) -> WindowState:
     """A window of noise, ready for `advance`."""
     plan = solver_plan(schedule, settings.solver, settings.steps)
-    latents = _with_initial(_noise(control, seed, -1), initial)
-    return WindowState(latents, 0, None, seed, plan, settings.guidance_scale, conditions, control, initial)
+    latents = _with_initial(settings.temperature * _noise(control, seed, -1), initial)
+    scales = (settings.guidance_scale, settings.temperature)
+    return WindowState(latents, 0, None, seed, plan, *scales, conditions, control, initial)
 
 
 @torch.no_grad()
@@ -99,7 +101,7 @@ def advance(model: Denoiser, schedule: NoiseSchedule, states: Sequence[WindowSta
     before = torch.stack([state.history if state.history is not None else state.latents for state in states]).double()
     noise = torch.stack(
         [
-            _noise(s.latents, s.seed, s.step) if step.noise else torch.zeros_like(s.latents)
+            s.temperature * _noise(s.latents, s.seed, s.step) if step.noise else torch.zeros_like(s.latents)
             for s, step in zip(states, steps, strict=True)
         ]
     )

@@ -49,6 +49,7 @@ TABLE_3 = {
     "training.precision": "fp32",
     "network.control_embedding": (),
     "context": "scene",
+    "sampling.temperature": 1.0,
 }
 
 

@@ -412,7 +412,9 @@ def test_one_stage_needs_neither_landmarks_nor_their_networks(
         generate_film(request_of(film, weights, tmp_path / "b.mp4", one_stage=True, save_landmarks=tmp_path / "x"))
 
 
-@pytest.mark.parametrize("change", [{"steps": 3}, {"solver": "ddpm"}, {"guidance_scale": 2.0}, {"color_match": False}])
+@pytest.mark.parametrize(
+    "change", [{"steps": 3}, {"solver": "ddpm"}, {"guidance_scale": 2.0}, {"temperature": 0.5}, {"color_match": False}]
+)
 def test_options_of_sampling_are_heard(
     film: Path, weights: Path, tones: Path, made: tuple[Path, Path, Any], tmp_path: Path, change: dict[str, Any]
 ) -> None:

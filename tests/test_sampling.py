@@ -96,6 +96,23 @@ def test_ddpm_reaches_the_distribution_as_steps_grow():
     assert errors[2] < 0.01
 
 
+@pytest.mark.parametrize("solver", ["ddim", "dpmpp", "ddpm"])
+def test_temperature_draws_samples_towards_the_mean(solver):
+    """For a Gaussian all steps are linear: a sample's distance from the mean is the temperature times what it was."""
+    schedule = schedule_of("v")
+
+    def sample(temperature):
+        settings = SamplingSettings(solver=solver, steps=50, temperature=temperature)
+        state = start_window(schedule, settings, NOTHING, torch.zeros(4, 1, 8, 8), None, 0)
+        state = dataclasses.replace(state, latents=state.latents.double(), control=state.control.double())
+        return run_window(GaussianDenoiser(schedule), schedule, state)
+
+    full, half, none = sample(1.0), sample(0.5), sample(0.0)
+    assert float((none - MEAN).abs().max()) < 0.01
+    assert full.std() > 0.3
+    assert torch.allclose(half - none, (full - none) / 2, atol=1e-6)
+
+
 @pytest.mark.parametrize("solver", ["ddim", "dpmpp"])
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
 def test_end_result_is_near_the_exact_flow(solver, prediction):
