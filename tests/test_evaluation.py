@@ -17,7 +17,7 @@ from sklearn.dummy import DummyRegressor
 from tccp.audio import mel_windows
 from tccp.config import FPS, Settings, TccpError, VariantName, override
 from tccp.evaluation import clips as of
-from tccp.evaluation.clips import EvaluationClip, clip_seeds, counterfactual_seeds, make_clip
+from tccp.evaluation.clips import EvaluationClip, clip_seeds, counterfactual_seeds, in_mid_speech, make_clip
 from tccp.evaluation.figures import CLIP_FIGURES
 from tccp.evaluation.predictors import CUES, cue_features, cue_figures, mean_face
 from tccp.evaluation.probe import FaceProbe
@@ -101,6 +101,16 @@ def test_what_happens_in_a_clip_happens_while_it_is_looked_at() -> None:
         if clip.kind == "change":
             assert len(make_clip(seed, 1, tiny.SETTINGS).truth.event_s) == 0
     assert kinds == {"still", "change", "move"}
+
+
+def test_the_wrong_clip_shares_nothing_with_a_beginning(clips: tuple[EvaluationClip, ...]) -> None:
+    """It is a stretch of its own clip in mid-speech, of the same length."""
+    other = in_mid_speech(clips[1])
+    assert other.truth.num_frames == FRAMES
+    assert other.truth.person_seed == clips[1].truth.person_seed
+    assert clips[1].truth.mouth_opening[0] == 0
+    longer = synthesise(12, (50 + 2 * FRAMES + 5) / FPS, width=128, height=96)
+    assert np.array_equal(other.truth.mouth_opening, longer.mouth_opening[50 : 50 + FRAMES])
 
 
 def test_the_listener_of_a_counterfactual_can_be_moved() -> None:

@@ -6,7 +6,7 @@ No film is written or decoded: what a codec does to pictures is no part of the m
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 from typing import Any, Literal, get_args
 
@@ -25,6 +25,7 @@ DRIFT_FRAMES = 351
 COUNTERFACTUAL_FRAMES = 15
 COUNTERFACTUAL_DEG = (-50.0, -25.0, 25.0, 50.0)
 """Bearings at which the only listener of a clip is made to stand."""
+_WRONG_CLIP_FROM = 50
 _SOUND_MARGIN_FRAMES = 5  # the last frame's audio window looks 0.14 s ahead of it
 
 Purpose = Literal["held_out", "reference", "prior", "drift", "counterfactual"]
@@ -83,7 +84,7 @@ class EvaluationClip:
 def make_clip(seed: int, num_frames: int, settings: Settings, **options: Any) -> EvaluationClip:
     """The clip of this seed, as `tccp generate` would see it. options: of `tccp.roundtable.synthesise`."""
     clip = synthesise(seed, _seconds(num_frames), **options)
-    truth = _first_frames(clip, num_frames)
+    truth = _stretch(clip, 0, num_frames)
     scenes = np.stack([clip.render(frame) for frame in range(num_frames)])
     size, boxes = settings.picture_px, truth.head_box
     fit = headbox.SceneFit(clip.width, clip.height, size)
@@ -105,11 +106,24 @@ def true_points(truth: Truth) -> Float32[np.ndarray, "f 68 2"]:
     return np.stack([headbox.to_crop(*frame) for frame in zip(truth.landmarks_px, truth.head_box, strict=True)])
 
 
-def _first_frames(truth: Truth, num_frames: int) -> Truth:
+def in_mid_speech(clip: EvaluationClip) -> EvaluationClip:
+    """The clip with the truth of as many frames from two seconds on, for the wrong-clip control.
+
+    All clips begin in silence, so that any two of them agree on when speech sets in: the true mouths of two beginnings
+    correlate by 0.24, those of a beginning and a later stretch by 0.01.
+    """
+    count = clip.num_frames
+    longer = synthesise(clip.truth.seed, _seconds(_WRONG_CLIP_FROM + 2 * count), clip.truth.width, clip.truth.height)
+    return replace(clip, truth=_stretch(longer, _WRONG_CLIP_FROM, count))
+
+
+def _stretch(truth: Truth, start: int, count: int) -> Truth:
+    """`count` frames of a truth from frame `start` on."""
     values = {field.name: getattr(truth, field.name) for field in fields(Truth)}
     for name, value in values.items():
         if name == "event_s":
-            values[name] = value[value < num_frames / FPS]
+            at_s = value - np.float32(start / FPS)
+            values[name] = at_s[(at_s >= 0) & (at_s < count / FPS)]
         elif isinstance(value, np.ndarray):
-            values[name] = value[:num_frames]
+            values[name] = value[start : start + count]
     return Truth(**values)

@@ -51,7 +51,7 @@ def resamples(count: int, times: int) -> Integer[np.ndarray, "times count"]:
 
 
 def _number(value: float) -> float:
-    return float(f"{value:.5g}")
+    return float(f"{value:.5g}") if abs(value) > 1e-9 else 0.0
 
 
 def _cell(mean: float, low: float, high: float) -> Cell | None:
@@ -246,7 +246,8 @@ def text_table(record: Mapping[str, Any], width: int = 160) -> str:
         lines = _lines(record, list(columns))
         if not lines:
             continue
-        table = Table(title=f"{title} ({record['clips']} clips)", title_justify="left")
+        clips = record["counts"]["drift_clips"] if title == "drift" else record["clips"]
+        table = Table(title=f"{title}, {clips} clips", title_justify="left")
         table.add_column("row", no_wrap=True)
         for label in columns.values():
             table.add_column(label, justify="right")
@@ -254,7 +255,8 @@ def text_table(record: Mapping[str, Any], width: int = 160) -> str:
             table.add_row(*line)
         console.print(table)
     assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue() + "\n".join(_notes(record))
+    tables = [line.rstrip() for line in console.file.getvalue().splitlines()]
+    return "\n".join([*tables, *_notes(record)])
 
 
 def markdown_table(record: Mapping[str, Any]) -> str:

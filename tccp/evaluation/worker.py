@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from tccp.evaluation import clips as of
-from tccp.evaluation.clips import EvaluationClip, make_clip
+from tccp.evaluation.clips import EvaluationClip, in_mid_speech, make_clip
 from tccp.evaluation.figures import (
     Drift,
     Shown,
@@ -82,11 +82,11 @@ class Worker:
         truths = shard.truth()
         identities = embed_identity(self.models.probe, np.stack([clip.identity for clip in clips]))
         done = [HeldOut({}, identity) for identity in identities]
+        others = [in_mid_speech(clips[other_index(i, len(clips))]) for i in range(len(clips))]
 
         def keep(row: str, shown: Sequence[Shown]) -> None:
             for i, one in enumerate(shown):
-                other = clips[other_index(i, len(clips))]
-                done[i].rows[row] = _kept(clip_figures(clips[i], one, truths[i], other), one)
+                done[i].rows[row] = _kept(clip_figures(clips[i], one, truths[i], others[i]), one)
 
         keep("truth", truths)
         for name, row in ROWS.items():
