@@ -238,9 +238,9 @@ def load_network(folder: Path, name: VariantName, device: torch.device | str = "
     path = verified(folder, name)
     try:
         network = MVControlNet.from_pretrained(
-            path, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
+            path, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False, torch_dtype=torch.float32
         )
-        return network.to(device, torch.float32).eval()
+        return network.to(device).eval()
     except Exception as error:  # diffusers and safetensors raise many kinds for a broken folder
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise TccpError(f"{path} cannot be loaded ({reason}): copy it again or train {name} anew") from None

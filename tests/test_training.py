@@ -30,6 +30,7 @@ SMALL = {
     "lips.liplet_channels": 8,
     "training.batch_size": 4,
     "training.warmup_steps": 2,
+    "training.precision": "fp32",
     "training.log_every": 1,
     "variant_overrides": {},
 }

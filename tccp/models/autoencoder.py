@@ -137,8 +137,10 @@ class PictureAutoencoder(nn.Module):
     def load(cls, folder: Path) -> PictureAutoencoder:
         """Loads what `save` wrote, or any AutoencoderKL folder; without statistics, fit them before use."""
         try:
-            vae = AutoencoderKL.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)
-            autoencoder = cls(vae.float())
+            vae = AutoencoderKL.from_pretrained(
+                folder, local_files_only=True, low_cpu_mem_usage=False, torch_dtype=torch.float32
+            )
+            autoencoder = cls(vae)
         except (OSError, ValueError) as error:
             raise TccpError(f"{folder} is not a diffusers AutoencoderKL folder: {str(error).splitlines()[0]}") from None
         path = folder / STATISTICS_FILE
