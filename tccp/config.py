@@ -227,7 +227,7 @@ def toy() -> Settings:
             mid_attention=False,
             precision="bf16",
             batch_size=8,
-            max_steps=12_000,
+            max_steps=16_000,
             learning_rate=3e-3,
         ),
         network=NetworkSettings(
@@ -256,7 +256,12 @@ def toy() -> Settings:
         sampling=SamplingSettings(solver="dpmpp", steps=12),
         lips=LipSettings(source="liplet", size_px=32, liplet_channels=16, liplet_steps=1200, liplet_learning_rate=3e-3),
         variant_overrides={
-            "landmark_first": {"training.batch_size": 64, "training.timestep_shift": 3.0, **seeing},
+            "landmark_first": {
+                "training.batch_size": 64,
+                "training.timestep_shift": 3.0,
+                "training.max_steps": 4200,
+                **seeing,
+            },
             "landmark_sequence": seeing,
             "face_first": {"training.batch_size": 64},
             "face_sequence": {"network.first_frame_channels": True},
@@ -264,7 +269,7 @@ def toy() -> Settings:
             "one_stage_first": {
                 "training.batch_size": 64,
                 "training.timestep_shift": 3.0,
-                "training.max_steps": 5600,
+                "training.max_steps": 7000,
                 **seeing,
             },
             "one_stage_sequence": {"network.first_frame_channels": True, "training.max_steps": 5600, **seeing},

@@ -25,7 +25,7 @@ BOX_UNITS = 4.0
 BOX_CENTRE_Y = 0.40
 """Centre of the head box below the eyes, in head units."""
 _BOX_M = 0.36
-_TALKER_DEPTH_M = 5.0  # far and through a long lens: people at the table differ little in size
+_TALKER_DEPTH_M = 3.0  # near enough that a listener's size tells his bearing: from 5 m, 64 pixels hardly show it
 _TURN_S = 0.5
 _ATTEND_S = 0.35
 _MOVE_S = 1.0
@@ -241,7 +241,7 @@ def _other(
             hands[:, (side + 1) // 2] = np.maximum(hands[:, (side + 1) // 2], up)
     pose = _pose(yaw, drift(rng, num_frames, 2.0), drift(rng, num_frames, 2.0))
     # The body turns with the head, later and less: a small picture shows bodies where it hardly shows heads.
-    torso_towards, torso_elsewhere = -side * rng.uniform(95, 150), 0.5 * elsewhere
+    torso_towards, torso_elsewhere = 0.9 * towards + rng.uniform(-10, 10), 0.5 * elsewhere
     torso = torso_elsewhere + follow(is_addressed.astype(np.float64), 0.08, 0.6) * (torso_towards - torso_elsewhere)
     place = Place(
         origin=np.stack([x, y], axis=-1) + sway,
