@@ -253,7 +253,7 @@ def toy() -> Settings:
             precision="bf16",
             checkpoint_every=250,
         ),
-        sampling=SamplingSettings(solver="dpmpp", steps=12),
+        sampling=SamplingSettings(solver="dpmpp", steps=12, temperature=0.5),
         lips=LipSettings(source="liplet", size_px=32, liplet_channels=16, liplet_steps=1200, liplet_learning_rate=3e-3),
         variant_overrides={
             "landmark_first": {
@@ -264,7 +264,7 @@ def toy() -> Settings:
             },
             "landmark_sequence": seeing,
             "face_first": {"training.batch_size": 64},
-            "face_sequence": {"network.first_frame_channels": True},
+            "face_sequence": {"network.first_frame_channels": True, "training.max_steps": 4200},
             # One stage in place of two: as many steps as the two networks that it replaces.
             "one_stage_first": {
                 "training.batch_size": 64,
@@ -272,7 +272,7 @@ def toy() -> Settings:
                 "training.max_steps": 7000,
                 **seeing,
             },
-            "one_stage_sequence": {"network.first_frame_channels": True, "training.max_steps": 5600, **seeing},
+            "one_stage_sequence": {"network.first_frame_channels": True, "training.max_steps": 7000, **seeing},
         },
     )
 

@@ -22,7 +22,7 @@ from tccp.config import FPS, Settings, TccpError, git_commit, load_settings, set
 from tccp.film import FilmRequest, FilmResult, generate_film
 from tccp.generation import GeneratedFrame
 from tccp.media import VideoWriter, mark_generated, read_frames
-from tccp.pipeline import MANIFEST, TOY_WEIGHTS, read_settings
+from tccp.pipeline import TOY_WEIGHTS, read_settings
 from tccp.progress import progress
 from tccp.roundtable import Truth, identity_path, read_truth, write_clips
 from tccp.training.recipe import Trainer
@@ -55,7 +55,6 @@ def run_demo(out: Path, storage: Path, train: bool = False, fresh: bool = False)
     started = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     seconds: dict[str, float] = {}
-    train = train or not (TOY_WEIGHTS / MANIFEST).exists()  # a checkout without the packaged weights makes its own
     if train:
         root = _training_root(storage, fresh)
         weights = _train(root, started, seconds)

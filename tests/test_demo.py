@@ -18,7 +18,6 @@ from tccp.media import probe, read_metadata
 from tccp.pipeline import TOY_WEIGHTS, read_manifest, read_settings, verified, weights_folder
 from tccp.variants import TWO_STAGE
 
-pytestmark = pytest.mark.skipif(not TOY_WEIGHTS.exists(), reason="the packaged weights are not in this checkout yet")
 COMPONENTS = {"autoencoder", "lips", *TWO_STAGE}
 
 

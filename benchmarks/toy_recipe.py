@@ -1,0 +1,158 @@
+"""What does each change of the toy recipe gain? `python benchmarks/toy_recipe.py DATA WEIGHTS OUT.json`.
+
+One network at a time is trained anew, for a few hundred steps, with one setting put back to the paper's; everything
+else is that of WEIGHTS. It is judged on held-out clips, beside the network of the unchanged recipe at equally many
+steps. Networks in OUT.json are not trained again, so it can be stopped and started. An hour and a half of one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tccp import landmarks
+from tccp.clip import atomic_path
+from tccp.config import Settings, VariantName, override
+from tccp.diffusion import NoiseSchedule
+from tccp.evaluation.clips import EvaluationClip, clip_seeds, make_clip
+from tccp.evaluation.figures import correlation, psnr
+from tccp.evaluation.probe import load_probe, read_faces
+from tccp.evaluation.rows import Models, Shard
+from tccp.pipeline import Pipeline, read_settings
+from tccp.sampling import FrameInputs, Stage
+from tccp.training.recipe import Trainer
+from tccp.training.variant import train_variant
+from tccp.variants import FIRST_OF
+
+PLAIN_RATE = {"training.learning_rate": 2e-4, "training.schedule": "constant", "training.warmup_steps": 0}
+NOISE_PREDICTION = {"diffusion.prediction": "epsilon", "diffusion.zero_terminal_snr": False}
+TRIALS: dict[VariantName, dict[str, dict[str, Any]]] = {
+    "landmark_first": {
+        "toy": {},
+        "prediction=epsilon": NOISE_PREDICTION,
+        "learning_rate=2e-4, constant": PLAIN_RATE,
+        "gradient_clip=none": {"training.gradient_clip": None},
+        "ema_decay=0.9999": {"training.ema_decay": 0.9999},
+        "pooled_conditions=off": {"network.pooled_conditions": False},
+        "timestep_shift=1": {"training.timestep_shift": 1.0},
+        "control_embedding=()": {"network.control_embedding": []},
+        "condition_dropout=0": {"training.condition_dropout": 0.0},
+        "dropout=0.1": {"network.dropout": 0.1},
+    },
+    "face_sequence": {
+        "toy": {},
+        "first_frame_channels=off": {"network.first_frame_channels": False},
+        "initial_frame_noise=0": {"training.initial_frame_noise": 0.0},
+        "pooled_conditions=off": {"network.pooled_conditions": False},
+    },
+}
+STEPS: dict[VariantName, int] = {"landmark_first": 600, "face_sequence": 500}
+CLIPS, FRAMES = 32, 36
+EVERY = 5  # frames of a clip that a first-frame network makes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("data", type=Path, help="clip table that WEIGHTS were trained on")
+    parser.add_argument("weights", type=Path, help="complete pipeline folder of the toy preset")
+    parser.add_argument("out", type=Path, help="JSON, added to")
+    parser.add_argument("--storage", type=Path, required=True, help="storage of that training: its latents are read")
+    parser.add_argument("--only", choices=list(TRIALS), nargs="+", default=list(TRIALS))
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    settings = read_settings(arguments.weights)
+    clips = [make_clip(seed, FRAMES, settings) for seed in clip_seeds("held_out", CLIPS)]
+    for variant in arguments.only:
+        for name, change in TRIALS[variant].items():
+            done = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+            if name in done.get(variant, {}):
+                continue
+            figures = trial(variant, changed(settings, variant, change), arguments, clips)
+            done = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}  # another process may write
+            done.setdefault(variant, {})[name] = figures
+            with atomic_path(arguments.out) as path:
+                path.write_text(json.dumps(done, indent=1) + "\n")
+            print(variant, name, figures, flush=True)
+
+
+def changed(settings: Settings, variant: VariantName, change: dict[str, Any]) -> Settings:
+    """For this variant alone, and with the short schedule."""
+    overrides = {**settings.variant_overrides.get(variant, {}), **change, "training.max_steps": STEPS[variant]}
+    return override(settings, {f"variant_overrides.{variant}": overrides})
+
+
+def trial(
+    variant: VariantName, settings: Settings, arguments: argparse.Namespace, clips: list[EvaluationClip]
+) -> dict[str, float]:
+    usual = read_settings(arguments.weights)
+    trainer = Trainer(arguments.data, arguments.weights, usual, arguments.storage, resume=True)
+    cache = trainer.cache_for([variant])
+    cache.build()
+    started = time.monotonic()
+    network, _ = train_variant(variant, settings, cache, None)
+    seconds = time.monotonic() - started
+    companions = (FIRST_OF[variant],) if variant in FIRST_OF else ()
+    whole = Pipeline.load(arguments.weights, companions)
+    networks = {**whole.networks, variant: network}
+    pipeline = Pipeline(settings, whole.autoencoder, networks, whole.lips, whole.device)
+    with torch.inference_mode():
+        figures = first_frame_figures(pipeline, variant, clips) if not companions else face_figures(pipeline, clips)
+    return {"seconds": round(seconds, 1)} | {name: round(float(value), 4) for name, value in figures.items()}
+
+
+def first_frame_figures(pipeline: Pipeline, variant: VariantName, clips: list[EvaluationClip]) -> dict[str, float]:
+    """Landmarks of single frames: mouth correlation of all together, yaw error, share of heads on the right side."""
+    stage = _single(pipeline, variant)
+    shard = Shard(Models(pipeline, {}, {}, None), clips)  # type: ignore[arg-type]
+    points, true = [], []
+    for clip, control, mel, identity in zip(
+        clips, shard.control(pipeline), shard.mel(clips), shard.identities, strict=True
+    ):
+        inputs = [FrameInputs(control[k], mel[k]) for k in range(0, FRAMES, EVERY)]
+        latents = stage.each_frame(inputs, identity, clip.truth.seed)
+        points.append(landmarks.read(shard.decode(latents, "landmark"))[0])
+        true.append(clip.points[::EVERY])
+    read, truth = np.concatenate(points), np.concatenate(true)
+    yaw, true_yaw = np.nan_to_num(landmarks.yaw_deg(read)), landmarks.yaw_deg(truth)
+    turned = np.abs(true_yaw) > 10
+    return {
+        "mouth_corr": correlation(landmarks.mouth_opening(read), landmarks.mouth_opening(truth)),
+        "yaw_mae_deg": np.abs(yaw - true_yaw).mean(),
+        "side_accuracy": (np.sign(yaw) == np.sign(true_yaw))[turned].mean(),
+        "unread": np.isnan(read).any(axis=(1, 2)).mean(),
+    }
+
+
+def face_figures(pipeline: Pipeline, clips: list[EvaluationClip]) -> dict[str, float]:
+    """Faces from true landmarks, five windows chained: mouth by the probe, PSNR of the first window and of the last."""
+    probe = load_probe()
+    shard = Shard(Models(pipeline, {}, {}, probe), clips)
+    made = shard.stage_two(pipeline, shard.true_landmark_latents, clips)
+    faces = [shard.decode(latents, "face") for latents in made]
+    corr = [
+        correlation(read_faces(probe, shown).opening, clip.truth.mouth_opening)
+        for shown, clip in zip(faces, clips, strict=True)
+    ]
+    shown, true = np.stack(faces), np.stack([clip.faces for clip in clips])
+    return {
+        "mouth_corr_face": float(np.mean(corr)),
+        "psnr_window_1": float(np.mean([psnr(a[1:8], b[1:8]) for a, b in zip(shown, true, strict=True)])),
+        "psnr_window_5": float(np.mean([psnr(a[-7:], b[-7:]) for a, b in zip(shown, true, strict=True)])),
+    }
+
+
+def _single(pipeline: Pipeline, variant: VariantName) -> Stage:
+    """A stage of which only the first-frame network is used."""
+    network = pipeline.networks[variant]
+    settings = pipeline.settings.for_variant(variant)
+    return Stage(network, network, NoiseSchedule.from_settings(settings.diffusion), settings.sampling)
+
+
+if __name__ == "__main__":
+    main()
