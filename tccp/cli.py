@@ -313,7 +313,7 @@ def evaluate(
 
     Args:
         benchmark: roundtable: procedural scenes with new people, rooms and voices.
-        weights: pipeline folder.
+        weights: pipeline folder; `toy` for the packaged one.
         ablations: folder with the pipelines no_lip, one_stage and context_blind; rows without them stay empty.
         quick: a tenth of the clips and shorter chains, to see that all is well; not to be quoted.
         clips: number of held-out clips (default: 128; 12 with --quick).
@@ -324,6 +324,7 @@ def evaluate(
 
     from tccp.evaluation.report import text_table
     from tccp.evaluation.runner import FULL, QUICK, evaluate_roundtable
+    from tccp.pipeline import weights_folder
 
     place = _device(device)
     extent = QUICK if quick else FULL
@@ -331,7 +332,7 @@ def evaluate(
         extent = dataclasses.replace(extent, clips=clips)
     if jobs is None:
         jobs = min(8, os.cpu_count() or 1) if place == "cpu" else 1
-    record = evaluate_roundtable(weights, ablations, extent, jobs=jobs, sheet=sheet, device=place)
+    record = evaluate_roundtable(weights_folder(weights), ablations, extent, jobs=jobs, sheet=sheet, device=place)
     _emit(json, record, "" if json else text_table(record))
 
 

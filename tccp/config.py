@@ -170,6 +170,7 @@ class Settings(_Frozen):
     window: PositiveInt = 8  # frames per window of the sequence variants
     picture_px: PositiveInt = 256  # face crops, landmark pictures and fitted scenes are square and of one size
     context: Literal["scene", "none"] = "scene"  # none blinds the networks to the scene: the ablation
+    surround: bool = False  # networks that generate faces are shown the colours around the head box (not in the paper)
     headbox: HeadBoxSettings = HeadBoxSettings()
     autoencoder: AutoencoderSettings = AutoencoderSettings()
     network: NetworkSettings = NetworkSettings()
@@ -217,6 +218,7 @@ def toy() -> Settings:
     return Settings(
         preset="toy",
         picture_px=64,
+        surround=True,
         autoencoder=AutoencoderSettings(
             downsampling=8,
             latent_channels=16,

@@ -30,7 +30,7 @@ def describe(settings: Settings) -> list[dict[str, Any]]:
             )
             times = torch.zeros(1, frames, dtype=torch.long)
             with torch.no_grad(), FlopCounterMode(display=False) as counter:
-                model(latents, times, conditions, latents)
+                model(latents, times, conditions, torch.empty(1, model.control_channels, frames, side, side))
         rows.append(
             {
                 "variant": name,

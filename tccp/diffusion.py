@@ -67,7 +67,7 @@ def window_loss(
     noise: Float[Tensor, "b c f h w"],
     t: Int[Tensor, " b"],
     conditions: Conditions,
-    control_latents: Float[Tensor, "b c f h w"] | None,
+    control_latents: Float[Tensor, "b c2 f h w"] | None,
     initial: Float[Tensor, "b c h w"] | None = None,
 ) -> Float[Tensor, " b"]:
     """Prediction error, one value per window (Eq. 6).

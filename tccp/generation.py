@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain, groupby, islice, pairwise
@@ -29,7 +29,7 @@ from tccp.data import rng_seed
 from tccp.media import AudioTrack, MediaInfo, read_frames
 from tccp.models.autoencoder import to_bytes, to_model
 from tccp.pipeline import Pipeline
-from tccp.sampling import FrameInputs
+from tccp.sampling import FrameInputs, with_surround
 from tccp.tracks import HeadTrack
 from tccp.variants import PictureKind
 
@@ -147,6 +147,7 @@ class _Waiting:
     frame: SceneFrame
     masked_scene: UInt8[np.ndarray, "s s 3"]
     lips: Float32[Tensor, "3 l l"] | None
+    surround: Float32[Tensor, "c h w"] | None
 
 
 @dataclass(frozen=True)
@@ -249,10 +250,14 @@ class Generator:
             pictures = None
             if lips is not None:
                 pictures = self._tensor(lips.lips(lips.windows(self.audio, start, count), self.identity_picture))
+            around: Sequence[Tensor | None] = [None] * count
+            if self.pipeline.settings.surround:
+                around = self._encode(headbox.surround(masked, fit.boxes(boxes)), "scene")
             for i, latents in enumerate(self._encode(masked, "scene")):
                 lip = None if pictures is None else pictures[i]
-                waiting.append(_Waiting(batch[i], masked[i], lip))
-                yield FrameInputs(latents if self.sees_scene else torch.zeros_like(latents), mel[i], lip)
+                waiting.append(_Waiting(batch[i], masked[i], lip, around[i]))
+                control = latents if self.sees_scene else torch.zeros_like(latents)
+                yield FrameInputs(with_surround(control, around[i] if self.one_stage else None), mel[i], lip)
 
     def _face_inputs(
         self, scene_inputs: Iterator[FrameInputs], waiting: deque[_Waiting], drawn: deque[_Drawn], seed: int
@@ -264,12 +269,13 @@ class Generator:
                 points, sure = self.landmark_points.read(waiting[len(drawn)].frame.index)
                 picture = landmarks.draw(points[None], size)[0]
                 drawn.append(_Drawn(picture, points, sure))
-                yield FrameInputs(self._encode(picture[None], "landmark")[0], lips=inputs.lips)
+                latents = self._encode(picture[None], "landmark")[0]
+                yield FrameInputs(with_surround(latents, waiting[len(drawn) - 1].surround), lips=inputs.lips)
             return
         stage = self.pipeline.stage("landmark_sequence")
         before = np.full((68, 2), np.nan, np.float32)
         for latents in stage.chain(scene_inputs, self.identity, rng_seed(seed, "landmark")):
-            lip = waiting[len(drawn)].lips
+            lip, around = waiting[len(drawn)].lips, waiting[len(drawn)].surround
             picture = self._decode(latents, "landmark")
             read, confidence = landmarks.read(picture[None])
             # A picture in which no face can be read keeps the points of the frame before, if there are any.
@@ -278,7 +284,7 @@ class Generator:
                 picture = landmarks.draw(points[None], size)[0]
                 latents = self._encode(picture[None], "landmark")[0]
             drawn.append(_Drawn(picture, points, float(confidence[0])))
-            yield FrameInputs(latents, lips=lip)
+            yield FrameInputs(with_surround(latents, around), lips=lip)
 
 
 def variants_needed(one_stage: bool, from_landmarks: bool) -> tuple[VariantName, ...]:

@@ -194,6 +194,35 @@ def mask_scene(
     return masked
 
 
+def surround(
+    masked_scenes: UInt8[np.ndarray, "f s s 3"], boxes_fitted: Float[np.ndarray, "f 4"]
+) -> UInt8[np.ndarray, "f s s 3"]:
+    """The colours just outside each mask, carried on over the whole head box: what surrounds it, in the crop's place.
+
+    Pixels are means of the colours at the box's four edges, weighted by the inverse square of the distance. Edges
+    beyond the picture say nothing; without any, all is MASK_FILL. What the mask covers is never looked at.
+    """
+    size = masked_scenes.shape[1]
+    along = (np.arange(size, dtype=np.float32) + 0.5) / size
+    near, far = 1 / along**2, 1 / (1 - along) ** 2
+    vertical = np.broadcast_to(np.stack([near, far])[:, :, None], (2, size, size))
+    weights = np.concatenate([vertical, vertical.swapaxes(1, 2)])
+    filled = np.full_like(masked_scenes, MASK_FILL)
+    for picture, scene, box in zip(filled, masked_scenes, boxes_fitted, strict=True):
+        total, weight = np.zeros((size, size, 3), np.float32), np.zeros((size, size), np.float32)
+        for number, (edge, of_edge) in enumerate(zip(_surround(scene, _touched(box), 1), weights, strict=True)):
+            known = np.isfinite(edge).all(1)
+            if not known.any():
+                continue
+            at = along * len(edge) - 0.5
+            line = np.stack([np.interp(at, np.flatnonzero(known), channel[known]) for channel in edge.T], 1)
+            total += of_edge[..., None] * (line[None] if number < 2 else line[:, None])
+            weight += of_edge
+        if weight.any():
+            picture[:] = np.clip(np.rint(total / weight[..., None]), 0, 255)
+    return filled
+
+
 def to_crop(points_px: Float[np.ndarray, "*f 2"], box: Float[np.ndarray, "4"]) -> Float32[np.ndarray, "*f 2"]:
     """Picture pixels to crop coordinates, 0..1 inside the box."""
     return ((points_px - box[:2]) / (box[2:] - box[:2])).astype(np.float32)

@@ -44,6 +44,7 @@ SHAPING = (
     "window",
     "picture_px",
     "context",
+    "surround",
     "autoencoder",
     "network",
     "diffusion",

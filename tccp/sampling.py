@@ -45,7 +45,7 @@ class WindowState:
     guidance_scale: float
     temperature: float
     conditions: Conditions
-    control: Float[Tensor, "c f h w"]
+    control: Float[Tensor, "c2 f h w"]
     initial: Float[Tensor, "c h w"] | None
 
     @property
@@ -66,13 +66,14 @@ def start_window(
     schedule: NoiseSchedule,
     settings: SamplingSettings,
     conditions: Conditions,
-    control: Float[Tensor, "c f h w"],
+    control: Float[Tensor, "c2 f h w"],
     initial: Float[Tensor, "c h w"] | None,
     seed: int,
+    channels: int | None = None,
 ) -> WindowState:
-    """A window of noise, ready for `advance`."""
+    """A window of noise, ready for `advance`. channels: of the latents, where control has more of them."""
     plan = solver_plan(schedule, settings.solver, settings.steps)
-    latents = _with_initial(settings.temperature * _noise(control, seed, -1), initial)
+    latents = _with_initial(settings.temperature * _noise(control[:channels], seed, -1), initial)
     scales = (settings.guidance_scale, settings.temperature)
     return WindowState(latents, 0, None, seed, plan, *scales, conditions, control, initial)
 
@@ -161,11 +162,16 @@ def run_windows(
 
 @dataclass(frozen=True)
 class FrameInputs:
-    """What a stage is told about one frame: control latents `c h w` and the per-frame conditions."""
+    """What a stage is told about one frame: control latents and the per-frame conditions."""
 
-    control: Float[Tensor, "c h w"]
+    control: Float[Tensor, "c2 h w"]
     audio: Float[Tensor, "80 16"] | None = None
     lips: Float[Tensor, "3 s s"] | None = None
+
+
+def with_surround(control: Float[Tensor, "c h w"], surround: Float[Tensor, "c h w"] | None) -> Float[Tensor, "c2 h w"]:
+    """A frame's control latents for a network that is shown the surround too; as they are for one that is not."""
+    return control if surround is None else torch.cat([control, surround])
 
 
 @dataclass(frozen=True)
@@ -198,7 +204,8 @@ class Stage:
             lips=torch.stack(lips)[None] if "lips" in kinds else None,
         )
         control = torch.stack([frame.control for frame in frames], dim=1)
-        return start_window(self.schedule, self.settings, conditions, control, initial, seed)
+        channels = model.config.latent_channels
+        return start_window(self.schedule, self.settings, conditions, control, initial, seed, channels)
 
     def _windows(
         self, frames: Iterable[FrameInputs], identity: Float[Tensor, "3 h w"], seed: int

@@ -40,7 +40,9 @@ def inputs(settings, row: Variant, batch=2, seed=0):
         identity=torch.randn(batch, 3, size, size) if "identity" in kinds else None,
         lips=torch.randn(batch, frames, 3, lips, lips) if "lips" in kinds else None,
     )
-    return torch.randn(shape), torch.randint(1000, (batch, frames)), conditions, torch.randn(shape)
+    latents, t = torch.randn(shape), torch.randint(1000, (batch, frames))
+    surround = settings.surround and row.generates == "face"
+    return latents, t, conditions, torch.randn(batch, shape[1] * (2 if surround else 1), *shape[2:])
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -177,7 +179,7 @@ def test_gradient_checkpointing_changes_no_gradient():
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [("latents", "this network takes"), ("t", "one time per frame"), ("control", "must be as the input")],
+    [("latents", "this network takes"), ("t", "one time per frame"), ("control", "this network takes")],
 )
 def test_wrong_shapes_are_named(change, message):
     settings = tiny()

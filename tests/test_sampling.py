@@ -233,10 +233,10 @@ def stage():
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
 def test_first_frame_is_bit_equal_through_sampling(stage, guidance_scale):
     settings = tiny()
-    _, _, conditions, control = inputs(settings, VARIANTS["face_sequence"], batch=1)
-    initial = torch.randn_like(control[0, :, 0])
+    latents, _, conditions, control = inputs(settings, VARIANTS["face_sequence"], batch=1)
+    initial = torch.randn_like(latents[0, :, 0])
     sampling = SamplingSettings(solver="ddpm", steps=4, guidance_scale=guidance_scale)
-    state = start_window(stage.schedule, sampling, conditions, control[0], initial, seed=1)
+    state = start_window(stage.schedule, sampling, conditions, control[0], initial, seed=1, channels=4)
     while not state.finished:
         (state,) = advance(stage.sequence, stage.schedule, [state])
         assert torch.equal(state.latents[:, 0], initial)
@@ -250,7 +250,7 @@ def test_guidance_is_extrapolation_between_dropped_and_given(stage):
     def one_step(scale, dropped=False):
         sampling = SamplingSettings(solver="ddim", steps=4, guidance_scale=scale)
         given = conditions.drop(torch.tensor([dropped]))
-        state = start_window(stage.schedule, sampling, given, control[0], None, seed=1)
+        state = start_window(stage.schedule, sampling, given, control[0], None, seed=1, channels=4)
         if dropped:  # advance() decides what is dropped; so ask the network itself
             times = torch.full((1, 1), state.plan[0].t)
             with torch.no_grad():
@@ -274,7 +274,7 @@ def frames(count, seed=0):
     settings = tiny()
     torch.manual_seed(seed)
     side, lips = settings.latent_px, settings.lips.size_px
-    return [FrameInputs(torch.randn(4, side, side), lips=torch.randn(3, lips, lips)) for _ in range(count)]
+    return [FrameInputs(torch.randn(8, side, side), lips=torch.randn(3, lips, lips)) for _ in range(count)]
 
 
 IDENTITY = torch.zeros(3, 32, 32)

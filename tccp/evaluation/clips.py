@@ -64,7 +64,7 @@ class EvaluationClip:
 
     scenes: as drawn; faces: what truth.head_box shows, at picture_px; points: true landmarks, 0..1 of the head box;
     masked_scenes: at picture_px; mel: the networks' audio window of each frame; audio: 16 kHz, -1..1, going on a little
-    after the last frame; identity: the talker elsewhere, at picture_px.
+    after the last frame; identity: the talker elsewhere, at picture_px; fitted_boxes: the mask in masked_scenes.
     """
 
     truth: Truth
@@ -75,6 +75,7 @@ class EvaluationClip:
     mel: Float32[np.ndarray, "f 80 16"]
     audio: Float32[np.ndarray, " samples"]
     identity: UInt8[np.ndarray, "s s 3"]
+    fitted_boxes: Float32[np.ndarray, "f 4"]
 
     @property
     def num_frames(self) -> int:
@@ -98,6 +99,7 @@ def make_clip(seed: int, num_frames: int, settings: Settings, **options: Any) ->
         mel=mel_windows(clip.audio, 0, num_frames),
         audio=clip.audio,
         identity=headbox.crop(clip.identity, np.array([0, 0, width, height], np.float32), size),
+        fitted_boxes=fit.boxes(boxes),
     )
 
 

@@ -25,7 +25,7 @@ from tccp.evaluation.figures import Shown
 from tccp.evaluation.probe import FaceProbe, load_probe, read_faces
 from tccp.models.autoencoder import to_bytes, to_model
 from tccp.pipeline import MANIFEST, Pipeline, load_network, read_manifest, read_settings
-from tccp.sampling import FrameInputs
+from tccp.sampling import FrameInputs, with_surround
 from tccp.variants import FIRST_OF, TWO_STAGE, PictureKind
 
 Ablation = Literal["no_lip", "one_stage", "context_blind"]
@@ -35,7 +35,7 @@ ABLATIONS: dict[Ablation, VariantName] = {
     "context_blind": "landmark_sequence",
 }
 """Rows with networks trained anew: the sequence variant that differs, together with its first-frame variant."""
-_SHARED = ("window", "picture_px", "autoencoder")
+_SHARED = ("window", "picture_px", "surround", "autoencoder")
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,14 @@ class Shard:
         return [self.encode(clip.masked_scenes, "scene") for clip in self.clips]
 
     @cached_property
+    def surround_latents(self) -> list[list[Float[Tensor, "c h w"] | None]]:
+        """What networks that generate faces are shown of the colours around the mask; None if they are not."""
+        if not self.pipeline.settings.surround:
+            return [[None] * clip.num_frames for clip in self.clips]
+        pictures = [headbox.surround(clip.masked_scenes, clip.fitted_boxes) for clip in self.clips]
+        return [list(self.encode(one, "scene")) for one in pictures]
+
+    @cached_property
     def true_landmark_latents(self) -> list[Float[Tensor, "c f h w"]]:
         """Latents of the true landmarks' pictures."""
         pictures = [landmarks.draw(clip.points, self.pipeline.settings.picture_px) for clip in self.clips]
@@ -178,11 +186,14 @@ class Shard:
     def face_inputs(
         self, pipeline: Pipeline, marks: Sequence[Float[Tensor, "c f h w"]], sounds: Sequence[EvaluationClip]
     ) -> list[list[FrameInputs]]:
-        """What stage 2 is told: landmark latents and lips."""
-        told = zip(marks, self.lips(pipeline, sounds), strict=True)
+        """What stage 2 is told: landmark latents, the surround, and lips."""
+        told = zip(marks, self.surround_latents, self.lips(pipeline, sounds), strict=True)
         return [
-            [FrameInputs(mark, lips=lip) for mark, lip in zip(latents.unbind(1), lips, strict=True)]
-            for latents, lips in told
+            [
+                FrameInputs(with_surround(mark, around), lips=lip)
+                for mark, around, lip in zip(latents.unbind(1), surround, lips, strict=True)
+            ]
+            for latents, surround, lips in told
         ]
 
     def stage_two(
@@ -255,8 +266,12 @@ def no_lip(shard: Shard) -> Made:
 def one_stage(shard: Shard) -> Made:
     """Faces straight from scene, sound, lips and identity."""
     pipeline = shard.models.ablations["one_stage"]
-    told = zip(shard.control(pipeline), shard.mel(shard.clips), shard.lips(pipeline, shard.clips), strict=True)
-    inputs = [[FrameInputs(*frame) for frame in zip(*clip, strict=True)] for clip in told]
+    lips = shard.lips(pipeline, shard.clips)
+    told = zip(shard.control(pipeline), shard.surround_latents, shard.mel(shard.clips), lips, strict=True)
+    inputs = [
+        [FrameInputs(with_surround(seen, around), mel, lip) for seen, around, mel, lip in zip(*clip, strict=True)]
+        for clip in told
+    ]
     stage = pipeline.stage("one_stage_sequence")
     return Made(stage.chain_batch(inputs, shard.identities, shard.seeds()))
 

@@ -54,7 +54,8 @@ class MVControlNet(ModelMixin, ConfigMixin):
     """`model(noisy_latents, t, conditions, control_latents)` -> predicted noise (or v, as trained).
 
     One class for all variants: which conditions it takes is a setting. With `first_frame_channels` the window's first
-    frame, which is clean in sequence variants, is repeated on the channels of every frame.
+    frame, which is clean in sequence variants, is repeated on the channels of every frame. With `surround` the control
+    branch is shown the colours around the head box too.
     """
 
     _supports_gradient_checkpointing = True
@@ -79,6 +80,7 @@ class MVControlNet(ModelMixin, ConfigMixin):
         pooled_conditions: bool = False,
         first_frame_channels: bool = False,
         control_embedding: Sequence[int] = (),
+        surround: bool = False,
     ):
         super().__init__()
         self.conditions = ConditionEncoders(condition_kinds, condition_dim, picture_px, lip_px)
@@ -96,9 +98,14 @@ class MVControlNet(ModelMixin, ConfigMixin):
         pooled_dim = condition_dim * len(condition_kinds) if pooled_conditions else None
         self.video = VideoBranch(Encoder(in_channels, *shape, pooled_dim), Decoder(latent_channels, *shape))
         self.control = ControlBranch(
-            Encoder(in_channels, *shape, pooled_dim), latent_channels, control_embedding, base_channels
+            Encoder(in_channels, *shape, pooled_dim), self.control_channels, control_embedding, base_channels
         )
         self.control.encoder.load_state_dict(self.video.encoder.state_dict())
+
+    @property
+    def control_channels(self) -> int:
+        """Channels of the control latents."""
+        return self.config.latent_channels * (2 if self.config.surround else 1)
 
     @classmethod
     def from_settings(cls, settings: Settings, variant: VariantName) -> MVControlNet:
@@ -123,6 +130,7 @@ class MVControlNet(ModelMixin, ConfigMixin):
             pooled_conditions=network.pooled_conditions,
             first_frame_channels=network.first_frame_channels and row.continues,
             control_embedding=network.control_embedding,
+            surround=resolved.surround and row.generates == "face",
         )
         if network.gradient_checkpointing:
             model.enable_gradient_checkpointing()
@@ -133,12 +141,13 @@ class MVControlNet(ModelMixin, ConfigMixin):
         noisy_latents: Float[Tensor, "b c f h w"],
         t: Int[Tensor, "b f"],
         conditions: Conditions,
-        control_latents: Float[Tensor, "b c f h w"] | None,
+        control_latents: Float[Tensor, "b c2 f h w"] | None,
     ) -> Float[Tensor, "b c f h w"]:
         """Prediction for every frame.
 
         t: diffusion time per frame, 0..num_train_timesteps-1; 0 for a clean first frame.
-        control_latents: the video-based condition, of the same shape as the input; None runs the video branch alone.
+        control_latents: the video-based condition, of the same shape as the input, and with `surround` as many channels
+        more (`tccp.headbox.surround`); None runs the video branch alone.
         Raises ValueError where shapes disagree with each other or with the network.
         """
         self._check(noisy_latents, t, control_latents)
@@ -169,9 +178,10 @@ class MVControlNet(ModelMixin, ConfigMixin):
             raise ValueError(
                 f"t is {tuple(t.shape)}; it needs one time per frame, {latents.shape[0], latents.shape[2]}"
             )
-        if control is not None and control.shape != latents.shape:
+        needed = (latents.shape[0], self.control_channels, *latents.shape[2:])
+        if control is not None and control.shape != needed:
             raise ValueError(
-                f"control latents are {tuple(control.shape)}; they must be as the input, {tuple(latents.shape)}"
+                f"control latents are {tuple(control.shape)}; this network takes {needed} with such latents"
             )
 
     def start_control_from(self, source: MVControlNet) -> None:

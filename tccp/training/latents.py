@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
+from tccp import headbox
 from tccp.clip import Clip, ClipTable, atomic_path
 from tccp.config import Settings
 from tccp.data import PlannedWindow, rng_seed, view
@@ -29,6 +30,7 @@ from tccp.training.lips import LipSources, LipTable
 from tccp.variants import ConditionKind, PictureKind, Variant
 
 ENCODE_BATCH = 64
+
 PICTURES: dict[PictureKind, str] = {"face": "face", "landmark": "landmark_pictures", "scene": "masked_scene"}
 """Kind of latents -> the field of ClipView they are encoded from."""
 
@@ -38,27 +40,35 @@ class TrainingBatch:
     """Windows ready for the loss: normalised latents `b c f h w` and condition inputs."""
 
     latents: Float[Tensor, "b c f h w"]
-    control: Float[Tensor, "b c f h w"]
+    control: Float[Tensor, "b c2 f h w"]
     conditions: Conditions
 
 
 def encode_clip(
     clip: Clip, settings: Settings, draw: int, seed: int, autoencoder: PictureAutoencoder
 ) -> dict[str, np.ndarray]:
-    """Latents `f c h w` of every kind in half precision, mel `f 80 16`, identity `s s 3`: one clip under one draw."""
+    """Latents `f c h w` of every kind in half precision, mel `f 80 16`, identity `s s 3`: one clip under one draw.
+
+    With settings.surround also those of `headbox.surround`, which count as a scene's.
+    """
     seen = view(clip, settings, draw, seed)
     device = autoencoder.mean.device
     arrays: dict[str, np.ndarray] = {
         "mel": np.ascontiguousarray(seen.mel),
         "identity": np.ascontiguousarray(seen.identity),
     }
+    pictures: dict[str, tuple[PictureKind, np.ndarray]] = {
+        kind: (kind, getattr(seen, name)) for kind, name in PICTURES.items()
+    }
+    if settings.surround:
+        pictures["surround"] = ("scene", headbox.surround(seen.masked_scene, seen.mask_box))
     with torch.inference_mode():
-        for kind, name in PICTURES.items():
+        for name, (kind, shown) in pictures.items():
             parts = []
-            for batch in torch.from_numpy(getattr(seen, name)).split(ENCODE_BATCH):
+            for batch in torch.from_numpy(shown).split(ENCODE_BATCH):
                 latents = autoencoder.encode(to_model(batch).to(device).unsqueeze(2), kind)
                 parts.append(latents.squeeze(2).half().cpu().numpy())
-            arrays[kind] = np.ascontiguousarray(np.concatenate(parts))  # safetensors writes memory as it lies
+            arrays[name] = np.ascontiguousarray(np.concatenate(parts))  # safetensors writes memory as it lies
     return arrays
 
 
@@ -78,6 +88,7 @@ class LatentCache:
         self.autoencoder = autoencoder
         self.lips = LipTable(root / "lips", lips) if lips else None
         key = f"{weights_hash(autoencoder)} {settings.headbox.model_dump_json()} {settings.picture_px} {settings.seed}"
+        key += " surround" if settings.surround else ""
         self.folder = root / "latents" / hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
 
     def path(self, clip_id: str, draw: int) -> Path:
@@ -102,13 +113,18 @@ class LatentCache:
     def batch(self, planned: Sequence[PlannedWindow], row: Variant, num_frames: int) -> TrainingBatch:
         """The windows of one step. Which jitter draw a window takes is drawn from (seed, id, epoch)."""
         kinds = row.conditions_with(self.settings.lips.source)
+        surround = self.settings.surround and row.generates == "face"
         columns: dict[str, list[np.ndarray]] = {"latents": [], "control": [], **{kind: [] for kind in kinds}}
+        if surround:
+            columns["surround"] = []
         for epoch, (clip_id, start) in planned:
             draw = rng_seed(self.settings.seed, "draw", clip_id, start, epoch) % self.settings.headbox.draws
             frames = slice(start, start + num_frames)
             with safe_open(self.path(clip_id, draw), framework="numpy") as file:
                 columns["latents"].append(file.get_slice(row.generates)[frames])
                 columns["control"].append(file.get_slice(row.control)[frames])
+                if surround:
+                    columns["surround"].append(file.get_slice("surround")[frames])
                 if "audio" in kinds:
                     columns["audio"].append(file.get_slice("mel")[frames])
                 if "identity" in kinds:
@@ -124,9 +140,11 @@ class LatentCache:
     ) -> TrainingBatch:
         stacked = {name: torch.from_numpy(np.stack(values)) for name, values in columns.items()}
         pictures = {name: to_model(stacked[name]) for name in kinds if name != "audio"}
-        control = stacked["control"].float().transpose(1, 2).contiguous()
+        control = torch.zeros_like(stacked["control"]) if blind else stacked["control"]
+        if "surround" in stacked:
+            control = torch.cat([control, stacked["surround"]], dim=2)
         return TrainingBatch(
             latents=stacked["latents"].float().transpose(1, 2).contiguous(),
-            control=torch.zeros_like(control) if blind else control,
+            control=control.float().transpose(1, 2).contiguous(),
             conditions=Conditions(audio=stacked["audio"] if "audio" in kinds else None, **pictures),
         )

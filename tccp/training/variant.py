@@ -145,6 +145,7 @@ class VariantLoss:
                 batch.control[i],
                 None,
                 rng_seed(self.settings.seed, "initial", clip_id, start, epoch),
+                self.first.config.latent_channels,
             )
             for i, (epoch, (clip_id, start)) in enumerate(planned)
         ]
