@@ -185,7 +185,6 @@ class Generator:
         self.landmark_points = landmark_points
         self.redraw = pipeline.settings.sampling.redraw_landmarks if redraw is None else redraw
         self.color_match = color_match
-        self.sees_scene = pipeline.settings.context == "scene"
         size = pipeline.settings.picture_px
         side = np.array([0, 0, identity.shape[1], identity.shape[0]], np.float32)
         self.identity_picture = headbox.crop(identity, side, size)
@@ -198,6 +197,11 @@ class Generator:
         with torch.inference_mode():
             latents = self.pipeline.autoencoder.encode(self._tensor(pictures).unsqueeze(2), kind)
         return list(latents[:, :, 0].clone())
+
+    def _encode_scene(self, pictures: UInt8[np.ndarray, "f s s 3"]) -> list[Tensor]:
+        """Zeros for networks that were trained blind to the scene."""
+        latents = self._encode(pictures, "scene")
+        return latents if self.pipeline.settings.context == "scene" else [torch.zeros_like(one) for one in latents]
 
     def _decode(self, latents: Tensor, kind: PictureKind) -> UInt8[np.ndarray, "s s 3"]:
         with torch.inference_mode():
@@ -252,12 +256,11 @@ class Generator:
                 pictures = self._tensor(lips.lips(lips.windows(self.audio, start, count), self.identity_picture))
             around: Sequence[Tensor | None] = [None] * count
             if self.pipeline.settings.surround:
-                around = self._encode(headbox.surround(masked, fit.boxes(boxes)), "scene")
-            for i, latents in enumerate(self._encode(masked, "scene")):
+                around = self._encode_scene(headbox.surround(masked, fit.boxes(boxes)))
+            for i, latents in enumerate(self._encode_scene(masked)):
                 lip = None if pictures is None else pictures[i]
                 waiting.append(_Waiting(batch[i], masked[i], lip, around[i]))
-                control = latents if self.sees_scene else torch.zeros_like(latents)
-                yield FrameInputs(with_surround(control, around[i] if self.one_stage else None), mel[i], lip)
+                yield FrameInputs(with_surround(latents, around[i] if self.one_stage else None), mel[i], lip)
 
     def _face_inputs(
         self, scene_inputs: Iterator[FrameInputs], waiting: deque[_Waiting], drawn: deque[_Drawn], seed: int

@@ -391,6 +391,29 @@ def test_pixels_outside_are_untouched_and_pixels_under_the_mask_unseen(box):
     assert (frame == scene()).all()
 
 
+def test_the_surround_carries_the_edges_inward_and_never_looks_under_the_mask():
+    """A wall of two colours and a floor: each fills the part of the box that is next to it."""
+    scene = np.zeros((64, 64, 3), np.uint8)
+    scene[:, :32], scene[:, 32:], scene[41:] = (200, 40, 40), (40, 40, 200), (40, 200, 40)
+    box = np.array([[22.4, 20.7, 41.6, 40.2]], np.float32)
+    filled = headbox.surround(headbox.mask_scene(scene[None], box), box)[0].astype(int)
+    np.testing.assert_allclose(filled[16:40, 1], np.tile(scene[30, 10], (24, 1)), atol=6)
+    np.testing.assert_allclose(filled[16:40, -2], np.tile(scene[30, 50], (24, 1)), atol=6)
+    np.testing.assert_allclose(filled[-2, 16:48], np.tile(scene[50, 30], (32, 1)), atol=6)
+    assert filled[32, 20, 0] > filled[32, 44, 0] + 40
+    other = headbox.mask_scene(scene[None], box)
+    other[0, 25:35, 25:35] = 255
+    np.testing.assert_array_equal(headbox.surround(other, box)[0], filled)
+
+
+def test_the_surround_of_one_colour_is_that_colour_and_edges_beyond_the_picture_say_nothing():
+    scenes = np.full((3, 32, 32, 3), (10, 120, 230), np.uint8)
+    boxes = np.array([[8, 8, 20, 20], [-5, -3, 20, 22], [-1, -1, 33, 33]], np.float32)
+    filled = headbox.surround(headbox.mask_scene(scenes, boxes), boxes)
+    assert (filled[:2] == (10, 120, 230)).all()
+    assert (filled[2] == headbox.MASK_FILL).all()
+
+
 @pytest.mark.parametrize("box", BOXES[:4])
 def test_a_colour_shifted_face_loses_its_seam_and_its_shift(box):
     frame, place = scene(2), np.array(box, np.float32)

@@ -2,6 +2,10 @@
 
 import hashlib
 import json
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -86,3 +90,49 @@ def test_unknown_components_and_weights_of_other_settings_are_refused(data, tmp_
     trainer.train(["autoencoder"])
     with pytest.raises(TccpError, match="holds weights of other settings"):
         Trainer(data, tmp_path / "w", small(**SHORT, window=5), tmp_path / "storage")
+
+
+_WAITING = """
+import sys, time
+from pathlib import Path
+from tccp.training.recipe import _in_processes
+
+def wait(path):
+    import os
+    path.write_text(str(os.getpid()))
+    time.sleep(300)
+
+if __name__ == "__main__":
+    _in_processes(2, wait, [(Path(name),) for name in sys.argv[1:]])
+"""
+
+
+def test_training_processes_end_with_the_process_that_started_them(tmp_path):
+    """Even if that is killed outright: orphans would go on writing the checkpoints of the next run."""
+    script = tmp_path / "waiting.py"
+    script.write_text(_WAITING)
+    marks = [tmp_path / "one", tmp_path / "two"]
+    parent = subprocess.Popen([sys.executable, script, *marks])
+    try:
+        _until(lambda: all(mark.exists() and mark.read_text() for mark in marks))
+    finally:
+        parent.kill()
+        parent.wait()
+    for mark in marks:
+        _until(lambda mark=mark: not _runs(int(mark.read_text())))
+
+
+def _until(true, seconds=60):
+    ends = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < ends, "it did not happen in time"
+        time.sleep(0.1)
+
+
+def _runs(pid):
+    """A process that has ended but was not waited for (no init collects it in a container) does not run."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"

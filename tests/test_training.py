@@ -8,6 +8,7 @@ from diffusers.training_utils import EMAModel
 from test_models import tiny
 
 from preprocessing.pipeline import preprocess
+from tccp import headbox
 from tccp.clip import ClipTable
 from tccp.config import TccpError, override
 from tccp.data import PlannedWindow, WindowId, view
@@ -134,8 +135,11 @@ def test_a_blind_network_is_shown_no_scene_and_the_others_their_control(cache):
     for name, row in VARIANTS.items():
         seen, unseen = (which.batch(planned, row, 4) for which in (cache, blind))
         assert seen.control.any()
-        assert unseen.control.any() == (row.control != "scene"), name
         assert torch.equal(seen.latents, unseen.latents)
+        channels = cache.autoencoder.latent_channels
+        assert unseen.control[:, :channels].any() == (row.control != "scene"), name
+        assert seen.control.shape[1] == channels * (2 if row.generates == "face" else 1)
+        assert not unseen.control[:, channels:].any(), name
 
 
 def test_a_shift_of_time_steps_trains_more_on_noisy_ones(cache):
@@ -357,10 +361,15 @@ def test_a_window_holds_what_its_pictures_encode_to(cache, name):
     fits = []
     for number in range(settings.headbox.draws):
         seen = view(clip, settings, number, settings.seed, 7, settings.window)
-        pictures = {kind: to_model(torch.from_numpy(getattr(seen, field))) for kind, field in PICTURES.items()}
-        with torch.no_grad():
-            latents = {k: cache.autoencoder.encode(p.transpose(0, 1)[None], k) for k, p in pictures.items()}
-        expected = (latents[row.generates], latents[row.control])
+        pictures = {kind: getattr(seen, field) for kind, field in PICTURES.items()}
+        pictures["surround"] = headbox.surround(seen.masked_scene, seen.mask_box)
+        latents = {}
+        for kind, shown in pictures.items():
+            inputs = to_model(torch.from_numpy(shown)).transpose(0, 1)[None]
+            with torch.no_grad():
+                latents[kind] = cache.autoencoder.encode(inputs, "scene" if kind == "surround" else kind)
+        control = [latents[row.control]] + ([latents["surround"]] if row.generates == "face" else [])
+        expected = (latents[row.generates], torch.cat(control, dim=1))
         found = (batch.latents, batch.control)
         fits.append(all(torch.allclose(a, b, atol=5e-3) for a, b in zip(expected, found, strict=True)))
         if fits[-1] and batch.conditions.audio is not None:

@@ -50,6 +50,7 @@ from tccp.evaluation.worker import (
     reference_work,
 )
 from tccp.pipeline import read_manifest
+from tccp.processes import end_with_parent
 from tccp.progress import progress
 
 _SHARD_CLIPS, _DRIFT_SHARD_CLIPS, _COUNTERFACTUAL_SHARD_CLIPS = 16, 6, 4
@@ -313,6 +314,7 @@ _process = _Process()
 
 
 def _start_process(queue: SimpleQueue[float], weights: Path, ablations: Path | None, device: str) -> None:
+    end_with_parent()
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     _process.worker = Worker(Models.load(weights, ablations, device), queue.put)

@@ -132,17 +132,15 @@ class LatentCache:
             if "lips" in kinds:
                 assert self.lips is not None
                 columns["lips"].append(self.lips.read(clip_id, start, num_frames))
-        blind = row.control == "scene" and self.settings.context == "none"
-        return self._tensors(columns, kinds, blind)
+        if self.settings.context == "none":
+            for name in ("control", "surround") if row.control == "scene" else ("surround",):
+                columns[name] = [np.zeros_like(latents) for latents in columns.get(name, [])]
+        return self._tensors(columns, kinds)
 
-    def _tensors(
-        self, columns: dict[str, list[np.ndarray]], kinds: Sequence[ConditionKind], blind: bool
-    ) -> TrainingBatch:
-        stacked = {name: torch.from_numpy(np.stack(values)) for name, values in columns.items()}
+    def _tensors(self, columns: dict[str, list[np.ndarray]], kinds: Sequence[ConditionKind]) -> TrainingBatch:
+        stacked = {name: torch.from_numpy(np.stack(values)) for name, values in columns.items() if values}
         pictures = {name: to_model(stacked[name]) for name in kinds if name != "audio"}
-        control = torch.zeros_like(stacked["control"]) if blind else stacked["control"]
-        if "surround" in stacked:
-            control = torch.cat([control, stacked["surround"]], dim=2)
+        control = torch.cat([stacked[name] for name in ("control", "surround") if name in stacked], dim=2)
         return TrainingBatch(
             latents=stacked["latents"].float().transpose(1, 2).contiguous(),
             control=control.float().transpose(1, 2).contiguous(),

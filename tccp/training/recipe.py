@@ -20,6 +20,7 @@ from tccp.clip import ClipTable
 from tccp.config import Settings, TccpError, VariantName
 from tccp.models.autoencoder import PictureAutoencoder
 from tccp.pipeline import check_settings, has_component, load_network, save_component, verified
+from tccp.processes import end_with_parent
 from tccp.progress import LINES_ONLY, progress
 from tccp.training.autoencoder import train_autoencoder
 from tccp.training.latents import LatentCache
@@ -224,6 +225,7 @@ def _in_processes(jobs: int, work: Callable[..., None], calls: Sequence[tuple[An
 
 
 def _start_process(threads: int) -> None:
+    end_with_parent()
     torch.set_num_threads(threads)
     os.environ[LINES_ONLY] = "1"  # several live bars on one terminal would overwrite each other
 
