@@ -12,7 +12,7 @@ import json
 import os
 import re
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -323,7 +323,11 @@ def _validated(tree: object) -> Settings:
 
 
 def load_settings(preset: str = "toy", overrides: Sequence[str] = ()) -> Settings:
-    """A preset with `key=value` overrides from the command line; values are JSON where they parse as such."""
+    """A preset with `key=value` overrides from the command line; values are JSON where they parse as such.
+
+    What is given holds for all variants: where the preset has a value of its own for some of them, it gives way. A
+    variant's own is given as variant_overrides.NAME.KEY.
+    """
     if preset not in PRESETS:
         raise TccpError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
     values: dict[str, Any] = {}
@@ -335,7 +339,17 @@ def load_settings(preset: str = "toy", overrides: Sequence[str] = ()) -> Setting
             values[key.strip()] = json.loads(text)
         except json.JSONDecodeError:
             values[key.strip()] = text
-    return override(PRESETS[preset](), values)
+    settings = PRESETS[preset]()
+    given = {inner for key, value in values.items() for inner in (key, *_inside(key, value))}
+    own = {
+        variant: {key: value for key, value in overrides.items() if key not in given}
+        for variant, overrides in settings.variant_overrides.items()
+    }
+    return override(settings.model_copy(update={"variant_overrides": own}), values)
+
+
+def _inside(key: str, value: object) -> Iterable[str]:
+    return [f"{key}.{name}" for name in value] if isinstance(value, dict) else []
 
 
 def settings_to_json(settings: Settings) -> str:

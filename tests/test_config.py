@@ -115,7 +115,12 @@ def test_overrides_of_the_command_line(item: str, key: str, value: object) -> No
     before, after = load_settings("toy"), load_settings("toy", [item])
     assert value_at(after, key) == value
     assert value_at(before, key) != value
-    assert override(after, {key: value_at(before, key)}) == before, "something else changed with it"
+    own = {
+        variant: {other: found for other, found in values.items() if other != key}
+        for variant, values in before.variant_overrides.items()
+    }
+    expected = before.model_copy(update={"variant_overrides": own})
+    assert override(after, {key: value_at(before, key)}) == expected, "something else changed with it"
 
 
 def test_later_overrides_win() -> None:
@@ -127,6 +132,15 @@ def test_an_override_for_one_variant_holds_for_it_alone_beside_what_the_preset_s
     assert settings.for_variant("face_sequence").training.max_steps == 9
     assert settings.for_variant("face_sequence").network.first_frame_channels
     assert settings.for_variant("face_first") == load_settings("toy").for_variant("face_first")
+
+
+@pytest.mark.parametrize("items", [["training.max_steps=9"], ['training={"max_steps": 9}']])
+def test_what_is_given_holds_for_all_variants_but_those_given_one_of_their_own(items: list[str]) -> None:
+    assert load_settings("toy").for_variant("face_sequence").training.max_steps != 9
+    settings = load_settings("toy", [*items, "variant_overrides.face_first.training.max_steps=5"])
+    steps = {variant: settings.for_variant(variant).training.max_steps for variant in get_args(VariantName)}
+    assert steps == dict.fromkeys(steps, 9) | {"face_first": 5}
+    assert settings.for_variant("face_first").training.batch_size == 64  # the preset's own stays
 
 
 @pytest.mark.parametrize(
