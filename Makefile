@@ -37,23 +37,31 @@ check: $(READY)  ## lint, format, types, layers and the fast tests
 	@$(PYTEST) -q -m 'not slow' $(PYTEST_ARGS)
 
 # The packaged weights, by the project's own commands. What is done is not done again; what was cut goes on.
-# Films long enough for a change of listener, and twice as many short ones: each is one more scene to read.
+# Films long enough for a change of listener, and many more short ones: each is one more scene to read. The auto-encoder
+# is trained on the first of them alone, which is enough for it.
 TOY     := $(or $(TCCP_STORAGE),$(HOME)/.tccp)/toy-weights
-FOOTAGE := $(patsubst %,$(TOY)/footage/%/.done,$(shell seq 1001 1024) $(shell seq 1101 1148))
-TRAIN   = $(BIN)/tccp train $(1) --data $(TOY)/clips --storage $(TOY) --resume --weights $(TOY)/$(2) --set headbox.draws=1
+FIRST   := $(patsubst %,$(TOY)/footage/%/.done,$(shell seq 1001 1024) $(shell seq 1101 1148))
+FOOTAGE := $(FIRST) $(patsubst %,$(TOY)/footage/%/.done,$(shell seq 1201 1272))
+TRAIN   = $(BIN)/tccp train $(1) --data $(TOY)/clips --storage $(TOY) --resume --weights $(TOY)/$(2)
 
 toy-weights: $(READY)  ## train the packaged weights anew, on two cores; stop and start it at any point
 	@$(MAKE) -j $(WORKERS) $(FOOTAGE)
-	@$(MAKE) $(TOY)/clips/clips.parquet
+	@$(MAKE) -j $(WORKERS) $(TOY)/clips/clips.parquet $(TOY)/weights/autoencoder/config.json
 	@$(call TRAIN,all,weights) --jobs $(WORKERS)
 	@$(BIN)/tccp export $(TOY)/weights tccp/toy --half
 
 $(TOY)/footage/%/.done: | $(READY)
-	@$(ONE_THREAD) $(BIN)/tccp synth $(@D) --clips 100 --seconds $(if $(filter 10%,$*),1.6,0.8) --seed $*
+	@$(ONE_THREAD) $(BIN)/tccp synth $(@D) --clips 100 --seconds $(if $(filter 10%,$*),1.6,$(if $(filter 11%,$*),0.8,0.4)) --seed $*
 	@touch $@
 
 $(TOY)/clips/clips.parquet: $(FOOTAGE)
-	@$(BIN)/tccp preprocess $(TOY)/footage $(TOY)/clips --backend truth
+	@$(BIN)/tccp preprocess $(^:/.done=) $(TOY)/clips --backend truth
+
+$(TOY)/first/clips.parquet: $(FIRST)
+	@$(BIN)/tccp preprocess $(^:/.done=) $(TOY)/first --backend truth
+
+$(TOY)/weights/autoencoder/config.json: $(TOY)/first/clips.parquet
+	@$(ONE_THREAD) $(BIN)/tccp train autoencoder --data $(TOY)/first --storage $(TOY) --resume --weights $(TOY)/weights
 
 # Networks that some of the benchmark's rows need, on the same clips, auto-encoder and lips as the packaged ones.
 ABLATIONS := one_stage/one_stage_first one_stage/one_stage_sequence context_blind/landmark_first \
@@ -63,11 +71,16 @@ ablation-weights: toy-weights  ## train what the benchmark compares with: one st
 	@for kind in one_stage context_blind no_lip; do $(MAKE) $(TOY)/ablations/$$kind/autoencoder/config.json || exit; done
 	@$(MAKE) -j $(WORKERS) $(ABLATIONS:%=$(TOY)/ablations/%/config.json)
 
+# A sequence network is trained on frames of its first-frame network.
+$(TOY)/ablations/one_stage/one_stage_sequence/config.json: $(TOY)/ablations/one_stage/one_stage_first/config.json
+$(TOY)/ablations/context_blind/landmark_sequence/config.json: $(TOY)/ablations/context_blind/landmark_first/config.json
+$(TOY)/ablations/no_lip/face_sequence/config.json: $(TOY)/ablations/no_lip/face_first/config.json
+
 $(TOY)/ablations/context_blind/%: SET := context=none
 $(TOY)/ablations/no_lip/%: SET := lips.source=none
 
 $(TOY)/ablations/%/config.json:
-	@$(ONE_THREAD) $(call TRAIN,$(notdir $*),ablations/$(patsubst %/,%,$(dir $*))) $(SET) \
+	@$(ONE_THREAD) $(call TRAIN,$(notdir $*),ablations/$(patsubst %/,%,$(dir $*))) $(if $(SET),--set $(SET)) \
 		$(if $(filter %/autoencoder,$*),--autoencoder $(TOY)/weights/autoencoder)
 
 clean:  ## remove what make made here: .venv, out and caches

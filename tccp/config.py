@@ -49,6 +49,7 @@ class HeadBoxSettings(_Frozen):
     jitter_center: NonNegativeFloat = 0.05  # uniform, drawn once per clip and draw
     jitter_size: NonNegativeFloat = 0.08
     draws: PositiveInt = 2  # jittered views kept per clip in the latent cache
+    mirror: bool = False  # every other draw shows the clip mirrored: twice as many scenes (not in the paper)
 
 
 class AutoencoderSettings(_Frozen):
@@ -129,7 +130,7 @@ class TrainingSettings(_Frozen):
     ema_decay: _Decay = 0.9999  # reached gradually: (1 + k) / (10 + k) at update k while that is less
     timestep_shift: PositiveFloat = 1.0  # above 1, more of the noisy times: s u / (1 + (s - 1) u), Esser et al. 2024
     condition_dropout: float = Field(0.0, ge=0, lt=1)  # share of windows trained without conditions, for guidance
-    initial_frames: Literal["truth", "generated", "mix"] = "truth"
+    initial_frames: Literal["truth", "generated", "mix", "denoised"] = "truth"
     initial_frame_noise: NonNegativeFloat = 0.0  # standard deviation, in latent units, of noise on the clean frame
     precision: Literal["fp32", "bf16"] = "fp32"  # of the arithmetic in training; weights and sampling stay fp32
     freeze_video_branch: bool = False
@@ -219,6 +220,7 @@ def toy() -> Settings:
         preset="toy",
         picture_px=64,
         surround=True,
+        headbox=HeadBoxSettings(mirror=True),
         autoencoder=AutoencoderSettings(
             downsampling=8,
             latent_channels=16,

@@ -148,7 +148,8 @@ def view(
     """What training sees of `num_frames` frames of a clip from `start_frame` on (default: all to its end).
 
     draw: number of the jitter draw, from (seed, clip_id, draw), one for the whole clip however much of it is read; None
-    leaves the head box where it is and takes the first identity picture.
+    leaves the head box where it is and takes the first identity picture. A draw that is `mirrored` shows everything
+    with left and right exchanged.
     Raises TccpError if the clip was preprocessed at another picture size, if the jitter leaves the stored pictures, or
     if the frames are not in the clip.
     """
@@ -175,16 +176,29 @@ def view(
             map(decode_still, clip.face[frames]), boxes, clip.stored_box[frames], strict=True
         )
     ]
-    points = _rescale(clip.landmarks[frames], head_boxes, boxes)
+    points, faces_seen, person = (
+        _rescale(clip.landmarks[frames], head_boxes, boxes),
+        np.stack(faces),
+        decode_still(identity),
+    )
+    if mirrored(settings, draw):
+        points = (points[:, landmarks.MIRROR] * (-1, 1) + (1, 0)).astype(np.float32)
+        faces_seen, scenes, person = (np.ascontiguousarray(p[..., ::-1, :]) for p in (faces_seen, scenes, person))
+        mask_box = np.stack([size - mask_box[:, 2], mask_box[:, 1], size - mask_box[:, 0], mask_box[:, 3]], axis=1)
     return ClipView(
-        face=np.stack(faces),
+        face=faces_seen,
         landmark_pictures=landmarks.draw(points, size),
         masked_scene=scenes,
         landmarks=points,
         mel=_mel(clip, start_frame, stop - start_frame),
-        identity=decode_still(identity),
+        identity=person,
         mask_box=mask_box,
     )
+
+
+def mirrored(settings: Settings, draw: int | None) -> bool:
+    """Whether this draw shows the clip mirrored."""
+    return settings.headbox.mirror and draw is not None and draw % 2 == 1
 
 
 def _check(clip: Clip, settings: Settings) -> None:

@@ -59,6 +59,13 @@ class NoiseSchedule:
         signal, sigma = self.coefficients(t)
         return signal * noise - sigma * latents
 
+    def clean(
+        self, noisy: Float[Tensor, "b c f h w"], predicted: Float[Tensor, "b c f h w"], t: Int[Tensor, "b f"]
+    ) -> Float[Tensor, "b c f h w"]:
+        """The clean latents that a prediction amounts to."""
+        signal, sigma = self.coefficients(t)
+        return signal * noisy - sigma * predicted if self.prediction == "v" else (noisy - sigma * predicted) / signal
+
 
 def window_loss(
     model: MVControlNet,

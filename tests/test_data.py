@@ -25,10 +25,10 @@ from tccp.clip import (
     encode_still,
     stored_box_of,
 )
-from tccp.config import SAMPLES_PER_FRAME, TccpError, toy
+from tccp.config import SAMPLES_PER_FRAME, TccpError, override, toy
 from tccp.data import PlannedWindow, TrainingOrder, WindowId, plan, rng_seed, step_slice, view, window_ids, windows
 
-TOY = toy()
+TOY = override(toy(), {"headbox.mirror": False})
 SIZE = TOY.picture_px
 WIDTH, HEIGHT = 256, 192
 CORNERS = (0, 16, 8)  # landmarks that carry a dot in `dotted_clip`
@@ -121,6 +121,23 @@ def test_a_masked_scene_shows_no_pixel_of_the_head():
     a, b = view(one, TOY, None, 0), view(other, TOY, None, 0)
     assert (a.face != b.face).any() and one.scene != other.scene
     np.testing.assert_array_equal(a.masked_scene, b.masked_scene)
+
+
+def test_every_other_draw_is_mirrored_and_all_of_it():
+    """The same draw with left and right exchanged: pictures, points with their names, and the mask."""
+    both = override(TOY, {"headbox.mirror": True})
+    for draw in (None, 0, 2):
+        np.testing.assert_array_equal(view(CLIP, both, draw, 0).masked_scene, view(CLIP, TOY, draw, 0).masked_scene)
+    plain, turned = view(CLIP, TOY, 3, 0), view(CLIP, both, 3, 0)
+    for name in ("face", "masked_scene", "identity"):
+        np.testing.assert_array_equal(getattr(turned, name), getattr(plain, name)[..., ::-1, :])
+    np.testing.assert_allclose(turned.landmarks[:, 36, 0], 1 - plain.landmarks[:, 45, 0], atol=1e-6)
+    np.testing.assert_allclose(turned.landmarks[:, 36, 1], plain.landmarks[:, 45, 1], atol=1e-6)
+    drawn = turned.landmark_pictures.astype(int) - plain.landmark_pictures[..., ::-1, :]
+    assert np.abs(drawn).mean() < 0.5
+    np.testing.assert_array_equal(turned.mel, plain.mel)
+    masked = headbox.mask_scene(turned.masked_scene, turned.mask_box)
+    np.testing.assert_array_equal(masked, turned.masked_scene)
 
 
 def test_a_view_of_a_part_is_the_part_of_the_view():

@@ -1,5 +1,6 @@
 """Training at tiny size on RoundTable: resumed equals uninterrupted, gradients add up, every variant can learn."""
 
+import dataclasses
 import json
 
 import pytest
@@ -11,7 +12,7 @@ from preprocessing.pipeline import preprocess
 from tccp import headbox
 from tccp.clip import ClipTable
 from tccp.config import TccpError, override
-from tccp.data import PlannedWindow, WindowId, view
+from tccp.data import PlannedWindow, WindowId, mirrored, view
 from tccp.models.autoencoder import PictureAutoencoder, to_model
 from tccp.models.mvcontrolnet import MVControlNet
 from tccp.roundtable import write_clips
@@ -275,7 +276,7 @@ def test_frozen_video_branch_is_not_trained(cache):
     assert changed == {"control"}
 
 
-@pytest.mark.parametrize("mode", ["generated", "mix"])
+@pytest.mark.parametrize("mode", ["generated", "mix", "denoised"])
 def test_initial_frames_can_be_generated(cache, mode):
     settings = small(**{"training.initial_frames": mode, "training.initial_frame_noise": 0.0, "sampling.steps": 2})
     here = with_settings(cache, settings)
@@ -293,6 +294,31 @@ def test_initial_frames_can_be_generated(cache, mode):
     assert mode == "generated" or 0 < sum(true) < 16
     # the network that is being trained for says what its pictures look like: the same as sampling it alone
     assert torch.isfinite(initial).all()
+
+
+def test_a_denoised_initial_frame_is_the_true_one_at_no_noise_and_the_first_networks_guess_at_all(cache):
+    settings = small(**{"training.initial_frames": "denoised", "training.initial_frame_noise": 0.0})
+    here = with_settings(cache, settings)
+    torch.manual_seed(0)
+    first = MVControlNet.from_settings(settings, "face_first")
+    losses = VariantLoss(MVControlNet.from_settings(settings, "face_sequence"), "face_sequence", settings, here, first)
+    planned = [PlannedWindow(epoch, WindowId(c, 2)) for epoch in range(4) for c in cache.table.ids]
+    batch = here.batch(planned, VARIANTS["face_sequence"], settings.window)
+    draws = draw(planned, tuple(batch.latents.shape[1:]), settings, 1000)
+    truth, restored = batch.latents[:, :, 0], draws.generated
+    assert 0 < int(draws.initial_t.min()) < 300 < 700 < int(draws.initial_t.max()) < 1000
+    for t in (0, 999):
+        at_t = dataclasses.replace(draws, initial_t=torch.full_like(draws.initial_t, t))
+        initial = losses._initial(batch, at_t, planned)
+        assert torch.equal(initial[~restored], truth[~restored])
+        if t == 0:
+            assert (initial - truth)[restored].abs().max() < 0.1
+        else:  # nothing is left of the frame: at zero signal it is minus what the network predicts from noise
+            one = here.batch(planned, VARIANTS["face_first"], 1)
+            times = torch.full((len(planned), 1), t)
+            with torch.no_grad():
+                guess = -first(draws.noise[:, :, :1], times, one.conditions, one.control)[:, :, 0]
+            torch.testing.assert_close(initial[restored], guess[restored], rtol=1e-4, atol=1e-4)
 
 
 def test_generated_initial_frames_need_the_first_network(cache):
@@ -380,6 +406,8 @@ def test_a_window_holds_what_its_pictures_encode_to(cache, name):
     if batch.conditions.lips is not None:
         assert cache.lips is not None
         lips = cache.lips.read(window.id.clip_id, 7, settings.window)
+        if mirrored(settings, fits.index(True)):
+            lips = lips[..., ::-1, :].copy()
         assert torch.equal(batch.conditions.lips[0], to_model(torch.from_numpy(lips)))
 
 

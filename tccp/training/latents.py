@@ -21,7 +21,7 @@ from torch import Tensor
 from tccp import headbox
 from tccp.clip import Clip, ClipTable, atomic_path
 from tccp.config import Settings
-from tccp.data import PlannedWindow, rng_seed, view
+from tccp.data import PlannedWindow, mirrored, rng_seed, view
 from tccp.models.autoencoder import PictureAutoencoder, to_model
 from tccp.models.conditions import Conditions
 from tccp.models.lips import weights_hash
@@ -131,7 +131,8 @@ class LatentCache:
                     columns["identity"].append(file.get_tensor("identity"))
             if "lips" in kinds:
                 assert self.lips is not None
-                columns["lips"].append(self.lips.read(clip_id, start, num_frames))
+                lips = self.lips.read(clip_id, start, num_frames)
+                columns["lips"].append(lips[..., ::-1, :] if mirrored(self.settings, draw) else lips)
         if self.settings.context == "none":
             for name in ("control", "surround") if row.control == "scene" else ("surround",):
                 columns[name] = [np.zeros_like(latents) for latents in columns.get(name, [])]
