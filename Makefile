@@ -40,8 +40,8 @@ check: $(READY)  ## lint, format, types, layers and the fast tests
 # Films long enough for a change of listener, and many more short ones: each is one more scene to read. The auto-encoder
 # is trained on the first of them alone, which is enough for it.
 TOY     := $(or $(TCCP_STORAGE),$(HOME)/.tccp)/toy-weights
-FIRST   := $(patsubst %,$(TOY)/footage/%/.done,$(shell seq 1001 1024) $(shell seq 1101 1148))
-FOOTAGE := $(FIRST) $(patsubst %,$(TOY)/footage/%/.done,$(shell seq 1201 1272))
+FIRST   := $(patsubst %,$(TOY)/footage/first/%/.done,$(shell seq 1001 1024) $(shell seq 1101 1148))
+FOOTAGE := $(FIRST) $(patsubst %,$(TOY)/footage/more/%/.done,$(shell seq 1201 1272))
 TRAIN   = $(BIN)/tccp train $(1) --data $(TOY)/clips --storage $(TOY) --resume --weights $(TOY)/$(2)
 
 toy-weights: $(READY)  ## train the packaged weights anew, on two cores; stop and start it at any point
@@ -51,14 +51,14 @@ toy-weights: $(READY)  ## train the packaged weights anew, on two cores; stop an
 	@$(BIN)/tccp export $(TOY)/weights tccp/toy --half
 
 $(TOY)/footage/%/.done: | $(READY)
-	@$(ONE_THREAD) $(BIN)/tccp synth $(@D) --clips 100 --seconds $(if $(filter 10%,$*),1.6,$(if $(filter 11%,$*),0.8,0.4)) --seed $*
+	@$(ONE_THREAD) $(BIN)/tccp synth $(@D) --clips 100 --seconds $(if $(filter 10%,$(*F)),1.6,$(if $(filter 11%,$(*F)),0.8,0.4)) --seed $(*F)
 	@touch $@
 
 $(TOY)/clips/clips.parquet: $(FOOTAGE)
-	@$(BIN)/tccp preprocess $(^:/.done=) $(TOY)/clips --backend truth
+	@$(BIN)/tccp preprocess $(TOY)/footage $(TOY)/clips --backend truth
 
 $(TOY)/first/clips.parquet: $(FIRST)
-	@$(BIN)/tccp preprocess $(^:/.done=) $(TOY)/first --backend truth
+	@$(BIN)/tccp preprocess $(TOY)/footage/first $(TOY)/first --backend truth
 
 $(TOY)/weights/autoencoder/config.json: $(TOY)/first/clips.parquet
 	@$(ONE_THREAD) $(BIN)/tccp train autoencoder --data $(TOY)/first --storage $(TOY) --resume --weights $(TOY)/weights
