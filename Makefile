@@ -42,12 +42,12 @@ check: $(READY)  ## lint, format, types, layers and the fast tests
 TOY     := $(or $(TCCP_STORAGE),$(HOME)/.tccp)/toy-weights
 FIRST   := $(patsubst %,$(TOY)/footage/first/%/.done,$(shell seq 1001 1024) $(shell seq 1101 1148))
 FOOTAGE := $(FIRST) $(patsubst %,$(TOY)/footage/more/%/.done,$(shell seq 1201 1272))
-TRAIN   = $(BIN)/tccp train $(1) --data $(TOY)/clips --storage $(TOY) --resume --weights $(TOY)/$(2)
+TRAIN_TOY = $(BIN)/tccp train $(1) --data $(TOY)/clips --storage $(TOY) --resume --weights $(TOY)/$(2)
 
 toy-weights: $(READY)  ## train the packaged weights anew, on two cores; stop and start it at any point
 	@$(MAKE) -j $(WORKERS) $(FOOTAGE)
 	@$(MAKE) -j $(WORKERS) $(TOY)/clips/clips.parquet $(TOY)/weights/autoencoder/config.json
-	@$(call TRAIN,all,weights) --jobs $(WORKERS)
+	@$(call TRAIN_TOY,all,weights) --jobs $(WORKERS)
 	@$(BIN)/tccp export $(TOY)/weights tccp/toy --half
 
 $(TOY)/footage/%/.done: | $(READY)
@@ -80,7 +80,7 @@ $(TOY)/ablations/context_blind/%: SET := context=none
 $(TOY)/ablations/no_lip/%: SET := lips.source=none
 
 $(TOY)/ablations/%/config.json:
-	@$(ONE_THREAD) $(call TRAIN,$(notdir $*),ablations/$(patsubst %/,%,$(dir $*))) $(if $(SET),--set $(SET)) \
+	@$(ONE_THREAD) $(call TRAIN_TOY,$(notdir $*),ablations/$(patsubst %/,%,$(dir $*))) $(if $(SET),--set $(SET)) \
 		$(if $(filter %/autoencoder,$*),--autoencoder $(TOY)/weights/autoencoder)
 
 clean:  ## remove what make made here: .venv, out and caches

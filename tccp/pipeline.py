@@ -147,7 +147,8 @@ def save_component(
         final = folder / name
         if final.exists():
             shutil.rmtree(final)
-        temporary.chmod(0o755)
+        for path in (temporary, *temporary.rglob("*")):  # safetensors keeps its files to their owner
+            path.chmod(0o755 if path.is_dir() else 0o644)
         os.replace(temporary, final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

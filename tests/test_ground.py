@@ -217,6 +217,11 @@ def test_readme_shows_how_to_start() -> None:
     assert ["make", "test"] in README_COMMANDS
 
 
+def test_the_demo_trains_on_request_alone() -> None:
+    assert "--train" not in run("make", "--dry-run", "demo").stdout
+    assert "demo --out out --train" in run("make", "--dry-run", "demo", "TRAIN=1").stdout
+
+
 @pytest.mark.parametrize("command", README_COMMANDS, ids=" ".join)
 def test_a_command_of_readme_exists(command: list[str]) -> None:
     """Make targets by name; `tccp` verbs and every option given to one by the verb's own help."""

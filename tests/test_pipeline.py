@@ -67,6 +67,11 @@ def test_the_folder_holds_no_pickles_and_the_manifest_says_everything(weights: P
     assert read_settings(weights) == tiny.SETTINGS
 
 
+def test_others_may_read_the_folder(weights: Path) -> None:
+    for path in (weights, *weights.rglob("*")):
+        assert path.stat().st_mode & 0o044 == 0o044, path
+
+
 def test_a_component_is_replaced_as_a_whole(weights: Path, tmp_path: Path) -> None:
     folder = tmp_path / "weights"
     shutil.copytree(weights, folder)
