@@ -122,6 +122,13 @@ def check_settings(folder: Path, settings: Settings) -> None:
             )
 
 
+def _forget_origin(config: Path) -> None:
+    """diffusers notes from which folder a network was loaded: a path that means nothing elsewhere."""
+    values = json.loads(config.read_text())
+    if values.pop("_name_or_path", None) is not None:
+        config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+
 def save_component(
     folder: Path,
     name: str,
@@ -141,6 +148,8 @@ def save_component(
         raise TccpError(f"cannot write {folder}: {error.strerror}; choose a folder that can be written") from None
     try:
         write(temporary)
+        for config in temporary.rglob("config.json"):
+            _forget_origin(config)
         files = {
             str(path.relative_to(temporary)): _digest(path) for path in sorted(temporary.rglob("*")) if path.is_file()
         }
