@@ -34,12 +34,12 @@ SMALL = {
     "training.warmup_steps": 2,
     "training.precision": "fp32",
     "training.log_every": 1,
-    "variant_overrides": {},
 }
 
 
 def small(**overrides):
-    return override(tiny(), SMALL | overrides)
+    plain = tiny().model_copy(update={"variant_overrides": {}})  # `override` adds to them, it removes none
+    return override(plain, SMALL | overrides)
 
 
 @pytest.fixture(scope="module")
