@@ -205,7 +205,7 @@ def test_a_missing_condition_is_named():
 
 def test_a_wider_control_embedding_is_one_of_the_control_branch_alone():
     none, same, wide = (
-        MVControlNet.from_settings(tiny(**{"variant_overrides": {}, "network.control_embedding": widths}), "face_first")
+        MVControlNet.from_settings(tiny(**{"network.control_embedding": widths}), "face_first")
         for widths in ((), (16,), (24, 40))
     )
     shapes = [{name: tuple(p.shape) for name, p in model.named_parameters()} for model in (none, same, wide)]

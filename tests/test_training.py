@@ -276,8 +276,8 @@ def test_frozen_video_branch_is_not_trained(cache):
     assert changed == {"control"}
 
 
-@pytest.mark.parametrize("mode", ["generated", "mix", "denoised"])
-def test_initial_frames_can_be_generated(cache, mode):
+def sixteen_windows(cache, mode):
+    """face_sequence with a face_first that knows nothing, and windows whose initial frames are to be made as `mode`."""
     settings = small(**{"training.initial_frames": mode, "training.initial_frame_noise": 0.0, "sampling.steps": 2})
     here = with_settings(cache, settings)
     torch.manual_seed(0)
@@ -285,7 +285,12 @@ def test_initial_frames_can_be_generated(cache, mode):
     losses = VariantLoss(MVControlNet.from_settings(settings, "face_sequence"), "face_sequence", settings, here, first)
     planned = [PlannedWindow(epoch, WindowId(c, 2)) for epoch in range(4) for c in cache.table.ids]
     batch = here.batch(planned, VARIANTS["face_sequence"], settings.window)
-    draws = draw(planned, tuple(batch.latents.shape[1:]), settings, 1000)
+    return losses, planned, batch, draw(planned, tuple(batch.latents.shape[1:]), settings, 1000)
+
+
+@pytest.mark.parametrize("mode", ["generated", "mix", "denoised"])
+def test_initial_frames_can_be_generated(cache, mode):
+    losses, planned, batch, draws = sixteen_windows(cache, mode)
     initial = losses._initial(batch, draws, planned)
     again = losses._initial(batch, draws, planned)
     true = [torch.equal(a, b) for a, b in zip(initial, batch.latents[:, :, 0], strict=True)]
@@ -297,14 +302,7 @@ def test_initial_frames_can_be_generated(cache, mode):
 
 
 def test_a_denoised_initial_frame_is_the_true_one_at_no_noise_and_the_first_networks_guess_at_all(cache):
-    settings = small(**{"training.initial_frames": "denoised", "training.initial_frame_noise": 0.0})
-    here = with_settings(cache, settings)
-    torch.manual_seed(0)
-    first = MVControlNet.from_settings(settings, "face_first")
-    losses = VariantLoss(MVControlNet.from_settings(settings, "face_sequence"), "face_sequence", settings, here, first)
-    planned = [PlannedWindow(epoch, WindowId(c, 2)) for epoch in range(4) for c in cache.table.ids]
-    batch = here.batch(planned, VARIANTS["face_sequence"], settings.window)
-    draws = draw(planned, tuple(batch.latents.shape[1:]), settings, 1000)
+    losses, planned, batch, draws = sixteen_windows(cache, "denoised")
     truth, restored = batch.latents[:, :, 0], draws.generated
     assert 0 < int(draws.initial_t.min()) < 300 < 700 < int(draws.initial_t.max()) < 1000
     for t in (0, 999):
@@ -314,10 +312,10 @@ def test_a_denoised_initial_frame_is_the_true_one_at_no_noise_and_the_first_netw
         if t == 0:
             assert (initial - truth)[restored].abs().max() < 0.1
         else:  # nothing is left of the frame: at zero signal it is minus what the network predicts from noise
-            one = here.batch(planned, VARIANTS["face_first"], 1)
+            one = losses.cache.batch(planned, VARIANTS["face_first"], 1)
             times = torch.full((len(planned), 1), t)
             with torch.no_grad():
-                guess = -first(draws.noise[:, :, :1], times, one.conditions, one.control)[:, :, 0]
+                guess = -losses.first(draws.noise[:, :, :1], times, one.conditions, one.control)[:, :, 0]
             torch.testing.assert_close(initial[restored], guess[restored], rtol=1e-4, atol=1e-4)
 
 

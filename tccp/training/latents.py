@@ -30,7 +30,6 @@ from tccp.training.lips import LipSources, LipTable
 from tccp.variants import ConditionKind, PictureKind, Variant
 
 ENCODE_BATCH = 64
-
 PICTURES: dict[PictureKind, str] = {"face": "face", "landmark": "landmark_pictures", "scene": "masked_scene"}
 """Kind of latents -> the field of ClipView they are encoded from."""
 
