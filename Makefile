@@ -41,7 +41,7 @@ check: $(READY)  ## lint, format, types, layers and the fast tests
 # is trained on the first of them alone, which is enough for it.
 TOY     := $(or $(TCCP_STORAGE),$(HOME)/.tccp)/toy-weights
 FIRST   := $(patsubst %,$(TOY)/footage/first/%/.done,$(shell seq 1001 1024) $(shell seq 1101 1148))
-FOOTAGE := $(FIRST) $(patsubst %,$(TOY)/footage/more/%/.done,$(shell seq 1201 1272))
+FOOTAGE := $(FIRST) $(patsubst %,$(TOY)/footage/more/%/.done,$(shell seq 1201 1344))
 TRAIN_TOY = $(BIN)/tccp train $(1) --data $(TOY)/clips --storage $(TOY) --resume --weights $(TOY)/$(2)
 
 toy-weights: $(READY)  ## train the packaged weights anew, on two cores; stop and start it at any point
@@ -51,7 +51,7 @@ toy-weights: $(READY)  ## train the packaged weights anew, on two cores; stop an
 	@$(BIN)/tccp export $(TOY)/weights tccp/toy --half
 
 $(TOY)/footage/%/.done: | $(READY)
-	@$(ONE_THREAD) $(BIN)/tccp synth $(@D) --clips 100 --seconds $(if $(filter 10%,$(*F)),1.6,$(if $(filter 11%,$(*F)),0.8,0.4)) --seed $(*F)
+	@$(ONE_THREAD) $(BIN)/tccp synth $(@D) --clips 100 --seconds $(if $(filter 10%,$(*F)),1.6,$(if $(filter 11%,$(*F)),0.8,1.6 --excerpt 0.4)) --seed $(*F)
 	@touch $@
 
 $(TOY)/clips/clips.parquet: $(FOOTAGE)

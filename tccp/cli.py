@@ -53,6 +53,7 @@ def synth(
     seconds: float = 4.0,
     seed: int = 0,
     people: int | None = None,
+    excerpt: float | None = None,
     json: Json = False,
 ) -> None:
     """Write procedural conversation scenes (RoundTable): MP4s with sound, a truth file and an identity picture each.
@@ -63,6 +64,7 @@ def synth(
         seconds: length of each.
         seed: the same seed gives the same films.
         people: how many different persons talk in them; by default each film has its own.
+        excerpt: film only so many seconds of each conversation, from a random moment: more scenes in as many frames.
     """
     from tccp.progress import progress
     from tccp.roundtable import write_clips
@@ -73,7 +75,7 @@ def synth(
         def on_frame(name: str, done: int, total: int) -> None:
             bar.update(task, advance=1, total=clips * total)
 
-        paths = write_clips(out, clips, seconds, seed, people, progress=on_frame)
+        paths = write_clips(out, clips, seconds, seed, people, progress=on_frame, excerpt_s=excerpt)
     _emit(json, {"out": str(out), "films": [str(path) for path in paths]}, f"{len(paths)} films in {out}")
 
 

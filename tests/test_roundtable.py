@@ -424,6 +424,26 @@ def test_lossless_films_give_the_rendered_pixels_back(tmp_path):
         assert np.array_equal(read, drawn)
 
 
+def test_an_excerpt_is_a_part_of_its_conversation(tmp_path):
+    paths = write_clips(tmp_path, 4, 1.6, seed=3, lossless=True, excerpt_s=0.24)
+    starts = []
+    for path in paths:
+        truth = read_truth(path)
+        whole = synthesise(truth.seed, 1.6, person_seed=truth.person_seed)
+        (start,) = [k for k in range(35) if np.array_equal(whole.landmarks_px[k : k + 6], truth.landmarks_px)]
+        starts.append(start)
+        assert same_truth(truth, whole.between(start, start + 6))
+        assert np.allclose(truth.event_s, whole.event_s - start / 25)
+        for frame, read in enumerate(read_frames(path)):
+            assert np.array_equal(read, whole.render(start + frame))
+        with open_audio(path) as track:
+            heard = np.asarray(track.samples[:3840])
+        assert np.corrcoef(heard, whole.audio[640 * start : 640 * start + len(heard)])[0, 1] > 0.97
+    assert len(set(starts)) > 1
+    with pytest.raises(TccpError, match="at most the whole clip"):
+        write_clips(tmp_path, 1, 0.2, excerpt_s=0.4)
+
+
 def test_absent_and_broken_truth_is_refused_by_name(tmp_path):
     with pytest.raises(TccpError, match=r"x\.truth\.npz: no such truth file"):
         read_truth(tmp_path / "x.mp4")

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 from jaxtyping import UInt8
 
-from tccp.config import TccpError
+from tccp.config import FPS, SAMPLES_PER_FRAME, TccpError
 from tccp.media import VideoWriter
 from tccp.roundtable.world import RoundTableClip, Truth, synthesise
 
@@ -29,17 +29,23 @@ def write_clips(
     height: int = 192,
     lossless: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
+    excerpt_s: float | int | None = None,
 ) -> list[Path]:
     """Films `roundtable_<seed>_<k>.mp4` with sound, each with `.truth.npz` and `.identity.png` beside it.
 
     people: how many different talkers take turns; by default each clip has its own. progress: called with (name, frames
-    done, frames in all). Files that are there are overwritten, each only when its new version is complete.
+    done, frames in all). excerpt_s: film only so much of each clip of `seconds`, from a moment of the seed's draw. Files
+    that are there are overwritten, each only when its new version is complete.
     Raises TccpError if numbers are out of range or `out` cannot be written to.
     """
     if clips < 1 or (people is not None and people < 1):
         raise TccpError(f"{clips} clips of {people} people: both are at least 1")
     if seed < 0:
         raise TccpError(f"seed {seed}: seeds are whole numbers from 0")
+    num_frames = round(seconds * FPS)
+    num_kept = num_frames if excerpt_s is None else round(excerpt_s * FPS)
+    if not 1 <= num_kept <= max(num_frames, 1):
+        raise TccpError(f"excerpts of {excerpt_s} s of clips of {seconds} s: at least {1 / FPS} s, at most the whole clip")
     folder = Path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -47,12 +53,13 @@ def write_clips(
         raise TccpError(f"{folder}: cannot be made a folder ({error.strerror}): choose another") from None
     clip_seeds = np.random.SeedSequence([seed, 1]).generate_state(clips, np.uint64) >> 1
     person_seeds = np.random.SeedSequence([seed, 2]).generate_state(people or clips, np.uint32)
+    starts = np.random.default_rng([seed, 3]).integers(num_frames - num_kept + 1, size=clips)
     written = []
     for k in range(clips):
         person_seed = int(person_seeds[k % len(person_seeds)])
         clip = synthesise(int(clip_seeds[k]), seconds, width, height, person_seed)
         path = folder / f"roundtable_{seed}_{k:04d}.mp4"
-        write_clip(clip, path, lossless, progress)
+        write_clip(clip, path, lossless, progress, range(starts[k], starts[k] + num_kept))
         written.append(path)
     return written
 
@@ -62,19 +69,25 @@ def write_clip(
     path: str | Path,
     lossless: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
+    frames: range | None = None,
 ) -> None:
-    """One film and what belongs beside it. The film comes last: where it is, the rest is too."""
+    """One film, all of the clip or these frames of it, and what belongs beside it.
+
+    The film comes last: where it is, the rest is too.
+    """
     path = Path(path)
+    frames = frames or range(clip.num_frames)
+    audio = clip.audio[frames.start * SAMPLES_PER_FRAME : frames.stop * SAMPLES_PER_FRAME]
     try:
-        _replace_with(truth_path(path), _npz_bytes(clip))
+        _replace_with(truth_path(path), _npz_bytes(clip.between(frames.start, frames.stop)))
         _replace_with(identity_path(path), cv2.imencode(".png", clip.identity[..., ::-1])[1].tobytes())
     except OSError as error:
         raise TccpError(f"{path.parent}: cannot be written to ({error.strerror}): choose another folder") from None
-    with VideoWriter(path, clip.width, clip.height, audio_from=clip.audio, lossless=lossless) as film:
-        for done, frame in enumerate(clip.frames(), start=1):
-            film.write(frame)
+    with VideoWriter(path, clip.width, clip.height, audio_from=audio, lossless=lossless) as film:
+        for done, frame in enumerate(frames, start=1):
+            film.write(clip.render(frame))
             if progress is not None:
-                progress(path.name, done, clip.num_frames)
+                progress(path.name, done, len(frames))
 
 
 def truth_path(film: str | Path) -> Path:

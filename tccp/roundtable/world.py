@@ -83,6 +83,18 @@ class Truth:
     def person_id(self) -> str:
         return make_person(self.person_seed).person_id
 
+    def between(self, start: int, stop: int) -> Truth:
+        """The truth of frames `start` to `stop` as a clip of its own; events before it have negative times.
+
+        Raises TccpError for frames that the clip does not have.
+        """
+        if not 0 <= start < stop <= self.num_frames:
+            raise TccpError(f"frames {start} to {stop} are not in this clip of {self.num_frames} frames")
+        values = {field.name: getattr(self, field.name) for field in fields(Truth)}
+        events = values.pop("event_s") - np.float32(start / FPS)
+        part = {name: value[start:stop] if isinstance(value, np.ndarray) else value for name, value in values.items()}
+        return Truth(**part, event_s=events)
+
 
 @dataclass(frozen=True)
 class _Actor:
@@ -280,11 +292,6 @@ def identity_picture(
     actor = _actor(person, _outfit(rng), place, _silent(1, one(0.0)), still)
     x, y = corner
     return _Stage(room, still, actor, ()).paint(width, height, 0)[y : y + size_px, x : x + size_px].copy()
-
-
-def truth_of(clip: RoundTableClip) -> Truth:
-    """The clip's truth alone, without sound and pictures."""
-    return Truth(**{field.name: getattr(clip, field.name) for field in fields(Truth)})
 
 
 def _silent(num_frames: int, blink: Float32[np.ndarray, " f"]) -> Expression:
