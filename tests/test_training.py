@@ -165,6 +165,23 @@ def test_latents_encoded_in_parts_are_those_encoded_at_once(cache, tmp_path):
         assert (parts.lips.folder / path.name).read_bytes() == path.read_bytes()
 
 
+def test_only_what_a_variant_reads_is_encoded(cache, tmp_path):
+    landmarks = LatentCache(tmp_path, cache.table, small(), cache.autoencoder, None, ["landmark_first"])
+    landmarks.build()
+    first = {path.name.split(".")[1] for path in landmarks.folder.iterdir()}
+    assert first == {"inputs", "scene", "landmark"}
+    for name in ("landmark_first", "landmark_sequence"):
+        a, b = (
+            c.batch([PlannedWindow(0, WindowId(cache.table.ids[0], 1))], VARIANTS[name], 3) for c in (landmarks, cache)
+        )
+        assert torch.equal(a.latents, b.latents)
+        assert torch.equal(a.control, b.control)
+    LatentCache(tmp_path, cache.table, small(), cache.autoencoder, None, ["face_first"]).build()
+    assert {path.name.split(".")[1] for path in landmarks.folder.iterdir()} == first | {"face"} | (
+        {"surround"} if small().surround else set()
+    )
+
+
 def test_kept_checkpoints_are_the_newest_and_whole(cache, tmp_path):
     settings = small(**{"training.max_steps": 5, "training.checkpoint_every": 1})
     run = RunFolder.open(tmp_path / "run", settings, resume=False)

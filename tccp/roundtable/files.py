@@ -34,8 +34,8 @@ def write_clips(
     """Films `roundtable_<seed>_<k>.mp4` with sound, each with `.truth.npz` and `.identity.png` beside it.
 
     people: how many different talkers take turns; by default each clip has its own. progress: called with (name, frames
-    done, frames in all). excerpt_s: film only so much of each clip of `seconds`, from a moment of the seed's draw. Files
-    that are there are overwritten, each only when its new version is complete.
+    done, frames in all). excerpt_s: film only so much of each clip of `seconds`, from a moment that the seed draws.
+    Files that are there are overwritten, each only when its new version is complete.
     Raises TccpError if numbers are out of range or `out` cannot be written to.
     """
     if clips < 1 or (people is not None and people < 1):
@@ -45,7 +45,9 @@ def write_clips(
     num_frames = round(seconds * FPS)
     num_kept = num_frames if excerpt_s is None else round(excerpt_s * FPS)
     if not 1 <= num_kept <= max(num_frames, 1):
-        raise TccpError(f"excerpts of {excerpt_s} s of clips of {seconds} s: at least {1 / FPS} s, at most the whole clip")
+        raise TccpError(
+            f"excerpt of {excerpt_s} s of clips of {seconds} s: at least {1 / FPS} s, at most the whole clip"
+        )
     folder = Path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)

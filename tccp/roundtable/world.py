@@ -93,7 +93,7 @@ class Truth:
         values = {field.name: getattr(self, field.name) for field in fields(Truth)}
         events = values.pop("event_s") - np.float32(start / FPS)
         part = {name: value[start:stop] if isinstance(value, np.ndarray) else value for name, value in values.items()}
-        return Truth(**part, event_s=events)
+        return Truth(**part, event_s=events)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

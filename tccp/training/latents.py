@@ -7,9 +7,10 @@ a window reads only its own frames: memory does not grow with the data set.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -27,11 +28,27 @@ from tccp.models.conditions import Conditions
 from tccp.models.lips import weights_hash
 from tccp.progress import progress
 from tccp.training.lips import LipSources, LipTable
-from tccp.variants import ConditionKind, PictureKind, Variant
+from tccp.variants import VARIANTS, ConditionKind, PictureKind, Variant
 
 ENCODE_BATCH = 64
 PICTURES: dict[PictureKind, str] = {"face": "face", "landmark": "landmark_pictures", "scene": "masked_scene"}
 """Kind of latents -> the field of ClipView they are encoded from."""
+
+FileKind = Literal["inputs", "face", "landmark", "scene", "surround"]
+"""What a clip and draw have a file each of: `inputs` (mel and identity) and latents."""
+
+
+def files_needed(names: Iterable[str], settings: Settings) -> tuple[FileKind, ...]:
+    """What training these variants reads."""
+    kinds: list[FileKind] = ["inputs"]
+    for row in (VARIANTS[name] for name in VARIANTS if name in names):
+        kinds += [row.generates, row.control]
+        kinds += ["surround"] if shows_surround(row, settings) else []
+    return tuple(dict.fromkeys(kinds))
+
+
+def shows_surround(row: Variant, settings: Settings) -> bool:
+    return settings.surround and row.generates == "face"
 
 
 @dataclass(frozen=True)
@@ -44,35 +61,37 @@ class TrainingBatch:
 
 
 def encode_clip(
-    clip: Clip, settings: Settings, draw: int, seed: int, autoencoder: PictureAutoencoder
-) -> dict[str, np.ndarray]:
-    """Latents `f c h w` of every kind in half precision, mel `f 80 16`, identity `s s 3`: one clip under one draw.
+    clip: Clip, settings: Settings, draw: int, seed: int, autoencoder: PictureAutoencoder, kinds: Iterable[FileKind]
+) -> dict[FileKind, dict[str, np.ndarray]]:
+    """One clip under one draw: latents `f c h w` in half precision, mel `f 80 16`, identity `s s 3`.
 
-    With settings.surround also those of `headbox.surround`, which count as a scene's.
+    The colours of `headbox.surround` count as a scene's.
     """
     seen = view(clip, settings, draw, seed)
     device = autoencoder.mean.device
-    arrays: dict[str, np.ndarray] = {
-        "mel": np.ascontiguousarray(seen.mel),
-        "identity": np.ascontiguousarray(seen.identity),
-    }
-    pictures: dict[str, tuple[PictureKind, np.ndarray]] = {
-        kind: (kind, getattr(seen, name)) for kind, name in PICTURES.items()
-    }
-    if settings.surround:
-        pictures["surround"] = ("scene", headbox.surround(seen.masked_scene, seen.mask_box))
+    files: dict[FileKind, dict[str, np.ndarray]] = {}
     with torch.inference_mode():
-        for name, (kind, shown) in pictures.items():
+        for file in kinds:
+            if file == "inputs":
+                files[file] = {name: np.ascontiguousarray(getattr(seen, name)) for name in ("mel", "identity")}
+                continue
+            kind: PictureKind = "scene" if file == "surround" else file
+            shown = (
+                headbox.surround(seen.masked_scene, seen.mask_box)
+                if file == "surround"
+                else getattr(seen, PICTURES[kind])
+            )
             parts = []
             for batch in torch.from_numpy(shown).split(ENCODE_BATCH):
                 latents = autoencoder.encode(to_model(batch).to(device).unsqueeze(2), kind)
                 parts.append(latents.squeeze(2).half().cpu().numpy())
-            arrays[name] = np.ascontiguousarray(np.concatenate(parts))  # safetensors writes memory as it lies
-    return arrays
+            # In C order: safetensors writes memory as it lies.
+            files[file] = {"latents": np.ascontiguousarray(np.concatenate(parts))}
+    return files
 
 
 class LatentCache:
-    """`<root>/<hash>/<clip_id>-<draw>.safetensors`; the hash is of everything the latents depend on."""
+    """`<root>/<hash>/<clip_id>-<draw>.<kind>.safetensors`; the hash is of everything the latents depend on."""
 
     def __init__(
         self,
@@ -81,29 +100,36 @@ class LatentCache:
         settings: Settings,
         autoencoder: PictureAutoencoder,
         lips: LipSources | None,
+        names: Iterable[str] = tuple(VARIANTS),
     ):
+        """names: the variants it is for; what none of them reads is not computed."""
         self.table = table
         self.settings = settings
         self.autoencoder = autoencoder
         self.lips = LipTable(root / "lips", lips) if lips else None
+        self.kinds = files_needed(names, settings)
         key = f"{weights_hash(autoencoder)} {settings.headbox.model_dump_json()} {settings.picture_px} {settings.seed}"
-        key += " surround" if settings.surround else ""
         self.folder = root / "latents" / hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
 
-    def path(self, clip_id: str, draw: int) -> Path:
-        return self.folder / f"{clip_id}-{draw}.safetensors"
+    def path(self, clip_id: str, draw: int, kind: FileKind) -> Path:
+        return self.folder / f"{clip_id}-{draw}.{kind}.safetensors"
 
     def build(self, part: int = 0, parts: int = 1) -> None:
         """Computes what is missing, in all or of one part of the clips. Interrupted, it goes on where it was."""
-        draws = range(self.settings.headbox.draws)
         ids = self.table.ids[part::parts]
-        missing = [(c, d) for c in ids for d in draws if not self.path(c, d).exists()]
+        missing: list[tuple[str, int, list[FileKind]]] = []
+        for clip_id in ids:
+            for draw in range(self.settings.headbox.draws):
+                kinds = [kind for kind in self.kinds if not self.path(clip_id, draw, kind).exists()]
+                missing += [(clip_id, draw, kinds)] if kinds else []
         with progress() as bar:
             task = bar.add_task("encoding clips to latents", total=len(missing))
-            for clip_id, draw in missing:
-                arrays = encode_clip(self.table[clip_id], self.settings, draw, self.settings.seed, self.autoencoder)
-                with atomic_path(self.path(clip_id, draw)) as temporary:
-                    save_file(arrays, temporary)
+            for clip_id, draw, kinds in missing:
+                clip = self.table[clip_id]
+                files = encode_clip(clip, self.settings, draw, self.settings.seed, self.autoencoder, kinds)
+                for kind, arrays in files.items():
+                    with atomic_path(self.path(clip_id, draw, kind)) as temporary:
+                        save_file(arrays, temporary)
                 bar.advance(task)
             if self.lips:
                 task = bar.add_task("drawing lip references", total=len(ids))
@@ -112,22 +138,22 @@ class LatentCache:
     def batch(self, planned: Sequence[PlannedWindow], row: Variant, num_frames: int) -> TrainingBatch:
         """The windows of one step. Which jitter draw a window takes is drawn from (seed, id, epoch)."""
         kinds = row.conditions_with(self.settings.lips.source)
-        surround = self.settings.surround and row.generates == "face"
-        columns: dict[str, list[np.ndarray]] = {"latents": [], "control": [], **{kind: [] for kind in kinds}}
-        if surround:
-            columns["surround"] = []
+        read: dict[str, FileKind] = {"latents": row.generates, "control": row.control}
+        if shows_surround(row, self.settings):
+            read["surround"] = "surround"
+        columns: dict[str, list[np.ndarray]] = {name: [] for name in (*read, *kinds)}
         for epoch, (clip_id, start) in planned:
             draw = rng_seed(self.settings.seed, "draw", clip_id, start, epoch) % self.settings.headbox.draws
             frames = slice(start, start + num_frames)
-            with safe_open(self.path(clip_id, draw), framework="numpy") as file:
-                columns["latents"].append(file.get_slice(row.generates)[frames])
-                columns["control"].append(file.get_slice(row.control)[frames])
-                if surround:
-                    columns["surround"].append(file.get_slice("surround")[frames])
-                if "audio" in kinds:
-                    columns["audio"].append(file.get_slice("mel")[frames])
-                if "identity" in kinds:
-                    columns["identity"].append(file.get_tensor("identity"))
+            for name, kind in read.items():
+                with safe_open(self.path(clip_id, draw, kind), framework="numpy") as file:
+                    columns[name].append(file.get_slice("latents")[frames])
+            if "audio" in kinds or "identity" in kinds:
+                with safe_open(self.path(clip_id, draw, "inputs"), framework="numpy") as file:
+                    if "audio" in kinds:
+                        columns["audio"].append(file.get_slice("mel")[frames])
+                    if "identity" in kinds:
+                        columns["identity"].append(file.get_tensor("identity"))
             if "lips" in kinds:
                 assert self.lips is not None
                 lips = self.lips.read(clip_id, start, num_frames)

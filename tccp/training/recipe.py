@@ -160,12 +160,13 @@ class Trainer:
         return open_lip_sources(lips, folder, self.device)
 
     def cache_for(self, names: Iterable[str]) -> LatentCache:
-        """The latent cache of this table, with lips if one of these variants takes them; `build()` fills it."""
+        """The latents of this table that these variants read, and lips if one takes them; `build()` computes them."""
+        names = tuple(names)
         source = self.settings.lips.source
         needs_lips = any("lips" in VARIANTS[name].conditions_with(source) for name in VARIANTS if name in names)
         autoencoder = PictureAutoencoder.load(verified(self.weights, "autoencoder")).to(self.device).eval()
         lips = self._lip_sources() if needs_lips else None
-        return LatentCache(self.storage, self.table, self.settings, autoencoder, lips)
+        return LatentCache(self.storage, self.table, self.settings, autoencoder, lips, names)
 
     def _train_variant(self, name: VariantName) -> None:
         settings = self.settings.for_variant(name)
