@@ -37,18 +37,27 @@ check: $(READY)  ## lint, format, types, layers and the fast tests
 	@$(PYTEST) -q -m 'not slow' $(PYTEST_ARGS)
 
 # The packaged weights, by the project's own commands. What is done is not done again; what was cut goes on.
-# Films long enough for a change of listener, and many more short ones: each is one more scene to read. The auto-encoder
-# is trained on the first of them alone, which is enough for it.
+# Films long enough for a change of listener, for all networks; and for stage 1 many short parts of conversations, each
+# one more scene to read. What stage 1 learns is seen in few pixels: from the first films alone it learnt them by heart.
 TOY     := $(or $(TCCP_STORAGE),$(HOME)/.tccp)/toy-weights
 FIRST   := $(patsubst %,$(TOY)/footage/first/%/.done,$(shell seq 1001 1024) $(shell seq 1101 1148))
 FOOTAGE := $(FIRST) $(patsubst %,$(TOY)/footage/more/%/.done,$(shell seq 1201 1344))
-TRAIN_TOY = $(BIN)/tccp train $(1) --data $(TOY)/clips --storage $(TOY) --resume --weights $(TOY)/$(2)
+TRAIN_TOY = $(BIN)/tccp train $(1) --data $(TOY)/$(2) --storage $(TOY) --resume --weights $(TOY)/$(3)
 
 toy-weights: $(READY)  ## train the packaged weights anew, on two cores; stop and start it at any point
 	@$(MAKE) -j $(WORKERS) $(FOOTAGE)
-	@$(MAKE) -j $(WORKERS) $(TOY)/clips/clips.parquet $(TOY)/weights/autoencoder/config.json
-	@$(call TRAIN_TOY,all,weights) --jobs $(WORKERS)
+	@$(MAKE) -j $(WORKERS) $(TOY)/clips/clips.parquet $(TOY)/first/clips.parquet
+	@for last in lips landmark_sequence face_sequence; do $(MAKE) $(TOY)/weights/$$last/config.json || exit; done
 	@$(BIN)/tccp export $(TOY)/weights tccp/toy --half
+
+$(TOY)/weights/lips/config.json: $(TOY)/first/clips.parquet
+	@$(call TRAIN_TOY,autoencoder lips,first,weights) --jobs $(WORKERS)
+
+$(TOY)/weights/landmark_sequence/config.json: $(TOY)/clips/clips.parquet
+	@$(call TRAIN_TOY,landmark_first landmark_sequence,clips,weights) --jobs $(WORKERS)
+
+$(TOY)/weights/face_sequence/config.json: $(TOY)/first/clips.parquet
+	@$(call TRAIN_TOY,face_first face_sequence,first,weights) --jobs $(WORKERS)
 
 $(TOY)/footage/%/.done: | $(READY)
 	@$(ONE_THREAD) $(BIN)/tccp synth $(@D) --clips 100 --seconds $(if $(filter 10%,$(*F)),1.6,$(if $(filter 11%,$(*F)),0.8,1.6 --excerpt 0.4)) --seed $(*F)
@@ -60,10 +69,8 @@ $(TOY)/clips/clips.parquet: $(FOOTAGE)
 $(TOY)/first/clips.parquet: $(FIRST)
 	@$(BIN)/tccp preprocess $(TOY)/footage/first $(TOY)/first --backend truth
 
-$(TOY)/weights/autoencoder/config.json: $(TOY)/first/clips.parquet
-	@$(ONE_THREAD) $(BIN)/tccp train autoencoder --data $(TOY)/first --storage $(TOY) --resume --weights $(TOY)/weights
-
-# Networks that some of the benchmark's rows need, on the same clips, auto-encoder and lips as the packaged ones.
+# Networks that some of the benchmark's rows need, with the auto-encoder, lips and clips of the packaged ones; one stage,
+# which is both, on the clips of stage 1, which hold those of stage 2.
 ABLATIONS := one_stage/one_stage_first one_stage/one_stage_sequence context_blind/landmark_first \
              context_blind/landmark_sequence no_lip/face_first no_lip/face_sequence
 
@@ -80,7 +87,7 @@ $(TOY)/ablations/context_blind/%: SET := context=none
 $(TOY)/ablations/no_lip/%: SET := lips.source=none
 
 $(TOY)/ablations/%/config.json:
-	@$(ONE_THREAD) $(call TRAIN_TOY,$(notdir $*),ablations/$(patsubst %/,%,$(dir $*))) $(if $(SET),--set $(SET)) \
+	@$(ONE_THREAD) $(call TRAIN_TOY,$(notdir $*),$(if $(filter no_lip/%,$*),first,clips),ablations/$(patsubst %/,%,$(dir $*))) $(if $(SET),--set $(SET)) \
 		$(if $(filter %/autoencoder,$*),--autoencoder $(TOY)/weights/autoencoder)
 
 clean:  ## remove what make made here: .venv, out and caches

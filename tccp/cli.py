@@ -115,7 +115,7 @@ def preprocess(
 
 
 def train(
-    component: Positional[str],
+    components: Positional[tuple[str, ...]],
     /,
     data: Path,
     weights: Path,
@@ -130,11 +130,11 @@ def train(
     storage: Storage = None,
     json: Json = False,
 ) -> None:
-    """Train one component, or all that the pipeline lacks, and add it to a pipeline folder.
+    """Train components of a pipeline, or all that it lacks, and add them to its folder.
 
     Args:
-        component: autoencoder, lips, landmark_first, landmark_sequence, face_first, face_sequence, one_stage_first,
-            one_stage_sequence, or all.
+        components: of autoencoder, lips, landmark_first, landmark_sequence, face_first, face_sequence, one_stage_first
+            and one_stage_sequence; or all.
         data: clip table (a folder with clips.parquet).
         weights: the pipeline folder to add to; made if it does not exist.
         resume: go on with a run that was interrupted, from its last checkpoint.
@@ -142,10 +142,12 @@ def train(
         lip_weights: the published Wav2Lip checkpoint, for lips.source=wav2lip.
         control_from: a pipeline folder whose video branches are taken over; with training.freeze_video_branch=true only
             the control branch is trained.
-        jobs: with `all`, components trained side by side, each in a process with its share of the cores.
+        jobs: components trained side by side, each in a process with its share of the cores.
     """
     from tccp.training.recipe import Trainer
 
+    if not components:
+        raise TccpError("no component named: tccp train all, or those to train; tccp train --help lists them")
     settings = load_settings(preset, set)
     trainer = Trainer(
         data,
@@ -157,19 +159,16 @@ def train(
         pretrained_autoencoder=autoencoder,
         lip_weights=lip_weights,
         control_from=control_from,
-        command=shlex.join(["tccp", "train", component, "--preset", preset, *(["--set", *set] if set else [])]),
+        command=shlex.join(["tccp", "train", *components, "--preset", preset, *(["--set", *set] if set else [])]),
     )
-    if jobs < 1:
-        raise TccpError(f"--jobs {jobs}: at least 1")
-    if component == "all":
-        names = trainer.train_missing(jobs)
+    if "all" in components:
+        components = trainer.train_missing(jobs)
     else:
-        names = (component,)
-        trainer.train(names)
+        trainer.train(components, jobs)
     _emit(
         json,
-        {"weights": str(weights), "trained": list(names)},
-        f"trained {', '.join(names) or 'nothing: all is there'}: {weights}",
+        {"weights": str(weights), "trained": list(components)},
+        f"trained {', '.join(components) or 'nothing: all is there'}: {weights}",
     )
 
 

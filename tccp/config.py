@@ -253,6 +253,7 @@ def toy() -> Settings:
             gradient_clip=1.0,
             ema_decay=0.998,
             condition_dropout=0.1,
+            initial_frames="denoised",
             initial_frame_noise=0.25,
             precision="bf16",
             checkpoint_every=250,

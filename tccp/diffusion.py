@@ -66,6 +66,13 @@ class NoiseSchedule:
         signal, sigma = self.coefficients(t)
         return signal * noisy - sigma * predicted if self.prediction == "v" else (noisy - sigma * predicted) / signal
 
+    def noise(
+        self, noisy: Float[Tensor, "b c f h w"], predicted: Float[Tensor, "b c f h w"], t: Int[Tensor, "b f"]
+    ) -> Float[Tensor, "b c f h w"]:
+        """The noise that a prediction amounts to."""
+        signal, sigma = self.coefficients(t)
+        return sigma * noisy + signal * predicted if self.prediction == "v" else predicted
+
 
 def window_loss(
     model: MVControlNet,

@@ -31,6 +31,16 @@ def test_schedule_equals_diffusers(prediction, zero_terminal_snr):
         assert torch.equal(ours.target(latents, noise, times), noise)
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+def test_a_perfect_prediction_gives_latents_and_noise_back(prediction):
+    schedule = NoiseSchedule.from_settings(DiffusionSettings(prediction=prediction))
+    latents, noise = torch.randn(3, 2, 4, 5, 5), torch.randn(3, 2, 4, 5, 5)
+    times = torch.tensor([0, 400, 700])[:, None].expand(-1, 4)
+    noisy, predicted = schedule.add_noise(latents, noise, times), schedule.target(latents, noise, times)
+    torch.testing.assert_close(schedule.clean(noisy, predicted, times), latents, rtol=0, atol=1e-4)
+    torch.testing.assert_close(schedule.noise(noisy, predicted, times), noise, rtol=0, atol=1e-4)
+
+
 def test_zero_terminal_snr_leaves_no_signal():
     schedule = NoiseSchedule.from_settings(DiffusionSettings(prediction="v", zero_terminal_snr=True))
     assert schedule.alphas_cumprod[-1] == 0

@@ -117,14 +117,11 @@ class LatentCache:
     def build(self, part: int = 0, parts: int = 1) -> None:
         """Computes what is missing, in all or of one part of the clips. Interrupted, it goes on where it was."""
         ids = self.table.ids[part::parts]
-        missing: list[tuple[str, int, list[FileKind]]] = []
-        for clip_id in ids:
-            for draw in range(self.settings.headbox.draws):
-                kinds = [kind for kind in self.kinds if not self.path(clip_id, draw, kind).exists()]
-                missing += [(clip_id, draw, kinds)] if kinds else []
+        missing = [(c, d) for c in ids for d in range(self.settings.headbox.draws) if self._missing(c, d)]
         with progress() as bar:
             task = bar.add_task("encoding clips to latents", total=len(missing))
-            for clip_id, draw, kinds in missing:
+            for clip_id, draw in missing:
+                kinds = self._missing(clip_id, draw)  # asked again: another training may have been here meanwhile
                 clip = self.table[clip_id]
                 files = encode_clip(clip, self.settings, draw, self.settings.seed, self.autoencoder, kinds)
                 for kind, arrays in files.items():
@@ -134,6 +131,9 @@ class LatentCache:
             if self.lips:
                 task = bar.add_task("drawing lip references", total=len(ids))
                 self.lips.write(self.table, lambda done, total: bar.update(task, completed=done), ids)
+
+    def _missing(self, clip_id: str, draw: int) -> list[FileKind]:
+        return [kind for kind in self.kinds if not self.path(clip_id, draw, kind).exists()]
 
     def batch(self, planned: Sequence[PlannedWindow], row: Variant, num_frames: int) -> TrainingBatch:
         """The windows of one step. Which jitter draw a window takes is drawn from (seed, id, epoch)."""

@@ -32,14 +32,19 @@ from tccp.variants import FIRST_OF, TWO_STAGE, VARIANTS
 COMPONENTS: tuple[str, ...] = ("autoencoder", "lips", *VARIANTS)
 
 
-def recipe(settings: Settings) -> tuple[tuple[str, ...], ...]:
-    """The components of the paper's pipeline, in groups: within a group none needs another, the longest come first."""
-    lips = ("lips",) if settings.lips.source != "none" else ()
-    sequences = tuple(name for name in TWO_STAGE if name in FIRST_OF)
-    firsts = tuple(name for name in TWO_STAGE if name not in FIRST_OF)
+def recipe(settings: Settings, names: Sequence[str] | None = None) -> tuple[tuple[str, ...], ...]:
+    """Components in groups, the longest first: those of a group need only what earlier groups train.
+
+    names: by default the paper's pipeline, with lips if the settings have any.
+    """
+    if names is None:
+        names = ("autoencoder", *(("lips",) if settings.lips.source != "none" else ()), *TWO_STAGE)
+    sequences = tuple(name for name in names if name in FIRST_OF)
+    firsts = tuple(name for name in names if name in VARIANTS and name not in FIRST_OF)
+    others = tuple(name for name in names if name not in VARIANTS)
     from_truth = all(settings.for_variant(name).training.initial_frames == "truth" for name in sequences)
-    variants = ((*sequences, *firsts),) if from_truth else (firsts, sequences)
-    return (("autoencoder", *lips), *variants)
+    groups = (others, (*sequences, *firsts)) if from_truth else (others, firsts, sequences)
+    return tuple(group for group in groups if group)
 
 
 class Trainer:
@@ -89,17 +94,45 @@ class Trainer:
         self.data_hash = hashlib.blake2b(" ".join(self.table.ids).encode(), digest_size=8).hexdigest()
         self._lip_seconds: float | None = None
 
-    def train(self, names: Sequence[str]) -> None:
-        """Trains these components, in this order, and adds each to the pipeline folder as it is finished."""
+    def train(self, names: Sequence[str], jobs: int = 1) -> None:
+        """Trains these components, up to `jobs` at a time, and adds each to the pipeline folder as it is finished.
+
+        Small networks on a few cores: two processes of one thread each do more than one process of two threads, which
+        spends its time waiting for the slower half of every operation. On a GPU, leave `jobs` at 1.
+        """
         for name in names:
             if name not in COMPONENTS:
-                raise TccpError(f"unknown component {name!r}: choose one of {', '.join(COMPONENTS)}, or all")
-            if name == "autoencoder":
-                self._train_autoencoder()
-            elif name == "lips":
-                self._train_lips()
-            else:
-                self._train_variant(name)  # type: ignore[arg-type]
+                raise TccpError(f"unknown component {name!r}: choose of {', '.join(COMPONENTS)}, or all")
+        if jobs < 1:
+            raise TccpError(f"jobs is {jobs}: at least 1")
+        for group in recipe(self.settings, names):
+            if jobs > 1 and any(name in VARIANTS for name in group):
+                self.cache_for(group)  # makes the liplets, once, before the processes that read them
+                _in_processes(jobs, _build_part, [(self.arguments, group, part, jobs) for part in range(jobs)])
+            if jobs > 1 and len(group) > 1:
+                _in_processes(jobs, _train_one, [(self.arguments, name) for name in group])
+                continue
+            for name in group:
+                self._train_one(name)
+
+    def train_missing(self, jobs: int = 1) -> tuple[str, ...]:
+        """Trains what the paper's pipeline lacks, up to `jobs` components at a time, and returns their names."""
+        missing = self.missing()
+        self.train(missing, jobs)
+        return missing
+
+    def missing(self) -> tuple[str, ...]:
+        """What the paper's pipeline still lacks, in training order."""
+        names = itertools.chain.from_iterable(recipe(self.settings))
+        return tuple(name for name in names if not has_component(self.weights, name))
+
+    def _train_one(self, name: str) -> None:
+        if name == "autoencoder":
+            self._train_autoencoder()
+        elif name == "lips":
+            self._train_lips()
+        else:
+            self._train_variant(name)  # type: ignore[arg-type]
 
     def _run(self, name: str) -> RunFolder:
         key = hashlib.blake2b(str(self.weights.resolve()).encode(), digest_size=4).hexdigest()
@@ -187,29 +220,6 @@ class Trainer:
             last_losses=round(sum(last) / len(last), 5) if last else None,
         )
         save_component(self.weights, name, self.settings, model.save_pretrained, provenance)
-
-    def missing(self) -> tuple[str, ...]:
-        """What the paper's pipeline still lacks, in training order."""
-        names = itertools.chain.from_iterable(recipe(self.settings))
-        return tuple(name for name in names if not has_component(self.weights, name))
-
-    def train_missing(self, jobs: int = 1) -> tuple[str, ...]:
-        """Trains what the pipeline lacks, up to `jobs` components at a time, and returns their names.
-
-        Small networks on a few cores: two processes of one thread each do more than one process of two threads, which
-        spends its time waiting for the slower half of every operation. On a GPU, leave `jobs` at 1.
-        """
-        missing = self.missing()
-        for group in recipe(self.settings):
-            names = [name for name in group if name in missing]
-            if jobs > 1 and any(name in VARIANTS for name in names):
-                self.cache_for(names)  # makes the liplets, once, before the processes that read them
-                _in_processes(jobs, _build_part, [(self.arguments, names, part, jobs) for part in range(jobs)])
-            if jobs == 1 or len(names) < 2:
-                self.train(names)
-            else:
-                _in_processes(jobs, _train_one, [(self.arguments, name) for name in names])
-        return missing
 
 
 def _in_processes(jobs: int, work: Callable[..., None], calls: Sequence[tuple[Any, ...]]) -> None:

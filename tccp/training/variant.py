@@ -22,6 +22,9 @@ from tccp.training.latents import LatentCache, TrainingBatch
 from tccp.training.loop import FitResult, RunFolder, fit
 from tccp.variants import FIRST_OF, VARIANTS
 
+DENOISING_STEPS = 4
+"""Steps in which the first-frame variant makes an initial frame out of a noised one."""
+
 
 @dataclass(frozen=True)
 class Draws:
@@ -125,7 +128,8 @@ class VariantLoss:
         """The frame a window continues from: true, or one as the first-frame variant makes them (section 4.4).
 
         `generated`: all are; `mix`: half of them. `denoised`: half of them are true frames, noised up to a random time
-        and restored by the first-frame variant in one step: its blur and its guesses at a small part of the price.
+        and denoised by the first-frame variant in a few steps (Meng et al. 2022, SDEdit): true in part, its guess for
+        the rest, as frames along a chain are, at a fraction of the price.
         """
         settings = self.settings.training
         initial = batch.latents[:, :, 0]
@@ -163,10 +167,14 @@ class VariantLoss:
     ) -> Float[Tensor, "b c h w"]:
         batch = self.cache.batch(planned, VARIANTS[FIRST_OF[self.row.name]], 1)
         device = next(first.parameters()).device
-        times = t[:, None].to(device)
-        noisy = self.schedule.add_noise(latents[:, :, None].to(device), noise[:, :, None].to(device), times)
-        predicted = first(noisy, times, batch.conditions.to(device), batch.control.to(device))
-        return self.schedule.clean(noisy, predicted, times)[:, :, 0].to(latents)
+        conditions, control = batch.conditions.to(device), batch.control.to(device)
+        clean, noise = latents[:, :, None].to(device), noise[:, :, None].to(device)
+        for k in range(DENOISING_STEPS, 0, -1):
+            times = (t[:, None] * k // DENOISING_STEPS).to(device)
+            noisy = self.schedule.add_noise(clean, noise, times)
+            predicted = first(noisy, times, conditions, control)
+            clean, noise = self.schedule.clean(noisy, predicted, times), self.schedule.noise(noisy, predicted, times)
+        return clean[:, :, 0].to(latents)
 
     def _generate_first(self, first: MVControlNet, planned: Sequence[PlannedWindow]) -> Float[Tensor, "b c h w"]:
         batch = self.cache.batch(planned, VARIANTS[FIRST_OF[self.row.name]], 1)
