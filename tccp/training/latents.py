@@ -122,8 +122,8 @@ class LatentCache:
             task = bar.add_task("encoding clips to latents", total=len(missing))
             for clip_id, draw in missing:
                 kinds = self._missing(clip_id, draw)  # asked again: another training may have been here meanwhile
-                clip = self.table[clip_id]
-                files = encode_clip(clip, self.settings, draw, self.settings.seed, self.autoencoder, kinds)
+                clip, seed = self.table[clip_id], self.settings.seed
+                files = encode_clip(clip, self.settings, draw, seed, self.autoencoder, kinds) if kinds else {}
                 for kind, arrays in files.items():
                     with atomic_path(self.path(clip_id, draw, kind)) as temporary:
                         save_file(arrays, temporary)
