@@ -248,9 +248,11 @@ class Stage:
         identities: Sequence[Float[Tensor, "3 s s"]],
         seeds: Sequence[int],
         batch_size: int = 16,
+        on_frames: Callable[[int], object] | None = None,
     ) -> list[Float[Tensor, "c f h w"]]:
         """What `chain` gives for every clip, all clips in lockstep, up to `batch_size` windows in one evaluation.
 
+        on_frames: called with the number of frames, of all clips together, whenever some are done.
         Raises ValueError if the clips, which must not be empty, differ in number of frames.
         """
         if len({len(clip) for clip in frames}) > 1 or not all(frames):
@@ -263,6 +265,8 @@ class Stage:
             generated = run_windows(windows[0].model, self.schedule, states, batch_size)
             for part, window, latents in zip(parts, windows, generated, strict=True):
                 part.append(latents[:, window.new])
+            if on_frames is not None:
+                on_frames(sum(window.new.stop - window.new.start for window in windows))
             following = [_answer(*pair) for pair in zip(chains, generated, strict=True)]
             windows = [window for window in following if window is not None]
         return [torch.cat(part, dim=1) for part in parts]

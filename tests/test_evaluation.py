@@ -38,7 +38,16 @@ from tccp.evaluation.report import (
 from tccp.evaluation.rows import ROWS, Models, Shard, audio_shuffled, one_stage, per_frame, two_stage_generated
 from tccp.evaluation.runner import QUICK, Extent, Found, evaluate_roundtable
 from tccp.evaluation.sheet import chosen, draw_sheet, sheet_clip
-from tccp.evaluation.worker import HeldOut, Reference, RowOfClip
+from tccp.evaluation.worker import (
+    HeldOut,
+    Reference,
+    RowOfClip,
+    Worker,
+    counterfactual_work,
+    drift_work,
+    held_out_work,
+    reference_work,
+)
 from tccp.generation import Generator, SceneFrame
 from tccp.landmarks import head_pose
 from tccp.media import open_audio, write_audio_wav
@@ -133,6 +142,21 @@ def models(weights: Path) -> Models:
     torch.manual_seed(0)
     ablations = {"no_lip": pipeline, "one_stage": single, "context_blind": blind}
     return Models(pipeline, ablations, {}, FaceProbe().eval())
+
+
+def test_the_work_done_is_the_work_announced(models: Models) -> None:
+    done: list[float] = []
+    worker = Worker(models, done.append)
+    for announced, work in (
+        (held_out_work(models) * 2 * 9, lambda: worker.held_out([(0, 11), (1, 12)], 9, {}, [])),
+        (drift_work(models) * 16, lambda: worker.drift([11], 16)),
+        (counterfactual_work(models), lambda: worker.counterfactual(counterfactual_seeds(1))),
+        (reference_work() * 9, lambda: worker.reference([11], 9)),
+    ):
+        done.clear()
+        work()
+        assert sum(done) == pytest.approx(announced)
+        assert max(done) <= max(announced / 4, 1)
 
 
 @pytest.fixture(scope="module")

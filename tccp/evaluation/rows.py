@@ -93,9 +93,11 @@ def _load_ablation(name: Ablation, folder: Path, weights: Path, main: Pipeline) 
 class Shard:
     """Clips of one length on their way through the networks. What several rows need is made once."""
 
-    def __init__(self, models: Models, clips: Sequence[EvaluationClip]):
+    def __init__(self, models: Models, clips: Sequence[EvaluationClip], tick: Callable[[int], object] | None = None):
+        """tick: called with the number of frames that a stage has made since."""
         self.models = models
         self.clips = clips
+        self.tick = tick
         self.pipeline = models.pipeline
 
     def tensor(self, pictures: UInt8[np.ndarray, "*n h w 3"]) -> Float[Tensor, "*n 3 h w"]:
@@ -172,7 +174,7 @@ class Shard:
         told = zip(self.control(pipeline), self.mel(sounds), strict=True)
         inputs = [[FrameInputs(*frame) for frame in zip(*clip, strict=True)] for clip in told]
         stage = pipeline.stage("landmark_sequence")
-        latents = stage.chain_batch(inputs, self.identities, self.seeds("landmark"))
+        latents = stage.chain_batch(inputs, self.identities, self.seeds("landmark"), on_frames=self.tick)
         return [self.redrawn(one) for one in latents] if pipeline.settings.sampling.redraw_landmarks else latents
 
     def redrawn(self, latents: Float[Tensor, "c f h w"]) -> Float[Tensor, "c f h w"]:
@@ -201,7 +203,8 @@ class Shard:
     ) -> list[Float[Tensor, "c f h w"]]:
         """Latents of generated faces."""
         inputs = self.face_inputs(pipeline, marks, sounds)
-        return pipeline.stage("face_sequence").chain_batch(inputs, self.identities, self.seeds("face"))
+        stage = pipeline.stage("face_sequence")
+        return stage.chain_batch(inputs, self.identities, self.seeds("face"), on_frames=self.tick)
 
     def truth(self) -> list[Shown]:
         """The pictures themselves: the ceiling of every instrument."""
@@ -273,7 +276,7 @@ def one_stage(shard: Shard) -> Made:
         for clip in told
     ]
     stage = pipeline.stage("one_stage_sequence")
-    return Made(stage.chain_batch(inputs, shard.identities, shard.seeds()))
+    return Made(stage.chain_batch(inputs, shard.identities, shard.seeds(), on_frames=shard.tick))
 
 
 def per_frame(shard: Shard) -> Made:
@@ -281,7 +284,12 @@ def per_frame(shard: Shard) -> Made:
     stage = shard.pipeline.stage("face_sequence")
     inputs = shard.face_inputs(shard.pipeline, shard.landmark_latents, shard.clips)
     told = zip(inputs, shard.identities, shard.seeds("face"), strict=True)
-    return Made([stage.each_frame(*clip) for clip in told])
+    faces = []
+    for clip in told:
+        faces.append(stage.each_frame(*clip))
+        if shard.tick is not None:
+            shard.tick(faces[-1].shape[1])
+    return Made(faces)
 
 
 def context_blind(shard: Shard) -> Made:
@@ -304,20 +312,20 @@ def other_index(index: int, count: int) -> int:
 
 @dataclass(frozen=True)
 class Row:
-    """make: what the row makes of a shard. chains: how many chains of windows that takes, for the ETA."""
+    """make: what the row makes of a shard. chains: how often that takes all frames through a stage, for the ETA."""
 
     make: Callable[[Shard], Made]
-    chains: float
+    chains: int
 
 
 ROWS: dict[str, Row] = {
-    "reconstruction": Row(reconstruction, 0.3),
-    "two_stage_truth": Row(two_stage_truth, 1.0),
-    "two_stage_generated": Row(two_stage_generated, 2.0),
-    "no_lip": Row(no_lip, 1.0),
-    "one_stage": Row(one_stage, 1.0),
-    "per_frame": Row(per_frame, 1.0),
-    "context_blind": Row(context_blind, 2.0),
-    "audio_shuffled": Row(audio_shuffled, 2.0),
+    "reconstruction": Row(reconstruction, 0),
+    "two_stage_truth": Row(two_stage_truth, 1),
+    "two_stage_generated": Row(two_stage_generated, 2),
+    "no_lip": Row(no_lip, 1),
+    "one_stage": Row(one_stage, 1),
+    "per_frame": Row(per_frame, 1),
+    "context_blind": Row(context_blind, 2),
+    "audio_shuffled": Row(audio_shuffled, 2),
 }
 """Rows that come out of networks, in the order of the table."""

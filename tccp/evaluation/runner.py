@@ -163,7 +163,7 @@ def _all_work(models: Models, extent: Extent) -> float:
     return (
         extent.clips * extent.frames * (held_out_work(models) + reference_work())
         + extent.drift * extent.drift_frames * drift_work(models)
-        + extent.counterfactual * counterfactual_work()
+        + extent.counterfactual * counterfactual_work(models)
     )
 
 

@@ -31,8 +31,7 @@ from tccp.evaluation.sheet import SheetClip, sheet_clip
 DRIFT_AT = (10, 50)
 """Windows that are compared with a chain's first."""
 DRIFT_ROWS = ("two_stage_truth", "two_stage_generated", "one_stage")
-# Work in chains of windows per clip, for the ETA.
-_REFERENCE_CHAINS, _COUNTERFACTUAL_CHAINS = 0.1, 1.5
+_REFERENCE_CHAINS = 0.1  # drawing and reading a true clip, as part of what a stage takes to make one: for the ETA
 
 
 @dataclass
@@ -63,7 +62,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Worker:
-    """What one process does. tick: called with the work done since, in frames that pass through a chain."""
+    """What one process does. tick: called with the work done since, in frames that a stage makes."""
 
     models: Models
     tick: Callable[[float], object]
@@ -78,7 +77,7 @@ class Worker:
         """Every row of clips that are given by number and seed. on_sheet: numbers of clips that the sheet shows."""
         settings = self.models.pipeline.settings
         clips = [make_clip(seed, num_frames, settings) for _, seed in numbered]
-        shard = Shard(self.models, clips)
+        shard = Shard(self.models, clips, self.tick)
         truths = shard.truth()
         identities = embed_identity(self.models.probe, np.stack([clip.identity for clip in clips]))
         done = [HeldOut({}, identity) for identity in identities]
@@ -99,7 +98,6 @@ class Worker:
                         assert made.marks is not None
                         marks = shard.decode(made.marks[i], "landmark")
                         done[i].sheet = sheet_clip(number, clips[i], shown[i], marks, done[i].rows[name].figures)
-                self.tick(row.chains * num_frames * len(clips))
         mean = mean_face(settings.picture_px)
         points, faces = np.stack([mean.points] * num_frames), np.stack([mean.face] * num_frames)
         keep("mean", [composed(self.models.probe, clip, faces, points) for clip in clips])
@@ -121,7 +119,7 @@ class Worker:
     def drift(self, seeds: Sequence[int], num_frames: int) -> list[dict[str, Drift]]:
         """Long chains: the rows of DRIFT_ROWS. Of landmarks only the windows that are compared are read."""
         settings = self.models.pipeline.settings
-        shard = Shard(self.models, [make_clip(seed, num_frames, settings) for seed in seeds])
+        shard = Shard(self.models, [make_clip(seed, num_frames, settings) for seed in seeds], self.tick)
         new = settings.window - 1
         frames = [i for k in (1, *DRIFT_AT) for i in range((k - 1) * new + 1, k * new + 1) if k * new < num_frames]
         done: list[dict[str, Drift]] = [{} for _ in seeds]
@@ -134,7 +132,6 @@ class Worker:
                 points = None if made.marks is None else shard.read_points(made.marks[k], frames)
                 shown = Shown(points, faces, read_faces(self.models.probe, faces))
                 done[k][row] = drift_figures(clip, shown, Shown(faces=clip.faces), settings.window, DRIFT_AT)
-            self.tick(ROWS[row].chains * num_frames * len(seeds))
         return done
 
     def counterfactual(self, seeds: Sequence[int]) -> list[dict[str, dict[str, float]]]:
@@ -142,7 +139,7 @@ class Worker:
         settings, models = self.models.pipeline.settings, self.models
         bearings, frames = of.COUNTERFACTUAL_DEG, of.COUNTERFACTUAL_FRAMES
         clips = [make_clip(seed, frames, settings, listener_deg=at) for seed in seeds for at in bearings]
-        shard = Shard(models, clips)
+        shard = Shard(models, clips, self.tick)
         shown: dict[str, list[Shown]] = {"truth": shard.truth()}
         marks = {"two_stage_generated": shard.landmark_latents}
         if "context_blind" in models.ablations:
@@ -152,7 +149,6 @@ class Worker:
         if "one_stage" in models.ablations:
             faces = [shard.decode(one, "face") for one in ROWS["one_stage"].make(shard).faces]
             shown["one_stage"] = [Shown(faces=one, reading=read_faces(models.probe, one)) for one in faces]
-        self.tick(_COUNTERFACTUAL_CHAINS * frames * len(clips))
         done: list[dict[str, dict[str, float]]] = []
         for k in range(0, len(clips), len(bearings)):
             part = slice(k, k + len(bearings))
@@ -178,7 +174,7 @@ def _slopes(clips: Sequence[EvaluationClip], shown: Sequence[Shown]) -> dict[str
     return slopes
 
 
-def held_out_work(models: Models) -> float:
+def held_out_work(models: Models) -> int:
     """Ticks of a frame of a held-out clip; of other clips below."""
     return sum(row.chains for name, row in ROWS.items() if name not in models.missing)
 
@@ -187,10 +183,11 @@ def reference_work() -> float:
     return _REFERENCE_CHAINS
 
 
-def drift_work(models: Models) -> float:
+def drift_work(models: Models) -> int:
     return sum(ROWS[row].chains for row in DRIFT_ROWS if row not in models.missing)
 
 
-def counterfactual_work() -> float:
+def counterfactual_work(models: Models) -> int:
     """Of a whole clip, at all bearings."""
-    return _COUNTERFACTUAL_CHAINS * of.COUNTERFACTUAL_FRAMES * len(of.COUNTERFACTUAL_DEG)
+    chains = 1 + sum(name in models.ablations for name in ("context_blind", "one_stage"))
+    return chains * of.COUNTERFACTUAL_FRAMES * len(of.COUNTERFACTUAL_DEG)
