@@ -6,7 +6,7 @@ No film is written or decoded: what a codec does to pictures is no part of the m
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Literal, get_args
 
@@ -120,12 +120,6 @@ def in_mid_speech(clip: EvaluationClip) -> EvaluationClip:
 
 
 def _stretch(truth: Truth, start: int, count: int) -> Truth:
-    """`count` frames of a truth from frame `start` on."""
-    values = {field.name: getattr(truth, field.name) for field in fields(Truth)}
-    for name, value in values.items():
-        if name == "event_s":
-            at_s = value - np.float32(start / FPS)
-            values[name] = at_s[(at_s >= 0) & (at_s < count / FPS)]
-        elif isinstance(value, np.ndarray):
-            values[name] = value[start : start + count]
-    return Truth(**values)
+    """`count` frames of a truth from frame `start` on, and what happens in them."""
+    part = truth.between(start, start + count)
+    return replace(part, event_s=part.event_s[(part.event_s >= 0) & (part.event_s < count / FPS)])
