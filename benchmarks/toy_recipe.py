@@ -1,8 +1,9 @@
-"""What does each change of the toy recipe gain? `python benchmarks/toy_recipe.py DATA WEIGHTS OUT.json`.
+"""What does each change of the toy recipe gain? `python benchmarks/toy_recipe.py DATA WEIGHTS OUT.json --storage S`.
 
 One network at a time is trained anew, for a few hundred steps, with one setting put back to the paper's; everything
 else is that of WEIGHTS. It is judged on held-out clips, beside the network of the unchanged recipe at equally many
-steps. Networks in OUT.json are not trained again, so it can be stopped and started. An hour and a half of one core.
+steps. Networks in OUT.json are not trained again, so it can be stopped and started. Two hours of one core; `--only`
+shares them out.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from tccp.evaluation.clips import EvaluationClip, clip_seeds, make_clip
 from tccp.evaluation.figures import correlation, psnr
 from tccp.evaluation.probe import load_probe, read_faces
 from tccp.evaluation.rows import Models, Shard
-from tccp.pipeline import Pipeline, read_settings
+from tccp.pipeline import Pipeline, load_network, read_settings
 from tccp.sampling import FrameInputs, Stage
 from tccp.training.recipe import Trainer
 from tccp.training.variant import train_variant
@@ -45,14 +46,16 @@ TRIALS: dict[VariantName, dict[str, dict[str, Any]]] = {
         "condition_dropout=0": {"training.condition_dropout": 0.0},
         "dropout=0.1": {"network.dropout": 0.1},
     },
+    "face_first": {"toy": {}, "surround=off": {"surround": False}},
     "face_sequence": {
         "toy": {},
+        "initial_frames=truth": {"training.initial_frames": "truth"},
         "first_frame_channels=off": {"network.first_frame_channels": False},
         "initial_frame_noise=0": {"training.initial_frame_noise": 0.0},
         "pooled_conditions=off": {"network.pooled_conditions": False},
     },
 }
-STEPS: dict[VariantName, int] = {"landmark_first": 600, "face_sequence": 500}
+STEPS: dict[VariantName, int] = {"landmark_first": 600, "face_first": 500, "face_sequence": 500}
 CLIPS, FRAMES = 32, 36
 EVERY = 5  # frames of a clip that a first-frame network makes
 
@@ -83,8 +86,11 @@ def main() -> None:
 
 def changed(settings: Settings, variant: VariantName, change: dict[str, Any]) -> Settings:
     """For this variant alone, and with the short schedule."""
+    change, whole = dict(change), {}
+    if "surround" in change:  # clips and networks have to agree on it
+        whole["surround"] = change.pop("surround")
     overrides = {**settings.variant_overrides.get(variant, {}), **change, "training.max_steps": STEPS[variant]}
-    return override(settings, {f"variant_overrides.{variant}": overrides})
+    return override(settings, {f"variant_overrides.{variant}": overrides, **whole})
 
 
 def trial(
@@ -94,21 +100,23 @@ def trial(
     trainer = Trainer(arguments.data, arguments.weights, usual, arguments.storage, resume=True)
     cache = trainer.cache_for([variant])
     cache.build()
-    started = time.monotonic()
-    network, _ = train_variant(variant, settings, cache, None)
-    seconds = time.monotonic() - started
+    cache.settings = settings
     companions = (FIRST_OF[variant],) if variant in FIRST_OF else ()
+    first = load_network(arguments.weights, companions[0]) if companions else None
+    started = time.monotonic()
+    network, _ = train_variant(variant, settings, cache, None, first=first)
+    seconds = time.monotonic() - started
     whole = Pipeline.load(arguments.weights, companions)
     networks = {**whole.networks, variant: network}
     pipeline = Pipeline(settings, whole.autoencoder, networks, whole.lips, whole.device)
     with torch.inference_mode():
-        figures = first_frame_figures(pipeline, variant, clips) if not companions else face_figures(pipeline, clips)
+        figures = FIGURES[variant](pipeline, clips)
     return {"seconds": round(seconds, 1)} | {name: round(float(value), 4) for name, value in figures.items()}
 
 
-def first_frame_figures(pipeline: Pipeline, variant: VariantName, clips: list[EvaluationClip]) -> dict[str, float]:
+def landmark_first_figures(pipeline: Pipeline, clips: list[EvaluationClip]) -> dict[str, float]:
     """Landmarks of single frames: mouth correlation of all together, yaw error, share of heads on the right side."""
-    stage = _single(pipeline, variant)
+    stage = _single(pipeline, "landmark_first")
     shard = Shard(Models(pipeline, {}, {}, None), clips)  # type: ignore[arg-type]
     points, true = [], []
     for clip, control, mel, identity in zip(
@@ -129,7 +137,24 @@ def first_frame_figures(pipeline: Pipeline, variant: VariantName, clips: list[Ev
     }
 
 
-def face_figures(pipeline: Pipeline, clips: list[EvaluationClip]) -> dict[str, float]:
+def face_first_figures(pipeline: Pipeline, clips: list[EvaluationClip]) -> dict[str, float]:
+    """Single faces from true landmarks: mouth correlation by the probe, PSNR, and how far mean colours are off."""
+    stage, probe = _single(pipeline, "face_first"), load_probe()
+    shard = Shard(Models(pipeline, {}, {}, probe), clips)
+    told = zip(shard.face_inputs(pipeline, shard.true_landmark_latents, clips), shard.identities, clips, strict=True)
+    made = [stage.each_frame(inputs[::EVERY], identity, clip.truth.seed) for inputs, identity, clip in told]
+    faces = np.concatenate([shard.decode(latents, "face") for latents in made])
+    true = np.concatenate([clip.faces[::EVERY] for clip in clips])
+    opening = np.concatenate([clip.truth.mouth_opening[::EVERY] for clip in clips])
+    off = np.abs(faces.mean(axis=(1, 2)) - true.mean(axis=(1, 2))).mean() / 255
+    return {
+        "mouth_corr_face": correlation(read_faces(probe, faces).opening, opening),
+        "psnr": float(np.mean([psnr(a[None], b[None]) for a, b in zip(faces, true, strict=True)])),
+        "colour_off_percent": 100 * float(off),
+    }
+
+
+def face_sequence_figures(pipeline: Pipeline, clips: list[EvaluationClip]) -> dict[str, float]:
     """Faces from true landmarks, five windows chained: mouth by the probe, PSNR of the first window and of the last."""
     probe = load_probe()
     shard = Shard(Models(pipeline, {}, {}, probe), clips)
@@ -145,6 +170,13 @@ def face_figures(pipeline: Pipeline, clips: list[EvaluationClip]) -> dict[str, f
         "psnr_window_1": float(np.mean([psnr(a[1:8], b[1:8]) for a, b in zip(shown, true, strict=True)])),
         "psnr_window_5": float(np.mean([psnr(a[-7:], b[-7:]) for a, b in zip(shown, true, strict=True)])),
     }
+
+
+FIGURES = {
+    "landmark_first": landmark_first_figures,
+    "face_first": face_first_figures,
+    "face_sequence": face_sequence_figures,
+}
 
 
 def _single(pipeline: Pipeline, variant: VariantName) -> Stage:
