@@ -64,7 +64,7 @@ $(TOY)/footage/%/.done: | $(READY)
 	@touch $@
 
 $(TOY)/clips/clips.parquet: $(FOOTAGE)
-	@$(BIN)/tccp preprocess $(TOY)/footage $(TOY)/clips --backend truth
+	@$(BIN)/tccp preprocess $(TOY)/footage $(TOY)/clips --backend truth --min-clip-s 0.4
 
 $(TOY)/first/clips.parquet: $(FIRST)
 	@$(BIN)/tccp preprocess $(TOY)/footage/first $(TOY)/first --backend truth

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -11,22 +12,27 @@ import pyarrow as pa
 
 from preprocessing.identity import Place, choose_places, places_seen
 from preprocessing.spans import Span, spans_from_table, spans_to_table
-from tccp.clip import MIN_CLIP_FRAMES
 from tccp.config import FPS, TccpError
 
 _HELD_OUT = 4  # frames kept back for the identity picture where a run is too short for two clips
 
 
-def cut_clips(batch: pa.Table, max_clip_s: float = 5.0) -> pa.Table:
-    """Spans with head boxes, cut into clips of MIN_CLIP_FRAMES frames to `max_clip_s` seconds.
+MIN_CLIP_S = 0.64
+
+
+def cut_clips(batch: pa.Table, max_clip_s: float = 5.0, min_clip_s: float = MIN_CLIP_S) -> pa.Table:
+    """Spans with head boxes, cut into clips of `min_clip_s` to `max_clip_s` seconds.
 
     Clips of a run are about equally long. A run makes at least two clips where it can, for each takes its identity
     pictures from outside itself; a shorter one keeps a few frames back. All spans of a track must be in one batch.
-    Raises TccpError if max_clip_s is too short to divide any run.
+    Raises TccpError if max_clip_s is too short to divide any run, or min_clip_s shorter than a frame.
     """
-    max_frames = int(max_clip_s * FPS)
-    if max_frames < 2 * MIN_CLIP_FRAMES:
-        raise TccpError(f"max_clip_s {max_clip_s:g} is too short: give at least {2 * MIN_CLIP_FRAMES / FPS:g} seconds")
+    max_frames, min_frames = int(max_clip_s * FPS + 1e-6), math.ceil(min_clip_s * FPS - 1e-6)
+    if min_frames < 1:
+        raise TccpError(f"min_clip_s {min_clip_s:g} is too short: give at least {1 / FPS:g} seconds, one frame")
+    if max_frames < 2 * min_frames:
+        least = 2 * min_frames / FPS
+        raise TccpError(f"max_clip_s {max_clip_s:g} is too short: give at least {least:g} seconds, twice the shortest")
     spans = spans_from_table(batch)
     tracks: dict[tuple[str, int | None], list[Span]] = {}
     for span in spans:
@@ -36,22 +42,23 @@ def cut_clips(batch: pa.Table, max_clip_s: float = 5.0) -> pa.Table:
     clips = []
     for span in spans:
         key = span.path, span.track
-        clips += [span] if span.reason else _cut(span, max_frames, tracks[key], seen[key])
+        clips += [span] if span.reason else _cut(span, min_frames, max_frames, tracks[key], seen[key])
     return spans_to_table(clips)
 
 
-def _cut(run: Span, max_frames: int, track: Sequence[Span], seen: list[Place]) -> list[Span]:
+def _cut(run: Span, min_frames: int, max_frames: int, track: Sequence[Span], seen: list[Place]) -> list[Span]:
     given = run.identity_path is not None
     alone = len(track) == 1
     parts = -(-run.num_frames // max_frames)
     length = run.num_frames
     if alone and not given and parts == 1:
-        if run.num_frames >= 2 * MIN_CLIP_FRAMES:
+        if run.num_frames >= 2 * min_frames:
             parts = 2
         else:
-            length = max(run.num_frames - _HELD_OUT, min(run.num_frames - 1, MIN_CLIP_FRAMES))
-    if length < MIN_CLIP_FRAMES:
-        text = f"{run.num_frames} frames of a face in a row; a clip needs {MIN_CLIP_FRAMES} and one for identity"
+            length = max(run.num_frames - _HELD_OUT, min(run.num_frames - 1, min_frames))
+    if length < min_frames:
+        needed = f"{min_frames}" if given else f"{min_frames} and one for identity"
+        text = f"{run.num_frames} frames of a face in a row; a clip needs {needed}"
         return [run.set_aside("too_short", text)]
     edges = [run.start_frame + length * part // parts for part in range(parts + 1)]
     clips = []

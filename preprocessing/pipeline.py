@@ -12,7 +12,7 @@ from typing import Literal
 
 import pyarrow as pa
 
-from preprocessing.cut import cut_clips
+from preprocessing.cut import MIN_CLIP_S, cut_clips
 from preprocessing.faces import find_tracks
 from preprocessing.headbox import fit_head_boxes
 from preprocessing.probe import probe_sources
@@ -54,6 +54,7 @@ class Report:
     backend: str
     picture_px: int
     max_clip_s: float
+    min_clip_s: float
     sources: list[SourceReport]
 
     @property
@@ -82,12 +83,13 @@ def preprocess(
     backend: Backend = "mediapipe",
     weights: Path | None = None,
     max_clip_s: float = 5.0,
+    min_clip_s: float = MIN_CLIP_S,
 ) -> Report:
     """Films, or folders of films, to `out`/clips.parquet and `out`/report.json; both appear only when they are whole.
 
     backend: where landmarks come from: a face detector, or (`truth`) the truth files of RoundTable footage.
     weights: the detector's file, or the folder it is in; by default as in `tccp.faces`.
-    max_clip_s: clips are cut to at most this many seconds.
+    max_clip_s, min_clip_s: clips are cut to at most, and at least, so many seconds.
     A source that cannot be used is set aside, with a reason, and counted; it stops nothing.
     Raises TccpError if no source gives a clip (with the first reason), if the weights are absent, or if `out` cannot be
     written. The same input and settings give the same bytes.
@@ -106,11 +108,12 @@ def preprocess(
         task = bar.add_task("preprocessing", total=passes * frames)
 
         counts: list[SourceReport] = []
+        lengths_s = max_clip_s, min_clip_s
 
         def rows() -> Iterator[pa.Table]:
             for batch in probed:
                 tally = _Tally(spans_from_table(batch))
-                for row in _rows_of(batch, settings, backend, weights, max_clip_s, lambda: bar.advance(task)):
+                for row in _rows_of(batch, settings, backend, weights, lengths_s, lambda: bar.advance(task)):
                     if tally.add(row):
                         yield row
                 counts.append(tally.report())
@@ -119,7 +122,7 @@ def preprocess(
 
         write_table(rows(), out / "clips.parquet")
         bar.update(task, completed=passes * frames)  # frames set aside early were not gone through twice
-        report = Report(SCHEMA_VERSION, backend, settings.picture_px, max_clip_s, counts)
+        report = Report(SCHEMA_VERSION, backend, settings.picture_px, max_clip_s, min_clip_s, counts)
         report_file.write_text(report.to_json(), encoding="utf-8")
     return report
 
@@ -142,12 +145,12 @@ def _rows_of(
     settings: Settings,
     backend: Backend,
     weights: Path | None,
-    max_clip_s: float,
+    lengths_s: tuple[float, float],
     on_frame: Callable[[], object],
 ) -> Iterator[pa.Table]:
     """The steps after probing, for the spans of one source."""
     tracks = read_tracks(batch) if backend == "truth" else _joined(find_tracks(batch, backend, weights, on_frame))
-    yield from render_clips(cut_clips(fit_head_boxes(tracks), max_clip_s), settings.picture_px, on_frame)
+    yield from render_clips(cut_clips(fit_head_boxes(tracks), *lengths_s), settings.picture_px, on_frame)
 
 
 def _joined(tables: Iterator[pa.Table]) -> pa.Table:

@@ -86,6 +86,7 @@ def preprocess(
     backend: Literal["mediapipe", "truth"] = "mediapipe",
     weights: Path | None = None,
     max_clip_s: float = 5.0,
+    min_clip_s: float = 0.64,
     preset: Preset = "toy",
     set: Overrides = (),
     json: Json = False,
@@ -98,12 +99,13 @@ def preprocess(
         backend: where landmarks come from: mediapipe, or truth (RoundTable's truth files).
         weights: face_landmarker.task, or its folder (default: TCCP_WEIGHTS, else <storage>/weights).
         max_clip_s: longest clip in seconds; a longer shot gives several.
+        min_clip_s: shortest; what is shorter is set aside. A window of the sequence networks has 0.32 seconds.
     """
     import dataclasses
 
     from preprocessing.pipeline import preprocess as run
 
-    report = run([source], out, load_settings(preset, set), backend, weights, max_clip_s)
+    report = run([source], out, load_settings(preset, set), backend, weights, max_clip_s, min_clip_s)
     lines = [f"{report.clips} clips, {report.frames} frames in {out}"]
     for item in report.sources:
         for warning in item.warnings:

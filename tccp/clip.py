@@ -31,7 +31,6 @@ GEOMETRY_VERSION = 1
 """Raised whenever head boxes or crops of the same footage come out differently, so that clip ids change with them."""
 STORED_MARGIN = 1.25
 """Side of the stored face picture over the side of the head box: the room that jitter may use."""
-MIN_CLIP_FRAMES = 16
 AUDIO_CONTEXT_FRAMES = 5
 """Frames of sound kept before (at least) and after a clip where the film has them, for its outermost mel windows."""
 JPEG_QUALITY = 95

@@ -148,7 +148,7 @@ def test_identity_comes_from_the_same_track_and_from_frames_where_a_face_was_see
 
 
 def test_a_clip_bound_that_cannot_be_kept_is_refused() -> None:
-    with pytest.raises(TccpError, match=r"max_clip_s 1 is too short: give at least 1.28 seconds"):
+    with pytest.raises(TccpError, match=r"max_clip_s 1 is too short: give at least 1.28 seconds, twice the shortest"):
         cut_clips(spans_to_table([a_run()]), 1.0)
 
 
@@ -332,6 +332,18 @@ def test_max_clip_s_bounds_the_clips(long_film: Path) -> None:
     spans = spans_from_table(from_truth(long_film, 2.0))
     assert [s.num_frames for s in spans] == [40, 40, 40, 40]
     assert len(spans_from_table(from_truth(long_film, 8.0))) == 1
+
+
+def test_min_clip_s_keeps_shorter_clips_in(tmp_path: Path) -> None:
+    roundtable.write_clips(tmp_path, 1, 1.6, seed=1, excerpt_s=0.4)
+    table = fit_head_boxes(read_tracks(probe_sources(find_sources([tmp_path]))))
+    (kept,) = spans_from_table(cut_clips(table, min_clip_s=0.4))
+    assert (kept.num_frames, kept.reason) == (10, None)
+    (gone,) = spans_from_table(cut_clips(table, min_clip_s=0.44))
+    assert gone.reason == "too_short"
+    assert "10 frames of a face in a row; a clip needs 11" in str(gone.message)
+    with pytest.raises(TccpError, match="min_clip_s 0 is too short"):
+        cut_clips(table, min_clip_s=0.0)
 
 
 def test_speed_on_roundtable_footage(long_film: Path) -> None:
