@@ -33,6 +33,7 @@ SCENE_SECONDS, SCENE_SEED = 4.0, 20_001
 SETTINGS = (
     "autoencoder.max_steps=2200",
     "training.max_steps=500",
+    "training.initial_frames=truth",  # what half-trained networks restore teaches nothing
     "lips.liplet_steps=250",
     "headbox.draws=1",
     "variant_overrides.landmark_first.training.max_steps=450",
