@@ -131,6 +131,7 @@ class TrainingSettings(_Frozen):
     timestep_shift: PositiveFloat = 1.0  # above 1, more of the noisy times: s u / (1 + (s - 1) u), Esser et al. 2024
     condition_dropout: float = Field(0.0, ge=0, lt=1)  # share of windows trained without conditions, for guidance
     initial_frames: Literal["truth", "generated", "mix", "denoised"] = "truth"
+    start_from_first: bool = False  # sequence variants start from the weights of their first-frame variant
     initial_frame_noise: NonNegativeFloat = 0.0  # standard deviation, in latent units, of noise on the clean frame
     precision: Literal["fp32", "bf16"] = "fp32"  # of the arithmetic in training; weights and sampling stay fp32
     freeze_video_branch: bool = False
@@ -254,6 +255,7 @@ def toy() -> Settings:
             ema_decay=0.998,
             condition_dropout=0.1,
             initial_frames="denoised",
+            start_from_first=True,
             initial_frame_noise=0.25,
             precision="bf16",
             checkpoint_every=250,

@@ -9,7 +9,7 @@ from tccp.models.autoencoder import PictureAutoencoder, to_bytes, to_model
 from tccp.models.conditions import ConditionEncoders, Conditions
 from tccp.models.mvcontrolnet import MVControlNet
 from tccp.models.video_unet import SpaceTimeTransformer, TemporalConv
-from tccp.variants import TWO_STAGE, VARIANTS, Variant
+from tccp.variants import FIRST_OF, TWO_STAGE, VARIANTS, Variant
 
 TINY = {
     "network.base_channels": 16,
@@ -305,3 +305,33 @@ def test_a_folder_that_is_no_autoencoder_is_refused(tmp_path):
 def test_lip_source_none_takes_the_lips_away():
     settings = load_settings("toy", ["lips.source=none"])
     assert MVControlNet.from_settings(settings, "face_first").config.condition_kinds == ("identity",)
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if VARIANTS[name].continues])
+def test_a_sequence_network_takes_the_weights_of_its_first_network(name):
+    settings = tiny(**{"network.pooled_conditions": True})
+    torch.manual_seed(0)
+    first = MVControlNet.from_settings(settings.for_variant(FIRST_OF[name]), FIRST_OF[name])
+    model = MVControlNet.from_settings(settings.for_variant(name), name)
+    model.start_from_first(first)
+    mine, theirs = model.state_dict(), first.state_dict()
+    assert {key for key in theirs if key not in mine} == {
+        key for key in theirs if ".identity" in key and "identity" not in VARIANTS[name].conditions
+    }
+    differ = {key for key in mine if mine[key].shape != theirs[key].shape}
+    assert all(torch.equal(mine[key], theirs[key]) for key in mine if key not in differ)
+    dim = settings.network.condition_dim
+    for branch in ("video", "control"):
+        pooled, own = (state[f"{branch}.encoder.time.pooled.0.weight"] for state in (mine, theirs))
+        for place, kind in enumerate(model.config.condition_kinds):
+            there = first.config.condition_kinds.index(kind)
+            assert torch.equal(pooled[:, place * dim :][:, :dim], own[:, there * dim :][:, :dim])
+        wide, narrow = (state[f"{branch}.encoder.conv_in.weight"] for state in (mine, theirs))
+        assert torch.equal(wide[:, : narrow.shape[1]], narrow)
+        assert not wide[:, narrow.shape[1] :].any()
+
+
+def test_a_first_network_of_another_size_is_refused():
+    first = MVControlNet.from_settings(tiny(**{"network.condition_dim": 24}), "face_first")
+    with pytest.raises(ValueError, match="the first-frame network has another shape"):
+        MVControlNet.from_settings(tiny(), "face_sequence").start_from_first(first)

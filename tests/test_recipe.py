@@ -47,6 +47,7 @@ def test_a_network_comes_after_what_it_needs():
     assert set(recipe(settings)[1]) == set(TWO_STAGE)
     generated = recipe(small(**{"training.initial_frames": "generated"}))
     assert generated[1:] == (("landmark_first", "face_first"), ("landmark_sequence", "face_sequence"))
+    assert recipe(small(**{"training.start_from_first": True})) == generated
     assert recipe(small(**{"lips.source": "none"}))[0] == ("autoencoder",)
 
 

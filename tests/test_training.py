@@ -34,6 +34,7 @@ SMALL = {
     "training.warmup_steps": 2,
     "training.precision": "fp32",
     "training.initial_frames": "truth",
+    "training.start_from_first": False,
     "training.log_every": 1,
 }
 
@@ -332,6 +333,22 @@ def test_a_denoised_initial_frame_is_the_true_one_at_no_noise_and_knows_nothing_
         distances.append(float((initial - truth)[restored].abs().mean()))
     assert distances[0] < 0.02 < distances[0] * 5 < distances[1] < distances[2]
     torch.testing.assert_close(initial[restored], losses._initial(other, at_t, planned)[restored], rtol=0, atol=1e-6)
+
+
+def test_a_sequence_network_starts_as_its_first_network(cache):
+    settings = small(
+        **{"training.start_from_first": True, "network.first_frame_channels": True, "training.max_steps": 1}
+    )
+    still = override(settings, {"training.learning_rate": 1e-12, "training.warmup_steps": 0})
+    torch.manual_seed(0)
+    first = MVControlNet.from_settings(settings, "face_first").eval()
+    model, _ = train_variant("face_sequence", still, with_settings(cache, still), None, first=first)
+    batch = cache.batch([PlannedWindow(0, WindowId(c, 2)) for c in cache.table.ids], VARIANTS["face_first"], 1)
+    inputs = batch.latents, torch.full((4, 1), 500), batch.conditions, batch.control
+    with torch.no_grad():
+        torch.testing.assert_close(model(*inputs), first(*inputs), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="start_from_first needs a trained face_first"):
+        train_variant("face_sequence", still, with_settings(cache, still), None)
 
 
 def test_generated_initial_frames_need_the_first_network(cache):

@@ -198,6 +198,30 @@ class MVControlNet(ModelMixin, ConfigMixin):
         for zero in (self.control.zero_in, *self.control.zero_out):
             zero_module(zero)
 
+    def start_from_first(self, first: MVControlNet) -> None:
+        """Takes the weights of the first-frame variant of the same stage, which then lacks nothing but motion.
+
+        Encoders of conditions that only the first frame takes are left out; weights of input channels that only this
+        network has (`first_frame_channels`) start at zero. Raises ValueError if the two differ otherwise.
+        """
+        mine, theirs = self.state_dict(), first.state_dict()
+        taken = {name: value for name, value in theirs.items() if name in mine or not name.startswith("conditions.")}
+        dim, kinds = self.config.condition_dim, list(first.config.condition_kinds)
+        for branch in ("video", "control"):
+            name = f"{branch}.encoder.conv_in.weight"
+            taken[name] = torch.zeros_like(mine[name])
+            channels = min(mine[name].shape[1], theirs[name].shape[1])
+            taken[name][:, :channels] = theirs[name][:, :channels]
+            name = f"{branch}.encoder.time.pooled.0.weight"  # its inputs: the kinds, one after another
+            if name in mine and name in theirs:
+                places = [kinds.index(kind) * dim for kind in self.config.condition_kinds]
+                taken[name] = torch.cat([theirs[name][:, at : at + dim] for at in places], dim=1)
+        try:
+            self.load_state_dict(taken)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[1].strip()
+            raise ValueError(f"the first-frame network has another shape: {reason}") from None
+
     def freeze_video_branch(self) -> None:
         """Only the control branch is trained from now on: "the video diffusion branch can be reused" (section 4.3)."""
         self.video.requires_grad_(False)

@@ -26,7 +26,7 @@ from tccp.training.autoencoder import train_autoencoder
 from tccp.training.latents import LatentCache
 from tccp.training.lips import FOLDS, LipSources, open_lip_sources, train_liplets
 from tccp.training.loop import SPENT_FILE, RunFolder
-from tccp.training.variant import train_variant
+from tccp.training.variant import needs_first, train_variant
 from tccp.variants import FIRST_OF, TWO_STAGE, VARIANTS
 
 COMPONENTS: tuple[str, ...] = ("autoencoder", "lips", *VARIANTS)
@@ -42,8 +42,8 @@ def recipe(settings: Settings, names: Sequence[str] | None = None) -> tuple[tupl
     sequences = tuple(name for name in names if name in FIRST_OF)
     firsts = tuple(name for name in names if name in VARIANTS and name not in FIRST_OF)
     others = tuple(name for name in names if name not in VARIANTS)
-    from_truth = all(settings.for_variant(name).training.initial_frames == "truth" for name in sequences)
-    groups = (others, (*sequences, *firsts)) if from_truth else (others, firsts, sequences)
+    in_turn = any(needs_first(name, settings) for name in sequences)
+    groups = (others, firsts, sequences) if in_turn else (others, (*sequences, *firsts))
     return tuple(group for group in groups if group)
 
 
@@ -204,7 +204,7 @@ class Trainer:
     def _train_variant(self, name: VariantName) -> None:
         settings = self.settings.for_variant(name)
         first = None
-        if name in FIRST_OF and settings.training.initial_frames != "truth":
+        if needs_first(name, self.settings):
             first = load_network(self.weights, FIRST_OF[name], self.device)
         start_from = load_network(self.control_from, name, self.device) if self.control_from else None
         cache = self.cache_for([name])

@@ -196,6 +196,12 @@ class VariantLoss:
         return torch.stack([state.latents[:, 0] for state in states])
 
 
+def needs_first(variant: VariantName, settings: Settings) -> bool:
+    """Whether training this variant takes the network of its first-frame variant."""
+    training = settings.for_variant(variant).training
+    return variant in FIRST_OF and (training.start_from_first or training.initial_frames != "truth")
+
+
 def train_variant(
     variant: VariantName,
     settings: Settings,
@@ -209,12 +215,17 @@ def train_variant(
 ) -> tuple[MVControlNet, FitResult]:
     """Trains `variant` and returns it with its EMA weights.
 
-    first: the trained first-frame variant, needed where settings.training.initial_frames is not `truth`.
+    first: the trained first-frame variant, which sequence variants need where they start from its weights or on its
+        frames (`needs_first`).
     start_from: a network whose video branch is taken over and copied into the control branch.
     """
     resolved = settings.for_variant(variant)
     torch.manual_seed(rng_seed(resolved.seed, "init", variant))
     model = MVControlNet.from_settings(resolved, variant).to(device)
+    if resolved.training.start_from_first and variant in FIRST_OF:
+        if first is None:
+            raise ValueError(f"training.start_from_first needs a trained {FIRST_OF[variant]}: train it first")
+        model.start_from_first(first)
     if start_from is not None:
         model.start_control_from(start_from)
     if resolved.training.freeze_video_branch:
