@@ -269,9 +269,9 @@ def toy() -> Settings:
                 "training.max_steps": 4200,
                 **seeing,
             },
-            "landmark_sequence": seeing,
+            "landmark_sequence": {"training.max_steps": 3500, **seeing},
             "face_first": {"training.batch_size": 64},
-            "face_sequence": {"network.first_frame_channels": True, "training.max_steps": 4200},
+            "face_sequence": {"network.first_frame_channels": True, "training.max_steps": 3500},
             # One stage in place of two: as many steps as the two networks that it replaces.
             "one_stage_first": {
                 "training.batch_size": 64,
