@@ -106,7 +106,14 @@ def read_settings(folder: Path) -> Settings:
 
 
 def _shaping(settings: Settings) -> dict[str, Any]:
-    return {name: json.loads(settings.model_dump_json(include={name}))[name] for name in SHAPING}
+    """Of variants' own settings, too, those that shape: how long one is trained does not bind the others."""
+    values = {name: json.loads(settings.model_dump_json(include={name}))[name] for name in SHAPING}
+    values["variant_overrides"] = {
+        variant: shaping
+        for variant, overrides in values["variant_overrides"].items()
+        if (shaping := {key: value for key, value in overrides.items() if key.split(".")[0] in SHAPING})
+    }
+    return values
 
 
 def check_settings(folder: Path, settings: Settings) -> None:

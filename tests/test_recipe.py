@@ -91,6 +91,10 @@ def test_unknown_components_and_weights_of_other_settings_are_refused(data, tmp_
     trainer.train(["autoencoder"])
     with pytest.raises(TccpError, match="holds weights of other settings"):
         Trainer(data, tmp_path / "w", small(**SHORT, window=5), tmp_path / "storage")
+    longer, wider = {"training.max_steps": 9}, {"network.first_frame_channels": True}
+    Trainer(data, tmp_path / "w", small(**SHORT, **{"variant_overrides.face_first": longer}), tmp_path / "storage")
+    with pytest.raises(TccpError, match="holds weights of other settings: variant_overrides"):
+        Trainer(data, tmp_path / "w", small(**SHORT, **{"variant_overrides.face_first": wider}), tmp_path / "storage")
 
 
 _WAITING = """
