@@ -103,7 +103,7 @@ def evaluate_roundtable(
     models = Models.load(weights, ablations, device)
     with progress() as bar:
         task = bar.add_task("evaluating", total=round(_all_work(models, extent)))
-        with _work(models, (weights, ablations, device), jobs, lambda done: bar.advance(task, done)) as work:
+        with _work(models, (weights, ablations, device), jobs, lambda done: bar.advance(task, float(done))) as work:
             drift = work.submit(
                 Worker.drift, _shards(clip_seeds("drift", extent.drift), _DRIFT_SHARD_CLIPS), extent.drift_frames
             )
