@@ -38,7 +38,7 @@ check: $(READY)  ## lint, format, types, layers and the fast tests
 
 # The packaged weights, by the project's own commands. What is done is not done again; what was cut goes on.
 # Films long enough for a change of listener, for all networks; and for stage 1 many short parts of conversations, each
-# one more scene to read. What stage 1 learns is seen in few pixels: from the first films alone it learnt them by heart.
+# one more scene to read: whom a talker addresses is seen in few pixels.
 TOY     := $(or $(TCCP_STORAGE),$(HOME)/.tccp)/toy-weights
 FIRST   := $(patsubst %,$(TOY)/footage/first/%/.done,$(shell seq 1001 1024) $(shell seq 1101 1148))
 FOOTAGE := $(FIRST) $(patsubst %,$(TOY)/footage/more/%/.done,$(shell seq 1201 1344))
