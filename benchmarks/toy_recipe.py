@@ -183,7 +183,7 @@ def _single(pipeline: Pipeline, variant: VariantName) -> Stage:
     """A stage of which only the first-frame network is used."""
     network = pipeline.networks[variant]
     settings = pipeline.settings.for_variant(variant)
-    return Stage(network, network, NoiseSchedule.from_settings(settings.diffusion), settings.sampling)
+    return Stage(network, network, NoiseSchedule.from_settings(settings.diffusion), *[settings.sampling] * 2)
 
 
 if __name__ == "__main__":

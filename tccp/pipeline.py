@@ -320,6 +320,9 @@ class Pipeline:
 
     def stage(self, sequence: VariantName) -> Stage:
         """The chain that ends in `sequence`, with its first-frame network."""
-        settings = self.settings.for_variant(sequence)
+        first = FIRST_OF[sequence]
+        settings, first_settings = self.settings.for_variant(sequence), self.settings.for_variant(first)
         schedule = NoiseSchedule.from_settings(settings.diffusion)
-        return Stage(self.networks[FIRST_OF[sequence]], self.networks[sequence], schedule, settings.sampling)
+        return Stage(
+            self.networks[first], self.networks[sequence], schedule, first_settings.sampling, settings.sampling
+        )

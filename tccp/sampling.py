@@ -190,11 +190,13 @@ class Stage:
     first: MVControlNet
     sequence: MVControlNet
     schedule: NoiseSchedule
+    first_settings: SamplingSettings
     settings: SamplingSettings
 
     def _state(
         self, model: MVControlNet, frames: Sequence[FrameInputs], identity: Tensor, initial: Tensor | None, seed: int
     ) -> WindowState:
+        settings = self.first_settings if initial is None else self.settings
         kinds = model.config.condition_kinds
         audio = [frame.audio for frame in frames if frame.audio is not None]
         lips = [frame.lips for frame in frames if frame.lips is not None]
@@ -205,7 +207,7 @@ class Stage:
         )
         control = torch.stack([frame.control for frame in frames], dim=1)
         channels = model.config.latent_channels
-        return start_window(self.schedule, self.settings, conditions, control, initial, seed, channels)
+        return start_window(self.schedule, settings, conditions, control, initial, seed, channels)
 
     def _windows(
         self, frames: Iterable[FrameInputs], identity: Float[Tensor, "3 h w"], seed: int

@@ -124,10 +124,17 @@ def test_another_preset_is_refused(weights: Path) -> None:
 
 
 def test_settings_of_a_variant_reach_its_stage(tmp_path: Path) -> None:
-    settings = override(tiny.SETTINGS, {"variant_overrides.face_sequence": {"sampling.steps": 5}})
+    own = {
+        "variant_overrides.face_sequence": {"sampling.steps": 5},
+        "variant_overrides.face_first": {"sampling.temperature": 0.3},
+    }
+    settings = override(tiny.SETTINGS, own)
     write_untrained(tmp_path, settings, ("face_first", "face_sequence", "landmark_first", "landmark_sequence"))
     pipeline = Pipeline.load(tmp_path)
     assert pipeline.stage("face_sequence").settings.steps == 5
+    assert pipeline.stage("face_sequence").settings.temperature == settings.sampling.temperature
+    assert pipeline.stage("face_sequence").first_settings.temperature == 0.3
+    assert pipeline.stage("face_sequence").first_settings.steps == settings.sampling.steps
     assert pipeline.stage("landmark_sequence").settings.steps == settings.sampling.steps
 
 

@@ -227,7 +227,8 @@ def stage():
         for zero in (network.control.zero_in, *network.control.zero_out):
             torch.nn.init.normal_(zero.weight, std=0.1)
         networks.append(network)
-    return Stage(*networks, NoiseSchedule.from_settings(settings.diffusion), SamplingSettings(solver="dpmpp", steps=3))
+    sampling = SamplingSettings(solver="dpmpp", steps=3)
+    return Stage(*networks, NoiseSchedule.from_settings(settings.diffusion), sampling, sampling)
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
@@ -294,6 +295,14 @@ def test_a_chain_is_deterministic_and_causal_by_window(stage):
     assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(whole[:7], shorter, strict=True))
     assert not torch.equal(whole[0], other[0])
+
+
+def test_the_first_frame_has_sampling_settings_of_its_own(stage):
+    """At temperature 0 nothing is left to the seed: so it is in the first frame, and not in those that follow."""
+    still = dataclasses.replace(stage, first_settings=stage.settings.model_copy(update={"temperature": 0.0}))
+    a, b = (list(still.chain(frames(4), IDENTITY, seed=seed)) for seed in (5, 6))
+    assert torch.equal(a[0], b[0])
+    assert not torch.equal(a[1], b[1])
 
 
 def test_windows_continue_from_latents_as_they_are(stage):

@@ -75,6 +75,11 @@ class RunFolder:
             (path / "run.json").write_text(json.dumps(record, indent=2) + "\n")
         return cls(path)
 
+    @property
+    def git_commit(self) -> str:
+        """With which it was started."""
+        return str(json.loads((self.path / "run.json").read_text())["git_commit"])
+
     def checkpoint(self, step: int) -> Path:
         return self.path / "checkpoints" / f"step-{step:07d}"
 

@@ -161,7 +161,7 @@ class Trainer:
             self.settings, self.table, run, pretrained=self.pretrained_autoencoder, device=self.device
         )
         steps = 0 if self.pretrained_autoencoder else self.settings.autoencoder.max_steps
-        provenance = self._provenance(steps, result.seconds)
+        provenance = self._provenance(steps, result.seconds, git_commit=run.git_commit)
         save_component(self.weights, "autoencoder", self.settings, autoencoder.save, provenance)
 
     def _train_lips(self) -> None:
@@ -217,6 +217,7 @@ class Trainer:
         provenance = self._provenance(
             settings.training.max_steps,
             result.seconds,
+            git_commit=run.git_commit,
             last_losses=round(sum(last) / len(last), 5) if last else None,
         )
         save_component(self.weights, name, self.settings, model.save_pretrained, provenance)

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tccp.config import SamplingSettings, Settings, VariantName
+from tccp.config import Settings, VariantName
 from tccp.data import PlannedWindow, TrainingOrder, rng_seed, window_ids
 from tccp.diffusion import NoiseSchedule, window_loss
 from tccp.models.mvcontrolnet import MVControlNet
@@ -72,14 +72,15 @@ class VariantLoss:
     ):
         self.model = model
         self.row = VARIANTS[variant]
-        self.settings = settings
+        self.settings = settings.for_variant(variant)
+        self.first_sampling = settings.for_variant(FIRST_OF.get(variant, variant)).sampling
         self.cache = cache
         self.first = first.eval().requires_grad_(False) if first is not None else None
-        self.schedule = NoiseSchedule.from_settings(settings.diffusion)
+        self.schedule = NoiseSchedule.from_settings(self.settings.diffusion)
         self.num_frames = self.row.num_frames(settings.window)
         table = cache.table
         ids = window_ids(table.ids, [table.num_frames[c] for c in table.ids], self.num_frames, stride)
-        self.order = TrainingOrder(ids, settings.seed)
+        self.order = TrainingOrder(ids, self.settings.seed)
 
     def planned(self, step: int) -> list[PlannedWindow]:
         return self.order.step(step, self.settings.training.batch_size)
@@ -178,11 +179,10 @@ class VariantLoss:
 
     def _generate_first(self, first: MVControlNet, planned: Sequence[PlannedWindow]) -> Float[Tensor, "b c h w"]:
         batch = self.cache.batch(planned, VARIANTS[FIRST_OF[self.row.name]], 1)
-        sampling: SamplingSettings = self.settings.sampling
         states = [
             start_window(
                 self.schedule,
-                sampling,
+                self.first_sampling,
                 batch.conditions[i : i + 1],
                 batch.control[i],
                 None,
@@ -230,7 +230,7 @@ def train_variant(
         model.start_control_from(start_from)
     if resolved.training.freeze_video_branch:
         model.freeze_video_branch()
-    losses = VariantLoss(model, variant, resolved, cache, first)
+    losses = VariantLoss(model, variant, settings, cache, first)
     ema = EMAModel(model.parameters(), decay=resolved.training.ema_decay)
     result = fit(
         TorchEngine(model, resolved.training),
