@@ -70,7 +70,7 @@ $(TOY)/first/clips.parquet: $(FIRST)
 	@$(BIN)/tccp preprocess $(TOY)/footage/first $(TOY)/first --backend truth
 
 # Networks that some of the benchmark's rows need, with the auto-encoder, lips and clips of the packaged ones; one stage,
-# which is both, on the clips of stage 1, which hold those of stage 2.
+# which is both, on the clips of stage 1, which hold those of stage 2. The auto-encoder's statistics are those of `first`.
 ABLATIONS := one_stage/one_stage_first one_stage/one_stage_sequence context_blind/landmark_first \
              context_blind/landmark_sequence no_lip/face_first no_lip/face_sequence
 
@@ -87,7 +87,7 @@ $(TOY)/ablations/context_blind/%: SET := context=none
 $(TOY)/ablations/no_lip/%: SET := lips.source=none
 
 $(TOY)/ablations/%/config.json:
-	@$(ONE_THREAD) $(call TRAIN_TOY,$(notdir $*),$(if $(filter no_lip/%,$*),first,clips),ablations/$(patsubst %/,%,$(dir $*))) $(if $(SET),--set $(SET)) \
+	@$(ONE_THREAD) $(call TRAIN_TOY,$(notdir $*),$(if $(filter no_lip/% %/autoencoder,$*),first,clips),ablations/$(patsubst %/,%,$(dir $*))) $(if $(SET),--set $(SET)) \
 		$(if $(filter %/autoencoder,$*),--autoencoder $(TOY)/weights/autoencoder)
 
 clean:  ## remove what make made here: .venv, out and caches
