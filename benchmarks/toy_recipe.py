@@ -49,6 +49,7 @@ TRIALS: dict[VariantName, dict[str, dict[str, Any]]] = {
     "face_first": {"toy": {}, "surround=off": {"surround": False}},
     "face_sequence": {
         "toy": {},
+        "start_from_first=off": {"training.start_from_first": False},
         "initial_frames=truth": {"training.initial_frames": "truth"},
         "first_frame_channels=off": {"network.first_frame_channels": False},
         "initial_frame_noise=0": {"training.initial_frame_noise": 0.0},
