@@ -53,7 +53,6 @@ TRIALS: dict[VariantName, dict[str, dict[str, Any]]] = {
         "initial_frames=truth": {"training.initial_frames": "truth"},
         "first_frame_channels=off": {"network.first_frame_channels": False},
         "initial_frame_noise=0": {"training.initial_frame_noise": 0.0},
-        "pooled_conditions=off": {"network.pooled_conditions": False},
     },
 }
 STEPS: dict[VariantName, int] = {"landmark_first": 600, "face_first": 500, "face_sequence": 500}
