@@ -86,6 +86,10 @@ $(TOY)/ablations/no_lip/face_sequence/config.json: $(TOY)/ablations/no_lip/face_
 $(TOY)/ablations/context_blind/%: SET := context=none
 $(TOY)/ablations/no_lip/%: SET := lips.source=none
 
+# One stage is shown lips, so it takes the packaged pipeline's, too.
+$(TOY)/ablations/one_stage/autoencoder/config.json:
+	@$(BIN)/tccp export $(TOY)/weights $(TOY)/ablations/one_stage --components autoencoder lips
+
 $(TOY)/ablations/%/config.json:
 	@$(ONE_THREAD) $(call TRAIN_TOY,$(notdir $*),$(if $(filter no_lip/% %/autoencoder,$*),first,clips),ablations/$(patsubst %/,%,$(dir $*))) $(if $(SET),--set $(SET)) \
 		$(if $(filter %/autoencoder,$*),--autoencoder $(TOY)/weights/autoencoder)

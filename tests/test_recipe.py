@@ -73,6 +73,24 @@ def test_side_by_side_gives_the_same_weights(data, tmp_path):
     assert not any(torch.isnan(p).any() for network in pipeline.networks.values() for p in network.parameters())
 
 
+def test_networks_are_shown_the_lips_of_their_pipeline(data, tmp_path):
+    """Whatever footage they are trained on: generation will show them those."""
+    write_clips(tmp_path / "films", 2, 0.8, seed=6, width=128, height=96)
+    preprocess([tmp_path / "films"], tmp_path / "clips", small(), backend="truth")
+    settings, weights = small(**SHORT, **{"lips.liplet_steps": 2}), tmp_path / "w"
+    Trainer(data, weights, settings, tmp_path / "storage").train(["autoencoder", "lips"])
+
+    def sources(clips, storage):
+        return Trainer(clips, weights, settings, tmp_path / storage).cache_for(["face_first"]).lips.sources
+
+    lips = Pipeline.load(weights, ()).lips
+    known, other = sources(data, "storage"), sources(tmp_path / "clips", "storage")
+    assert known.hash == other.hash
+    assert known.for_new_footage.hash == lips.hash
+    elsewhere = sources(tmp_path / "clips", "elsewhere")
+    assert [source.hash for source in elsewhere.sources] == [lips.hash]
+
+
 def test_a_run_that_exists_is_taken_up_only_on_request(data, tmp_path):
     settings = small(**SHORT)
     folder = tmp_path / "storage"

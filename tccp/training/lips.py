@@ -26,7 +26,7 @@ from tccp.models.lips import LipletSource, LipSource, load_liplet, open_lip_sour
 from tccp.training.liplet import clip_sound, collect_samples, train_liplet
 
 FOLDS = 2
-_RECORD = "folds.json"
+FOLDS_RECORD = "folds.json"
 _RECORD_VERSION = 1
 
 
@@ -73,7 +73,7 @@ def train_liplets(
         "sources": sources,
     }
     out.mkdir(parents=True, exist_ok=True)
-    path = out / _RECORD
+    path = out / FOLDS_RECORD
     if not path.exists():
         with atomic_path(path) as partial_record:
             partial_record.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
@@ -144,11 +144,13 @@ def open_lip_sources(
     if settings.source != "liplet":
         source = open_lip_source(settings, weights, device)
         return None if source is None else LipSources((source,))
-    if weights is None or not (weights / _RECORD).is_file():
-        raise TccpError(f"{weights} holds no cross-fitted liplets ({_RECORD} is missing): train them first")
-    record = json.loads((weights / _RECORD).read_text())
+    if weights is None or not (weights / FOLDS_RECORD).is_file():
+        raise TccpError(f"{weights} holds no cross-fitted liplets ({FOLDS_RECORD} is missing): train them first")
+    record = json.loads((weights / FOLDS_RECORD).read_text())
     if record.get("version") != _RECORD_VERSION:
-        raise TccpError(f"{weights / _RECORD}: version {record.get('version')}, this is {_RECORD_VERSION}; train anew")
+        raise TccpError(
+            f"{weights / FOLDS_RECORD}: version {record.get('version')}, this is {_RECORD_VERSION}; train anew"
+        )
     networks = [load_liplet(weights / f"fold_{fold}") for fold in range(FOLDS)]
     for fold, network in enumerate(networks):
         if network.config.size_px != settings.size_px:

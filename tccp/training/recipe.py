@@ -19,12 +19,13 @@ import torch
 from tccp.clip import ClipTable
 from tccp.config import Settings, TccpError, VariantName
 from tccp.models.autoencoder import PictureAutoencoder
-from tccp.pipeline import check_settings, has_component, load_network, save_component, verified
+from tccp.models.lips import open_lip_source
+from tccp.pipeline import check_settings, has_component, load_network, read_manifest, save_component, verified
 from tccp.processes import end_with_parent
 from tccp.progress import LINES_ONLY, progress
 from tccp.training.autoencoder import train_autoencoder
 from tccp.training.latents import LatentCache
-from tccp.training.lips import FOLDS, LipSources, open_lip_sources, train_liplets
+from tccp.training.lips import FOLDS, FOLDS_RECORD, LipSources, open_lip_sources, train_liplets
 from tccp.training.loop import SPENT_FILE, RunFolder
 from tccp.training.variant import needs_first, train_variant
 from tccp.variants import FIRST_OF, TWO_STAGE, VARIANTS
@@ -165,7 +166,7 @@ class Trainer:
         save_component(self.weights, "autoencoder", self.settings, autoencoder.save, provenance)
 
     def _train_lips(self) -> None:
-        sources = self._lip_sources()
+        sources = self._own_lip_sources()
         if sources is None:
             raise TccpError("lips.source is none: there is no lip source to train")
         steps = self.settings.lips.liplet_steps if self.settings.lips.source == "liplet" else 0
@@ -173,12 +174,32 @@ class Trainer:
         save_component(self.weights, "lips", self.settings, sources.for_new_footage.save, provenance)
 
     def _lip_sources(self) -> LipSources | None:
-        """The lip sources that serve this table; liplets are trained on it here, once."""
+        """The lip sources that serve this table: the pipeline's, if it has any, for those it will generate with.
+
+        Clips that its liplet was trained on are served by its cross-fitted sibling.
+        """
+        lips = self.settings.lips
+        if self.lip_weights or not has_component(self.weights, "lips"):
+            return self._own_lip_sources()
+        trained = read_manifest(self.weights)["components"]["lips"].get("provenance", {})
+        if lips.source == "liplet" and trained.get("data_hash") == self.data_hash:
+            return self._own_lip_sources()
+        folder = self._liplet_folder(trained.get("data_hash"), trained.get("seed"))
+        if lips.source == "liplet" and (folder / FOLDS_RECORD).exists():
+            return open_lip_sources(lips, folder, self.device)
+        source = open_lip_source(lips, verified(self.weights, "lips"), self.device)
+        return None if source is None else LipSources((source,))
+
+    def _liplet_folder(self, data_hash: str | None, seed: int | None) -> Path:
+        key = f"{data_hash} {seed} {self.settings.lips.model_dump_json()}"
+        return self.storage / "lips" / hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
+
+    def _own_lip_sources(self) -> LipSources | None:
+        """As the settings say, whatever the pipeline has; liplets are trained on this table, once."""
         lips = self.settings.lips
         if lips.source != "liplet":
             return open_lip_sources(lips, self.lip_weights, self.device)
-        key = f"{self.data_hash} {self.settings.seed} {lips.model_dump_json()}"
-        folder = self.storage / "lips" / hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
+        folder = self._liplet_folder(self.data_hash, self.settings.seed)
         with progress() as bar:
             task = bar.add_task("liplet", total=FOLDS * lips.liplet_steps)
 
