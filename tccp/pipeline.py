@@ -264,7 +264,23 @@ def load_network(folder: Path, name: VariantName, device: torch.device | str = "
         raise TccpError(f"{path} cannot be loaded ({reason}): copy it again or train {name} anew") from None
 
 
-def _check_network(folder: Path, settings: Settings, name: VariantName, network: MVControlNet) -> None:
+def same_component(a: Path, b: Path, name: str) -> bool:
+    """Whether two pipelines hold the same component, in whatever precision it is stored. Raises as `verified`."""
+    folders = [verified(folder, name) for folder in (a, b)]
+    files = [{path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()} for folder in folders]
+    return files[0].keys() == files[1].keys() and all(_same_file(files[0][key], files[1][key]) for key in files[0])
+
+
+def _same_file(a: Path, b: Path) -> bool:
+    if a.suffix != ".safetensors":
+        return a.read_bytes() == b.read_bytes()
+    tensors = [{name: value.half() for name, value in load_file(path).items()} for path in (a, b)]
+    return tensors[0].keys() == tensors[1].keys() and all(
+        torch.equal(tensors[0][key], tensors[1][key]) for key in tensors[0]
+    )
+
+
+def check_network(folder: Path, settings: Settings, name: VariantName, network: MVControlNet) -> None:
     """Raises TccpError if the network is not the one that the pipeline's settings describe."""
     with torch.device("meta"):
         described = MVControlNet.from_settings(settings, name).config
@@ -315,7 +331,7 @@ class Pipeline:
             lips = open_lip_source(settings.lips, weights, device)
         networks = {name: load_network(folder, name, device) for name in variants}
         for name, network in networks.items():
-            _check_network(folder, settings, name, network)
+            check_network(folder, settings, name, network)
         return cls(settings, autoencoder, networks, lips, torch.device(device))
 
     def stage(self, sequence: VariantName) -> Stage:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import tiny
 import torch
 from sklearn.dummy import DummyRegressor
 
+from tccp import headbox
 from tccp.audio import mel_windows
 from tccp.config import FPS, Settings, TccpError, VariantName, override
 from tccp.evaluation import clips as of
@@ -51,7 +53,7 @@ from tccp.evaluation.worker import (
 from tccp.generation import Generator, SceneFrame
 from tccp.landmarks import head_pose
 from tccp.media import open_audio, write_audio_wav
-from tccp.pipeline import Pipeline, write_untrained
+from tccp.pipeline import Pipeline, export, write_untrained
 from tccp.roundtable import synthesise
 from tccp.variants import TWO_STAGE
 
@@ -87,8 +89,23 @@ def test_a_clip_is_what_was_drawn(clips: tuple[EvaluationClip, ...]) -> None:
     assert np.allclose(clip.points[3] * (x1 - x0) + (x0, y0), drawn.landmarks_px[3], atol=1e-3)
     inside = clip.scenes[3, int(y0) : int(y1), int(x0) : int(x1)].mean(axis=(0, 1))
     assert np.allclose(clip.faces[3].mean(axis=(0, 1)), inside, atol=3)
-    assert (clip.masked_scenes[3] == clip.masked_scenes[3, 0, 0]).any()
+    fitted = headbox.SceneFit(128, 96, 32).fit(drawn.render(3))
+    x0, y0, x1, y1 = clip.fitted_boxes[3]
+    masked = np.zeros((32, 32), bool)
+    masked[int(y0) : math.ceil(y1), int(x0) : math.ceil(x1)] = True
+    assert (clip.masked_scenes[3][masked] == 127).all()
+    assert np.array_equal(clip.masked_scenes[3][~masked], fitted[~masked])
     assert clip.identity.shape == (32, 32, 3)
+
+
+def test_a_clip_can_begin_in_the_middle(clips: tuple[EvaluationClip, ...]) -> None:
+    """As if the camera had been turned on then: frames, landmarks and sound are those of the whole."""
+    whole, part = clips[0], make_clip(11, FRAMES - 4, tiny.SETTINGS, start=4, width=128, height=96)
+    assert part.num_frames == part.truth.num_frames == FRAMES - 4
+    assert np.array_equal(part.scenes[1], whole.scenes[5])
+    assert np.array_equal(part.truth.mouth_opening, whole.truth.mouth_opening[4:])
+    assert np.allclose(part.points, whole.points[4:], atol=1e-6)
+    assert np.array_equal(part.audio, whole.audio[4 * 640 :])
 
 
 def test_the_last_frame_hears_true_sound(clips: tuple[EvaluationClip, ...]) -> None:
@@ -244,7 +261,8 @@ def ablation(folder: Path, *variants: VariantName, **changes: Any) -> None:
         ("no_lip", {}, "lips.source=none"),
         ("context_blind", {}, "context=none"),
         ("no_lip", {"lips.source": "none", "window": 5}, "window"),
-        ("no_lip", {"lips.source": "none", "seed": 3}, "auto-encoder"),
+        ("no_lip", {"lips.source": "none", "seed": 3}, "another autoencoder"),
+        ("context_blind", {"context": "none", "lips.liplet_steps": 3}, "differs from .* in lips"),
         ("one_stage", {}, "one_stage_first"),
     ],
 )
@@ -262,6 +280,8 @@ def test_ablations_that_are_not_there_are_said_to_be_missing(weights: Path, tmp_
     assert set(models.ablations) == {"no_lip"}
     assert set(models.missing) == {"one_stage", "context_blind"}
     assert models.ablations["no_lip"].lips is None
+    export(weights, tmp_path / "half", ("autoencoder", "lips", *TWO_STAGE), half=True)  # as the packaged weights are
+    assert set(Models.load(tmp_path / "half", tmp_path).ablations) == {"no_lip"}
     with pytest.raises(TccpError, match="not a folder"):
         Models.load(weights, tmp_path / "nowhere")
 
@@ -328,7 +348,11 @@ def test_differences_are_paired() -> None:
 
 def test_targets() -> None:
     samples = {
-        OURS: {"psnr": np.full(9, 20.0), "yaw_mae_deg_landmarks": np.full(9, 5.0)},
+        OURS: {
+            "psnr": np.full(9, 20.0),
+            "ssim": np.linspace(-1, 1, 9),
+            "yaw_mae_deg_landmarks": np.full(9, 5.0),
+        },
         "mask_body": {"yaw_mae_deg_landmarks": np.full(9, 20.0)},
     }
     rows, differences = summarise(samples, {}), compare(samples, {})
@@ -340,7 +364,10 @@ def test_targets() -> None:
     assert met("psnr", "at least", 20.1) is False
     assert met("psnr", "at most", 19.0) is False
     assert met("psnr", "within", 21.0) is True
-    assert met("ssim", "at least", 0.0) is None
+    assert met("ssim", "within", 0.1) is True
+    assert met("ssim", "surely within", 0.1) is False
+    assert met("ssim", "surely within", 2.0) is True
+    assert met("seam", "at least", 0.0) is None
     assert met("yaw_mae_deg_landmarks", "below", "mask_body") is True
     assert met("yaw_mae_deg_landmarks", "below", "context_blind") is None
 

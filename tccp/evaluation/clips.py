@@ -15,7 +15,7 @@ from jaxtyping import Float32, UInt8
 
 from tccp import headbox
 from tccp.audio import mel_windows
-from tccp.config import FPS, Settings
+from tccp.config import FPS, SAMPLES_PER_FRAME, Settings
 from tccp.roundtable import Truth, synthesise
 
 HELD_OUT_FRAMES = 36
@@ -25,7 +25,8 @@ DRIFT_FRAMES = 351
 COUNTERFACTUAL_FRAMES = 15
 COUNTERFACTUAL_DEG = (-50.0, -25.0, 25.0, 50.0)
 """Bearings at which the only listener of a clip is made to stand."""
-_WRONG_CLIP_FROM = 50
+MID_SPEECH_FRAME = 50
+"""By two seconds everybody has begun to speak; all clips begin in silence, heads and mouths at rest."""
 _SOUND_MARGIN_FRAMES = 5  # the last frame's audio window looks 0.14 s ahead of it
 
 Purpose = Literal["held_out", "reference", "prior", "drift", "counterfactual"]
@@ -82,11 +83,15 @@ class EvaluationClip:
         return len(self.faces)
 
 
-def make_clip(seed: int, num_frames: int, settings: Settings, **options: Any) -> EvaluationClip:
-    """The clip of this seed, as `tccp generate` would see it. options: of `tccp.roundtable.synthesise`."""
-    clip = synthesise(seed, _seconds(num_frames), **options)
-    truth = _stretch(clip, 0, num_frames)
-    scenes = np.stack([clip.render(frame) for frame in range(num_frames)])
+def make_clip(seed: int, num_frames: int, settings: Settings, start: int = 0, **options: Any) -> EvaluationClip:
+    """The clip of this seed, from frame `start` on, as `tccp generate` would see it.
+
+    options: of `tccp.roundtable.synthesise`.
+    """
+    clip = synthesise(seed, _seconds(start + num_frames), **options)
+    truth = _stretch(clip, start, num_frames)
+    scenes = np.stack([clip.render(frame) for frame in range(start, start + num_frames)])
+    audio = clip.audio[start * SAMPLES_PER_FRAME :]
     size, boxes = settings.picture_px, truth.head_box
     fit = headbox.SceneFit(clip.width, clip.height, size)
     height, width = clip.identity.shape[:2]
@@ -96,8 +101,8 @@ def make_clip(seed: int, num_frames: int, settings: Settings, **options: Any) ->
         faces=np.stack([headbox.crop(scene, box, size) for scene, box in zip(scenes, boxes, strict=True)]),
         points=true_points(truth),
         masked_scenes=headbox.mask_scene(np.stack([fit.fit(scene) for scene in scenes]), fit.boxes(boxes)),
-        mel=mel_windows(clip.audio, 0, num_frames),
-        audio=clip.audio,
+        mel=mel_windows(audio, 0, num_frames),
+        audio=audio,
         identity=headbox.crop(clip.identity, np.array([0, 0, width, height], np.float32), size),
         fitted_boxes=fit.boxes(boxes),
     )
@@ -111,12 +116,12 @@ def true_points(truth: Truth) -> Float32[np.ndarray, "f 68 2"]:
 def in_mid_speech(clip: EvaluationClip) -> EvaluationClip:
     """The clip with the truth of as many frames from two seconds on, for the wrong-clip control.
 
-    All clips begin in silence, so that any two of them agree on when speech sets in: the true mouths of two beginnings
-    correlate by 0.24, those of a beginning and a later stretch by 0.01.
+    Any two clips agree on when speech sets in: the true mouths of two beginnings correlate by 0.24, those of a
+    beginning and a later stretch by 0.01.
     """
     count = clip.num_frames
-    longer = synthesise(clip.truth.seed, _seconds(_WRONG_CLIP_FROM + 2 * count), clip.truth.width, clip.truth.height)
-    return replace(clip, truth=_stretch(longer, _WRONG_CLIP_FROM, count))
+    longer = synthesise(clip.truth.seed, _seconds(MID_SPEECH_FRAME + 2 * count), clip.truth.width, clip.truth.height)
+    return replace(clip, truth=_stretch(longer, MID_SPEECH_FRAME, count))
 
 
 def _stretch(truth: Truth, start: int, count: int) -> Truth:

@@ -24,7 +24,7 @@ from tccp.evaluation.clips import EvaluationClip
 from tccp.evaluation.figures import Shown
 from tccp.evaluation.probe import FaceProbe, load_probe, read_faces
 from tccp.models.autoencoder import to_bytes, to_model
-from tccp.pipeline import MANIFEST, Pipeline, load_network, read_manifest, read_settings
+from tccp.pipeline import MANIFEST, Pipeline, check_network, has_component, load_network, read_settings, same_component
 from tccp.sampling import FrameInputs, with_surround
 from tccp.variants import FIRST_OF, TWO_STAGE, PictureKind
 
@@ -77,15 +77,19 @@ def _load_ablation(name: Ablation, folder: Path, weights: Path, main: Pipeline) 
     for key in _SHARED:
         if getattr(settings, key) != getattr(main.settings, key):
             raise TccpError(f"{folder} differs from {weights} in {key}: train the ablation with the same settings")
-    digests = [read_manifest(path)["components"].get("autoencoder", {}).get("files") for path in (folder, weights)]
-    if digests[0] is not None and digests[0] != digests[1]:
-        raise TccpError(f"{folder} has an auto-encoder of its own: train the ablation on that of {weights}")
+    for shared in ("autoencoder", "lips"):
+        if has_component(folder, shared) and not same_component(folder, weights, shared):
+            raise TccpError(f"{folder} has another {shared} than {weights}: train the ablation on the same")
     if name == "no_lip" and settings.lips.source != "none":
         raise TccpError(f"{folder} was trained with lips: train it with lips.source=none")
+    if name != "no_lip" and settings.lips != main.settings.lips:
+        raise TccpError(f"{folder} differs from {weights} in lips: train the ablation with the same settings")
     if name == "context_blind" and settings.context != "none":
         raise TccpError(f"{folder} was trained with the scene: train it with context=none")
     sequence = ABLATIONS[name]
     networks = {variant: load_network(folder, variant, main.device) for variant in (FIRST_OF[sequence], sequence)}
+    for variant, network in networks.items():
+        check_network(folder, settings, variant, network)
     lips = None if settings.lips.source == "none" else main.lips
     return Pipeline(settings, main.autoencoder, networks, lips, main.device)
 

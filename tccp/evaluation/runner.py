@@ -49,9 +49,10 @@ from tccp.evaluation.worker import (
     held_out_work,
     reference_work,
 )
-from tccp.pipeline import read_manifest
+from tccp.pipeline import read_manifest, read_settings
 from tccp.processes import end_with_parent
 from tccp.progress import progress
+from tccp.variants import VARIANTS
 
 _SHARD_CLIPS, _DRIFT_SHARD_CLIPS, _COUNTERFACTUAL_SHARD_CLIPS = 16, 6, 4
 _POLL_S = 0.5
@@ -155,7 +156,10 @@ def _weights_summary(folder: Path) -> dict[str, Any]:
         name: {key: component["provenance"][key] for key in kept if key in component.get("provenance", {})}
         for name, component in manifest["components"].items()
     }
-    settings = {key: manifest["settings"].get(key) for key in ("preset", "picture_px", "window", "sampling")}
+    settings = {key: manifest["settings"].get(key) for key in ("preset", "picture_px", "window")}
+    whole = read_settings(folder)
+    trained = [name for name in VARIANTS if name in components]
+    settings["sampling"] = {name: whole.for_variant(name).sampling.model_dump(mode="json") for name in trained}
     return {"folder": folder.resolve().name, "settings": settings, "components": components}
 
 

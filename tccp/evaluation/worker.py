@@ -30,7 +30,8 @@ from tccp.evaluation.sheet import SheetClip, sheet_clip
 
 DRIFT_AT = (10, 50)
 """Windows that are compared with a chain's first."""
-DRIFT_ROWS = ("two_stage_truth", "two_stage_generated", "one_stage")
+DRIFT_ROWS = ("two_stage_truth", "two_stage_generated", "one_stage", "per_frame")
+"""per_frame is the control: its faces are no chain, so what it loses is what later windows are harder by."""
 _REFERENCE_CHAINS = 0.1  # drawing and reading a true clip, as part of what a stage takes to make one: for the ETA
 
 
@@ -117,9 +118,13 @@ class Worker:
         return done
 
     def drift(self, seeds: Sequence[int], num_frames: int) -> list[dict[str, Drift]]:
-        """Long chains: the rows of DRIFT_ROWS. Of landmarks only the windows that are compared are read."""
+        """Long chains: the rows of DRIFT_ROWS. Of landmarks only the windows that are compared are read.
+
+        They begin in mid-speech, for the first window to be no easier than those it is compared with.
+        """
         settings = self.models.pipeline.settings
-        shard = Shard(self.models, [make_clip(seed, num_frames, settings) for seed in seeds], self.tick)
+        clips = [make_clip(seed, num_frames, settings, of.MID_SPEECH_FRAME) for seed in seeds]
+        shard = Shard(self.models, clips, self.tick)
         new = settings.window - 1
         frames = [i for k in (1, *DRIFT_AT) for i in range((k - 1) * new + 1, k * new + 1) if k * new < num_frames]
         done: list[dict[str, Drift]] = [{} for _ in seeds]
