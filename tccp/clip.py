@@ -301,9 +301,10 @@ class ClipTable:
         check_schema(self._file.schema_arrow, str(path))
         if self._file.num_row_groups != self._file.metadata.num_rows:
             raise TccpError(f"{path} does not have one row per row group: write it with tccp.clip.write_table")
-        index = self._file.read(columns=["clip_id", "num_frames"])
+        index = self._file.read(columns=["clip_id", "num_frames", "source_hash"])
         self.ids: list[str] = index.column("clip_id").to_pylist()
         self.num_frames: dict[str, int] = dict(zip(self.ids, index.column("num_frames").to_pylist(), strict=True))
+        self.source_hash: dict[str, str] = dict(zip(self.ids, index.column("source_hash").to_pylist(), strict=True))
         self._row = {clip_id: row for row, clip_id in enumerate(self.ids)}
         if len(self._row) != len(self.ids):
             raise TccpError(f"{path} has the same clip_id in several rows: preprocess the footage again")

@@ -91,14 +91,14 @@ def test_resumed_training_is_the_same_run_bit_for_bit(cache, tmp_path, accumulat
         }
     )
     here = with_settings(cache, settings)
-    whole_run = RunFolder.open(tmp_path / "whole", settings, resume=False)
+    whole_run = RunFolder.open(tmp_path / "whole", settings, "landmark_first", resume=False)
     whole, whole_result = train_variant("landmark_sequence", settings, here, whole_run)
 
-    cut_run = RunFolder.open(tmp_path / "cut", settings, resume=False)
+    cut_run = RunFolder.open(tmp_path / "cut", settings, "landmark_first", resume=False)
     _, first = train_variant("landmark_sequence", settings, here, cut_run, stop_at=3)
     # an interruption after the last checkpoint: steps 4 and 5 are logged, lost and done again
     torch.manual_seed(123)
-    resumed_run = RunFolder.open(tmp_path / "cut", settings, resume=True)
+    resumed_run = RunFolder.open(tmp_path / "cut", settings, "landmark_first", resume=True)
     resumed, second = train_variant("landmark_sequence", settings, here, resumed_run)
 
     assert first.losses + second.losses == whole_result.losses
@@ -186,7 +186,7 @@ def test_only_what_a_variant_reads_is_encoded(cache, tmp_path):
 
 def test_kept_checkpoints_are_the_newest_and_whole(cache, tmp_path):
     settings = small(**{"training.max_steps": 5, "training.checkpoint_every": 1})
-    run = RunFolder.open(tmp_path / "run", settings, resume=False)
+    run = RunFolder.open(tmp_path / "run", settings, "landmark_first", resume=False)
     train_variant("landmark_first", settings, with_settings(cache, settings), run)
     names = sorted(path.name for path in (run.path / "checkpoints").iterdir())
     assert names == ["step-0000004", "step-0000005"]
@@ -365,7 +365,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_its_windows(cache, tmp_path):
     here = with_settings(cache, settings)
     model = MVControlNet.from_settings(settings, "landmark_first")
     losses = VariantLoss(model, "landmark_first", settings, here)
-    run = RunFolder.open(tmp_path / "run", settings, resume=False)
+    run = RunFolder.open(tmp_path / "run", settings, "landmark_first", resume=False)
 
     def broken(step, micro):
         return losses(step, micro) * (float("nan") if step == 5 else 1.0)
@@ -385,14 +385,34 @@ def test_a_loss_that_is_not_finite_stops_and_names_its_windows(cache, tmp_path):
     assert "checkpoint at step 4 is kept" in str(caught.value)
 
 
+def test_a_gradient_that_is_not_finite_stops_before_it_does_harm(cache):
+    settings = small(**{"training.max_steps": 3})
+    model = MVControlNet.from_settings(settings, "landmark_first")
+    losses = VariantLoss(model, "landmark_first", settings, with_settings(cache, settings))
+    engine = TorchEngine(model, settings.training)
+
+    def broken(step, micro):
+        weight = next(model.parameters())
+        return losses(step, micro) + ((0 * weight).sqrt().sum() if step == 1 else 0)  # finite, but steep without end
+
+    with pytest.raises(NonFiniteLoss, match="gradient's norm is nan at step 1"):
+        fit(engine, broken, settings.training, seed=0, ema=EMAModel(model.parameters()))
+    assert all(torch.isfinite(weight).all() for weight in model.parameters())
+
+
 def test_a_run_is_resumed_only_on_request_and_with_its_own_settings(tmp_path):
     settings = small()
-    RunFolder.open(tmp_path / "run", settings, resume=False)
-    RunFolder.open(tmp_path / "run", settings, resume=True)
+    RunFolder.open(tmp_path / "run", settings, "landmark_first", resume=False)
+    RunFolder.open(tmp_path / "run", settings, "landmark_first", resume=True)
     with pytest.raises(TccpError, match="--resume"):
-        RunFolder.open(tmp_path / "run", settings, resume=False)
-    with pytest.raises(TccpError, match="other settings"):
-        RunFolder.open(tmp_path / "run", small(seed=1), resume=True)
+        RunFolder.open(tmp_path / "run", settings, "landmark_first", resume=False)
+    with pytest.raises(TccpError, match=r"other settings .*: seed was 0 and is 1 now"):
+        RunFolder.open(tmp_path / "run", small(seed=1), "landmark_first", resume=True)
+    own = {"variant_overrides.landmark_first": {"training.max_steps": 7}}
+    with pytest.raises(TccpError, match=r"other settings .*: training was"):
+        RunFolder.open(tmp_path / "run", small(**own), "landmark_first", resume=True)
+    others = {"variant_overrides.face_first": {"training.max_steps": 7}, "sampling.temperature": 0.1}
+    RunFolder.open(tmp_path / "run", small(**others), "landmark_first", resume=True)
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert set(record) == {"git_commit", "command"}
 
@@ -453,11 +473,13 @@ def test_jitter_draws_have_latents_of_their_own(cache):
 def test_autoencoder_learns_and_resumes(data, tmp_path):
     settings = small(**{"autoencoder.max_steps": 12, "training.checkpoint_every": 5})
     table = ClipTable(data)
-    run = RunFolder.open(tmp_path / "whole", settings, resume=False)
+    run = RunFolder.open(tmp_path / "whole", settings, "autoencoder", resume=False)
     whole, result = train_autoencoder(settings, table, run)
-    cut = RunFolder.open(tmp_path / "cut", settings, resume=False)
+    cut = RunFolder.open(tmp_path / "cut", settings, "autoencoder", resume=False)
     train_autoencoder(settings, table, cut, stop_at=7)
-    resumed, _ = train_autoencoder(settings, table, RunFolder.open(tmp_path / "cut", settings, resume=True))
+    resumed, _ = train_autoencoder(
+        settings, table, RunFolder.open(tmp_path / "cut", settings, "autoencoder", resume=True)
+    )
     assert sum(result.losses[-3:]) < sum(result.losses[:3])
     for (name, a), b in zip(weights_of(whole).items(), weights_of(resumed).values(), strict=True):
         assert torch.equal(a, b), name

@@ -43,15 +43,14 @@ def step_pictures(table: ClipTable, settings: Settings, step: int) -> Float[Tens
     """The pictures of step k, a pure function of (seed, k): half faces, a quarter landmark images, a quarter scenes."""
     rng = np.random.default_rng(rng_seed(settings.seed, "autoencoder", step))
     count = settings.autoencoder.batch_size
-    kinds = ["face_", "landmark_pictures", "face_", "masked_scene"]
+    kinds = ["face", "landmark_pictures", "face", "masked_scene"]
     pictures: list[np.ndarray] = []
     while len(pictures) < count:
         clip = table[table.ids[int(rng.integers(len(table)))]]
         draw = int(rng.integers(settings.headbox.draws))
         for frame in rng.integers(clip.num_frames, size=FRAMES_PER_CLIP):
             seen = view(clip, settings, draw, settings.seed, int(frame), 1)
-            name = kinds[len(pictures) % 4].removesuffix("_")
-            pictures.append(getattr(seen, name)[0])
+            pictures.append(getattr(seen, kinds[len(pictures) % 4])[0])
     return to_model(torch.from_numpy(np.stack(pictures[:count])))
 
 

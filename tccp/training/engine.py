@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -71,6 +72,8 @@ class TorchEngine:
             group["lr"] = self.learning_rate
         limit = self.settings.gradient_clip or float("inf")
         self.grad_norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
+        if not math.isfinite(self.grad_norm):
+            raise FloatingPointError(f"the gradient's norm is {self.grad_norm}")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return True

@@ -63,7 +63,7 @@ def train_liplets(
     on_step: called with (fold, steps done, loss).
     Raises TccpError if there are too few clips, or `out` holds networks of other clips, settings or seed.
     """
-    sources = {clip.clip_id: clip.source_hash for clip in table}
+    sources = table.source_hash
     folds = assign_folds(sources)
     record = {
         "version": _RECORD_VERSION,
@@ -194,8 +194,8 @@ class LipTable:
         chosen = table.ids if clip_ids is None else clip_ids
         for done, clip_id in enumerate(chosen, 1):
             if not self.path(clip_id).exists():
-                clip = table[clip_id]
-                pictures = lip_pictures(clip, self.sources.for_clip(clip_id, clip.source_hash))
+                source = self.sources.for_clip(clip_id, table.source_hash[clip_id])
+                pictures = lip_pictures(table[clip_id], source)
                 with atomic_path(self.path(clip_id)) as partial, partial.open("wb") as file:
                     np.save(file, pictures, allow_pickle=False)
                 drawn += 1

@@ -18,23 +18,34 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from tccp.config import Settings, TccpError, TrainingSettings, git_commit, settings_to_json
+from tccp.clip import atomic_path
+from tccp.config import (
+    Settings,
+    TccpError,
+    TrainingSettings,
+    git_commit,
+    settings_from_json,
+    settings_to_json,
+)
 from tccp.data import rng_seed
 from tccp.progress import progress
 from tccp.training.engine import Engine
+from tccp.variants import FIRST_OF, VARIANTS
 
 KEEP_CHECKPOINTS = 2
 EMA_FILE = "ema.pt"
 SPENT_FILE = "spent.json"
+SETTINGS_FILE = "settings.json"
 
 
 class NonFiniteLoss(TccpError):
-    """The loss is not a number any more; the last good checkpoint stays."""
+    """The loss, or its gradient, is not a number any more; the last good checkpoint stays."""
 
 
 @contextmanager
@@ -56,23 +67,28 @@ class RunFolder:
     path: Path
 
     @classmethod
-    def open(cls, path: Path, settings: Settings, *, resume: bool) -> RunFolder:
-        """Makes the folder, or takes it up again.
+    def open(cls, path: Path, settings: Settings, component: str, *, resume: bool) -> RunFolder:
+        """Makes the folder for a training of `component`, or takes it up again.
 
-        Raises TccpError if it holds a run and `resume` is off, or a run with other settings.
+        Raises TccpError if it holds a run and `resume` is off, or a run whose training had other settings.
         """
-        text = settings_to_json(settings)
-        stored = path / "settings.json"
+        stored = path / SETTINGS_FILE
         if stored.exists():
             if not resume:
                 raise TccpError(f"{path} holds a run already: give --resume to go on with it, or other --weights")
-            if stored.read_text() != text:
-                raise TccpError(f"{path} was started with other settings ({stored}): resume with those, or start anew")
+            then, now = (_deciding(one, component) for one in (settings_from_json(stored.read_text()), settings))
+            for key, value in now.items():
+                if then[key] != value:
+                    raise TccpError(
+                        f"{path} was started with other settings ({stored}): {key} was {json.dumps(then[key])[:200]} "
+                        f"and is {json.dumps(value)[:200]} now; resume with what it was, or give other --weights"
+                    )
         else:
             path.mkdir(parents=True, exist_ok=True)
-            stored.write_text(text)
             record = {"git_commit": git_commit(), "command": [Path(sys.argv[0]).name, *sys.argv[1:]]}
             (path / "run.json").write_text(json.dumps(record, indent=2) + "\n")
+            with atomic_path(stored) as temporary:  # comes last: where it is, the run can be resumed
+                temporary.write_text(settings_to_json(settings))
         return cls(path)
 
     @property
@@ -91,6 +107,16 @@ class RunFolder:
     def prune(self) -> None:
         for old in sorted((self.path / "checkpoints").glob("step-*"))[:-KEEP_CHECKPOINTS]:
             shutil.rmtree(old)
+
+
+def _deciding(settings: Settings, component: str) -> dict[str, Any]:
+    """Settings that the training of a component depends on: not those of others, nor how it will be sampled."""
+    own = settings.for_variant(component) if component in VARIANTS else settings
+    values: dict[str, Any] = json.loads(own.model_dump_json(exclude={"sampling", "variant_overrides"}))
+    if own.training.initial_frames in ("generated", "mix") and component in FIRST_OF:
+        first = settings.for_variant(FIRST_OF[component])
+        values["sampling"] = json.loads(first.sampling.model_dump_json())
+    return values
 
 
 @dataclass(frozen=True)
@@ -144,18 +170,12 @@ def fit(
                 value = loss_of(step, micro)
                 loss += value.item() / settings.accumulation
                 if not math.isfinite(loss):
-                    what = f"; it trained on {', '.join(describe_step(step))}" if describe_step else ""
-                    kept = (
-                        f"the checkpoint at step {run.latest()} is kept"
-                        if run and run.latest()
-                        else "no checkpoint yet"
-                    )
-                    raise NonFiniteLoss(
-                        f"the loss is {loss} at step {step}{what}; {kept}; lower training.learning_rate or set "
-                        "training.gradient_clip, then resume"
-                    )
+                    raise NonFiniteLoss(_diverged(f"the loss is {loss}", step, run, describe_step))
                 engine.backward(value)
-                updated = engine.step()
+                try:
+                    updated = engine.step()
+                except FloatingPointError as error:
+                    raise NonFiniteLoss(_diverged(str(error), step, run, describe_step)) from None
             if updated:
                 ema.step(engine.module.parameters())
             losses.append(loss)
@@ -169,6 +189,16 @@ def fit(
                     (folder / SPENT_FILE).write_text(json.dumps({"seconds": time.monotonic() - started}) + "\n")
                 run.prune()
     return FitResult(losses, time.monotonic() - started, len(losses))
+
+
+def _diverged(what: str, step: int, run: RunFolder | None, describe: Callable[[int], Sequence[str]] | None) -> str:
+    trained_on = f"; it trained on {', '.join(describe(step))}" if describe else ""
+    latest = run.latest() if run else None
+    kept = f"the checkpoint at step {latest} is kept" if latest else "no checkpoint yet"
+    return (
+        f"{what} at step {step}{trained_on}; {kept}; train anew with a lower training.learning_rate or with "
+        "training.gradient_clip"
+    )
 
 
 def _append_metrics(run: RunFolder, step: int, loss: float, engine: Engine, seconds: float) -> None:

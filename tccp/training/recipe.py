@@ -8,9 +8,10 @@ import json
 import multiprocessing
 import os
 import platform
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from tccp.progress import LINES_ONLY, progress
 from tccp.training.autoencoder import train_autoencoder
 from tccp.training.latents import LatentCache
 from tccp.training.lips import FOLDS, FOLDS_RECORD, LipSources, open_lip_sources, train_liplets
-from tccp.training.loop import SPENT_FILE, RunFolder
+from tccp.training.loop import SETTINGS_FILE, SPENT_FILE, RunFolder
 from tccp.training.variant import needs_first, train_variant
 from tccp.variants import FIRST_OF, TWO_STAGE, VARIANTS
 
@@ -101,11 +102,10 @@ class Trainer:
         Small networks on a few cores: two processes of one thread each do more than one process of two threads, which
         spends its time waiting for the slower half of every operation. On a GPU, leave `jobs` at 1.
         """
-        for name in names:
-            if name not in COMPONENTS:
-                raise TccpError(f"unknown component {name!r}: choose of {', '.join(COMPONENTS)}, or all")
         if jobs < 1:
             raise TccpError(f"jobs is {jobs}: at least 1")
+        names = tuple(dict.fromkeys(names))
+        self._check(names)
         for group in recipe(self.settings, names):
             if jobs > 1 and any(name in VARIANTS for name in group):
                 self.cache_for(group)  # makes the liplets, once, before the processes that read them
@@ -115,6 +115,28 @@ class Trainer:
                 continue
             for name in group:
                 self._train_one(name)
+
+    def _check(self, names: Sequence[str]) -> None:
+        """Raises TccpError for what would otherwise stop the training hours from now."""
+        for name in names:
+            if name not in COMPONENTS:
+                raise TccpError(f"unknown component {name!r}: choose of {', '.join(COMPONENTS)}, or all")
+            if (self._run_path(name) / SETTINGS_FILE).exists():
+                self._run(name)
+            if self.control_from and name in VARIANTS:
+                verified(self.control_from, name)
+        try:
+            self.weights.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.weights):
+                pass
+        except OSError as error:
+            raise TccpError(
+                f"cannot write {self.weights}: {error.strerror}; choose a folder that can be written"
+            ) from None
+        source = self.settings.lips.source
+        shown = any("lips" in VARIANTS[name].conditions_with(source) for name in VARIANTS if name in names)
+        if source == "wav2lip" and shown and not has_component(self.weights, "lips"):
+            open_lip_sources(self.settings.lips, self.lip_weights, self.device)
 
     def train_missing(self, jobs: int = 1) -> tuple[str, ...]:
         """Trains what the paper's pipeline lacks, up to `jobs` components at a time, and returns their names."""
@@ -135,10 +157,12 @@ class Trainer:
         else:
             self._train_variant(name)  # type: ignore[arg-type]
 
-    def _run(self, name: str) -> RunFolder:
+    def _run_path(self, name: str) -> Path:
         key = hashlib.blake2b(str(self.weights.resolve()).encode(), digest_size=4).hexdigest()
-        folder = self.storage / "runs" / f"{self.weights.name}-{key}-{self.data_hash}" / name
-        return RunFolder.open(folder, self.settings, resume=self.resume)
+        return self.storage / "runs" / f"{self.weights.name}-{key}-{self.data_hash}" / name
+
+    def _run(self, name: str) -> RunFolder:
+        return RunFolder.open(self._run_path(name), self.settings, name, resume=self.resume)
 
     def _provenance(self, steps: int, seconds: float | None = None, **more: Any) -> dict[str, Any]:
         threads = torch.get_num_threads()
@@ -250,9 +274,11 @@ def _in_processes(jobs: int, work: Callable[..., None], calls: Sequence[tuple[An
     with ProcessPoolExecutor(min(jobs, len(calls)), context, _start_process, (threads,)) as pool:
         running = [pool.submit(work, *arguments) for arguments in calls]
         try:
-            for future in running:
+            for future in as_completed(running):
                 future.result()
         except BaseException:
+            for child in multiprocessing.active_children():  # what is lost is no more than since its last checkpoint
+                child.terminate()
             pool.shutdown(cancel_futures=True)
             raise
 
