@@ -27,12 +27,7 @@ def cut_clips(batch: pa.Table, max_clip_s: float = 5.0, min_clip_s: float = MIN_
     pictures from outside itself; a shorter one keeps a few frames back. All spans of a track must be in one batch.
     Raises TccpError if max_clip_s is too short to divide any run, or min_clip_s shorter than a frame.
     """
-    max_frames, min_frames = int(max_clip_s * FPS + 1e-6), math.ceil(min_clip_s * FPS - 1e-6)
-    if min_frames < 1:
-        raise TccpError(f"min_clip_s {min_clip_s:g} is too short: give at least {1 / FPS:g} seconds, one frame")
-    if max_frames < 2 * min_frames:
-        least = 2 * min_frames / FPS
-        raise TccpError(f"max_clip_s {max_clip_s:g} is too short: give at least {least:g} seconds, twice the shortest")
+    min_frames, max_frames = clip_frames(min_clip_s, max_clip_s)
     spans = spans_from_table(batch)
     tracks: dict[tuple[str, int | None], list[Span]] = {}
     for span in spans:
@@ -44,6 +39,20 @@ def cut_clips(batch: pa.Table, max_clip_s: float = 5.0, min_clip_s: float = MIN_
         key = span.path, span.track
         clips += [span] if span.reason else _cut(span, min_frames, max_frames, tracks[key], seen[key])
     return spans_to_table(clips)
+
+
+def clip_frames(min_clip_s: float, max_clip_s: float) -> tuple[int, int]:
+    """The shortest and the longest clip, in frames. Raises TccpError as `cut_clips`."""
+    for name, value in (("min_clip_s", min_clip_s), ("max_clip_s", max_clip_s)):
+        if not math.isfinite(value):
+            raise TccpError(f"{name} {value}: give a number of seconds")
+    min_frames, max_frames = math.ceil(min_clip_s * FPS - 1e-6), int(max_clip_s * FPS + 1e-6)
+    if min_frames < 1:
+        raise TccpError(f"min_clip_s {min_clip_s:g} is too short: give at least {1 / FPS:g} seconds, one frame")
+    if max_frames < 2 * min_frames:
+        least = 2 * min_frames / FPS
+        raise TccpError(f"max_clip_s {max_clip_s:g} is too short: give at least {least:g} seconds, twice the shortest")
+    return min_frames, max_frames
 
 
 def _cut(run: Span, min_frames: int, max_frames: int, track: Sequence[Span], seen: list[Place]) -> list[Span]:

@@ -12,7 +12,7 @@ from typing import Literal
 
 import pyarrow as pa
 
-from preprocessing.cut import MIN_CLIP_S, cut_clips
+from preprocessing.cut import MIN_CLIP_S, clip_frames, cut_clips
 from preprocessing.faces import find_tracks
 from preprocessing.headbox import fit_head_boxes
 from preprocessing.probe import probe_sources
@@ -95,6 +95,7 @@ def preprocess(
     written. The same input and settings give the same bytes.
     """
     out = Path(out)
+    clip_frames(min_clip_s, max_clip_s)  # found out now, not after the first film
     table = find_sources(sources)
     with _no_empty_folder(out), progress() as bar, atomic_path(out / "report.json") as report_file:
         task = bar.add_task("probing", total=table.num_rows)

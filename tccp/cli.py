@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shlex
 import sys
 import warnings
@@ -16,7 +17,6 @@ import tyro
 from tyro.conf import Positional
 
 from tccp.config import TccpError, load_settings, storage_root
-from tccp.variants import TWO_STAGE
 
 Preset = Annotated[str, tyro.conf.arg(help="settings to start from: paper or toy")]
 Overrides = Annotated[
@@ -29,7 +29,7 @@ Device = Annotated[str, tyro.conf.arg(help="cpu, cuda or cuda:N; auto takes a GP
 
 
 def _emit(as_json: bool, record: dict[str, Any], text: str) -> None:
-    print(json.dumps(record, indent=2) if as_json else text)
+    print(json.dumps(record, indent=2, allow_nan=False) if as_json else text)
 
 
 def _note(text: str) -> None:
@@ -41,8 +41,13 @@ def _device(name: str) -> str:
 
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise TccpError(f"--device {name}: no CUDA device here; use --device cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise TccpError(f"--device {name}: give auto, cpu, cuda or cuda:N")
+    found = torch.cuda.device_count()
+    if name != "cpu" and int(name.partition(":")[2] or 0) >= found:
+        raise TccpError(
+            f"--device {name}: {found or 'no'} CUDA devices here; use --device {'cuda:0' if found else 'cpu'}"
+        )
     return name
 
 
@@ -148,9 +153,11 @@ def train(
     """
     from tccp.training.recipe import Trainer
 
-    if not components:
-        raise TccpError("no component named: tccp train all, or those to train; tccp train --help lists them")
+    if not components or ("all" in components and len(components) > 1):
+        raise TccpError("name components, or all, not both: tccp train --help lists them")
     settings = load_settings(preset, set)
+    taken = {"autoencoder": autoencoder, "lip-weights": lip_weights, "control-from": control_from}
+    options = [item for name, path in taken.items() if path for item in (f"--{name}", path.resolve().name)]
     trainer = Trainer(
         data,
         weights,
@@ -161,7 +168,9 @@ def train(
         pretrained_autoencoder=autoencoder,
         lip_weights=lip_weights,
         control_from=control_from,
-        command=shlex.join(["tccp", "train", *components, "--preset", preset, *(["--set", *set] if set else [])]),
+        command=shlex.join(
+            ["tccp", "train", *components, "--preset", preset, *options, *(["--set", *set] if set else [])]
+        ),
     )
     if "all" in components:
         components = trainer.train_missing(jobs)
@@ -177,8 +186,9 @@ def train(
 def export(
     weights: Positional[Path],
     out: Positional[Path],
-    components: tuple[str, ...] = ("autoencoder", "lips", *TWO_STAGE),
+    components: tuple[str, ...] | None = None,
     half: bool = False,
+    set: Overrides = (),
     json: Json = False,
 ) -> None:
     """Copy components of a pipeline folder to another folder, to be passed on.
@@ -188,17 +198,18 @@ def export(
         out: folder to copy to; components that are there are replaced.
         components: which; by default those that generate in two stages.
         half: store weights in half precision, at half the size.
+        set: settings of sampling that the copy is to have, e.g. sampling.steps=20; training has decided the others.
     """
     from tccp.pipeline import export as export_components
     from tccp.pipeline import read_manifest
 
-    export_components(weights, out, components, half=half)
+    copied = export_components(weights, out, components, half=half, sampling=set)
     files = [path for path in out.rglob("*") if path.is_file()]
     size_mb = sum(path.stat().st_size for path in files) / 1e6
     _emit(
         json,
         {"out": str(out), "components": sorted(read_manifest(out)["components"]), "megabytes": round(size_mb, 1)},
-        f"{len(components)} components in {out}, {size_mb:.1f} MB",
+        f"{len(copied)} components in {out}, {size_mb:.1f} MB",
     )
 
 
@@ -364,7 +375,12 @@ def doctor(storage: Storage = None, json: Json = False) -> None:
 
 
 def demo(
-    out: Path = Path("out"), train: bool = False, fresh: bool = False, storage: Storage = None, json: Json = False
+    out: Path = Path("out"),
+    train: bool = False,
+    fresh: bool = False,
+    device: Device = "auto",
+    storage: Storage = None,
+    json: Json = False,
 ) -> None:
     """The whole chain on RoundTable: generate into an unseen scene, with unseen sound, in under a minute.
 
@@ -375,7 +391,7 @@ def demo(
     """
     from tccp.demo import run_demo
 
-    record = run_demo(out, storage_root(storage), train=train, fresh=fresh)
+    record = run_demo(out, storage_root(storage), train=train, fresh=fresh, device=_device(device))
     _emit(json, record, f"look at {out / 'demo.mp4'} and {out / 'demo.png'}")
 
 

@@ -338,6 +338,11 @@ def load_settings(preset: str = "toy", overrides: Sequence[str] = ()) -> Setting
     """
     if preset not in PRESETS:
         raise TccpError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
+    return changed(PRESETS[preset](), overrides)
+
+
+def changed(settings: Settings, overrides: Sequence[str]) -> Settings:
+    """Settings with `key=value` overrides, as `load_settings` takes them."""
     values: dict[str, Any] = {}
     for item in overrides:
         key, equals, text = item.partition("=")
@@ -347,7 +352,6 @@ def load_settings(preset: str = "toy", overrides: Sequence[str] = ()) -> Setting
             values[key.strip()] = json.loads(text)
         except json.JSONDecodeError:
             values[key.strip()] = text
-    settings = PRESETS[preset]()
     given = {inner for key, value in values.items() for inner in (key, *_inside(key, value))}
     own = {
         variant: {key: value for key, value in overrides.items() if key not in given}

@@ -14,9 +14,10 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tccp.clip import atomic_path
-from tccp.config import Settings, TccpError, VariantName, git_commit, settings_from_json
+from tccp.config import Settings, TccpError, VariantName, changed, git_commit, settings_from_json
 from tccp.diffusion import NoiseSchedule
 from tccp.models.autoencoder import PictureAutoencoder
 from tccp.models.liplet import Liplet
@@ -177,13 +178,32 @@ def save_component(
             path.write_text(json.dumps(manifest, indent=2) + "\n")
 
 
-def export(folder: Path, out: Path, names: Iterable[str], *, half: bool = False, **provenance: Any) -> None:
-    """Copies components of a pipeline to another folder, to be passed on; `provenance` is added to each one's.
+def export(
+    folder: Path,
+    out: Path,
+    names: Iterable[str] | None = None,
+    *,
+    half: bool = False,
+    sampling: Sequence[str] = (),
+    **provenance: Any,
+) -> tuple[str, ...]:
+    """Copies components of a pipeline to another folder, to be passed on, and returns their names.
 
-    half: weights are stored in half precision, half the size; loading gives single precision again.
-    Raises TccpError if a component is missing or damaged, or `out` holds weights of other settings.
+    names: by default those that generate in two stages. half: weights are stored in half precision, half the size;
+    loading gives single precision again. sampling: `key=value` settings of sampling that the copy is to have, for all
+    networks or (`variant_overrides.NAME.sampling...`) for one. `provenance` is added to each component's.
+    Raises TccpError if a component is missing or damaged, for settings that training has decided, or if `out` holds
+    weights of other settings.
     """
-    settings = read_settings(folder)
+    for item in sampling:
+        if not re.match(r"(variant_overrides\.\w+\.)?sampling\.", item):
+            raise TccpError(
+                f"--set {item}: the networks were trained with the other settings; sampling.* can be changed"
+            )
+    settings = changed(read_settings(folder), sampling)
+    if names is None:
+        names = ("autoencoder", *(() if settings.lips.source == "none" else ("lips",)), *TWO_STAGE)
+    names = tuple(names)
     components = read_manifest(folder)["components"]
     for name in names:
         source = verified(folder, name)
@@ -200,6 +220,7 @@ def export(folder: Path, out: Path, names: Iterable[str], *, half: bool = False,
         commit = record.pop("git_commit", None)  # of the training, not of this copy
         precision = {"precision": "fp16"} if half else {}
         save_component(out, name, settings, write, {**record, "git_commit": commit, **precision, **provenance})
+    return names
 
 
 def write_untrained(folder: Path, settings: Settings, variants: Iterable[VariantName] = tuple(VARIANTS)) -> None:

@@ -61,20 +61,36 @@ def test_unknown_presets_and_settings_are_one_line(arguments: list[str], capsys:
     assert arguments[-1].split("=")[0] in line
 
 
+NOWHERE = ["evaluate", "roundtable", "--weights", "nowhere"]
+TRAIN = ["--data", "nowhere", "--weights", "W"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--weights", "nowhere"], "nowhere"),
-        (["--weights", "nowhere", "--clips", "0"], "--clips 0"),
-        (["--weights", "nowhere", "--jobs", "0"], "--jobs 0"),
+        (NOWHERE, "nowhere"),
+        ([*NOWHERE, "--clips", "0"], "--clips 0"),
+        ([*NOWHERE, "--jobs", "0"], "--jobs 0"),
+        ([*NOWHERE, "--device", "gpu"], "--device gpu: give auto, cpu, cuda or cuda:N"),
+        ([*NOWHERE, "--device", "cuda:9"], "use --device c"),
+        (["train", "all", "lips", *TRAIN], "not both"),
+        (["train", *TRAIN], "name components"),
+        (["synth", "films", "--seconds", "nan"], "clips of nan s"),
+        (["synth", "films", "--seconds", "0"], "clips of 0.0 s: at least"),
+        (["synth", "films", "--excerpt", "inf"], "excerpt of inf s"),
+        (["preprocess", "films", "clips", "--max-clip-s", "inf"], "max_clip_s inf: give a number of seconds"),
+        (["preprocess", "films", "clips", "--min-clip-s", "nan"], "min_clip_s nan"),
+        (["export", "W", "V", "--set", "training.max_steps=3"], "sampling.* can be changed"),
     ],
 )
-def test_an_evaluation_that_cannot_be_is_one_line(
-    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+def test_what_cannot_be_is_one_line(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as caught:
-        main(["evaluate", "roundtable", *arguments])
+        main(arguments)
     assert caught.value.code == 2
+    assert not list(tmp_path.iterdir())
     captured = capsys.readouterr()
     (line,) = captured.err.splitlines()
     assert said in line

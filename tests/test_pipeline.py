@@ -202,6 +202,19 @@ def test_an_export_in_half_precision_is_half_the_size_and_nearly_the_same(weight
     assert new == {**old, "precision": "fp16", "machine": "a test"}
 
 
+def test_an_export_can_be_sampled_otherwise(weights: Path, tmp_path: Path) -> None:
+    """And in no other way differ; without a lip source it needs none."""
+    given = ["sampling.steps=3", "variant_overrides.face_first.sampling.temperature=0.4"]
+    assert export(weights, tmp_path / "out", sampling=given) == ("autoencoder", "lips", *TWO_STAGE)
+    stage = Pipeline.load(tmp_path / "out").stage("face_sequence")
+    assert (stage.settings.steps, stage.first_settings.steps) == (3, 3)
+    assert (stage.settings.temperature, stage.first_settings.temperature) == (tiny.SETTINGS.sampling.temperature, 0.4)
+    with pytest.raises(TccpError, match="--set seed=3"):
+        export(weights, tmp_path / "other", sampling=["seed=3"])
+    write_untrained(tmp_path / "mute", override(tiny.SETTINGS, {"lips.source": "none"}), TWO_STAGE)
+    assert export(tmp_path / "mute", tmp_path / "mute2") == ("autoencoder", *TWO_STAGE)
+
+
 def test_an_export_copies_files_as_they_are_and_only_whole_ones(weights: Path, tmp_path: Path) -> None:
     export(weights, tmp_path / "out", ("face_first",))
     assert read_manifest(tmp_path / "out")["components"] == {

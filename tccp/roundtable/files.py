@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -42,12 +43,15 @@ def write_clips(
         raise TccpError(f"{clips} clips of {people} people: both are at least 1")
     if seed < 0:
         raise TccpError(f"seed {seed}: seeds are whole numbers from 0")
-    num_frames = round(seconds * FPS)
-    num_kept = num_frames if excerpt_s is None else round(excerpt_s * FPS)
-    if not 1 <= num_kept <= max(num_frames, 1):
-        raise TccpError(
-            f"excerpt of {excerpt_s} s of clips of {seconds} s: at least {1 / FPS} s, at most the whole clip"
-        )
+    if not (math.isfinite(seconds) and round(seconds * FPS) >= 1):
+        raise TccpError(f"clips of {seconds} s: at least {1 / FPS} s, one frame")
+    num_frames = num_kept = round(seconds * FPS)
+    if excerpt_s is not None:
+        if not (math.isfinite(excerpt_s) and 1 <= round(excerpt_s * FPS) <= num_frames):
+            raise TccpError(
+                f"excerpt of {excerpt_s} s of clips of {seconds} s: at least {1 / FPS} s, at most the whole clip"
+            )
+        num_kept = round(excerpt_s * FPS)
     folder = Path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tccp.config import Settings, VariantName
+from tccp.config import Settings, TccpError, VariantName
 from tccp.data import PlannedWindow, TrainingOrder, rng_seed, window_ids
 from tccp.diffusion import NoiseSchedule, window_loss
 from tccp.models.mvcontrolnet import MVControlNet
@@ -202,6 +202,13 @@ def needs_first(variant: VariantName, settings: Settings) -> bool:
     return variant in FIRST_OF and (training.start_from_first or training.initial_frames != "truth")
 
 
+def _taken_over(take: Callable[[MVControlNet], None], source: MVControlNet, what: str) -> None:
+    try:
+        take(source)
+    except ValueError as error:
+        raise TccpError(f"{what} ({error})") from None
+
+
 def train_variant(
     variant: VariantName,
     settings: Settings,
@@ -225,9 +232,11 @@ def train_variant(
     if resolved.training.start_from_first and variant in FIRST_OF:
         if first is None:
             raise ValueError(f"training.start_from_first needs a trained {FIRST_OF[variant]}: train it first")
-        model.start_from_first(first)
+        _taken_over(
+            model.start_from_first, first, f"training.start_from_first: {FIRST_OF[variant]} cannot start {variant}"
+        )
     if start_from is not None:
-        model.start_control_from(start_from)
+        _taken_over(model.start_control_from, start_from, f"--control-from: its {variant} does not fit these settings")
     if resolved.training.freeze_video_branch:
         model.freeze_video_branch()
     losses = VariantLoss(model, variant, settings, cache, first)
