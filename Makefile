@@ -47,11 +47,14 @@ TRAIN_TOY = $(BIN)/tccp train $(1) --data $(TOY)/$(2) --storage $(TOY) --resume 
 toy-weights: $(READY)  ## train the packaged weights anew, on two cores; stop and start it at any point
 	@$(MAKE) -j $(WORKERS) $(FOOTAGE)
 	@$(MAKE) -j $(WORKERS) $(TOY)/clips/clips.parquet $(TOY)/first/clips.parquet
-	@for last in lips landmark_sequence face_sequence; do $(MAKE) $(TOY)/weights/$$last/config.json || exit; done
-	@$(BIN)/tccp export $(TOY)/weights tccp/toy --half
+	@for last in autoencoder lips landmark_sequence face_sequence; do $(MAKE) $(TOY)/weights/$$last/config.json || exit; done
+	@rm -rf $(TOY)/packaged
+	@$(BIN)/tccp export $(TOY)/weights $(TOY)/packaged --half
+	@rm -rf tccp/toy && cp -r $(TOY)/packaged tccp/toy
 
-$(TOY)/weights/lips/config.json: $(TOY)/first/clips.parquet
-	@$(call TRAIN_TOY,autoencoder lips,first,weights) --jobs $(WORKERS)
+# One view of each clip is enough for them.
+$(TOY)/weights/autoencoder/config.json $(TOY)/weights/lips/config.json &: $(TOY)/first/clips.parquet
+	@$(call TRAIN_TOY,autoencoder lips,first,weights) --jobs $(WORKERS) --set headbox.draws=1
 
 $(TOY)/weights/landmark_sequence/config.json: $(TOY)/clips/clips.parquet
 	@$(call TRAIN_TOY,landmark_first landmark_sequence,clips,weights) --jobs $(WORKERS)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_training import small
+from test_training import AS_TOY, small
 
 from preprocessing.pipeline import preprocess
 from tccp.config import TccpError
@@ -52,8 +52,9 @@ def test_a_network_comes_after_what_it_needs():
 
 
 @pytest.mark.slow
-def test_side_by_side_gives_the_same_weights(data, tmp_path):
-    settings = small(**SHORT)
+@pytest.mark.parametrize("changes", [{}, AS_TOY], ids=["plain", "as toy"])
+def test_side_by_side_gives_the_same_weights(data, tmp_path, changes):
+    settings = small(**SHORT, **changes)
     one = Trainer(data, tmp_path / "one", settings, tmp_path / "storage1")
     assert set(one.train_missing()) == {"autoencoder", "lips", *TWO_STAGE}
     assert one.missing() == ()

@@ -12,10 +12,11 @@ from preprocessing.pipeline import preprocess
 from tccp import headbox
 from tccp.clip import ClipTable
 from tccp.config import TccpError, override
-from tccp.data import PlannedWindow, WindowId, mirrored, view
+from tccp.data import PlannedWindow, WindowId, mirrored, rng_seed, view
 from tccp.models.autoencoder import PictureAutoencoder, to_model
 from tccp.models.mvcontrolnet import MVControlNet
 from tccp.roundtable import write_clips
+from tccp.sampling import run_windows, start_window
 from tccp.training.autoencoder import fit_latent_statistics, train_autoencoder
 from tccp.training.engine import TorchEngine, learning_rate_factor
 from tccp.training.latents import PICTURES, LatentCache
@@ -78,31 +79,42 @@ def weights_of(model):
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-@pytest.mark.parametrize(("accumulation", "precision"), [(1, "fp32"), (2, "fp32"), (1, "bf16")])
-def test_resumed_training_is_the_same_run_bit_for_bit(cache, tmp_path, accumulation, precision):
+AS_TOY = {"training.initial_frames": "denoised", "training.start_from_first": True, "training.precision": "bf16"}
+
+
+@pytest.mark.parametrize(
+    ("accumulation", "changes"), [(1, {}), (2, {}), (1, {"training.precision": "bf16"}), (1, AS_TOY)]
+)
+def test_resumed_training_is_the_same_run_bit_for_bit(cache, tmp_path, accumulation, changes):
     settings = small(
         **{
             "training.max_steps": 6,
             "training.checkpoint_every": 2,
             "training.accumulation": accumulation,
-            "training.precision": precision,
             "training.condition_dropout": 0.3,
             "network.dropout": 0.2,
+            **changes,
         }
     )
     here = with_settings(cache, settings)
-    whole_run = RunFolder.open(tmp_path / "whole", settings, "landmark_first", resume=False)
-    whole, whole_result = train_variant("landmark_sequence", settings, here, whole_run)
+    torch.manual_seed(9)
+    network = MVControlNet.from_settings(settings, "landmark_first")
 
-    cut_run = RunFolder.open(tmp_path / "cut", settings, "landmark_first", resume=False)
-    _, first = train_variant("landmark_sequence", settings, here, cut_run, stop_at=3)
+    def trained(run, **options):
+        return train_variant("landmark_sequence", settings, here, run, first=network, **options)
+
+    whole_run = RunFolder.open(tmp_path / "whole", settings, "landmark_sequence", resume=False)
+    whole, whole_result = trained(whole_run)
+
+    cut_run = RunFolder.open(tmp_path / "cut", settings, "landmark_sequence", resume=False)
+    _, before = trained(cut_run, stop_at=3)
     # an interruption after the last checkpoint: steps 4 and 5 are logged, lost and done again
     torch.manual_seed(123)
-    resumed_run = RunFolder.open(tmp_path / "cut", settings, "landmark_first", resume=True)
-    resumed, second = train_variant("landmark_sequence", settings, here, resumed_run)
+    resumed_run = RunFolder.open(tmp_path / "cut", settings, "landmark_sequence", resume=True)
+    resumed, after = trained(resumed_run)
 
-    assert first.losses + second.losses == whole_result.losses
-    assert second.seconds > first.seconds > 0  # all calls together
+    assert before.losses + after.losses == whole_result.losses
+    assert after.seconds > before.seconds > 0  # all calls together
     assert len(set(whole_result.losses)) == 6
     for (name, a), b in zip(weights_of(whole).items(), weights_of(resumed).values(), strict=True):
         assert torch.equal(a, b), name
@@ -297,7 +309,14 @@ def test_frozen_video_branch_is_not_trained(cache):
 
 def sixteen_windows(cache, mode):
     """face_sequence with a face_first that knows nothing, and windows whose initial frames are to be made as `mode`."""
-    settings = small(**{"training.initial_frames": mode, "training.initial_frame_noise": 0.0, "sampling.steps": 2})
+    settings = small(
+        **{
+            "training.initial_frames": mode,
+            "training.initial_frame_noise": 0.0,
+            "sampling.steps": 2,
+            "variant_overrides.face_first": {"sampling.temperature": 0.5},
+        }
+    )
     here = with_settings(cache, settings)
     torch.manual_seed(0)
     first = MVControlNet.from_settings(settings, "face_first")
@@ -316,8 +335,18 @@ def test_initial_frames_can_be_generated(cache, mode):
     assert torch.equal(initial, again)
     assert true == ([False] * 16 if mode == "generated" else (~draws.generated).tolist())
     assert mode == "generated" or 0 < sum(true) < 16
-    # the network that is being trained for says what its pictures look like: the same as sampling it alone
     assert torch.isfinite(initial).all()
+
+
+def test_a_generated_initial_frame_is_what_the_first_network_makes_by_itself(cache):
+    losses, planned, batch, draws = sixteen_windows(cache, "generated")
+    told = cache.batch(planned[:1], VARIANTS["face_first"], 1)
+    sampling = losses.settings.sampling.model_copy(update={"temperature": 0.5})
+    epoch, (clip_id, start) = planned[0]
+    seed = rng_seed(losses.settings.seed, "initial", clip_id, start, epoch)
+    state = start_window(losses.schedule, sampling, told.conditions, told.control[0], None, seed, 4)
+    (alone,) = run_windows(losses.first, losses.schedule, [state])
+    torch.testing.assert_close(losses._initial(batch, draws, planned)[0], alone[:, 0], rtol=1e-4, atol=1e-4)
 
 
 def test_a_denoised_initial_frame_is_the_true_one_at_no_noise_and_knows_nothing_of_it_at_all(cache):
