@@ -234,8 +234,14 @@ def _rescale(
 
 
 def _mel(clip: Clip, start_frame: int, num_frames: int) -> Float32[np.ndarray, "f 80 16"]:
-    samples = np.concatenate([clip.audio_before, clip.audio, clip.audio_after]).astype(np.float32) / _INT16_FULL_SCALE
-    return audio.mel_windows(samples, start_frame + len(clip.audio_before) // SAMPLES_PER_FRAME, num_frames)
+    samples, first = clip_sound(clip)
+    return audio.mel_windows(samples, first + start_frame, num_frames)
+
+
+def clip_sound(clip: Clip) -> tuple[Float32[np.ndarray, " samples"], int]:
+    """A clip's sound with its context, -1..1, and the frame at which the clip itself starts in it."""
+    pcm = np.concatenate([clip.audio_before, clip.audio, clip.audio_after])
+    return pcm.astype(np.float32) / _INT16_FULL_SCALE, len(clip.audio_before) // SAMPLES_PER_FRAME
 
 
 def clip_hash(clip_id: str) -> int:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from tccp.audio import mel_windows
 from tccp.clip import Clip, decode_still
-from tccp.config import SAMPLES_PER_FRAME, LipSettings, TccpError
-from tccp.data import rng_seed
+from tccp.config import LipSettings, TccpError
+from tccp.data import clip_sound, rng_seed
 from tccp.models.autoencoder import to_model
 from tccp.models.liplet import Liplet, identity_picture, mouth_picture, mouth_region
 
@@ -34,12 +34,6 @@ class LipletSamples:
     mouths: UInt8[np.ndarray, "n s s 3"]
     identity_range: Int64[np.ndarray, "n 2"]
     identities: UInt8[np.ndarray, "p s s 3"]
-
-
-def clip_sound(clip: Clip) -> tuple[Float32[np.ndarray, " samples"], int]:
-    """A clip's sound with its context, -1..1, and the frame at which the clip itself starts in it."""
-    pcm = np.concatenate([clip.audio_before, clip.audio, clip.audio_after])
-    return pcm.astype(np.float32) / 32768, len(clip.audio_before) // SAMPLES_PER_FRAME
 
 
 def mouths_of(clip: Clip, frames: Sequence[int], size_px: int) -> list[UInt8[np.ndarray, "s s 3"] | None]:

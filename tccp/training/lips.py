@@ -21,9 +21,9 @@ from jaxtyping import UInt8
 
 from tccp.clip import Clip, ClipTable, atomic_path, decode_still
 from tccp.config import LipSettings, Settings, TccpError
-from tccp.data import rng_seed
+from tccp.data import clip_sound, rng_seed
 from tccp.models.lips import LipletSource, LipSource, load_liplet, open_lip_source
-from tccp.training.liplet import clip_sound, collect_samples, train_liplet
+from tccp.training.liplet import collect_samples, train_liplet
 
 FOLDS = 2
 FOLDS_RECORD = "folds.json"
