@@ -2,8 +2,8 @@
 
 One network at a time is trained anew, for a few hundred steps, with one setting put back to the paper's; everything
 else is that of WEIGHTS. It is judged on held-out clips, beside the network of the unchanged recipe at equally many
-steps. Networks in OUT.json are not trained again, so it can be stopped and started. Two hours of one core; `--only`
-shares them out.
+steps, and that of another seed, which shows what chance does. Networks in OUT.json are not trained again, so it can be
+stopped and started. Two hours of one core; `--only` shares them out.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ NOISE_PREDICTION = {"diffusion.prediction": "epsilon", "diffusion.zero_terminal_
 TRIALS: dict[VariantName, dict[str, dict[str, Any]]] = {
     "landmark_first": {
         "toy": {},
+        "another seed": {"seed": 1},
         "prediction=epsilon": NOISE_PREDICTION,
         "learning_rate=2e-4, constant": PLAIN_RATE,
         "gradient_clip=none": {"training.gradient_clip": None},
@@ -46,9 +47,10 @@ TRIALS: dict[VariantName, dict[str, dict[str, Any]]] = {
         "condition_dropout=0": {"training.condition_dropout": 0.0},
         "dropout=0.1": {"network.dropout": 0.1},
     },
-    "face_first": {"toy": {}, "surround=off": {"surround": False}},
+    "face_first": {"toy": {}, "another seed": {"seed": 1}, "surround=off": {"surround": False}},
     "face_sequence": {
         "toy": {},
+        "another seed": {"seed": 1},
         "start_from_first=off": {"training.start_from_first": False},
         "initial_frames=truth": {"training.initial_frames": "truth"},
         "first_frame_channels=off": {"network.first_frame_channels": False},
@@ -85,10 +87,9 @@ def main() -> None:
 
 
 def changed(settings: Settings, variant: VariantName, change: dict[str, Any]) -> Settings:
-    """For this variant alone, and with the short schedule."""
-    change, whole = dict(change), {}
-    if "surround" in change:  # clips and networks have to agree on it
-        whole["surround"] = change.pop("surround")
+    """For this variant alone, and with the short schedule; what clips and networks have to agree on, for all."""
+    whole = {name: change[name] for name in ("surround", "seed") if name in change}
+    change = {name: value for name, value in change.items() if name not in whole}
     overrides = {**settings.variant_overrides.get(variant, {}), **change, "training.max_steps": STEPS[variant]}
     return override(settings, {f"variant_overrides.{variant}": overrides, **whole})
 
