@@ -88,7 +88,7 @@ def main() -> None:
 
 def changed(settings: Settings, variant: VariantName, change: dict[str, Any]) -> Settings:
     """For this variant alone, and with the short schedule; what clips and networks have to agree on, for all."""
-    whole = {name: change[name] for name in ("surround", "seed") if name in change}
+    whole: dict[str, Any] = {name: change[name] for name in ("surround", "seed") if name in change}
     change = {name: value for name, value in change.items() if name not in whole}
     overrides = {**settings.variant_overrides.get(variant, {}), **change, "training.max_steps": STEPS[variant]}
     return override(settings, {f"variant_overrides.{variant}": overrides, **whole})
