@@ -100,7 +100,7 @@ def evaluate_roundtable(
         check_writable(sheet)
     if absent := [name for name in ("skimage", "sklearn") if importlib.util.find_spec(name) is None]:
         raise TccpError(f"{absent[0]} is not installed: pip install -c constraints.txt -e '.[evaluate]'")
-    started = time.monotonic()
+    started, commit = time.monotonic(), git_commit()
     models = Models.load(weights, ablations, device)
     with progress() as bar:
         task = bar.add_task("evaluating", total=round(_all_work(models, extent)))
@@ -126,7 +126,7 @@ def evaluate_roundtable(
         "clips": extent.clips,
         "frames": extent.frames,
         "seconds": round(time.monotonic() - started, 1),
-        "git_commit": git_commit(),
+        "git_commit": commit,
         "weights": _weights_summary(weights),
         "ablations": {name: _weights_summary(ablations / name) for name in models.ablations} if ablations else {},
         "counts": {
