@@ -261,9 +261,9 @@ def generate(
         person: x y of the person to replace, when there are several; default: the one who is there most.
         identity_box: x0,y0,x1,y1 of the head in the identity picture, or `whole` when it shows the head alone.
         extend: what to do when the scene is shorter than the sound.
-        steps: sampling steps (default: as trained).
+        steps: sampling steps (default: as the weights say).
         guidance_scale: above 1, conditions are followed more closely.
-        temperature: below 1, less is left to chance: nearer to what is most likely, and livelier at 1.
+        temperature: below 1, nearer to what is most likely; at 1, livelier.
         one_stage: use the one-stage ablation networks.
         save_landmarks: write stage 1's landmarks as JSON lines, to look at or edit.
         landmarks: take (edited) landmarks from such a file instead of stage 1.
@@ -328,7 +328,7 @@ def evaluate(
     Args:
         benchmark: roundtable: procedural scenes with new people, rooms and voices.
         weights: pipeline folder; `toy` for the packaged one.
-        ablations: folder with the pipelines no_lip, one_stage and context_blind; rows without them stay empty.
+        ablations: folder with the pipelines no_lip, one_stage and context_blind; rows without them are left out.
         quick: a tenth of the clips and shorter chains, to see that all is well; not to be quoted.
         clips: number of held-out clips (default: 128; 12 with --quick).
         jobs: processes of one thread each (default: one per core, at most 8; 1 on a GPU). Figures do not depend on it.

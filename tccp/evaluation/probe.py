@@ -4,17 +4,17 @@ It judges generated faces, so it has seen none of them: `python -m tccp.evaluati
 blurred, moved and tinted so that it reads soft pictures too. Its seeds are its own: 5,000,000 on for training,
 5,500,000 on for the figures below.
 
-What the packaged one reaches on 64 held-out clips of 2 s: on faces as drawn, and on the same faces through the toy
-auto-encoder, which is the ceiling of what it can find in generated ones. It was trained with the defaults of `main`:
+What the packaged one reaches on 64 held-out clips of 2 s: on faces as drawn, and on the same faces through the
+packaged auto-encoder, which is the ceiling of what it can find in generated ones. It was trained with the defaults of `main`:
 1,200 people, 12 faces each, 1,400 steps, about 10 core-minutes with the drawing.
 
     figure, mean over clips              drawn    auto-encoded
-    correlation of the opening           0.994    0.968
-    amplitude of the opening, ratio      0.98     0.87
-    correlation of the width             0.979    0.732
-    yaw error, degrees                   1.15     1.45
-    right person of 16, frames           98.5%    95.7%
-    right person of 16, clips            98.4%    96.9%
+    correlation of the opening           0.994    0.971
+    amplitude of the opening, ratio      0.98     0.90
+    correlation of the width             0.979    0.750
+    yaw error, degrees                   1.15     1.34
+    right person of 16, frames           98.6%    95.1%
+    right person of 16, clips            98.4%    95.3%
 """
 
 from __future__ import annotations

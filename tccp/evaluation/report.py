@@ -34,7 +34,7 @@ FIGURE_NAMES = (
     "blink_rate_gap", "unread_landmarks",
     *(f"drift_{k}{of}" for k in (10, 50) for of in ("_corr", "_corr_face", "_yaw_deg", "_yaw_deg_face", "_colour")),
 )  # fmt: skip
-"""Figures of the table, in its order. A row has null where a figure has no meaning."""
+"""Figures of the record, in its order. A row has null where a figure has no meaning."""
 
 Samples = Mapping[str, Mapping[str, Float[np.ndarray, " n"]]]
 """Row -> figure -> one value per clip, NaN where the clip says nothing. Clips are the same, in the same order, in all
