@@ -5,8 +5,8 @@ blurred, moved and tinted so that it reads soft pictures too. Its seeds are its 
 5,500,000 on for the figures below.
 
 What the packaged one reaches on 64 held-out clips of 2 s: on faces as drawn, and on the same faces through the
-packaged auto-encoder, which is the ceiling of what it can find in generated ones. It was trained with the defaults of `main`:
-1,200 people, 12 faces each, 1,400 steps, about 10 core-minutes with the drawing.
+packaged auto-encoder, which is the ceiling of what it can find in generated ones. It was trained with the defaults of
+`main`: 1,200 people, 12 faces each, 1,400 steps, about 10 core-minutes with the drawing.
 
     figure, mean over clips              drawn    auto-encoded
     correlation of the opening           0.994    0.971

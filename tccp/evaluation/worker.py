@@ -31,8 +31,8 @@ from tccp.evaluation.sheet import SheetClip, sheet_clip
 DRIFT_AT = (10, 50)
 """Windows that are compared with a chain's first."""
 DRIFT_ROWS = ("two_stage_truth", "two_stage_generated", "one_stage", "per_frame")
-"""per_frame is the control: its faces are no chain, though its landmarks are. What it loses is stage 1's drift, and what
-later windows are harder by; what the others lose beyond that is the chain of faces."""
+"""per_frame is the control: its faces are no chain, though its landmarks are. What it loses is stage 1's drift, and
+what later windows are harder by; what the others lose beyond that is the chain of faces."""
 _REFERENCE_CHAINS = 0.1  # drawing and reading a true clip, as part of what a stage takes to make one: for the ETA
 
 
