@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -104,15 +103,13 @@ def trial(
     cache.settings = settings
     companions = (FIRST_OF[variant],) if variant in FIRST_OF else ()
     first = load_network(arguments.weights, companions[0]) if companions else None
-    started = time.monotonic()
     network, _ = train_variant(variant, settings, cache, None, first=first)
-    seconds = time.monotonic() - started
     whole = Pipeline.load(arguments.weights, companions)
     networks = {**whole.networks, variant: network}
     pipeline = Pipeline(settings, whole.autoencoder, networks, whole.lips, whole.device)
     with torch.inference_mode():
         figures = FIGURES[variant](pipeline, clips)
-    return {"seconds": round(seconds, 1)} | {name: round(float(value), 4) for name, value in figures.items()}
+    return {name: round(float(value), 4) for name, value in figures.items()}
 
 
 def landmark_first_figures(pipeline: Pipeline, clips: list[EvaluationClip]) -> dict[str, float]:
