@@ -3,40 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
-from preprocessing.spans import Span
+import numpy as np
+from jaxtyping import Bool, Float32
+
+from preprocessing.reels import Track
 
 PICTURES = 4
 """Identity pictures per clip, at most."""
-_POOL = 16  # places of a track that its clips choose from: enough for variety, few to decode
+_POOL = 16  # places of a person that the clips choose from: enough for variety, few to decode
 
 
-Place = tuple[int, int]
-"""Number of a run within its track, and a frame of the source in that run."""
+class Place(NamedTuple):
+    """Where a person is to be seen: a frame of the source, and the head's box in it."""
+
+    frame: int
+    box: tuple[float, float, float, float]
 
 
-def places_seen(runs: Sequence[Span]) -> list[Place]:
-    """Where a track's face was seen, not bridged."""
-    return [
-        (index, run.start_frame + offset)
-        for index, run in enumerate(runs)
-        if run.confidence is not None
-        for offset, confidence in enumerate(run.confidence)
-        if confidence > 0
-    ]
+def places_seen(track: Track, head_box: Float32[np.ndarray, "f 4"], fit: Bool[np.ndarray, " f"]) -> list[Place]:
+    """Where a track's face was seen, not bridged, and is `fit` to be shown."""
+    usable = np.flatnonzero(fit & (track.confidence > 0))
+    return [Place(track.start_frame + int(i), tuple(map(float, head_box[i]))) for i in usable]
 
 
-def choose_places(seen: list[Place], start_frame: int, stop_frame: int) -> list[Place]:
-    """Up to PICTURES of the places of a track, spread over it, outside [start_frame, stop_frame); empty if none is."""
+def choose_places(seen: Sequence[Place], start_frame: int, stop_frame: int) -> list[Place]:
+    """Up to PICTURES of a person's places, spread over them, outside [start_frame, stop_frame); empty if none is."""
 
-    def outside(places: list[Place]) -> list[Place]:
-        return [place for place in places if not start_frame <= place[1] < stop_frame]
+    def outside(places: Sequence[Place]) -> list[Place]:
+        return [place for place in places if not start_frame <= place.frame < stop_frame]
 
     return _spread(outside(_spread(seen, _POOL)) or outside(seen), PICTURES)
 
 
-def _spread(items: list[Place], count: int) -> list[Place]:
+def _spread(items: Sequence[Place], count: int) -> list[Place]:
     """`count` of the items at even distances, each from the middle of its share."""
     if len(items) <= count:
-        return items
+        return list(items)
     return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]

@@ -1,61 +1,80 @@
-"""Which sources can be used, and from which frame to which; the others get a reason."""
+"""Which sources can be used, and cutting them into reels; the others get a reason."""
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import pyarrow as pa
+import numpy as np
 
-from preprocessing.spans import Span, spans_from_table, spans_to_table
-from tccp.audio import check_audio
-from tccp.config import TccpError
-from tccp.media import MediaError, open_audio, probe
+from preprocessing.plan import Plan
+from preprocessing.reels import FilmSound, Reel
+from preprocessing.remote import content_hash, local_copy
+from preprocessing.sandbox import Decoder
+from preprocessing.spans import Span
+from tccp.config import FPS, SAMPLES_PER_FRAME, TccpError
+from tccp.media import MediaError
+
+SOUND_MARGIN_FRAMES = FPS
+"""Sound kept before and after a reel: for mel windows, and for moving sound that comes early or late."""
+_LEAST_REEL_S = 10.0
 
 
-def probe_sources(batch: pa.Table) -> pa.Table:
-    """Rows of (path, source) to spans: of each source the frames that have picture and sound, and those set aside.
+def probe_source(source: Span, order: int, plan: Plan, decoder: Decoder) -> Iterator[Reel]:
+    """The reels of one source, each with its sound; one after the other, so one is in memory at a time.
 
-    A file that cannot be used is one row with the reason of its MediaError, or `bad_audio`.
+    A file that cannot be used is one reel with the reason of its MediaError, or `bad_audio`.
     """
-    return spans_to_table(span for source in spans_from_table(batch) for span in _probe(source))
-
-
-def _probe(source: Span) -> Iterator[Span]:
-    path = Path(source.path)
     try:
-        info = probe(path)
-        source = replace(
-            source, source_hash=_file_hash(path), width=info.width, height=info.height, num_frames=info.num_frames
-        )
-        if not info.has_video:
-            raise MediaError(path, "no_video", "has no video; clips are cut from films with picture and sound")
-        if not info.has_audio:
-            raise MediaError(path, "no_audio", "has no sound; training needs a film in which somebody is heard")
-        with open_audio(path) as audio:
-            warnings = tuple(check_audio(audio.samples))
-            heard = min(info.num_frames, audio.num_frames)
+        with local_copy(source.path) as path:
+            yield from _reels(source, order, plan, decoder, path)
     except MediaError as error:
-        yield source.set_aside(error.reason, str(error))
-        return
+        yield Reel(source.set_aside(error.reason, _told(error, source)), order)
     except TccpError as error:
-        yield source.set_aside("bad_audio", f"{path}: {error}")
+        yield Reel(source.set_aside("bad_audio", f"{source.path}: {error}"), order)
+
+
+def _told(error: MediaError, source: Span) -> str:
+    """The error in one line, about the source and not about a copy of it."""
+    return f"{source.path}: {error.problem}"
+
+
+def _reels(source: Span, order: int, plan: Plan, decoder: Decoder, path: Path) -> Iterator[Reel]:
+    info = decoder.probe(path)
+    if not info.has_video:
+        raise MediaError(path, "no_video", "has no video; clips are cut from films with picture and sound")
+    source = replace(source, source_hash=content_hash(path), width=info.width, height=info.height)
+    source = replace(source, num_frames=info.num_frames)
+    if not info.has_audio:
+        text = f"{source.path}: has no sound; training needs a film in which somebody is heard"
+        yield Reel(source.set_aside("no_audio", text), order)
         return
-    source = replace(source, warnings=warnings)
-    seen = min(info.first_frame, heard)
-    if seen:
-        yield source.cut(0, seen).set_aside("before_video", f"{path}: sound without a picture yet")
-    if heard > seen:
-        yield source.cut(seen, heard)
-    if info.num_frames > heard:
-        yield source.cut(heard, info.num_frames).set_aside("after_audio", f"{path}: picture after the end of the sound")
+    with decoder.sound(path) as sound:
+        heard = min(info.num_frames, sound.num_frames)
+        usable = (min(info.first_frame, heard), heard)
+        for first, stop in reel_edges(info.num_frames, plan.reel_s, info.seeks):
+            low = max(first - SOUND_MARGIN_FRAMES, 0)
+            samples = sound.samples[low * SAMPLES_PER_FRAME : (stop + SOUND_MARGIN_FRAMES) * SAMPLES_PER_FRAME]
+            span = replace(source.cut(first, stop), warnings=tuple(sound.warnings))
+            share = (stop - first) / max(info.num_frames, 1)
+            yield Reel(span, order, usable, FilmSound(to_pcm(samples), low), share=share)
 
 
-def _file_hash(path: Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def reel_edges(num_frames: int, reel_s: float, seeks: bool) -> list[tuple[int, int]]:
+    """[first, stop) of each reel of a film: about equally long, none shorter than ten seconds but a film that is.
+
+    A film whose container has no index is one reel: to begin in its middle is to decode all that comes before.
+    """
+    longest = max(round(max(reel_s, _LEAST_REEL_S) * FPS), 1)
+    count = -(-num_frames // longest) if seeks else 1
+    edges = [num_frames * part // max(count, 1) for part in range(max(count, 1) + 1)]
+    return list(itertools.pairwise(edges))
+
+
+def to_pcm(samples: np.ndarray) -> np.ndarray:
+    """Float samples, -1..1, as int16; int16 as they are."""
+    if samples.dtype == np.int16:
+        return np.array(samples)
+    return np.clip(np.rint(samples * 32768), -32768, 32767).astype(np.int16)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,15 +25,29 @@ SPAN_SCHEMA = pa.schema(
         ("start_frame", pa.int64()),
         ("num_frames", pa.int64()),
         ("warnings", pa.list_(pa.string())),
+        ("speaker_x", pa.float32()),  # a point on the person who speaks, if the manifest names one; source pixels
+        ("speaker_y", pa.float32()),
+        ("person_picture", pa.string()),  # path of a picture of the person who is wanted
         ("reason", pa.string()),  # null: still in
         ("message", pa.string()),
-        ("track", pa.int32()),
+        ("track", pa.int32()),  # one person in one shot; number within the reel
+        ("person", pa.int32()),  # number within the reel
         ("landmarks_px", pa.list_(pa.float32())),  # f x 68 x 2, source pixels
         ("confidence", pa.list_(pa.float32())),  # f; 0 where a gap was bridged
         ("head_box", pa.list_(pa.float32())),  # f x 4, source pixels
         ("identity_path", pa.string()),  # an identity picture that comes with the footage
         ("identity_frames", pa.list_(pa.int64())),  # else k frames of the source ...
         ("identity_box", pa.list_(pa.float32())),  # ... and the head's box in each, k x 4
+        ("audio_before", pa.binary()),  # 16 kHz PCM, int16: from audio_context_start to the clip
+        ("audio", pa.binary()),  # its own, num_frames * 640 samples
+        ("audio_after", pa.binary()),
+        ("av_offset_frames", pa.int32()),  # by which the source's sound comes late
+        ("av_corrected", pa.bool_()),  # whether `audio` is moved back by that
+        ("sync_confidence", pa.float32()),
+        ("speaking_score", pa.float32()),
+        ("occlusion", pa.float32()),
+        ("jitter", pa.float32()),
+        ("provenance", pa.string()),  # hash of all that landmarks and boxes depend on but the film
     ]
 )
 _FLOAT_SHAPES = {"landmarks_px": (68, 2), "confidence": (), "head_box": (4,), "identity_box": (4,)}
@@ -50,15 +65,29 @@ class Span:
     start_frame: int = 0
     num_frames: int = 0
     warnings: tuple[str, ...] = ()
+    speaker_x: float | None = None
+    speaker_y: float | None = None
+    person_picture: str | None = None
     reason: str | None = None
     message: str | None = None
     track: int | None = None
+    person: int | None = None
     landmarks_px: Float32[np.ndarray, "f 68 2"] | None = None
     confidence: Float32[np.ndarray, "f"] | None = None
     head_box: Float32[np.ndarray, "f 4"] | None = None
     identity_path: str | None = None
     identity_frames: tuple[int, ...] = ()
     identity_box: Float32[np.ndarray, "k 4"] | None = None
+    audio_before: bytes | None = None
+    audio: bytes | None = None
+    audio_after: bytes | None = None
+    av_offset_frames: int | None = None
+    av_corrected: bool | None = None
+    sync_confidence: float | None = None
+    speaking_score: float | None = None
+    occlusion: float | None = None
+    jitter: float | None = None
+    provenance: str | None = None
 
     @property
     def stop_frame(self) -> int:
@@ -89,12 +118,13 @@ assert SPAN_SCHEMA.names == _NAMES
 
 def spans_to_table(spans: Iterable[Span]) -> pa.Table:
     """Columnar batch (SPAN_SCHEMA) of spans, in their order."""
-    rows = []
-    for span in spans:
-        row = {name: getattr(span, name) for name in _NAMES}
-        row |= {name: None if row[name] is None else row[name].ravel() for name in _FLOAT_SHAPES}
-        rows.append(row)
-    return pa.Table.from_pylist(rows, schema=SPAN_SCHEMA)
+    return pa.Table.from_pylist([span_row(span) for span in spans], schema=SPAN_SCHEMA)
+
+
+def span_row(span: Span) -> dict[str, Any]:
+    """A span as a row of SPAN_SCHEMA, arrays flat."""
+    row = {name: getattr(span, name) for name in _NAMES}
+    return row | {name: None if row[name] is None else row[name].ravel() for name in _FLOAT_SHAPES}
 
 
 def spans_from_table(batch: pa.Table) -> list[Span]:

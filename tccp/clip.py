@@ -8,13 +8,10 @@ carried traces of the head across the mask's edge.
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import os
-import tempfile
+import itertools
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -25,9 +22,10 @@ import pyarrow.parquet as pq
 from jaxtyping import Float32, Int16, UInt8
 
 from tccp.config import FPS, SAMPLES_PER_FRAME, TccpError
+from tccp.files import Folder, atomic_path
 
-SCHEMA_VERSION = 1
-GEOMETRY_VERSION = 1
+SCHEMA_VERSION = 2
+GEOMETRY_VERSION = 2
 """Raised whenever head boxes or crops of the same footage come out differently, so that clip ids change with them."""
 STORED_MARGIN = 1.25
 """Side of the stored face picture over the side of the head box: the room that jitter may use."""
@@ -45,7 +43,8 @@ SCHEMA = pa.schema(
         ("schema_version", pa.int32()),
         ("source", pa.string()),  # file name, relative to the folder that was given
         ("source_hash", pa.string()),  # of the file's bytes
-        ("track", pa.int32()),  # person and shot within the source
+        ("track", pa.int32()),  # one person in one shot; number within a minute or so of the source
+        ("person", pa.int32()),  # likewise; the same over its shots
         ("start_s", pa.float64()),  # after the source's common start; a whole number of frames
         ("num_frames", pa.int32()),
         ("source_width", pa.int32()),
@@ -65,11 +64,19 @@ SCHEMA = pa.schema(
         ("face_px", pa.float32()),  # brow to chin, source pixels
         ("brightness", pa.float32()),  # mean luma of the head box, 0..1
         ("yaw_deg", pa.float32()),  # median over the clip
-        ("sync_confidence", pa.float32()),  # null until a synchrony network has measured it
-        ("av_offset_ms", pa.float32()),  # likewise
+        ("sync_confidence", pa.float32()),  # of av_offset_ms
+        ("av_offset_ms", pa.float32()),  # by which the source's sound comes late; null: not measured
+        ("av_corrected", pa.bool_()),  # whether `audio` was moved back by it
+        ("speaking_score", pa.float32()),  # share of the clip in which voice and mouth go together, 0..1
+        ("occlusion", pa.float32()),  # 0 free .. 1 something before the mouth, the clip's worst
+        ("jitter", pa.float32()),  # of the landmarks as found, in eye distances
     ],
     metadata={_VERSION_KEY: str(SCHEMA_VERSION)},
 )
+
+
+_SINCE_2 = {"person", "av_corrected", "speaking_score", "occlusion", "jitter"}
+"""Columns that tables of version 1 lack; read from there, they are null."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,10 @@ class Quality:
     yaw_deg: float
     sync_confidence: float | None = None
     av_offset_ms: float | None = None
+    av_corrected: bool | None = None
+    speaking_score: float | None = None
+    occlusion: float | None = None
+    jitter: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,6 +119,7 @@ class Clip:
     audio_before: Int16[np.ndarray, "before"]
     audio_after: Int16[np.ndarray, "after"]
     quality: Quality
+    person: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("head_box", "stored_box", "landmarks", "landmark_confidence", "scene", "face"):
@@ -134,10 +146,13 @@ _FLOAT_SHAPES = {"head_box": (4,), "stored_box": (4,), "landmarks": (68, 2), "la
 _SOUND = ("audio", "audio_before", "audio_after")
 
 
-def clip_id_of(source_hash: str, track: int, start_frame: int) -> str:
-    """Stable content hash of a clip, 32 hex digits: the file's bytes, not its name, and where in it the clip lies."""
-    key = f"{source_hash}/{track}/{start_frame}/{GEOMETRY_VERSION}"
-    return hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+def clip_id_of(source_hash: str, track: int, start_frame: int, content: bytes = b"") -> str:
+    """Stable content hash of a clip, 32 hex digits: the file's bytes, not its name, and where in it the clip lies.
+
+    content: whatever else the clip was made from; what is derived from a clip is kept under its id.
+    """
+    key = f"{source_hash}/{track}/{start_frame}/{GEOMETRY_VERSION}".encode()
+    return hashlib.blake2b(key + content, digest_size=16).hexdigest()
 
 
 def audio_context_start(start_frame: int) -> int:
@@ -194,6 +209,9 @@ def clip_from_row(table: pa.Table, row: int = 0) -> Clip:
     check_schema(table.schema, "this table")
     values: dict = {}
     for name in SCHEMA.names:
+        if name in _SINCE_2 and name not in table.column_names:
+            values[name] = None
+            continue
         cell = table.column(name)[row]
         if name in _FLOAT_SHAPES:
             flat = cell.values.to_numpy(zero_copy_only=False).astype(np.float32)
@@ -203,113 +221,161 @@ def clip_from_row(table: pa.Table, row: int = 0) -> Clip:
         else:
             values[name] = cell.as_py()
     version = values.pop("schema_version")
-    if version != SCHEMA_VERSION:
+    if version not in _READABLE:
         raise TccpError(_other_version("this row", version))
     return Clip(quality=Quality(**{name: values.pop(name) for name in _QUALITY}), **values)
 
 
-def check_schema(schema: pa.Schema, where: str) -> None:
-    """Raises TccpError, naming the reason, unless `schema` is that of a clip table of this version.
+_READABLE = (1, SCHEMA_VERSION)
 
-    The version stands in the file's metadata; a table that lost its metadata on the way (Ray Data blocks) is judged by
-    its columns here and by each row's `schema_version` in `clip_from_row`.
+
+def check_schema(schema: pa.Schema, where: str) -> None:
+    """Raises TccpError, naming the reason, unless `schema` is that of a clip table this code reads.
+
+    Tables of version 1 are read as they are: what they lack is null. The version stands in the file's metadata; a table
+    that lost its metadata on the way (Ray Data blocks) is judged by its columns here and by each row's
+    `schema_version` in `clip_from_row`.
     """
     version = (schema.metadata or {}).get(_VERSION_KEY)
-    if version is not None and version != str(SCHEMA_VERSION).encode():
+    if version is not None and version not in [str(number).encode() for number in _READABLE]:
         raise TccpError(_other_version(where, version.decode(errors="replace")))
     missing = [name for name in SCHEMA.names if name not in schema.names]
+    if version == b"1" or set(missing) >= _SINCE_2:
+        missing = [name for name in missing if name not in _SINCE_2]
     if missing:
         raise TccpError(f"{where} is not a clip table: it has no column {missing[0]}; make one with `tccp preprocess`")
 
 
 def _other_version(where: str, version: object) -> str:
-    return f"{where} has clip schema version {version}, this code reads {SCHEMA_VERSION}: preprocess the footage again"
+    readable = " and ".join(map(str, _READABLE))
+    return f"{where} has clip schema version {version}, this code reads {readable}: preprocess the footage again"
 
 
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` that becomes `path` on success and disappears on an error.
-
-    Raises TccpError if the folder cannot be written or the disk is full.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    except OSError as error:
-        raise TccpError(f"cannot write {path}: {error.strerror}; choose a folder that can be written") from None
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        temporary.chmod(0o666 & ~_umask())  # mkstemp's files are private, the table is not
-        temporary.replace(path)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise TccpError(f"cannot write {path}: the disk is full; make room or choose another folder") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+def migrated(table: pa.Table) -> pa.Table:
+    """A table of any readable version as SCHEMA: columns in order, what an older version lacks null."""
+    check_schema(table.schema, "this table")
+    columns = [
+        table.column(field.name) if field.name in table.column_names else pa.nulls(table.num_rows, field.type)
+        for field in SCHEMA
+    ]
+    versions = pa.array([SCHEMA_VERSION] * table.num_rows, pa.int32())
+    columns[SCHEMA.get_field_index("schema_version")] = versions
+    return pa.table(columns, names=SCHEMA.names).cast(SCHEMA)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def write_table(rows: Iterable[Clip] | Iterable[pa.Table], path: Path) -> int:
+def write_table(
+    rows: Iterable[Clip] | Iterable[pa.Table], path: Path, metadata: Callable[[], dict[str, str]] | None = None
+) -> int:
     """Writes clips, or clip tables, to one Parquet file, one row per row group; returns the number of rows.
 
     Streams: one row is in memory at a time. The file appears under its name only when it is whole.
+    metadata: asked after the last row, for the file's own.
     """
+    with atomic_path(Path(path)) as temporary:
+        return write_parquet(rows, temporary, metadata)
+
+
+def write_parquet(
+    rows: Iterable[Clip] | Iterable[pa.Table], path: Path, metadata: Callable[[], dict[str, str]] | None = None
+) -> int:
+    """As `write_table`, but straight to the name that is given."""
     lossless = [name for name in SCHEMA.names if SCHEMA.field(name).type in (_FLOATS, pa.binary())]
     count = 0
-    with (
-        atomic_path(Path(path)) as temporary,
-        pq.ParquetWriter(
-            temporary,
-            SCHEMA,
-            compression={name: "zstd" if name in lossless else "none" for name in SCHEMA.names},
-            use_dictionary=False,
-            write_statistics=False,
-        ) as writer,
-    ):
+    with pq.ParquetWriter(
+        path,
+        SCHEMA,
+        compression={name: "zstd" if name in lossless else "none" for name in SCHEMA.names},
+        use_dictionary=False,
+        write_statistics=False,
+    ) as writer:
         for item in rows:
-            table = item if isinstance(item, pa.Table) else clips_to_table([item])
-            check_schema(table.schema, "a batch of rows")
+            table = migrated(item if isinstance(item, pa.Table) else clips_to_table([item]))
             for row in range(table.num_rows):
-                writer.write_table(table.select(SCHEMA.names).slice(row, 1).cast(SCHEMA), row_group_size=1)
+                writer.write_table(table.slice(row, 1), row_group_size=1)
                 count += 1
+        if metadata is not None:
+            writer.add_key_value_metadata(metadata())
     return count
 
 
-class ClipTable:
-    """Random access to a clip table on disk. Only ids, and the clips used last, are in memory.
+INDEX = "index.parquet"
+"""The file that makes a folder a clip table: which clips there are, in order, and where their rows lie."""
+_VALUES = [field for field in SCHEMA if not pa.types.is_list(field.type) and not pa.types.is_binary(field.type)]
+INDEX_SCHEMA = pa.schema(
+    [
+        ("part", pa.string()),  # file with the row, relative to the folder
+        ("row", pa.int32()),
+        *_VALUES,
+    ],
+    metadata={_VERSION_KEY: str(SCHEMA_VERSION)},
+)
+"""Columns of the index: a clip's place, and all of its columns that are single values."""
 
-    Raises TccpError if the file is absent, not a clip table, or of another schema version; KeyError for an unknown id.
+
+_OPEN_FILES = 16
+
+
+class ClipTable:
+    """Random access to a clip table: a folder with an index and parts, or one Parquet file (`clips.parquet`).
+
+    Only ids, and the clips used last, are in memory. A folder may be a path or a URL.
+    Raises TccpError if it is absent, not a clip table, or of a version that cannot be read; KeyError for an unknown id.
     """
 
-    def __init__(self, path: Path, keep: int = 8) -> None:
-        path = Path(path)
-        path = path / "clips.parquet" if path.is_dir() else path
-        try:
-            self._file = pq.ParquetFile(path)
-        except FileNotFoundError:
-            raise TccpError(f"no clip table at {path}: make one with `tccp preprocess`") from None
-        except (pa.ArrowInvalid, OSError) as error:
-            raise TccpError(f"{path} is not a readable clip table ({str(error).splitlines()[0]})") from None
-        check_schema(self._file.schema_arrow, str(path))
-        if self._file.num_row_groups != self._file.metadata.num_rows:
-            raise TccpError(f"{path} does not have one row per row group: write it with tccp.clip.write_table")
-        index = self._file.read(columns=["clip_id", "num_frames", "source_hash"])
-        self.ids: list[str] = index.column("clip_id").to_pylist()
-        self.num_frames: dict[str, int] = dict(zip(self.ids, index.column("num_frames").to_pylist(), strict=True))
-        self.source_hash: dict[str, str] = dict(zip(self.ids, index.column("source_hash").to_pylist(), strict=True))
-        self._row = {clip_id: row for row, clip_id in enumerate(self.ids)}
-        if len(self._row) != len(self.ids):
-            raise TccpError(f"{path} has the same clip_id in several rows: preprocess the footage again")
+    def __init__(self, path: Path | str, keep: int = 8) -> None:
+        folder, name = Folder(path), ""
+        if folder.local is not None and folder.local.is_file():
+            folder, name = Folder(folder.local.parent), folder.local.name
+        elif folder.exists(INDEX):
+            name = INDEX
+        else:
+            name = "clips.parquet"
+        self.folder = folder
+        self._files: OrderedDict[str, pq.ParquetFile] = OrderedDict()
         self._cache: OrderedDict[str, Clip] = OrderedDict()
         self._keep = keep
+        try:
+            self._read_index(name)
+        except TccpError:
+            self.close()
+            raise
+
+    def _read_index(self, name: str) -> None:
+        folder, index = self.folder, self._opened(name)
+        columns = ["clip_id", "num_frames", "source_hash"]
+        if name == INDEX:
+            _check_version(index.schema_arrow, folder.path(name))
+            table = index.read(columns=[*columns, "part", "row"])
+            places = zip(table.column("part").to_pylist(), table.column("row").to_pylist(), strict=True)
+        else:
+            check_schema(index.schema_arrow, folder.path(name))
+            if index.num_row_groups != index.metadata.num_rows:
+                raise TccpError(
+                    f"{folder.path(name)} does not have one row per row group: write it with tccp.clip.write_table"
+                )
+            table = index.read(columns=columns)
+            places = zip(itertools.repeat(name), range(table.num_rows), strict=False)
+        self.ids: list[str] = table.column("clip_id").to_pylist()
+        self.num_frames: dict[str, int] = dict(zip(self.ids, table.column("num_frames").to_pylist(), strict=True))
+        self.source_hash: dict[str, str] = dict(zip(self.ids, table.column("source_hash").to_pylist(), strict=True))
+        self._place: dict[str, tuple[str, int]] = dict(zip(self.ids, places, strict=True))
+        if len(self._place) != len(self.ids):
+            raise TccpError(f"{folder.path(name)} has the same clip_id in several rows: preprocess the footage again")
+
+    def _opened(self, name: str) -> pq.ParquetFile:
+        if name not in self._files:
+            try:
+                local = self.folder.local
+                self._files[name] = pq.ParquetFile(self.folder.open(name) if local is None else local / name)
+            except FileNotFoundError:
+                raise TccpError(f"no clip table at {self.folder.path(name)}: make one with `tccp preprocess`") from None
+            except (pa.ArrowInvalid, OSError) as error:
+                reason = str(error).splitlines()[0]
+                raise TccpError(f"{self.folder.path(name)} is not a readable clip table ({reason})") from None
+        self._files.move_to_end(name)
+        while len(self._files) > _OPEN_FILES:
+            self._files.popitem(last=False)[1].close(force=True)
+        return self._files[name]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -329,13 +395,25 @@ class ClipTable:
 
     def rows(self, clip_ids: Sequence[str]) -> pa.Table:
         """The rows of these clips, in the order given, as a columnar batch."""
-        return self._file.read_row_groups([self._row[clip_id] for clip_id in clip_ids])
+        rows = []
+        for clip_id in clip_ids:
+            part, row = self._place[clip_id]
+            rows.append(self._opened(part).read_row_group(row))
+        return pa.concat_tables(rows)
 
     def close(self) -> None:
-        self._file.close()
+        for file in self._files.values():
+            file.close(force=True)
+        self._files.clear()
 
     def __enter__(self) -> ClipTable:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _check_version(schema: pa.Schema, where: str) -> None:
+    version = (schema.metadata or {}).get(_VERSION_KEY, b"none")
+    if version != str(SCHEMA_VERSION).encode():
+        raise TccpError(_other_version(where, version.decode(errors="replace")))

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from tccp import __version__
-from tccp.config import TccpError, git_commit
+from tccp.config import git_commit
+from tccp.weights import WEIGHTS, available
 
 PACKAGES = ("torch", "diffusers", "av", "opencv-contrib-python", "pyarrow")
 OPTIONAL = {
@@ -45,12 +46,10 @@ def examine(storage: Path) -> list[dict[str, Any]]:
     import torch
 
     add("device", True, torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores")
-    try:
-        from tccp.faces import find_weights
-
-        add("face_landmarker.task", True, str(find_weights(None)), required=False)
-    except TccpError as error:
-        add("face_landmarker.task", False, str(error), required=False)
+    for weight in WEIGHTS.values():
+        path = available(weight)
+        absent = f"absent (needed for {weight.purpose}): tccp weights fetch {weight.name}"
+        add(f"{weight.name} weights", path is not None, absent if path is None else str(path), required=False)
     add("storage", *_writable(storage))
     return checks
 

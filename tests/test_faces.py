@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -103,7 +105,7 @@ def test_head_boxes_from_faces_are_steady_and_bridge_gaps():
 
 
 def test_unknown_backend_is_refused():
-    with pytest.raises(TccpError, match="choose mediapipe or lbp"):
+    with pytest.raises(TccpError, match="choose mediapipe, fan or lbp"):
         faces.open_backend("dlib")
 
 
@@ -130,6 +132,26 @@ def test_unreadable_weights_are_refused_in_one_line(tmp_path):
     with pytest.raises(TccpError, match="not a usable MediaPipe face landmark model") as error:
         faces.open_backend("mediapipe", file)
     assert "\n" not in str(error.value)
+
+
+def test_keys_say_what_results_depend_on(shared_weights, mediapipe_backend):
+    digest = hashlib.sha256((shared_weights / "face_landmarker.task").read_bytes()).hexdigest()
+    assert mediapipe_backend.key == f"mediapipe {importlib.metadata.version('mediapipe')} {digest}"
+    assert faces.open_backend("lbp").key == f"lbp scikit-image {importlib.metadata.version('scikit-image')}"
+
+
+def test_a_missing_package_is_one_line():
+    """In a process that cannot import scikit-image."""
+    code = (
+        "import sys; sys.modules['skimage'] = None; from tccp.config import TccpError; from tccp import faces\n"
+        "try: faces.open_backend('lbp')\n"
+        "except TccpError as error: print(error)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}, check=True,
+    )  # fmt: skip
+    assert "backend lbp needs skimage" in run.stdout and "pip install" in run.stdout
 
 
 # ---- mediapipe on real faces

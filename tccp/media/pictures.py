@@ -26,7 +26,6 @@ _TO_RGB = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT | Interpolation.
 _MAX_THREADS = 4  # each decoding thread holds pictures of its own, so memory would follow the number of cores
 # Where a keyframe is looked for, before the time wanted; none of them found, the film is decoded from its beginning.
 _SEEK_MARGINS_S = (Fraction(0), Fraction(2), Fraction(15))
-_KEYFRAMES_INDEXED = {"mov", "matroska"}  # elsewhere seeking guesses
 _NO_PRESENTATION_TIMES = {
     "avi"
 }  # what FFmpeg makes up for them is wrong when pictures are reordered; their distance is not
@@ -93,11 +92,9 @@ def _copies(
 def _decoded(info: MediaInfo, span: Span, time: Fraction) -> Iterator[Timed]:
     """Pictures in the order they are shown, from some point at or before the one on show at `time`."""
     for margin in _SEEK_MARGINS_S:
-        if time - margin <= span.start + 1:
+        if time - margin <= span.start + 1 or not info.seeks:
             break
         with opened(info.path) as container:
-            if not _KEYFRAMES_INDEXED & set(container.format.name.split(",")):
-                break
             pictures = _timed(info, span, container, time - margin)
             first = next(pictures, None)
             if first is not None and first[0] <= time:

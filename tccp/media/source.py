@@ -27,6 +27,7 @@ _FORMATS = "mov,matroska,avi,mpeg,mpegts,flv,asf,ogg,mxf,nut,wav,w64,mp3,flac,aa
 # Formats whose header states a duration, so that less content than that means a file cut short.
 _STATES_DURATION = {"mov", "matroska", "avi", "wav", "w64", "flac"}
 _TRUNCATION_TOLERANCE_S = Fraction(1, 2)  # headers round, and count last frames that nobody sees
+KEYFRAMES_INDEXED = {"mov", "matroska"}  # elsewhere seeking guesses
 # A longer hole in a stream, or between the starts of two, is a damaged timestamp: filling it could take days of film.
 _MAX_LEAP_S = 600
 
@@ -62,6 +63,8 @@ class MediaInfo:
     frame_rate: of the stored pictures if it is constant, else None. num_pictures: how many are stored.
     video_span, audio_span: from the first picture (sample) to the end of the last; None without such a stream.
     audio_sample_rate_hz, audio_channels: as stored, 0 without sound.
+    seeks: whether read_frames can begin anywhere at once, because the container has an index; else it decodes up to
+    where it is to begin.
     """
 
     path: Path
@@ -76,6 +79,7 @@ class MediaInfo:
     audio_channels: int
     video_span: Span | None
     audio_span: Span | None
+    seeks: bool = False
 
     @property
     def has_video(self) -> bool:
@@ -257,6 +261,7 @@ def _probe(path: Path, size: int, mtime_ns: int) -> MediaInfo:
         if video is None and audio is None:
             raise MediaError(path, "no_video", "the file has neither pictures nor sound; give a video or audio file")
         extents = _scan(container, path, size)
+        seeks = bool(KEYFRAMES_INDEXED & set(container.format.name.split(",")))
         if video is not None:
             extent = extents[video.index]
             picture = _first_frame(path, video.index)
@@ -289,6 +294,7 @@ def _probe(path: Path, size: int, mtime_ns: int) -> MediaInfo:
         audio_channels=channels,
         video_span=video_span,
         audio_span=audio_span,
+        seeks=seeks,
     )
 
 

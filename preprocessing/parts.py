@@ -1,0 +1,180 @@
+"""What a run keeps on disk: a part per reel, what is known of films and faces, and at the end the table of clips.
+
+A part holds the rows of one reel's clips and, in its metadata, what became of the rest. Its name says what it depends
+on, so a part that is there is right, and one that is not there is still to be made. Nothing else is remembered between
+runs. The index, written last, says which parts make up the table.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from preprocessing.plan import Plan
+from preprocessing.reels import LOOKED_SCHEMA, Reel, looked_to_table, with_looked
+from preprocessing.remote import version_of
+from preprocessing.report import TrackSample
+from preprocessing.spans import Span
+from tccp.clip import INDEX, INDEX_SCHEMA, Clip, Quality, write_parquet
+from tccp.files import Folder
+
+_RECORD_KEY = "tccp.reel"
+_KEPT_FROM_SPAN = ("source_hash", "width", "height", "warnings")
+
+
+@dataclass
+class ReelRecord:
+    """What became of one reel. frames = frames_in_clips + the sum of left_out. messages: the first for each reason."""
+
+    source: str
+    source_hash: str | None
+    start_frame: int
+    frames: int
+    clips: int = 0
+    frames_in_clips: int = 0
+    left_out: dict[str, int] = field(default_factory=dict)
+    messages: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    samples: list[TrackSample] = field(default_factory=list)
+
+    def add_left_out(self, span: Span) -> None:
+        assert span.reason is not None
+        self.left_out[span.reason] = self.left_out.get(span.reason, 0) + span.num_frames
+        self.messages.setdefault(span.reason, span.message or span.reason)
+
+    def to_json(self) -> str:
+        values = asdict(self)
+        for sample in values["samples"]:
+            sample["jpeg"] = base64.b64encode(sample["jpeg"]).decode()
+        return json.dumps(values, sort_keys=True)
+
+    @staticmethod
+    def from_json(text: str | bytes) -> ReelRecord:
+        values = json.loads(text)
+        samples = [
+            TrackSample(**{**sample, "jpeg": base64.b64decode(sample["jpeg"])}) for sample in values.pop("samples")
+        ]
+        return ReelRecord(**values, samples=samples)
+
+
+def record_of(span: Span) -> ReelRecord:
+    return ReelRecord(
+        span.source, span.source_hash, span.start_frame, span.num_frames, warnings=sorted(set(span.warnings))
+    )
+
+
+def write_part(folder: Folder, name: str, rows: Iterable[Clip | Span], record: ReelRecord) -> ReelRecord:
+    """Writes the clips among `rows` to the part `name`, one at a time, and counts the others in `record`."""
+
+    def clips() -> Iterator[Clip]:
+        for row in rows:
+            if isinstance(row, Span):
+                record.add_left_out(row)
+            else:
+                record.clips += 1
+                record.frames_in_clips += row.num_frames
+                yield row
+
+    def metadata() -> dict[str, str]:
+        counted = record.frames_in_clips + sum(record.left_out.values())
+        assert counted == record.frames, f"{record.source}: of {record.frames} frames {counted} are accounted for"
+        return {_RECORD_KEY: record.to_json()}
+
+    with folder.writing(name) as path:
+        write_parquet(clips(), path, metadata)
+    return record
+
+
+def read_part(folder: Folder, name: str) -> tuple[ReelRecord, pa.Table]:
+    """A part's record, and its clips' columns that are single values."""
+    with folder.open(name) as file, pq.ParquetFile(file) as part:
+        record = ReelRecord.from_json(part.metadata.metadata[_RECORD_KEY.encode()])
+        columns = [column for column in INDEX_SCHEMA.names if column not in ("part", "row")]
+        table = part.read(columns=columns)
+    return record, table
+
+
+def quality_of(row: dict[str, Any]) -> Quality:
+    return Quality(**{item.name: row[item.name] for item in fields(Quality)})
+
+
+def write_index(folder: Folder, parts: Iterable[tuple[str, pa.Table]]) -> int:
+    """Writes the index of a table that consists of these parts, in this order; returns the number of clips."""
+    count = 0
+    with folder.writing(INDEX) as path, pq.ParquetWriter(path, INDEX_SCHEMA) as writer:
+        for name, table in parts:
+            if table.num_rows == 0:
+                continue
+            places = {"part": pa.array([name] * table.num_rows), "row": pa.array(range(table.num_rows), pa.int32())}
+            columns = [places[f.name] if f.name in places else table.column(f.name) for f in INDEX_SCHEMA]
+            writer.write_table(pa.table(columns, names=INDEX_SCHEMA.names).cast(INDEX_SCHEMA))
+            count += table.num_rows
+    return count
+
+
+# What is known of a film that has not changed since, so that it need not be read again
+
+
+def film_name(path: str, plan: Plan) -> str:
+    """Raises MediaError if the film is not there."""
+    return f"work/films/{version_of(path)[0]}-{plan.reel_s:g}.json"
+
+
+def write_film(folder: Folder, name: str, reels: list[Reel]) -> None:
+    first = reels[0].span
+    record = {key: getattr(first, key) for key in _KEPT_FROM_SPAN}
+    record |= {"usable": reels[0].usable, "reels": [(r.span.start_frame, r.span.num_frames) for r in reels]}
+    folder.write(name, json.dumps(record).encode())
+
+
+def read_film(folder: Folder, name: str, source: Span, order: int) -> list[Reel]:
+    """The reels of a film as they were found before, without sound; none if it is not known."""
+    if not folder.exists(name):
+        return []
+    record = json.loads(folder.read(name))
+    known = {key: record[key] for key in _KEPT_FROM_SPAN} | {"warnings": tuple(record["warnings"])}
+    source = replace(source, **known)
+    first, stop = record["usable"]
+    total = max(sum(count for _, count in record["reels"]), 1)
+    return [
+        Reel(replace(source, start_frame=start, num_frames=count), order, (first, stop), share=count / total)
+        for start, count in record["reels"]
+    ]
+
+
+# What pass 1 found in a reel
+
+
+def write_look(folder: Folder, name: str, reel: Reel) -> None:
+    buffer = io.BytesIO()
+    pq.write_table(looked_to_table(reel), buffer, compression="zstd")
+    folder.write(name, buffer.getvalue())
+
+
+def read_look(folder: Folder, name: str, reel: Reel) -> Reel | None:
+    if not folder.exists(name):
+        return None
+    return with_looked(reel, pq.read_table(io.BytesIO(folder.read(name)), schema=LOOKED_SCHEMA))
+
+
+def remove_stale(folder: Folder, plan: Plan, used: set[str]) -> None:
+    """Removes the parts of other settings, and those of this plan that the table does not use: films that are gone."""
+    for key in folder.subfolders("clips") - {plan.part_key}:
+        folder.remove(f"clips/{key}")
+    for name in folder.names(f"clips/{plan.part_key}"):
+        if f"clips/{plan.part_key}/{name}" not in used:
+            folder.remove(f"clips/{plan.part_key}/{name}")
+
+
+def main_reason(left_out: dict[str, int]) -> str | None:
+    """The reason of most frames; of as many, the first in order of the alphabet."""
+    counts = Counter(left_out)
+    return min(counts, key=lambda reason: (-counts[reason], reason)) if counts else None

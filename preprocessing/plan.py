@@ -1,0 +1,186 @@
+"""What a run of preprocessing is to do, resolved once, on the machine that starts it, and the same for every worker."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from preprocessing.cut import MIN_CLIP_S, clip_frames
+from preprocessing.quality import QualityBounds
+from preprocessing.sandbox import Limits
+from preprocessing.spans import Span
+from tccp import faces, weights
+from tccp.clip import GEOMETRY_VERSION, SCHEMA_VERSION
+from tccp.config import TccpError
+
+Backend = Literal["mediapipe", "fan", "truth"]
+Speakers = Literal["active", "main"]
+
+LOOK_VERSION = 1
+"""Raised when pass 1 finds other faces, cuts or chips in the same film."""
+SELECT_VERSION = 1
+"""Raised when the same faces and sound give other clips."""
+RENDER_VERSION = 1
+"""Raised when the same clips give other rows."""
+
+REEL_S = 60.0
+_OPTIONAL = {"light-asd": "who speaks", "silero-vad": "voice activity", "syncnet": "a/v offset", "sface": "persons"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that results depend on but the films.
+
+    backend: where landmarks come from: a face detector, or (`truth`) the truth files of RoundTable footage.
+    backend_key: its versions and weights. weights: files by name; weight_hashes: their SHA-256. Workers take these
+    files or none: what one of them happened to find makes no difference.
+    speakers: `active`: clips are cut where somebody is seen to speak; `main`: of each shot's most present person,
+    speaking or not. person_pictures: clips are made of this person alone.
+    """
+
+    picture_px: int
+    backend: Backend
+    backend_key: str
+    weights: Mapping[str, Path] = field(default_factory=dict)
+    weight_hashes: Mapping[str, str] = field(default_factory=dict)
+    speakers: Speakers = "active"
+    person_pictures: tuple[str, ...] = ()
+    person_key: str = ""
+    max_clip_s: float = 5.0
+    min_clip_s: float = MIN_CLIP_S
+    reel_s: float = REEL_S
+    bounds: QualityBounds = field(default_factory=QualityBounds)
+    limits: Limits = field(default_factory=Limits)
+
+    @property
+    def speech_chips(self) -> bool:
+        """Whether pass 1 keeps a picture of every face for the speech networks."""
+        return self.backend != "truth" and bool({"light-asd", "syncnet"} & self.weights.keys())
+
+    @property
+    def look_key(self) -> str:
+        """Hash of what pass 1 depends on: 16 hex digits."""
+        cuts = "" if self.backend == "truth" else importlib.metadata.version("scenedetect")
+        return _hash(LOOK_VERSION, self.backend_key, self.speech_chips, self.reel_s, cuts)
+
+    @property
+    def provenance(self) -> str:
+        """Hash of all that the landmarks and boxes of a clip depend on but the film."""
+        return _hash(self.look_key, GEOMETRY_VERSION)
+
+    @property
+    def part_key(self) -> str:
+        """Hash of what the rows of a clip depend on: 16 hex digits."""
+        chosen = {name: self.weight_hashes[name] for name in sorted(self.weights) if name in _OPTIONAL}
+        lengths = (self.speakers, self.person_key, self.max_clip_s, self.min_clip_s)
+        versions = (SELECT_VERSION, RENDER_VERSION, SCHEMA_VERSION)
+        return _hash(self.provenance, *versions, self.picture_px, chosen, *lengths, asdict(self.bounds))
+
+    def part_name(self, span: Span) -> str:
+        """Where the clips of a reel are kept, relative to the output folder."""
+        own = _hash(span.source, span.speaker_x, span.speaker_y, span.person_picture)
+        return f"clips/{self.part_key}/{span.source_hash}-{span.start_frame}-{own[:8]}.parquet"
+
+    def look_name(self, span: Span) -> str:
+        """Where what pass 1 found in a reel is kept. It depends on the film's content alone, not on its name."""
+        return f"work/looks/{self.look_key}/{span.source_hash}-{span.start_frame}.parquet"
+
+    def record(self) -> dict[str, Any]:
+        """For the report: what was decided, for people to read, without paths of this machine."""
+        values = asdict(self)
+        for name in ("weights", "limits", "person_key"):
+            values.pop(name)
+        found = sorted(self.weights.keys() & _OPTIONAL.keys())
+        absent = sorted(_OPTIONAL.keys() - self.weights.keys())
+        values["person_pictures"] = [Path(path).name for path in self.person_pictures]
+        return values | {
+            "weights": found,
+            "without": [f"{name} ({_OPTIONAL[name]})" for name in absent],
+            "look_key": self.look_key,
+            "part_key": self.part_key,
+        }
+
+
+def make_plan(
+    picture_px: int,
+    backend: Backend = "mediapipe",
+    weights_place: Path | None = None,
+    max_clip_s: float = 5.0,
+    min_clip_s: float = MIN_CLIP_S,
+    speakers: Speakers = "active",
+    person_pictures: tuple[str, ...] = (),
+    bounds: QualityBounds | None = None,
+    limits: Limits | None = None,
+) -> Plan:
+    """Looks for weights and decides what is used.
+
+    weights_place: the face landmark model's file, or a folder of weights; by default as in `tccp.weights`. Of the
+    optional networks those are used that are found there.
+    Raises TccpError for lengths that cannot be, for a backend that does not exist, and if its weights are absent.
+    """
+    clip_frames(min_clip_s, max_clip_s)
+    found: dict[str, Path] = {}
+    if backend == "truth":
+        key = "truth"
+    elif backend not in ("mediapipe", "fan"):
+        known = "finds boxes only, and clips need 68 landmarks" if str(backend) == "lbp" else "is not a backend"
+        raise TccpError(f"backend {backend} {known}: choose mediapipe, fan or truth")
+    else:
+        detector = faces.open_backend(backend, weights_place)
+        key = detector.key
+        detector.close()
+        folder = weights_place if weights_place is not None and weights_place.is_dir() else None
+        for name in _OPTIONAL:
+            path = weights.available(name, folder)
+            if path is not None:
+                found[name] = path.resolve()
+    hashes = {name: weights.weights_key(path) for name, path in found.items()}
+    if weights_place is not None:
+        found["backend"] = weights_place.resolve()
+    if person_pictures and "sface" not in found:
+        raise TccpError("the person filter needs the weights of SFace: tccp weights fetch sface, or leave --person out")
+    return Plan(
+        picture_px=picture_px,
+        backend=backend,
+        backend_key=key,
+        weights=found,
+        weight_hashes=hashes,
+        speakers=speakers,
+        person_pictures=person_pictures,
+        person_key=_hash(*[_content(path) for path in person_pictures]) if person_pictures else "",
+        max_clip_s=float(max_clip_s),
+        min_clip_s=float(min_clip_s),
+        bounds=bounds or QualityBounds(),
+        limits=limits or Limits(),
+    )
+
+
+def _content(path: str) -> str:
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError as error:
+        raise TccpError(f"person picture {path}: {error.strerror}; give a picture of the person") from None
+
+
+def _hash(*parts: object) -> str:
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def detector_of(plan: Plan) -> faces.FaceBackend | None:
+    """The face detector of a plan; None for `truth`. Raises TccpError if this machine has another one."""
+    if plan.backend == "truth":
+        return None
+    detector = faces.open_backend(plan.backend, plan.weights.get("backend"))
+    if detector.key != plan.backend_key:
+        detector.close()
+        raise TccpError(
+            f"face detector {plan.backend} on {platform.node()} is {detector.key}, the run began with "
+            f"{plan.backend_key}: give every machine the same packages and weights"
+        )
+    return detector

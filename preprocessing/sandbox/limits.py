@@ -1,0 +1,33 @@
+"""What a media file may ask for."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+from tccp.config import TccpError
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Generous for real footage: 8K pictures, half a day, a terabyte. Raises TccpError for what is not positive.
+
+    max_pixels: of one picture. max_duration_s: from the common start to the end of pictures and sound.
+    memory_bytes: what the child may take to decode, beyond what it has when it is idle.
+    stall_s: the longest wait for the first answer and for each that follows. Answers for which a file is read as a
+      whole may take longer by its size at 10 MB/s, and those for which it is decoded from its beginning (formats
+      without an index) by the time it would play.
+    """
+
+    max_pixels: int = 8192 * 4320
+    max_duration_s: float = 12 * 3600.0
+    max_streams: int = 64
+    max_sample_rate_hz: int = 768_000
+    max_file_bytes: int = 1 << 40
+    memory_bytes: int = 4 << 30
+    stall_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if not (math.isfinite(value) and value > 0):
+                raise TccpError(f"limit {name} {value}: give a number above 0")

@@ -1,0 +1,193 @@
+"""The three steps of the graph, each an object that lives with its worker: find reels, look at them, cut clips.
+
+A step takes a columnar batch and yields batches, one reel at a time, so that nothing piles up. In one process they are
+chained as they are; Ray Data runs them as pools of actors.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+
+from preprocessing import parts
+from preprocessing.look import look
+from preprocessing.parts import ReelRecord, record_of
+from preprocessing.plan import Plan, detector_of
+from preprocessing.probe import probe_source
+from preprocessing.reels import Reel, reels_from_table, reels_to_table
+from preprocessing.rows import render_clips
+from preprocessing.sandbox import Decoder
+from preprocessing.select import Networks, select
+from preprocessing.spans import Span, spans_from_table
+from tccp.clip import Clip, clips_to_table
+from tccp.files import Folder
+from tccp.media import MediaError
+
+OnFrame = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every step is told: what to do, and where results lie; nowhere, and nothing is remembered."""
+
+    plan: Plan
+    out: str | None
+
+
+class _Step:
+    def __init__(self, work: Work, on_frame: OnFrame = lambda: None) -> None:
+        self.plan = work.plan
+        self.folder = None if work.out is None else Folder(work.out)
+        self.decoder = Decoder(work.plan.limits)
+        self.on_frame = on_frame
+
+    def close(self) -> None:
+        self.decoder.close()
+
+
+class FindReels(_Step):
+    """Rows of sources (`order`, and the columns of preprocessing.sources) to reels with their sound.
+
+    Reels whose part is there come out as `done`; a film all of whose parts are there is not read again.
+    """
+
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        for source, order in zip(spans_from_table(batch), batch.column("order").to_pylist(), strict=True):
+            started = time.monotonic()
+            for reel in self._reels(source, order):
+                took = time.monotonic() - started
+                yield reels_to_table([replace(reel, times_s={"find reels": took})])
+                started = time.monotonic()
+
+    def _reels(self, source: Span, order: int) -> Iterator[Reel]:
+        if source.reason is not None:
+            yield Reel(source, order)
+            return
+        folder, known, name = self.folder, [], None
+        if folder is not None:
+            try:
+                name = parts.film_name(source.path, self.plan)
+                known = parts.read_film(folder, name, source, order)
+            except MediaError as error:
+                yield Reel(source.set_aside(error.reason, f"{source.path}: {error.problem}"), order)
+                return
+            if known and all(folder.exists(self.plan.part_name(reel.span)) for reel in known):
+                yield from (replace(reel, done=True) for reel in known)
+                return
+        found = []
+        for reel in probe_source(source, order, self.plan, self.decoder):
+            found.append(replace(reel, sound=None))
+            if folder is not None and reel.span.reason is None and folder.exists(self.plan.part_name(reel.span)):
+                yield replace(reel, sound=None, done=True)
+            else:
+                yield reel
+        if folder is not None and name is not None and all(reel.span.reason is None for reel in found):
+            parts.write_film(folder, name, found)
+
+
+class Look(_Step):
+    """Reels to reels with cuts and faces: what was found before is taken from the folder."""
+
+    def __init__(self, work: Work, on_frame: OnFrame = lambda: None) -> None:
+        super().__init__(work, on_frame)
+        self._detector = detector_of(work.plan)
+
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        for reel in reels_from_table(batch):
+            started = time.monotonic()
+            looked = reel if reel.done or reel.span.reason is not None else self._looked(reel)
+            yield reels_to_table([replace(looked, times_s={**reel.times_s, "look": time.monotonic() - started})])
+
+    def _looked(self, reel: Reel) -> Reel:
+        keeps = self.folder is not None and self.plan.backend != "truth"
+        name = self.plan.look_name(reel.span)
+        if keeps and (known := parts.read_look(self.folder, name, reel)) is not None:  # type: ignore[arg-type]
+            return known
+        looked = look(reel, self.plan, self.decoder, self._detector, self.on_frame)
+        if keeps and looked.span.reason is None:
+            parts.write_look(self.folder, name, looked)  # type: ignore[arg-type]
+        return looked
+
+    def close(self) -> None:
+        super().close()
+        if self._detector is not None:
+            self._detector.close()
+
+
+RESULT_SCHEMA = pa.schema(
+    [
+        ("order", pa.int64()),
+        ("start_frame", pa.int64()),
+        ("frames", pa.int64()),
+        ("share", pa.float64()),  # of its source
+        ("part", pa.string()),  # null: the reel was set aside whole
+        ("record", pa.string()),  # JSON, where there is no part
+        ("times_s", pa.string()),  # JSON: by step
+        ("done", pa.bool_()),  # by an earlier run
+    ]
+)
+"""What the driver hears of a reel."""
+
+
+class CutClips(_Step):
+    """Reels with faces to parts of the table, written to the folder; yields rows of RESULT_SCHEMA."""
+
+    def __init__(self, work: Work, on_frame: OnFrame = lambda: None) -> None:
+        super().__init__(work, on_frame)
+        self._networks = Networks(work.plan)
+
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        for reel in reels_from_table(batch):
+            yield pa.Table.from_pylist([self._result(reel)], schema=RESULT_SCHEMA)
+
+    def _result(self, reel: Reel) -> dict[str, object]:
+        span = reel.span
+        row: dict[str, object] = {"order": reel.order, "start_frame": span.start_frame, "frames": span.num_frames}
+        row["share"] = reel.share
+        times = dict(reel.times_s)
+        if span.reason is not None:
+            record = record_of(span)
+            record.add_left_out(span)
+            return row | {"part": None, "record": record.to_json(), "times_s": json.dumps(times), "done": False}
+        name = self.plan.part_name(span)
+        if not reel.done:
+            assert self.folder is not None
+            started = time.monotonic()
+            selection = select(reel, self.plan, self._networks)
+            times["select"] = time.monotonic() - started
+            record = record_of(span)
+            record.samples = selection.samples
+            parts.write_part(self.folder, name, self._rows(selection.spans), record)
+            times["render"] = time.monotonic() - started - times["select"]
+        return row | {"part": name, "record": None, "times_s": json.dumps(times), "done": reel.done}
+
+    def _rows(self, spans: list[Span]) -> Iterator[Clip | Span]:
+        kept = [span for span in spans if span.reason is None]
+        yield from render_clips(kept, self.plan.picture_px, self.decoder, self.plan.bounds, self.on_frame)
+        yield from (span for span in spans if span.reason is not None)
+
+
+class ClipRows(CutClips):
+    """Reels with faces to rows of the clip table, for training straight from film; a reel without clips has none."""
+
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        for reel in reels_from_table(batch):
+            if reel.span.reason is not None:
+                continue
+            selection = select(reel, self.plan, self._networks)
+            kept = [span for span in selection.spans if span.reason is None]
+            for row in render_clips(kept, self.plan.picture_px, self.decoder, self.plan.bounds, self.on_frame):
+                if isinstance(row, Clip):
+                    yield clips_to_table([row])
+
+
+def result_record(folder: Folder, row: dict[str, Any]) -> tuple[ReelRecord, pa.Table | None]:
+    """The record that a row of RESULT_SCHEMA speaks of, and the index columns of its clips."""
+    if row["part"] is None:
+        return ReelRecord.from_json(row["record"]), None
+    return parts.read_part(folder, row["part"])

@@ -1,0 +1,102 @@
+"""Faces of a reel to tracks: one person in one shot, gaps bridged."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+from jaxtyping import Bool, Float32
+
+from preprocessing.reels import Faces, Reel, Track
+from tccp.config import FPS
+from tccp.faces import Face, link
+
+MAX_BRIDGED_FRAMES = FPS // 2
+"""Gaps without a face up to here, just under half a second, are bridged; longer ones end the track."""
+MIN_TRACK_FRAMES = 5
+"""What is seen for less is a false alarm as a rule, and no clip in any case."""
+
+
+def find_tracks(reel: Reel) -> list[Track]:
+    """The tracks of all persons in all shots of a reel, by shot, then by time. Numbers count from 0.
+
+    Within a shot a face is linked to the person whose last box it overlaps most (`tccp.faces.link`).
+    """
+    assert reel.faces is not None, "find_tracks comes after look"
+    tracks: list[Track] = []
+    edges = [reel.start_frame, *reel.cuts, reel.stop_frame]
+    for shot, (start, stop) in enumerate(itertools.pairwise(edges)):
+        found = []
+        for person in _people(reel.faces, start, stop):
+            seen = np.zeros(stop - start, bool)
+            seen[[reel.faces.frame[i] - start for i in person]] = True
+            for first, end in runs(seen):
+                indices = [i for i in person if first <= reel.faces.frame[i] - start < end]
+                if len(indices) >= MIN_TRACK_FRAMES:
+                    found.append(_track(reel.faces, indices, shot))
+        for track in sorted(found, key=lambda track: (track.start_frame, -track.num_frames, track.box[0].tolist())):
+            tracks.append(numbered(track, len(tracks)))
+    return tracks
+
+
+def numbered(track: Track, number: int) -> Track:
+    return Track(
+        number, track.shot, track.start_frame, track.box, track.landmarks, track.confidence, track.chips
+    )  # fmt: skip
+
+
+def part_of(track: Track, start_frame: int, stop_frame: int) -> Track:
+    """The frames [start_frame, stop_frame) of a track."""
+    rows = slice(start_frame - track.start_frame, stop_frame - track.start_frame)
+    chips = {frame: chip for frame, chip in track.chips.items() if start_frame <= frame < stop_frame}
+    return Track(
+        track.number, track.shot, start_frame, track.box[rows], track.landmarks[rows], track.confidence[rows], chips
+    )
+
+
+def _people(faces: Faces, start: int, stop: int) -> list[list[int]]:
+    """Numbers of the faces of each person in the frames [start, stop)."""
+    low, high = np.searchsorted(faces.frame, [start, stop])
+    frames: list[list[Face]] = [[] for _ in range(stop - start)]
+    index: dict[int, int] = {}
+    for i in range(low, high):
+        points = faces.landmarks[i]
+        known = points if np.isfinite(points).all() else None
+        face = Face(faces.box[i], known, float(faces.confidence[i]))
+        frames[faces.frame[i] - start].append(face)
+        index[id(face)] = i
+    return [[index[id(face)] for _, face in sorted(person.items())] for person in link(frames)]
+
+
+def _track(faces: Faces, indices: list[int], shot: int) -> Track:
+    at = faces.frame[indices]
+    frames = np.arange(at[0], at[-1] + 1)
+    confidence = np.zeros(len(frames), np.float32)
+    confidence[at - at[0]] = np.maximum(faces.confidence[indices], 1e-3)  # 0 stands for bridged frames
+    return Track(
+        number=0,
+        shot=shot,
+        start_frame=int(at[0]),
+        box=_bridged(faces.box[indices], at, frames),
+        landmarks=_bridged(faces.landmarks[indices], at, frames),
+        confidence=confidence,
+        chips={int(faces.frame[i]): faces.chips[i] for i in indices if i in faces.chips},
+    )
+
+
+def _bridged(values: np.ndarray, at: np.ndarray, frames: np.ndarray) -> Float32[np.ndarray, "f ..."]:
+    """Values known at some frames, on straight lines between them. NaN where nothing is known at all."""
+    flat = values.reshape(len(values), -1).astype(np.float64)
+    filled = np.stack([np.interp(frames, at, column) for column in flat.T], axis=1)
+    return filled.reshape(len(frames), *values.shape[1:]).astype(np.float32)
+
+
+def runs(seen: Bool[np.ndarray, "f"], max_bridged: int = MAX_BRIDGED_FRAMES) -> list[tuple[int, int]]:
+    """[first, stop) of each stretch that begins and ends with a face and has no longer gap in it than `max_bridged`."""
+    stretches: list[tuple[int, int]] = []
+    for i in map(int, np.flatnonzero(seen)):
+        if stretches and i - stretches[-1][1] <= max_bridged:
+            stretches[-1] = (stretches[-1][0], i + 1)
+        else:
+            stretches.append((i, i + 1))
+    return stretches

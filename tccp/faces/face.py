@@ -1,0 +1,53 @@
+"""What every face backend gives."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float32, UInt8
+
+MAX_FACES = 5
+"""Of one frame; the largest ones, where a backend finds more."""
+
+
+@dataclass(frozen=True)
+class Face:
+    """A face in one frame.
+
+    box: x0 y0 x1 y1 in pixels around the face (not the head). landmarks_px: 68 iBUG points, None from a backend that
+    has none. confidence: 0..1; the share of the points inside the picture, or 0.5 from a backend without a score.
+    """
+
+    box: Float32[np.ndarray, "4"]
+    landmarks_px: Float32[np.ndarray, "68 2"] | None
+    confidence: float
+
+    @property
+    def side(self) -> float:
+        return math.sqrt(max(float((self.box[2] - self.box[0]) * (self.box[3] - self.box[1])), 0.0))
+
+    @property
+    def center(self) -> Float32[np.ndarray, "2"]:
+        return (self.box[:2] + self.box[2:]) / 2
+
+
+@runtime_checkable
+class FaceBackend(Protocol):
+    """key: all that its results depend on, in one line: the backend, the version of what does the work, the weights."""
+
+    name: str
+    key: str
+
+    def detect(self, frame: UInt8[np.ndarray, "h w 3"]) -> list[Face]:
+        """The faces of an RGB frame, largest first; none is a valid answer. Frames do not influence one another."""
+
+    def close(self) -> None: ...
+
+
+def iou(a: Face, b: Face) -> float:
+    """Intersection over union of two faces' boxes."""
+    overlap = float(np.maximum(np.minimum(a.box[2:], b.box[2:]) - np.maximum(a.box[:2], b.box[:2]), 0).prod())
+    return overlap / max(a.side**2 + b.side**2 - overlap, 1e-6)
