@@ -46,30 +46,30 @@ TRAIN_TOY = $(BIN)/tccp train $(1) --data $(TOY)/$(2) --storage $(TOY) --resume 
 
 toy-weights: $(READY)  ## train the packaged weights anew, on two cores; stop and start it at any point
 	@$(MAKE) -j $(WORKERS) $(FOOTAGE)
-	@$(MAKE) -j $(WORKERS) $(TOY)/clips/clips.parquet $(TOY)/first/clips.parquet
+	@$(MAKE) -j $(WORKERS) $(TOY)/clips/index.parquet $(TOY)/first/index.parquet
 	@for last in autoencoder lips landmark_sequence face_sequence; do $(MAKE) $(TOY)/weights/$$last/config.json || exit; done
 	@rm -rf $(TOY)/packaged
 	@$(BIN)/tccp export $(TOY)/weights $(TOY)/packaged --half
 	@rm -rf tccp/toy && cp -r $(TOY)/packaged tccp/toy
 
 # One view of each clip is enough for them.
-$(TOY)/weights/autoencoder/config.json $(TOY)/weights/lips/config.json &: $(TOY)/first/clips.parquet
+$(TOY)/weights/autoencoder/config.json $(TOY)/weights/lips/config.json &: $(TOY)/first/index.parquet
 	@$(call TRAIN_TOY,autoencoder lips,first,weights) --jobs $(WORKERS) --set headbox.draws=1
 
-$(TOY)/weights/landmark_sequence/config.json: $(TOY)/clips/clips.parquet
+$(TOY)/weights/landmark_sequence/config.json: $(TOY)/clips/index.parquet
 	@$(call TRAIN_TOY,landmark_first landmark_sequence,clips,weights) --jobs $(WORKERS)
 
-$(TOY)/weights/face_sequence/config.json: $(TOY)/first/clips.parquet
+$(TOY)/weights/face_sequence/config.json: $(TOY)/first/index.parquet
 	@$(call TRAIN_TOY,face_first face_sequence,first,weights) --jobs $(WORKERS)
 
 $(TOY)/footage/%/.done: | $(READY)
 	@$(ONE_THREAD) $(BIN)/tccp synth $(@D) --clips 100 --seconds $(if $(filter 10%,$(*F)),1.6,$(if $(filter 11%,$(*F)),0.8,1.6 --excerpt 0.4)) --seed $(*F)
 	@touch $@
 
-$(TOY)/clips/clips.parquet: $(FOOTAGE)
+$(TOY)/clips/index.parquet: $(FOOTAGE)
 	@$(BIN)/tccp preprocess $(TOY)/footage $(TOY)/clips --backend truth --min-clip-s 0.4
 
-$(TOY)/first/clips.parquet: $(FIRST)
+$(TOY)/first/index.parquet: $(FIRST)
 	@$(BIN)/tccp preprocess $(TOY)/footage/first $(TOY)/first --backend truth
 
 # Networks that some of the benchmark's rows need, with the auto-encoder, lips and clips of the packaged ones; one stage,

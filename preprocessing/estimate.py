@@ -107,8 +107,8 @@ def choose_sample(listing: Sequence[SourceSize], count: int, seed: int = 0) -> l
         raise TccpError(f"a sample of {count} films says nothing; give at least 1")
     by_size = sorted(listing, key=lambda item: (item.file_bytes or 0, item.source))
     rng = np.random.default_rng(seed)
-    groups = np.array_split(np.arange(len(by_size)), min(count, len(by_size)) or 1)
-    return [by_size[rng.choice(group)] for group in groups if len(group)]
+    total, groups = len(by_size), min(count, len(by_size))
+    return [by_size[rng.integers(i * total // groups, (i + 1) * total // groups)] for i in range(groups)]
 
 
 def estimate(
@@ -154,13 +154,13 @@ def estimate(
         sources=len(listed),
         workers=workers,
         coverage=COVERAGE,
-        film_h=ranged(_FILM, 3600),
-        clip_h=ranged(_CLIP, 3600),
-        storage_bytes=ranged(_STORED, 1),
-        cpu_h=ranged(_CPU, 3600),
-        cpu_h_by_step={step: ranged(_CPU + 1 + i, 3600) for i, step in enumerate(steps)},
-        wall_h=ranged(_WALL, 3600 * workers),
-        cost=None if price_per_cpu_hour is None else _times(ranged(_CPU, 3600), price_per_cpu_hour),
+        film_h=ranged(_FILM, 3600.0),
+        clip_h=ranged(_CLIP, 3600.0),
+        storage_bytes=ranged(_STORED, 1.0),
+        cpu_h=ranged(_CPU, 3600.0),
+        cpu_h_by_step={step: ranged(_CPU + 1 + i, 3600.0) for i, step in enumerate(steps)},
+        wall_h=ranged(_WALL, 3600.0 * workers),
+        cost=None if price_per_cpu_hour is None else _times(ranged(_CPU, 3600.0), price_per_cpu_hour),
         notes=_notes(sample, rest),
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -30,16 +31,16 @@ _BOX, _POINT, _CURSOR, _OFFSET, _MOUTH = (255, 190, 40), (80, 255, 120), (255, 2
 _VIEW_FRAMES = FPS  # decoded at a time
 _MOST_CLIPS = 100  # a sheet of more is too large to look at
 
-Picture = UInt8[np.ndarray, "h w 3"]
+Picture = UInt8[np.ndarray, "_ _ 3"]
 
 
 # Figures
 
 
 def statistics(table: ClipTable) -> dict[str, Any]:
-    """Figures of a table: clips, hours, sources, schema version, sizes of pictures, and of every number a clip has
-    (`quality`, in the clip table's units): how often it is known, and lowest, median, highest. av_corrected: clips.
+    """Figures of a table: clips, hours, sources, schema, sizes of pictures; av_corrected counts clips.
 
+    quality: of every number that a clip has, in the clip table's units: how often it is known, lowest, median, highest.
     Reads single values only, from the table's index; a table without one is read clip by clip.
     """
     columns = _values(table)
@@ -55,6 +56,7 @@ def statistics(table: ClipTable) -> dict[str, Any]:
         "hours": float(seconds.sum()) / 3600,
         "sources": len(set(columns["source_hash"])),
         "schema_versions": sorted(set(columns["schema_version"])),
+        "columns": {field.name: str(field.type).replace("item: ", "") for field in SCHEMA},
         "picture_px": sorted(set(columns["picture_px"])),
         "source_sizes": [f"{width}x{height}" for width, height in sorted(set(sizes))],
         "av_corrected": sum(map(bool, columns["av_corrected"])),
@@ -90,6 +92,7 @@ def _spread(values: Float32[np.ndarray, " n"] | np.ndarray) -> dict[str, float |
 
 def statistics_text(figures: dict[str, Any]) -> str:
     """`statistics` as lines for a terminal."""
+    columns = ", ".join(f"{name} {kind}" for name, kind in figures["columns"].items())
     clips = figures["clips"]
     versions, pictures = (", ".join(map(str, figures[name])) for name in ("schema_versions", "picture_px"))
     sizes = figures["source_sizes"]
@@ -105,6 +108,7 @@ def statistics_text(figures: dict[str, Any]) -> str:
         numbers = [spread[key] for key in ("min", "median", "max")]
         cells = " ".join(f"{'-' if value is None else format(value, '.3g'):>9}" for value in numbers)
         lines.append(f"{name:16} {spread['known']:9,} {cells}")
+    lines += ["", textwrap.fill(f"columns: {columns}", 100, break_long_words=False, break_on_hyphens=False)]
     return "\n".join(lines)
 
 
@@ -165,7 +169,7 @@ def _tile(clip: Clip) -> Picture:
     length = f"{clip.num_frames / FPS:.2f} s"
     _write(text, f"{clip.clip_id[:12]}   {length}   from {clip.start_s:.2f} s of {clip.source}", 8, 20)
     words = _quality_words(clip.quality)
-    for line, part in enumerate((words[:4], [*words[4:], _offset_text(clip.quality)])):
+    for line, part in enumerate((words[:4], [*words[4:], _offset_text(clip.quality).split(",")[0]])):
         _write(text, "   ".join(part), 8, 41 + 21 * line, _SOFT)
     tile = np.concatenate([panels, text])
     return cv2.copyMakeBorder(tile, 5, 5, 5, 5, cv2.BORDER_CONSTANT, value=_GROUND)
@@ -303,12 +307,14 @@ def _lines(clip: Clip, frame: int) -> list[tuple[str, tuple[int, int, int]]]:
 
 
 def _offset_text(quality: Quality) -> str:
-    if quality.av_offset_ms is None:
+    """In a few words, and after a comma how sure it is."""
+    offset_ms = quality.av_offset_ms
+    if offset_ms is None:
         return "a/v offset not measured"
+    where = "" if not offset_ms else ", sound late" if offset_ms > 0 else ", sound early"
     confidence = "" if quality.sync_confidence is None else f", confidence {quality.sync_confidence:.3g}"
-    if quality.av_corrected:
-        return f"a/v offset {quality.av_offset_ms:+.0f} ms in the film{confidence}: corrected here"
-    return f"a/v offset {quality.av_offset_ms:+.0f} ms (+ sound late){confidence}: not corrected"
+    done = " (corrected)" if quality.av_corrected else ""
+    return f"a/v offset {offset_ms:+.0f} ms{done}{where}{confidence}"
 
 
 def _quality_words(quality: Quality) -> list[str]:

@@ -12,7 +12,7 @@ from jaxtyping import UInt8
 
 from preprocessing.plan import Plan
 from preprocessing.reels import CHIP_PX, SPEECH_CHIP_PX, Faces, Reel, chip_box
-from preprocessing.remote import local_copy
+from preprocessing.remote import local_copy, shown
 from preprocessing.sandbox import Decoder
 from tccp.config import TccpError
 from tccp.faces import Face, FaceBackend
@@ -41,7 +41,9 @@ def look(
             assert detector is not None
             return _with_faces(reel, plan, path, decoder, detector, on_frame)
     except MediaError as error:
-        return replace(reel, span=reel.span.set_aside(error.reason, f"{reel.span.path}: {error.problem}"), sound=None)
+        return replace(
+            reel, span=reel.span.set_aside(error.reason, f"{shown(reel.span.path)}: {error.problem}"), sound=None
+        )
 
 
 def _with_faces(
@@ -107,10 +109,11 @@ def _with_truth(reel: Reel, path: Path) -> Reel:
     try:
         truth = read_truth(path)
     except TccpError as error:
-        return replace(reel, span=span.set_aside("no_truth", f"{span.path}: {error}"), sound=None)
+        return replace(reel, span=span.set_aside("no_truth", f"{shown(span.path)}: {error}"), sound=None)
     frames = len(truth.landmarks_px)
     if frames < reel.usable[1] or (truth.width, truth.height) != (span.width, span.height):
-        text = f"{span.path}: its truth is of {what}; write both anew: tccp synth"
+        what = f"{frames} frames of {truth.width}x{truth.height}"
+        text = f"{shown(span.path)}: its truth is of {what}; write both anew: tccp synth"
         return replace(reel, span=span.set_aside("other_truth", text), sound=None)
     part = slice(reel.start_frame, reel.stop_frame)
     points = truth.landmarks_px[part].astype(np.float32)

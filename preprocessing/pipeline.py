@@ -12,7 +12,9 @@ import datetime
 import json
 import os
 import resource
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +26,7 @@ import pyarrow as pa
 
 from preprocessing import parts
 from preprocessing.cut import MIN_CLIP_S
+from preprocessing.estimate import Estimate, SampleResult, SourceSize, choose_sample, estimate
 from preprocessing.page import write_page
 from preprocessing.parts import ReelRecord
 from preprocessing.plan import Backend, Plan, Speakers, make_plan
@@ -31,8 +34,8 @@ from preprocessing.remote import content_hash, version_of
 from preprocessing.report import ClipFigures, ReportBuilder, RunReport, SourceReport, StepTime
 from preprocessing.sources import find_sources
 from preprocessing.steps import ClipRows, CutClips, FindReels, Look, OnFrame, Work, result_record
-from tccp.clip import INDEX
-from tccp.config import Settings, TccpError
+from tccp.clip import INDEX, ClipTable
+from tccp.config import FPS, Settings, TccpError
 from tccp.data import windows
 from tccp.files import Folder, is_url
 from tccp.media import MediaError
@@ -51,7 +54,7 @@ def preprocess(
     min_clip_s: float = MIN_CLIP_S,
     speakers: Speakers = "active",
     person: Sequence[str | Path] = (),
-    workers: int = 1,
+    workers: int | None = None,
     on_ray: bool = False,
 ) -> RunReport:
     """Films, folders, patterns, manifests or URLs of them to a clip table in `out`, with report.json and report.html.
@@ -60,7 +63,8 @@ def preprocess(
     weights: a folder of weights, or the detector's file; by default as in `tccp.weights`.
     max_clip_s, min_clip_s: clips are cut to at most, and at least, so many seconds.
     speakers: `active`, whoever is seen to speak; `main`, who is there most. person: pictures of the one who is wanted.
-    workers: processes that look at films; more than one needs Ray. on_ray: use Ray for one, too.
+    workers: processes that look at films: one, in this process, unless more are asked for; they need Ray. on_ray: use
+    Ray in any case, with as many as the cluster has CPUs for unless `workers` says.
 
     What a run before this one has done, with the same settings and versions, is not done again; the table that is there
     stays until the new one is whole. A source that cannot be used is set aside, with a reason, and counted; it stops
@@ -68,7 +72,7 @@ def preprocess(
     Raises TccpError if no source gives a clip (with the first reason), if weights are absent, or if `out` cannot be
     written.
     """
-    if workers < 1:
+    if workers is not None and workers < 1:
         raise TccpError(f"workers {workers}: give at least 1")
     plan = make_plan(
         settings.picture_px, backend, weights, max_clip_s, min_clip_s, speakers, tuple(str(path) for path in person)
@@ -76,7 +80,66 @@ def preprocess(
     listing = list_sources(sources)
     folder = Folder(out if is_url(out) else Path(out).absolute())
     with _no_empty_folder(folder):
-        return _run(listing, folder, plan, workers, on_ray or workers > 1)
+        return _run(listing, folder, plan, workers, on_ray or (workers or 1) > 1)
+
+
+def dry_run(
+    sources: Sequence[str | Path],
+    settings: Settings,
+    backend: Backend = "mediapipe",
+    weights: Path | None = None,
+    max_clip_s: float = 5.0,
+    min_clip_s: float = MIN_CLIP_S,
+    speakers: Speakers = "active",
+    person: Sequence[str | Path] = (),
+    workers: int = 1,
+    sample: int = 5,
+    price_per_cpu_hour: float | None = None,
+) -> Estimate:
+    """What `preprocess` of these sources would take and give, from running it on a sample of them. Nothing is kept.
+
+    Raises TccpError as `preprocess`, but not for films without clips.
+    """
+    pictures = tuple(str(path) for path in person)
+    plan = make_plan(settings.picture_px, backend, weights, max_clip_s, min_clip_s, speakers, pictures)
+    listing = list_sources(sources)
+    rows = {row["source"]: (number, row) for number, row in enumerate(listing.to_pylist()) if row["reason"] is None}
+    films = [SourceSize(name, row["bytes"] or None) for name, (_, row) in rows.items()]
+    measured = []
+    chosen = choose_sample(films, sample)
+    with progress() as bar, tempfile.TemporaryDirectory(prefix="tccp-dry-run-") as folder:
+        task = bar.add_task("measuring films", total=len(chosen))
+        for film in chosen:
+            number, row = rows[film.source]
+            out = Path(folder) / str(number)
+            measured.append(_measured(film.source, row["bytes"], listing.slice(number, 1), Work(plan, str(out))))
+            shutil.rmtree(out, ignore_errors=True)
+            bar.advance(task)
+    return estimate(measured, films, workers, price_per_cpu_hour)
+
+
+def _measured(source: str, file_bytes: int, row: pa.Table, work: Work) -> SampleResult:
+    wall, before = time.monotonic(), os.times()
+    cpu_s: dict[str, float] = {}
+    frames = frames_in_clips = 0
+    for result in in_this_process(row, work):
+        for name, seconds in json.loads(result["times_s"]).items():
+            cpu_s[name] = cpu_s.get(name, 0.0) + seconds
+        record, _ = result_record(Folder(work.out or ""), result)
+        frames += record.frames if record.clips or result["part"] else 0
+        frames_in_clips += record.frames_in_clips
+    after = os.times()
+    children = after.children_user + after.children_system - before.children_user - before.children_system
+    stored = [path.stat().st_size for path in Path(work.out or "").rglob("*") if path.is_file()]
+    return SampleResult(
+        source,
+        file_bytes,
+        frames / FPS,
+        frames_in_clips / FPS,
+        sum(stored),
+        cpu_s | {"decode": children},
+        time.monotonic() - wall,
+    )
 
 
 def list_sources(given: Sequence[str | Path]) -> pa.Table:
@@ -120,7 +183,7 @@ def _content(path: str, number: int) -> object:
         return number  # it will be found out, and said, when it is its turn
 
 
-def _run(listing: pa.Table, folder: Folder, plan: Plan, workers: int, on_ray: bool) -> RunReport:
+def _run(listing: pa.Table, folder: Folder, plan: Plan, workers: int | None, on_ray: bool) -> RunReport:
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     clock = time.monotonic()
     work = Work(plan, str(folder))
@@ -139,7 +202,9 @@ def _run(listing: pa.Table, folder: Folder, plan: Plan, workers: int, on_ray: bo
     table = _Table(folder, listing.column("source").to_pylist(), entries, builder)
     table.check()
     clips = parts.write_index(folder, table.parts()) if table.any_clip() else 0
-    report = table.report(plan.record(), started, time.monotonic() - clock, workers)
+    report = table.report(
+        plan.record(), started, time.monotonic() - clock, workers or (os.cpu_count() if on_ray else 1) or 1
+    )
     folder.write(REPORT, report.to_json(pictures=False).encode())
     with folder.writing(PAGE) as path:
         write_page(report, path)
@@ -367,11 +432,34 @@ def on_ray_data(listing: pa.Table, work: Work, workers: int | None) -> Iterator[
 
 
 def clip_dataset(listing: pa.Table, plan: Plan, workers: int | None = None) -> Any:
-    """A Ray Dataset of clip rows straight from film, in the table's order if `preserve_order` is set when it runs.
+    """A Ray Dataset of clip rows straight from film; within `in_order`, in the table's order.
 
     Ray must be running. Nothing is stored but what Ray has in flight.
     """
     return _graph(listing, Work(plan, None), workers, ClipRows)
+
+
+def table_dataset(table: str | Path) -> Any:
+    """A Ray Dataset of the clip rows of a table, in its order."""
+    import ray
+
+    with ClipTable(str(table)) as opened:
+        ids = [pa.table({"clip_id": [clip_id]}) for clip_id in opened.ids]
+    return ray.data.from_arrow(ids).map_batches(
+        _rows_of, fn_kwargs={"table": str(table)}, batch_size=1, batch_format="pyarrow"
+    )
+
+
+def _rows_of(batch: pa.Table, table: str) -> pa.Table:
+    with ClipTable(table) as opened:
+        return opened.rows(batch.column("clip_id").to_pylist())
+
+
+@contextmanager
+def in_order() -> Iterator[None]:
+    """Within it, Datasets of this module come out in the order of their sources, however many workers there are."""
+    with _data_context(in_order=True):
+        yield
 
 
 def window_dataset(clips: Any, settings: Settings, window: int, stride: int, draws: Sequence[int | None] = (0,)) -> Any:

@@ -109,7 +109,7 @@ class Plan:
 
 def make_plan(
     picture_px: int,
-    backend: Backend = "mediapipe",
+    backend: Backend | str = "mediapipe",
     weights_place: Path | None = None,
     max_clip_s: float = 5.0,
     min_clip_s: float = MIN_CLIP_S,

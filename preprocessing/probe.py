@@ -11,10 +11,10 @@ import numpy as np
 
 from preprocessing.plan import Plan
 from preprocessing.reels import FilmSound, Reel
-from preprocessing.remote import content_hash, local_copy
+from preprocessing.remote import content_hash, local_copy, shown
 from preprocessing.sandbox import Decoder
 from preprocessing.spans import Span
-from tccp.config import FPS, SAMPLES_PER_FRAME, TccpError
+from tccp.config import FPS, SAMPLES_PER_FRAME
 from tccp.media import MediaError
 
 SOUND_MARGIN_FRAMES = FPS
@@ -26,19 +26,13 @@ def probe_source(source: Span, order: int, plan: Plan, decoder: Decoder) -> Iter
     """The reels of one source, each with its sound; one after the other, so one is in memory at a time.
 
     A file that cannot be used is one reel with the reason of its MediaError, or `bad_audio`.
+    Raises TccpError where this machine is the trouble: no room for a copy or for the sound.
     """
     try:
         with local_copy(source.path) as path:
             yield from _reels(source, order, plan, decoder, path)
     except MediaError as error:
-        yield Reel(source.set_aside(error.reason, _told(error, source)), order)
-    except TccpError as error:
-        yield Reel(source.set_aside("bad_audio", f"{source.path}: {error}"), order)
-
-
-def _told(error: MediaError, source: Span) -> str:
-    """The error in one line, about the source and not about a copy of it."""
-    return f"{source.path}: {error.problem}"
+        yield Reel(source.set_aside(error.reason, f"{shown(source.path)}: {error.problem}"), order)
 
 
 def _reels(source: Span, order: int, plan: Plan, decoder: Decoder, path: Path) -> Iterator[Reel]:
@@ -48,7 +42,7 @@ def _reels(source: Span, order: int, plan: Plan, decoder: Decoder, path: Path) -
     source = replace(source, source_hash=content_hash(path), width=info.width, height=info.height)
     source = replace(source, num_frames=info.num_frames)
     if not info.has_audio:
-        text = f"{source.path}: has no sound; training needs a film in which somebody is heard"
+        text = f"{shown(source.path)}: has no sound; training needs a film in which somebody is heard"
         yield Reel(source.set_aside("no_audio", text), order)
         return
     with decoder.sound(path) as sound:

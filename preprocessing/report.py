@@ -218,7 +218,7 @@ _SCALES = {
     "occlusion": _Scale("", 0, 1, 40),
     "jitter": _Scale("", 0, 0.1, 40),
     "av_offset_ms": _Scale("ms", -620, 620, 31),  # a frame each, with whole frames in the middle
-    "sync_confidence": _Scale("", 0, 15, 60),
+    "sync_confidence": _Scale("", 0, 15, 300),
     "speaking_score": _Scale("", 0, 1, 40),
 }
 
@@ -352,7 +352,8 @@ class _Sample:
             if key > last:
                 return
             del chosen[last]
-        chosen[key] = replace(track, jpeg=_thumbnail(track.jpeg))
+        figures = {name: value for name, value in track.figures.items() if np.isfinite(value)}
+        chosen[key] = replace(track, jpeg=_thumbnail(track.jpeg), figures=figures)
 
     def tracks(self) -> list[TrackSample]:
         """At most `size`, shared evenly among the reasons, in order of source and time."""

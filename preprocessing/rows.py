@@ -11,7 +11,7 @@ from jaxtyping import Float32, UInt8
 
 from preprocessing.quality import QualityBounds, blur, brightness, face_px, median_yaw_deg
 from preprocessing.reasons import set_aside
-from preprocessing.remote import local_copy
+from preprocessing.remote import local_copy, shown
 from preprocessing.sandbox import Decoder
 from preprocessing.spans import Span
 from tccp.clip import STORED_MARGIN, Clip, Quality, clip_id_of, encode_still, stored_box_of
@@ -53,7 +53,7 @@ def render_clips(
                 yield clip if reason is None else set_aside(span, reason)
                 waiting.pop(0)
     except MediaError as error:
-        yield from (span.set_aside(error.reason, f"{span.path}: {error.problem}") for span in waiting)
+        yield from (span.set_aside(error.reason, f"{shown(span.path)}: {error.problem}") for span in waiting)
 
 
 def _render(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import cv2
 import numpy as np
@@ -69,6 +69,7 @@ class Stretch:
     score: float = 0.0
 
 
+@runtime_checkable
 class SpeechNetwork(Protocol):
     """E.g. tccp.models.light_asd.LightAsd."""
 
@@ -176,7 +177,7 @@ class _Scene:
 
         Somebody who talks alone has it. A short doubt within one person's talk is none.
         """
-        count = self.talks.sum(0)
+        count: Int64[np.ndarray, " f"] = self.talks.sum(0)
         owner = np.where(count == 1, self.talks.argmax(0), -1)
         for first, stop in runs(count > 1):
             for start in range(first, stop, _BLOCK):
@@ -187,7 +188,7 @@ class _Scene:
                     self.unclear[:, block] = self.talks[:, block]
                 else:
                     owner[block] = winner
-        for first, stop in runs(self.unclear.any(0)):
+        for first, stop in runs(self.unclear.max(axis=0)):
             around = owner[max(first - FPS, 0) : first], owner[stop : stop + FPS]
             before, after = (part[part >= 0] for part in around)
             if stop - first <= _BLIP_FRAMES and len(before) and len(after) and before[-1] == after[0]:
@@ -201,7 +202,7 @@ class _Scene:
         together = self.present[rivals].all(0) & np.isfinite(self.heard[:, 0])
         window = np.arange(max(frame - _SYNC_REACH, 0), min(frame + _SYNC_REACH, len(together)))
         window = window[together[window]]
-        sync = np.array([self._sync(row, window) for row in rivals])
+        sync = np.array([self._sync(int(row), window) for row in rivals])
         doubt = np.sqrt(_SYNC_NOISE_S * FPS / max(len(window), FPS))
         best = int(sync.argmax())
         if sync[best] >= SYNC_FLOOR * doubt and sync[best] - np.delete(sync, best).max() >= SYNC_MARGIN * doubt:

@@ -20,6 +20,7 @@ from preprocessing.parts import ReelRecord, record_of
 from preprocessing.plan import Plan, detector_of
 from preprocessing.probe import probe_source
 from preprocessing.reels import Reel, reels_from_table, reels_to_table
+from preprocessing.remote import shown
 from preprocessing.rows import render_clips
 from preprocessing.sandbox import Decoder
 from preprocessing.select import Networks, select
@@ -74,7 +75,7 @@ class FindReels(_Step):
                 name = parts.film_name(source.path, self.plan)
                 known = parts.read_film(folder, name, source, order)
             except MediaError as error:
-                yield Reel(source.set_aside(error.reason, f"{source.path}: {error.problem}"), order)
+                yield Reel(source.set_aside(error.reason, f"{shown(source.path)}: {error.problem}"), order)
                 return
             if known and all(folder.exists(self.plan.part_name(reel.span)) for reel in known):
                 yield from (replace(reel, done=True) for reel in known)

@@ -85,40 +85,141 @@ def synth(
 
 
 def preprocess(
-    source: Positional[Path],
-    out: Positional[Path],
+    source: Positional[str],
+    out: Positional[str],
     /,
-    backend: Literal["mediapipe", "truth"] = "mediapipe",
+    backend: Literal["mediapipe", "fan", "truth"] = "mediapipe",
     weights: Path | None = None,
     max_clip_s: float = 5.0,
     min_clip_s: float = 0.64,
+    speakers: Literal["active", "main"] = "active",
+    person: tuple[Path, ...] = (),
+    workers: int | None = None,
+    ray: bool = False,
+    dry_run: bool = False,
+    sample: int = 5,
+    price_per_cpu_hour: float | None = None,
     preset: Preset = "toy",
     set: Overrides = (),
     json: Json = False,
 ) -> None:
-    """Raw footage to a clip table: shots, faces, 68 landmarks, head boxes, identity pictures, sound.
+    """Raw footage to a clip table: shots, faces, who speaks, 68 landmarks, head boxes, identity pictures, sound.
+
+    Run it again after a stop, or with more films, and only what is missing is done. OUT/report.html shows what became
+    of every film.
 
     Args:
-        source: a film, or a folder of films.
-        out: folder for clips.parquet and report.json.
-        backend: where landmarks come from: mediapipe, or truth (RoundTable's truth files).
-        weights: face_landmarker.task, or its folder (default: TCCP_WEIGHTS, else <storage>/weights).
+        source: a film, a folder, a pattern in quotes, a manifest (.csv, .parquet, .jsonl), or a URL of any of them.
+        out: folder or URL for the table (index.parquet, clips/), report.json and report.html.
+        backend: where landmarks come from: mediapipe, fan (face-alignment), or truth (RoundTable's truth files).
+        weights: folder of weights, or the backend's file (default: TCCP_WEIGHTS, else <storage>/weights).
         max_clip_s: longest clip in seconds; a longer shot gives several.
         min_clip_s: shortest; what is shorter is set aside. A window of the sequence networks has 0.32 seconds.
+        speakers: active: whoever is seen to speak; main: in each shot the person who is there most, speaking or not.
+        person: pictures of the one person who is wanted; needs SFace (tccp weights fetch sface).
+        workers: processes that look at films (default: this one). More than one run on Ray, on the cluster of
+            RAY_ADDRESS if it is set.
+        ray: use Ray in any case; workers are then as many as there are CPUs for, unless --workers says.
+        dry_run: measure a sample of the films, say what all of them would take, and write nothing.
+        sample: with --dry-run, how many films to measure.
+        price_per_cpu_hour: with --dry-run, to estimate the cost.
     """
-    import dataclasses
-
+    from preprocessing.pipeline import dry_run as estimate
     from preprocessing.pipeline import preprocess as run
 
-    report = run([source], out, load_settings(preset, set), backend, weights, max_clip_s, min_clip_s)
+    settings = load_settings(preset, set)
+    common: dict[str, Any] = {
+        "backend": backend,
+        "weights": weights,
+        "max_clip_s": max_clip_s,
+        "min_clip_s": min_clip_s,
+        "speakers": speakers,
+        "person": person,
+    }
+    if dry_run:
+        found = estimate(
+            [source], settings, sample=sample, price_per_cpu_hour=price_per_cpu_hour, workers=workers or 1, **common
+        )
+        print(found.to_json() if json else found.to_text())
+        return
+    report = run([source], out, settings, workers=workers, on_ray=ray, **common)
     lines = [f"{report.clips} clips, {report.frames} frames in {out}"]
     for item in report.sources:
         for warning in item.warnings:
             _note(f"{item.source}: {warning}")
         if item.reason:
             lines.append(f"set aside: {item.message} [{item.reason}]")
-    record = {"out": str(out), "clips": report.clips, "frames": report.frames, "reasons": report.reasons}
-    _emit(json, record | {"sources": [dataclasses.asdict(item) for item in report.sources]}, "\n".join(lines))
+    lines.append(f"look at {out}/report.html")
+    _emit(json, {"out": out, **report.to_dict(pictures=False)}, "\n".join(lines))
+
+
+def inspect(
+    table: Positional[str],
+    /,
+    clip: str | None = None,
+    out: Path | None = None,
+    count: int = 24,
+    json: Json = False,
+) -> None:
+    """Look into a clip table: statistics; a contact sheet of its clips; a film of one clip with all that is known.
+
+    Args:
+        table: folder or URL of a clip table.
+        clip: id of a clip, or its beginning; --out is then an MP4 with landmarks, box, mask, mel and offset drawn in.
+        out: what to write: .png for a contact sheet, .mp4 with --clip.
+        count: clips on the contact sheet.
+    """
+    from preprocessing import inspecting
+    from tccp.clip import ClipTable
+
+    with ClipTable(table) as opened:
+        if clip is not None:
+            target = out or Path("clip.mp4")
+            shown = inspecting.preview(opened, inspecting.find_clip(opened, clip), target)
+            _emit(json, {"clip_id": shown.clip_id, "out": str(target)}, f"clip {shown.clip_id}: {target}")
+            return
+        figures = inspecting.statistics(opened)
+        text = inspecting.statistics_text(figures)
+        if out is not None:
+            drawn = inspecting.sheet(opened, out, count)
+            text += f"\n{drawn} clips in {out}"
+        _emit(json, figures, text)
+
+
+def weights(
+    action: Positional[Literal["list", "fetch", "path"]],
+    names: Positional[tuple[str, ...]] = (),
+    /,
+    url: str | None = None,
+    to: Path | None = None,
+    json: Json = False,
+) -> None:
+    """Weights made by others: what there is and under which licence, fetch them, or say where they are.
+
+    Args:
+        action: list: the table; fetch: download, check the hash, put into place; path: where a file is.
+        names: which of the table; with list, all by default.
+        url: of the one file to fetch (http, https, file). TCCP_WEIGHTS_URL names a mirror's folder for all of them.
+        to: folder to fetch to (default: TCCP_WEIGHTS, else <storage>/weights).
+    """
+    from tccp import weights as third_party
+
+    for name in names:
+        third_party.entry(name)
+    if action == "list":
+        rows = [row for row in third_party.listing() if not names or row["name"] in names]
+        _emit(json, {"folder": str(third_party.place()), "weights": rows}, third_party.text_table(rows))
+        return
+    if not names:
+        raise TccpError(f"tccp weights {action}: name which of {', '.join(third_party.WEIGHTS)}")
+    if action == "path":
+        paths = {name: str(third_party.find(name)) for name in names}
+        _emit(json, {"paths": paths}, "\n".join(paths.values()))
+        return
+    if url is not None and len(names) > 1:
+        raise TccpError(f"--url {url} is the address of one file: name one of {', '.join(names)}")
+    fetched = [third_party.fetch(name, url, to) for name in names]
+    _emit(json, {"fetched": [item.to_json() for item in fetched]}, "\n".join(map(str, fetched)))
 
 
 def train(
@@ -142,7 +243,7 @@ def train(
     Args:
         components: of autoencoder, lips, landmark_first, landmark_sequence, face_first, face_sequence, one_stage_first
             and one_stage_sequence; or all.
-        data: clip table (a folder with clips.parquet).
+        data: clip table (the folder that `tccp preprocess` wrote).
         weights: the pipeline folder to add to; made if it does not exist.
         resume: go on with a run that was interrupted, from its last checkpoint.
         autoencoder: a pre-trained diffusers AutoencoderKL folder to take instead of training one.
@@ -222,7 +323,7 @@ def generate(
     mask: Path | None = None,
     box: str | None = None,
     truth: bool = False,
-    detector: Literal["mediapipe", "lbp"] = "mediapipe",
+    detector: Literal["mediapipe", "fan", "lbp"] = "mediapipe",
     detector_weights: Path | None = None,
     person: tuple[float, float] | None = None,
     identity_box: str | None = None,
@@ -256,7 +357,7 @@ def generate(
         mask: a film of the scene's size, bright where the head is to be.
         box: x0,y0,x1,y1 in scene pixels, or a JSON track file {"boxes": [[x0, y0, x1, y1], null, ...]}.
         truth: take the head box from the truth file beside a film of `tccp synth`.
-        detector: mediapipe, or lbp (frontal faces, needs no download).
+        detector: mediapipe, fan (slow without a GPU), or lbp (frontal faces, needs no download).
         detector_weights: face_landmarker.task, or its folder.
         person: x y of the person to replace, when there are several; default: the one who is there most.
         identity_box: x0,y0,x1,y1 of the head in the identity picture, or `whole` when it shows the head alone.
@@ -397,7 +498,9 @@ def demo(
 
 VERBS: dict[str, Callable[..., None]] = {
     "synth": synth,
+    "weights": weights,
     "preprocess": preprocess,
+    "inspect": inspect,
     "train": train,
     "export": export,
     "generate": generate,

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +23,7 @@ from tccp.clip import STORED_MARGIN, Clip, clip_from_row, decode_still
 from tccp.config import SAMPLES_PER_FRAME, HeadBoxSettings, Settings, TccpError
 
 _INT16_FULL_SCALE = 32768.0
+_Item = TypeVar("_Item")
 
 
 def rng_seed(*parts: int | str | float | bytes | np.integer | np.floating) -> int:
@@ -103,6 +104,23 @@ def step_slice(
     share = batch_size // num_ranks
     first = step * batch_size + rank * share
     return [divmod(position, num_windows) for position in range(first, first + share)]
+
+
+def shuffled(windows: Iterable[_Item], seed: int, epoch: int, buffer: int) -> Iterator[_Item]:
+    """A stream in another order, drawn from (seed, epoch) alone, with at most `buffer` items in memory.
+
+    Where windows come straight from film there is no list of them to plan by: this is their order. The same items in
+    the same order give the same order, wherever they come from. Raises TccpError for a buffer below one.
+    """
+    if buffer < 1:
+        raise TccpError(f"shuffle buffer {buffer}: give at least 1")
+    rng = np.random.default_rng(rng_seed(seed, "shuffle", epoch))
+    held: list[_Item] = []
+    for item in windows:
+        held.append(item)
+        if len(held) > buffer:
+            yield held.pop(int(rng.integers(len(held))))
+    yield from (held[i] for i in rng.permutation(len(held)))
 
 
 class TrainingOrder:

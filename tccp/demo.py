@@ -18,7 +18,7 @@ from PIL import Image
 
 from preprocessing.pipeline import preprocess
 from tccp import headbox, landmarks
-from tccp.clip import atomic_path
+from tccp.clip import INDEX, atomic_path
 from tccp.config import FPS, Settings, TccpError, git_commit, load_settings, settings_to_json
 from tccp.evaluation.clips import true_points as true_points_of
 from tccp.evaluation.figures import correlation, psnr
@@ -118,7 +118,7 @@ def _train(root: Path, device: str, started: float, seconds: dict[str, float]) -
     films = _footage(root / f"footage-{DRAWN}", TRAINING_FILMS, TRAINING_SECONDS, TRAINING_SEED)
     seconds["footage"] = _lap(started, seconds)
     clips = root / f"clips-{DRAWN}"
-    if not (clips / "clips.parquet").exists():
+    if not (clips / INDEX).exists():
         preprocess([films], clips, settings, backend="truth")
     seconds["preprocess"] = _lap(started, seconds)
     trainer = Trainer(clips, root / "weights", settings, root, resume=True, device=device)

@@ -19,6 +19,8 @@ OPTIONAL = {
     "mediapipe": "face landmarks of real footage",
     "scikit-image": "the LBP face detector",
     "scenedetect": "cuts in real footage",
+    "face-alignment": "FAN landmarks",
+    "onnxruntime": "Silero voice activity",
     "ray": "clusters",
     "deepspeed": "ZeRO training",
     "mlflow": "tracking",

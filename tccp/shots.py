@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-from jaxtyping import Float32, Int16, UInt8
+from jaxtyping import Int16, UInt8
 
 from tccp.config import FPS, TccpError
 
@@ -21,13 +21,15 @@ CONTEXT_FRAMES = 8
 _ANALYSIS_PX = 192  # longer side of the picture that is looked at: a new shot changes the whole picture
 _HALF = CONTEXT_FRAMES // 2
 
-# Differences of cuts are PySceneDetect's: means over the picture of hue, saturation and value, each 0..255.
+# Changes are PySceneDetect's: mean differences of hue, saturation and value, each 0..255.
 _LEAST_CHANGE = 15.0  # its default beside a rolling average; a fast gesture before a still camera reaches 13
 _CLEAR_CHANGE = 27.0  # its default without one
 _STANDS_OUT = 3.0  # a cut's difference over that of its neighbours; its default
+# The rest is about colours, 0..255.
+_LEAST_COLOUR = 12.0  # grey changes its hue from one shade to the next; cuts of the clips measured reach 27 and more
 _ONE_WAY = 0.9  # share of the change that goes one way where only the light changes; two scenes differ both ways
-# Of luma, 0..255. While scenes dissolve, a frame is the mean of those around it, to a tenth of their difference; where
-# people or the camera move, measured on the shared clips, to no less than a third.
+# While scenes dissolve, a frame is the mean of those around it, to a tenth of their difference; where people or the
+# camera move, to no less than a third (measured on real clips).
 _LEAST_DISSOLVE = 8.0
 _MIXED = 0.2
 _BLACK = 12.0  # PySceneDetect's default for fades
@@ -38,11 +40,11 @@ class _View(NamedTuple):
     """What is kept of a frame."""
 
     hsv: Int16[np.ndarray, "h w 3"]
-    luma: Float32[np.ndarray, "h w"]
+    bgr: Int16[np.ndarray, "h w 3"]
 
     @property
     def is_black(self) -> bool:
-        return float(self.luma.mean()) < _BLACK
+        return float(self.bgr.mean()) < _BLACK
 
 
 class CutFinder:
@@ -68,15 +70,14 @@ class CutFinder:
         self._proposed: set[int] = set()
 
     def add(self, frame: UInt8[np.ndarray, "h w 3"]) -> list[int]:
-        """Takes the next frame; returns the frame, CONTEXT_FRAMES back, that is now known to begin a shot, if it does."""
+        """Takes the next frame; returns the one CONTEXT_FRAMES back if, as is now known, it begins a shot."""
         scale = _ANALYSIS_PX / max(frame.shape[:2])
         if scale < 1:
             frame = np.asarray(cv2.resize(frame, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA), np.uint8)
         bgr = cv2.cvtColor(frame, cv2.COLOR_RGB2BGR)
         found = self._detector.process_frame(self._timecode(self._num_frames, fps=float(FPS)), bgr)
         self._proposed |= {cut.frame_num for cut in found}
-        hsv, luma = cv2.cvtColor(bgr, cv2.COLOR_BGR2HSV), cv2.cvtColor(bgr, cv2.COLOR_BGR2GRAY)
-        self._views.append(_View(hsv.astype(np.int16), luma.astype(np.float32)))
+        self._views.append(_View(cv2.cvtColor(bgr, cv2.COLOR_BGR2HSV).astype(np.int16), bgr.astype(np.int16)))
         self._num_frames += 1
         judged = self._num_frames - 1 - CONTEXT_FRAMES
         self._proposed.discard(judged - 2)
@@ -99,7 +100,7 @@ class CutFinder:
         # A cut may have a picture mixed of both shots in between: of two changes in a row the larger counts.
         if change is None or change <= before or change < after:
             return False
-        if self._comes_back(frame, change, 1) or self._comes_back(frame - 1, change, -1):
+        if self._is_same_colour(frame) or self._comes_back(frame, change, 1) or self._comes_back(frame - 1, change, -1):
             return False
         near, around = self._neighbours(frame, 2), self._neighbours(frame, 3)
         if near and change >= _STANDS_OUT * float(np.mean(near)):
@@ -107,6 +108,10 @@ class CutFinder:
         # Where cut follows cut every two or three frames, they are among the neighbours, but at most half of them.
         alone = change >= max(_CLEAR_CHANGE, 2 * before, 2 * after)
         return alone and (not around or change >= _STANDS_OUT * float(np.median(around)))
+
+    def _is_same_colour(self, frame: int) -> bool:
+        before, view = self._view(frame - 1), self._view(frame)
+        return before is None or view is None or _colour_difference(before, view) < _LEAST_COLOUR
 
     def _comes_back(self, frame: int, change: float, direction: int) -> bool:
         """Whether what stood before `frame`, in this direction of time, is there again a little later.
@@ -135,10 +140,10 @@ class CutFinder:
         before, view, after = self._view(frame - _HALF), self._view(frame), self._view(frame + _HALF)
         if before is None or view is None or after is None:
             return 1.0
-        difference = float(np.abs(after.luma - before.luma).mean())
+        difference = _colour_difference(before, after)
         if difference < _LEAST_DISSOLVE or _is_light(before, after):
             return 1.0
-        return float(np.abs(view.luma - (before.luma + after.luma) / 2).mean()) / difference
+        return float(np.abs(2 * view.bgr - before.bgr - after.bgr).mean()) / (2 * difference)
 
     def _comes_from_black(self, frame: int) -> bool:
         view, last = self._view(frame), self._view(frame - 1)
@@ -172,9 +177,13 @@ def _difference(a: _View, b: _View) -> float:
     return float(np.abs(a.hsv - b.hsv).mean())
 
 
+def _colour_difference(a: _View, b: _View) -> float:
+    return float(np.abs(a.bgr - b.bgr).mean())
+
+
 def _is_light(a: _View, b: _View) -> bool:
     """Whether one of two pictures is brighter than the other nearly everywhere."""
-    change = b.luma - a.luma
+    change = b.bgr - a.bgr
     return abs(float(change.mean())) >= _ONE_WAY * float(np.abs(change).mean())
 
 
@@ -182,7 +191,5 @@ def _unlike(a: _View | None, b: _View | None) -> bool:
     """Whether two pictures differ by more than their light."""
     if a is None or b is None:
         return False
-    return (
-        float(np.abs(a.luma / max(float(a.luma.mean()), 1.0) - b.luma / max(float(b.luma.mean()), 1.0)).mean())
-        > _UNLIKE
-    )
+    one, other = (view.bgr / max(float(view.bgr.mean()), 1.0) for view in (a, b))
+    return float(np.abs(one - other).mean()) > _UNLIKE

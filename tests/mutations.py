@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 from av.audio import AudioStream
+from av.container import OutputContainer
 from av.video import VideoStream
 
 from tccp.config import FPS, SAMPLE_RATE_HZ
@@ -52,28 +54,32 @@ def write_films(folder: Path, seconds: float = 0.8) -> list[Path]:
     for ending, video_codec, options, audio_codec, rate_hz in _KINDS:
         path = folder / f"film.{ending}"
         with av.open(str(path), "w") as container:
-            video = None
-            if video_codec is not None:
-                video = container.add_stream(video_codec, FPS, options=options)
-                assert isinstance(video, VideoStream)
-                video.width, video.height, video.pix_fmt = 128, 96, "yuvj420p" if video_codec == "mjpeg" else "yuv420p"
+            video = None if video_codec is None else container.add_stream(video_codec, FPS, options=options)
             audio = container.add_stream(audio_codec, rate_hz, layout="mono")
+            if isinstance(video, VideoStream):
+                video.width, video.height, video.pix_fmt = 128, 96, "yuvj420p" if video_codec == "mjpeg" else "yuv420p"
+                _write_pictures(container, video, pictures)
             assert isinstance(audio, AudioStream)
-            for number, picture in enumerate(pictures if video else []):
-                assert video is not None
-                frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-                frame.pts, frame.time_base = number, Fraction(1, FPS)
-                container.mux(video.encode(frame))
-            block = av.AudioFrame.from_ndarray(samples[None], "fltp", "mono")
-            block.sample_rate, block.pts, block.time_base = SAMPLE_RATE_HZ, 0, Fraction(1, SAMPLE_RATE_HZ)
-            converter = av.AudioResampler(audio.format.name, "mono", rate_hz, audio.frame_size or None)
-            for part in [*converter.resample(block), *converter.resample(None)]:
-                container.mux(audio.encode(part))
-            for stream in (video, audio):
-                if stream is not None:
-                    container.mux(stream.encode(None))
+            _write_sound(container, audio, samples)
         paths.append(path)
     return paths
+
+
+def _write_pictures(container: OutputContainer, video: VideoStream, pictures: Sequence[np.ndarray]) -> None:
+    for number, picture in enumerate(pictures):
+        frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+        frame.pts, frame.time_base = number, Fraction(1, FPS)
+        container.mux(video.encode(frame))
+    container.mux(video.encode(None))
+
+
+def _write_sound(container: OutputContainer, audio: AudioStream, samples: np.ndarray) -> None:
+    block = av.AudioFrame.from_ndarray(samples[None], "fltp", "mono")
+    block.sample_rate, block.pts, block.time_base = SAMPLE_RATE_HZ, 0, Fraction(1, SAMPLE_RATE_HZ)
+    converter = av.AudioResampler(audio.format.name, "mono", audio.rate, audio.frame_size or None)
+    for part in [*converter.resample(block), *converter.resample(None)]:
+        container.mux(audio.encode(part))
+    container.mux(audio.encode(None))
 
 
 def _flip_bits(data: bytearray, random: Random) -> None:

@@ -80,16 +80,17 @@ def test_lengths_that_are_known_are_not_guessed_from_bytes() -> None:
 
 def test_ranges_hold_the_truth_about_as_often_as_they_say() -> None:
     films = population(200, seed=1)
+    listing = listed(films)
     truth = sum(sum(item.cpu_s.values()) for item in films) / 3600
     for count in (3, 12):
         held, widths = [], []
-        for seed in range(150):
-            chosen = {item.source for item in choose_sample(listed(films), count, seed)}
-            result = estimate([item for item in films if item.source in chosen], listed(films), workers=1).cpu_h
+        for seed in range(60):
+            chosen = [films[int(item.source)] for item in choose_sample(listing, count, seed)]
+            result = estimate(chosen, listing, workers=1).cpu_h
             low, middle, high = bounds(result)
             held.append(low <= truth <= high)
             widths.append(high / middle - 1)
-        assert 0.68 < np.mean(held) < 0.97, count
+        assert 0.65 < np.mean(held) < 0.95, count
         assert np.median(widths) < (4 if count == 3 else 0.8)  # and they are of use
 
 
@@ -138,9 +139,9 @@ def test_a_sample_is_of_all_sizes_and_of_no_order(sizes: list[int], count: int, 
     random.shuffle(shuffled)  # type: ignore[attr-defined]
     assert choose_sample(shuffled, count, seed) == chosen
     by_size = sorted(listing, key=lambda item: (item.file_bytes, item.source))
-    groups = np.array_split(np.arange(len(by_size)), min(count, len(by_size)))
-    for item, group in zip(chosen, groups, strict=True):
-        assert item in [by_size[i] for i in group]
+    place = {item.source: i for i, item in enumerate(by_size)}
+    for i, item in enumerate(chosen):
+        assert i * len(by_size) // len(chosen) <= place[item.source] < (i + 1) * len(by_size) // len(chosen)
 
 
 def test_what_makes_no_sense_is_refused() -> None:

@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import json
 import shutil
-import time
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,22 +18,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from preprocessing import faces as face_steps
 from preprocessing.cut import cut_clips
-from preprocessing.decode import frames_at
-from preprocessing.faces import find_tracks, runs
-from preprocessing.headbox import fit_head_boxes
-from preprocessing.pipeline import find_sources, preprocess
-from preprocessing.probe import probe_sources
-from preprocessing.quality import blur, brightness, face_px
-from preprocessing.rows import ROW_SCHEMA, render_clips
+from preprocessing.identity import Place
+from preprocessing.pipeline import clip_rows, list_sources, preprocess
+from preprocessing.plan import Plan, make_plan
+from preprocessing.probe import probe_source, reel_edges
+from preprocessing.quality import QualityBounds
+from preprocessing.reels import Faces, FilmSound, Reel, reels_from_table, reels_to_table
+from preprocessing.report import RunReport
+from preprocessing.rows import render_clips
+from preprocessing.sandbox import Decoder
+from preprocessing.select import Networks, select
 from preprocessing.spans import Span, spans_from_table, spans_to_table
-from preprocessing.truth import read_tracks
+from preprocessing.steps import Look, Work
+from preprocessing.tracks import find_tracks, part_of, runs
 from tccp import headbox, media, roundtable
-from tccp.clip import ClipTable, clip_from_row, decode_still
+from tccp.clip import ClipTable, decode_still
 from tccp.config import FPS, SAMPLES_PER_FRAME, TccpError, toy
 from tccp.data import view
-from tccp.shots import CutFinder
 
 TOY = toy()
 
@@ -53,19 +54,45 @@ def long_film(footage: Path) -> Path:
     return footage / "roundtable_1_0000.mp4"
 
 
-def one_source(path: Path) -> pa.Table:
-    return spans_to_table([Span(str(path), path.name)])
+@pytest.fixture(scope="module")
+def decoder() -> Iterator[Decoder]:
+    with Decoder() as opened:
+        yield opened
 
 
-def from_truth(path: Path, max_clip_s: float = 5.0) -> pa.Table:
-    return cut_clips(fit_head_boxes(read_tracks(probe_sources(one_source(path)))), max_clip_s)
+def truth_plan(**changes: Any) -> Plan:
+    return make_plan(TOY.picture_px, "truth", **changes)
+
+
+def probed(path: Path, decoder: Decoder, plan: Plan | None = None) -> list[Reel]:
+    return list(probe_source(Span(str(path), path.name), 0, plan or truth_plan(), decoder))
+
+
+def looked(path: Path, plan: Plan, decoder: Decoder) -> list[Reel]:
+    """The reels of a film with their faces."""
+    step = Look(Work(plan, None))
+    try:
+        return [
+            r
+            for reel in probed(path, decoder, plan)
+            for table in step(reels_to_table([reel]))
+            for r in reels_from_table(table)
+        ]
+    finally:
+        step.close()
+
+
+def selected(path: Path, plan: Plan, decoder: Decoder) -> list[Span]:
+    """Clips of a film before they are rendered, and what is set aside."""
+    networks = Networks(plan)
+    return [span for reel in looked(path, plan, decoder) for span in select(reel, plan, networks).spans]
 
 
 def covered(spans: list[Span]) -> list[int]:
     return sorted(frame for span in spans for frame in range(span.start_frame, span.stop_frame))
 
 
-# Spans
+# Spans, reels
 
 
 def a_run(start: int = 100, num_frames: int = 60, track: int = 0, **changes: Any) -> Span:
@@ -86,8 +113,15 @@ def a_run(start: int = 100, num_frames: int = 60, track: int = 0, **changes: Any
     return dataclasses.replace(span, **changes)
 
 
+def places(*frames: int) -> list[Place]:
+    return [Place(frame, (frame, frame, frame + 9, frame + 9)) for frame in frames]
+
+
 def test_spans_come_back_from_their_table() -> None:
-    spans = [a_run(), Span("x.mp4", "x.mp4", reason="no_audio", message="silent film", warnings=("a", "b"))]
+    spans = [
+        a_run(audio=b"\1\0" * 640, av_offset_frames=-3, av_corrected=True, speaker_x=3.5),
+        Span("x.mp4", "x.mp4", reason="no_audio", message="silent film", warnings=("a", "b")),
+    ]
     for before, after in zip(spans, spans_from_table(spans_to_table(spans)), strict=True):
         for field in dataclasses.fields(Span):
             np.testing.assert_equal(getattr(after, field.name), getattr(before, field.name))
@@ -98,61 +132,66 @@ def test_a_bare_list_of_paths_is_a_batch_of_spans() -> None:
     assert (span.path, span.source, span.reason, span.num_frames) == ("a/b.mp4", "b.mp4", None, 0)
 
 
-# Cutting, identity
+def a_reel(faces: Faces | None = None, cuts: tuple[int, ...] = (), num_frames: int = 100) -> Reel:
+    span = Span("film.mp4", "film.mp4", "ab", 640, 480, 500, num_frames)
+    sound = FilmSound(np.arange(150 * SAMPLES_PER_FRAME, dtype=np.int64).astype(np.int16), 475)
+    return Reel(span, 3, (510, 590), sound, cuts=cuts, faces=faces)
 
 
-@given(
-    lengths=st.lists(st.integers(1, 200), min_size=1, max_size=4),
-    max_frames=st.integers(32, 130),
-    given_identity=st.booleans(),
-)
-def test_clips_keep_their_bounds_and_every_frame_is_accounted_for(
-    lengths: list[int], max_frames: int, given_identity: bool
-) -> None:
-    path = "identity.png" if given_identity else None
-    starts = np.cumsum([0, *[length + 20 for length in lengths]])
-    track = [a_run(int(s), n, identity_path=path) for s, n in zip(starts, lengths, strict=False)]
-    cut = spans_from_table(cut_clips(spans_to_table(track), max_frames / FPS))
-    assert covered(cut) == covered(track)
-    for clip in cut:
-        if clip.reason is None:
-            assert 16 <= clip.num_frames <= max_frames
-            if given_identity:
-                assert clip.identity_path == path and not clip.identity_frames
-            else:
-                own = set(range(clip.start_frame, clip.stop_frame))
-                assert 1 <= len(clip.identity_frames) <= 4 and not own & set(clip.identity_frames)
-                assert clip.identity_box is not None
-                np.testing.assert_array_equal(clip.identity_box[:, 0], clip.identity_frames)  # each with its own box
-        elif clip.reason == "too_short":
-            assert clip.num_frames < 17
-        else:
-            assert clip.reason == "identity" and clip.num_frames <= 4 and len(lengths) == 1
-    if max(lengths) >= 17:
-        assert any(clip.reason is None for clip in cut)
+def some_faces(frames: list[int], at: Any = lambda frame: (100.0, 100.0), side: float = 60) -> Faces:
+    corners = np.array([at(frame) for frame in frames], np.float32).reshape(-1, 2)
+    return Faces(
+        frame=np.array(frames, np.int32),
+        box=np.concatenate([corners, corners + side], 1).astype(np.float32),
+        landmarks=(corners[:, None] + np.linspace(0, side, 136, dtype=np.float32).reshape(68, 2)).astype(np.float32),
+        confidence=np.full(len(frames), 0.9, np.float32),
+        chips={i: b"chip" for i, frame in enumerate(frames) if frame % 5 == 0},
+    )
 
 
-def test_a_single_short_film_makes_two_clips_that_show_each_others_person() -> None:
-    first, second = spans_from_table(cut_clips(spans_to_table([a_run(0, 73)])))
-    assert (first.start_frame, first.stop_frame, second.stop_frame) == (0, 36, 73)
-    assert min(first.identity_frames) >= 36 > max(second.identity_frames)
-    assert len(set(first.identity_frames)) == 4
+def test_reels_come_back_from_their_table() -> None:
+    faces = some_faces([510, 511, 515])
+    reel = dataclasses.replace(a_reel(faces, (530,)), times_s={"look": 1.5}, share=0.25, head_box=faces.box)
+    aside = Reel(reel.span.set_aside("corrupt", "film.mp4: damaged"), 4)
+    for before, after in zip([reel, aside], reels_from_table(reels_to_table([reel, aside])), strict=True):
+        assert (after.order, after.usable, after.cuts, after.share) == (
+            before.order,
+            before.usable,
+            before.cuts,
+            before.share,
+        )
+        assert dict(after.times_s) == dict(before.times_s) and after.span.reason == before.span.reason
+        assert (after.faces is None) == (before.faces is None) and (after.sound is None) == (before.sound is None)
+    (after, _) = reels_from_table(reels_to_table([reel, aside]))
+    assert after.faces is not None and after.sound is not None and reel.sound is not None
+    for field in dataclasses.fields(Faces):
+        np.testing.assert_equal(getattr(after.faces, field.name), getattr(faces, field.name))
+    np.testing.assert_array_equal(after.sound.pcm, reel.sound.pcm)
+    assert (after.start_frame, after.stop_frame) == (510, 590)  # what has both picture and sound
 
 
-def test_identity_comes_from_the_same_track_and_from_frames_where_a_face_was_seen() -> None:
-    bridged = a_run(0, 60, confidence=np.repeat(np.array([1, 0], np.float32), [30, 30]))
-    cut = spans_from_table(cut_clips(spans_to_table([bridged, a_run(200, 40, track=1)])))
-    assert all(f < 30 for clip in cut if clip.track == 0 for f in clip.identity_frames)
-    assert all(f >= 200 for clip in cut if clip.track == 1 for f in clip.identity_frames)
-    assert [clip.reason for clip in cut] == ["no_identity", None, None, None]  # frames 0-29 have nobody else to show
+@given(st.integers(0, 20_000), st.floats(10, 200), st.booleans())
+def test_reels_cover_a_film_and_are_bounded(num_frames: int, reel_s: float, seeks: bool) -> None:
+    edges = reel_edges(num_frames, reel_s, seeks)
+    assert edges[0][0] == 0 and edges[-1][1] == num_frames
+    assert all(one[1] == other[0] for one, other in itertools.pairwise(edges))
+    lengths = [stop - first for first, stop in edges]
+    if seeks:
+        assert max(lengths) <= round(reel_s * FPS) and max(lengths) - min(lengths) <= 1
+    else:
+        assert len(edges) == 1
 
 
-def test_a_clip_bound_that_cannot_be_kept_is_refused() -> None:
-    with pytest.raises(TccpError, match=r"max_clip_s 1 is too short: give at least 1.28 seconds, twice the shortest"):
-        cut_clips(spans_to_table([a_run()]), 1.0)
+def test_sound_is_cut_exactly_padded_with_silence_and_moved_back() -> None:
+    sound = FilmSound(np.arange(1, 3 * SAMPLES_PER_FRAME + 1, dtype=np.int64).astype(np.int16), 10)
+    np.testing.assert_array_equal(sound.between(11, 12), sound.pcm[640:1280])
+    np.testing.assert_array_equal(sound.between(11, 12, shift=100), sound.pcm[740:1380])
+    early = sound.between(9, 11)
+    assert (early[:640] == 0).all() and (early[640:] == sound.pcm[:640]).all()
+    assert (sound.between(12, 14)[640:] == 0).all() and (sound.between(20, 21) == 0).all()
 
 
-# Faces in time
+# Tracks
 
 
 @given(st.lists(st.booleans(), max_size=60), st.integers(0, 5))
@@ -168,112 +207,97 @@ def test_runs_bridge_short_gaps_only(seen: list[bool], max_bridged: int) -> None
         assert first - stop > max_bridged
 
 
-class Person:
-    """A face backend that knows where the face is: on every frame but those that `away` lists."""
-
-    name = "known"
-
-    def __init__(self, away: set[int]) -> None:
-        self.frame, self.away = 0, away
-
-    def detect(self, frame: np.ndarray) -> list[face_steps.faces.Face]:
-        if frame.shape[0] == frame.shape[1]:
-            return []  # a tile: this person is large, and away
-        i, self.frame = self.frame, self.frame + 1
-        if i in self.away:
-            return []
-        points = np.linspace(20, 60, 136, dtype=np.float32).reshape(68, 2) + i
-        return [face_steps.faces.Face(np.array([20, 20, 60, 60], np.float32) + i, points, 0.9)]
-
-    def close(self) -> None: ...
+def test_gaps_end_a_track_or_are_bridged_in_a_straight_line() -> None:
+    away = {*range(520, 532), *range(550, 563)}  # 12 frames: 0.48 s; 13: 0.52 s
+    frames = [frame for frame in range(510, 590) if frame not in away]
+    tracks = find_tracks(a_reel(some_faces(frames, lambda frame: (frame - 400.0, 100.0))))
+    assert [(t.number, t.start_frame, t.stop_frame) for t in tracks] == [(0, 510, 550), (1, 563, 590)]
+    np.testing.assert_allclose(tracks[0].landmarks[:, 0, 0], np.arange(510, 550) - 400, atol=1e-3)
+    np.testing.assert_array_equal(np.flatnonzero(tracks[0].confidence == 0), np.arange(10, 22))
+    assert set(tracks[0].chips) == {frame for frame in frames if frame % 5 == 0 and frame < 550}
 
 
-def test_gaps_end_a_clip_or_are_bridged_in_a_straight_line(long_film: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    away = {*range(40, 52), *range(90, 103)}  # 12 frames: 0.48 s; 13: 0.52 s
-    monkeypatch.setattr(face_steps.faces, "open_backend", lambda name, weights: Person(away))
-    (table,) = find_tracks(probe_sources(one_source(long_film)), "known")
-    spans = spans_from_table(table)
-    assert [(s.start_frame, s.stop_frame, s.reason) for s in spans] == [
-        (0, 90, None),
-        (90, 103, "no_face"),
-        (103, 160, None),
-    ]
-    points, confidence = spans[0].landmarks_px, spans[0].confidence
-    assert points is not None and confidence is not None
-    np.testing.assert_allclose(points[:, 0, 0], 20 + np.arange(90), atol=1e-4)
-    assert (np.flatnonzero(confidence == 0) == np.arange(40, 52)).all()
+def test_a_cut_ends_every_track_and_two_people_are_two() -> None:
+    left = some_faces(list(range(510, 590)))
+    both = Faces(
+        frame=np.repeat(left.frame, 2),
+        box=np.stack([left.box, left.box + np.array([300, 0, 300, 0], np.float32)], 1).reshape(-1, 4),
+        landmarks=np.stack([left.landmarks, left.landmarks + np.array([300, 0], np.float32)], 1).reshape(-1, 68, 2),
+        confidence=np.repeat(left.confidence, 2),
+        chips={},
+    )
+    tracks = find_tracks(a_reel(both, (540,)))
+    assert [(t.shot, t.start_frame, t.stop_frame) for t in tracks] == [(0, 510, 540)] * 2 + [(1, 540, 590)] * 2
+    assert [float(t.box[0, 0]) for t in tracks] == [100, 400, 100, 400]
+    part = part_of(tracks[2], 550, 560)
+    assert (part.start_frame, part.num_frames, part.number) == (550, 10, 2)
+    assert find_tracks(a_reel(some_faces([510, 511, 512]))) == []  # a false alarm
 
 
-class SmallFaces:
-    """A face backend that sees one white square, if it is at least a tenth of the picture's longer side."""
-
-    name = "squares"
-
-    def detect(self, frame: np.ndarray) -> list[face_steps.faces.Face]:
-        white = np.argwhere(frame[..., 0] > 0)
-        if len(white) == 0 or np.ptp(white, axis=0).max() + 1 < 0.1 * max(frame.shape):
-            return []
-        low, high = white.min(0)[::-1], white.max(0)[::-1] + 1
-        return [face_steps.faces.Face(np.concatenate([low, high]).astype(np.float32), None, 0.5)]
-
-    def close(self) -> None: ...
+# Cutting, identity
 
 
-@pytest.mark.parametrize("place", [0, 100, 170, 296])
-@pytest.mark.parametrize("upright", [False, True])
-def test_a_face_too_small_for_the_whole_frame_is_found_once_and_in_its_place(place: int, upright: bool) -> None:
-    frame = np.zeros((160, 320, 3), np.uint8)
-    frame[60:84, place : place + 24] = 255
-    expected = [place, 60, place + 24, 84]
-    if upright:
-        frame, expected = np.ascontiguousarray(frame.transpose(1, 0, 2)), [60, place, 84, place + 24]
-    assert not SmallFaces().detect(frame)
-    (face,) = face_steps.detect(SmallFaces(), frame)
-    np.testing.assert_array_equal(face.box, expected)
+@given(
+    num_frames=st.integers(1, 200),
+    max_frames=st.integers(32, 130),
+    elsewhere=st.booleans(),
+    given_identity=st.booleans(),
+)
+def test_clips_keep_their_bounds_and_every_frame_is_accounted_for(
+    num_frames: int, max_frames: int, elsewhere: bool, given_identity: bool
+) -> None:
+    path = "identity.png" if given_identity else None
+    run = a_run(100, num_frames, identity_path=path)
+    seen = places(*range(100, 100 + num_frames), *(range(900, 950) if elsewhere else ()))
+    cut = cut_clips(run, seen, max_frames / FPS)
+    assert covered(cut) == covered([run])
+    for clip in cut:
+        if clip.reason is None:
+            assert 16 <= clip.num_frames <= max_frames
+            if given_identity:
+                assert clip.identity_path == path and not clip.identity_frames
+            else:
+                own = set(range(clip.start_frame, clip.stop_frame))
+                assert 1 <= len(clip.identity_frames) <= 4 and not own & set(clip.identity_frames)
+                assert clip.identity_box is not None
+                np.testing.assert_array_equal(clip.identity_box[:, 0], clip.identity_frames)  # each with its own box
+        elif clip.reason == "too_short":
+            assert clip.num_frames < 17
+        else:
+            assert clip.reason == "identity" and clip.num_frames <= 4 and not elsewhere
+    if num_frames >= 17:
+        assert any(clip.reason is None for clip in cut)
 
 
-# Shots, decoding, quality
+def test_a_single_short_film_makes_two_clips_that_show_each_others_person() -> None:
+    first, second = cut_clips(a_run(0, 73), places(*range(73)))
+    assert (first.start_frame, first.stop_frame, second.stop_frame) == (0, 36, 73)
+    assert min(first.identity_frames) >= 36 > max(second.identity_frames)
+    assert len(set(first.identity_frames)) == 4
 
 
-def test_cuts_are_found_and_pans_are_not() -> None:
-    rng = np.random.default_rng(0)
-    worlds = [cv2.resize(rng.integers(0, 256, (3, 12, 3), np.uint8), (400, 90)) for _ in range(2)]
-    finder, cuts = CutFinder(), []
-    for i in range(60):
-        cuts += finder.add(np.ascontiguousarray(worlds[i >= 23][:, 3 * i : 3 * i + 160]))
-    assert cuts == [23]
+def test_a_person_who_is_seen_nowhere_else_gives_no_clip() -> None:
+    cut = cut_clips(a_run(0, 60), places(*range(30)))
+    assert [clip.reason for clip in cut] == ["no_identity", None]
 
 
-def test_frames_at_are_the_films_own(long_film: Path) -> None:
-    frames = list(media.read_frames(long_film))
-    wanted = [0, 1, 7, 130, 159]  # a jump far enough to seek
-    found = list(frames_at(long_film, wanted))
-    assert [frame for frame, _ in found] == wanted
-    for frame, picture in found:
-        np.testing.assert_array_equal(picture, frames[frame])
-
-
-def test_blur_and_brightness_follow_what_is_done_to_a_picture() -> None:
-    rng = np.random.default_rng(0)
-    sharp = rng.integers(0, 256, (64, 64, 3), np.uint8)
-    values = [blur(sharp), *(blur(cv2.GaussianBlur(sharp, (0, 0), sigma)) for sigma in (1, 2, 4))]
-    assert all(0 <= v <= 1 for v in values) and values == sorted(values) and values[-1] - values[0] > 0.3
-    one_way = cv2.GaussianBlur(sharp, (1, 31), 0, sigmaY=4)  # motion blur counts as blur
-    assert blur(one_way) > values[1]
-    assert blur(np.zeros((8, 8, 3), np.uint8)) == 1
-    assert brightness(np.full((4, 4, 3), 51, np.uint8)) == pytest.approx(0.2)
-    points = np.zeros((3, 68, 2), np.float32)
-    points[:, 8, 1] = [40, 50, 60]
-    assert face_px(points) == 50
+def test_a_clip_bound_that_cannot_be_kept_is_refused() -> None:
+    with pytest.raises(TccpError, match=r"max_clip_s 1 is too short: give at least 1.28 seconds, twice the shortest"):
+        cut_clips(a_run(), [], 1.0)
 
 
 # RoundTable, whole
 
 
 @pytest.fixture(scope="module")
-def table(footage: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClipTable]:
+def run(footage: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunReport]:
     out = tmp_path_factory.mktemp("table")
-    report = preprocess([footage], out, TOY, "truth")
+    return out, preprocess([footage], out, TOY, "truth")
+
+
+@pytest.fixture(scope="module")
+def table(run: tuple[Path, RunReport]) -> Iterator[ClipTable]:
+    out, report = run
     assert (report.clips, report.frames, report.reasons) == (3, 210, {})
     with ClipTable(out) as opened:
         yield opened
@@ -305,66 +329,105 @@ def test_rows_are_the_films_frames_sound_and_truth(table: ClipTable, footage: Pa
         with media.open_audio(path) as sound:
             heard = sound.samples[part.start * SAMPLES_PER_FRAME : part.stop * SAMPLES_PER_FRAME]
             assert np.abs(clip.audio[: len(heard)] / 32768 - heard).max() <= 0.5 / 32768 + 1e-7
+            before = sound.samples[
+                part.start * SAMPLES_PER_FRAME - len(clip.audio_before) : part.start * SAMPLES_PER_FRAME
+            ]
+            assert np.abs(clip.audio_before / 32768 - before).max(initial=0) <= 0.5 / 32768 + 1e-7
+            behind = sound.samples[part.stop * SAMPLES_PER_FRAME :][: 5 * SAMPLES_PER_FRAME]
+            assert len(clip.audio_after) == len(behind)
         identity = cv2.cvtColor(decode_still(clip.identity[0]), cv2.COLOR_RGB2GRAY)
         given = cv2.cvtColor(roundtable.read_identity(path), cv2.COLOR_RGB2GRAY)
         given = cv2.resize(given, identity.shape, interpolation=cv2.INTER_AREA)
         assert np.corrcoef(identity.ravel(), given.ravel())[0, 1] > 0.97
 
 
-def test_the_same_footage_writes_the_same_bytes_wherever_it_lies(footage: Path, tmp_path: Path) -> None:
+def rows_of(out: Path) -> list[dict[str, Any]]:
+    """Every value of every clip, in the table's order."""
+    with ClipTable(out) as opened:
+        return opened.rows(opened.ids).to_pylist()
+
+
+def test_the_same_footage_gives_the_same_table_wherever_it_lies(
+    footage: Path, run: tuple[Path, RunReport], tmp_path: Path
+) -> None:
     shutil.copytree(footage, tmp_path / "moved")
-    preprocess([footage], tmp_path / "a", TOY, "truth")
     preprocess([tmp_path / "moved"], tmp_path / "b", TOY, "truth")
-    for name in ("clips.parquet", "report.json"):
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert rows_of(run[0]) == rows_of(tmp_path / "b")
+    assert (run[0] / "index.parquet").read_bytes() == (tmp_path / "b" / "index.parquet").read_bytes()
 
 
-def test_set_aside_spans_are_rows_of_the_same_table_with_a_reason(long_film: Path) -> None:
-    batch = spans_to_table([*spans_from_table(from_truth(long_film)), a_run(3, 5).set_aside("no_face", "nobody")])
-    rows = pa.concat_tables(render_clips(batch, TOY.picture_px))
-    assert rows.schema.equals(ROW_SCHEMA)
-    assert rows.column("reason").to_pylist() == ["no_face", None, None]
-    gone = rows.slice(0, 1).to_pylist()[0]
-    assert (gone["source"], gone["start_s"], gone["num_frames"], gone["scene"]) == ("film.mp4", 0.12, 5, None)
+def test_what_is_done_is_not_done_again_and_what_changed_is(footage: Path, tmp_path: Path) -> None:
+    films = tmp_path / "films"
+    shutil.copytree(footage, films)
+    out = tmp_path / "out"
+    first = preprocess([films], out, TOY, "truth")
+    parts = {path: path.stat().st_mtime_ns for path in out.glob("clips/*/*.parquet")}
+    again = preprocess([films], out, TOY, "truth")
+    assert "render" not in {step.name for step in again.steps} and again.sources == first.sources
+    assert {path: path.stat().st_mtime_ns for path in out.glob("clips/*/*.parquet")} == parts
+    roundtable.write_clips(films, 1, 2.0, seed=3)
+    more = preprocess([films], out, TOY, "truth")
+    assert more.clips == first.clips + 1
+    assert {step.name: step.items for step in more.steps}["render"] == 1
+    (films / "roundtable_2_0000.mp4").unlink()
+    fewer = preprocess([films], out, TOY, "truth")
+    assert fewer.clips == first.clips and len(list(out.glob("clips/*/*.parquet"))) == 2
+    shorter = preprocess([films], out, TOY, "truth", max_clip_s=2.0)
+    assert {clip["num_frames"] for clip in rows_of(out)} == {40, 50}
+    assert {step.name: step.items for step in shorter.steps}["render"] == 2
+    assert len(list(out.glob("clips/*"))) == 1  # the parts of other settings are gone
 
 
-def test_max_clip_s_bounds_the_clips(long_film: Path) -> None:
-    spans = spans_from_table(from_truth(long_film, 2.0))
-    assert [s.num_frames for s in spans] == [40, 40, 40, 40]
-    assert len(spans_from_table(from_truth(long_film, 8.0))) == 1
+def test_clip_ids_follow_what_is_in_the_clip(footage: Path, run: tuple[Path, RunReport], tmp_path: Path) -> None:
+    preprocess([footage], tmp_path / "b", TOY, "truth", max_clip_s=2.0)
+    before, after = ({row["clip_id"]: row for row in rows_of(out)} for out in (run[0], tmp_path / "b"))
+    same = before.keys() & after.keys()
+    assert len(after) == 5 and [before[key]["source"] for key in same] == ["roundtable_2_0000.mp4"]  # as long as before
+    for key in same:
+        assert before[key] == after[key]
 
 
-def test_min_clip_s_keeps_shorter_clips_in(tmp_path: Path) -> None:
-    roundtable.write_clips(tmp_path, 1, 1.6, seed=1, excerpt_s=0.4)
-    table = fit_head_boxes(read_tracks(probe_sources(find_sources([tmp_path]))))
-    (kept,) = spans_from_table(cut_clips(table, min_clip_s=0.4))
+def test_a_run_that_fails_leaves_the_table_that_was_there(footage: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    preprocess([footage / "roundtable_2_0000.mp4"], out, TOY, "truth")
+    before = (out / "index.parquet").read_bytes()
+    (tmp_path / "empty.mp4").touch()
+    with pytest.raises(TccpError, match="empty"):
+        preprocess([tmp_path / "empty.mp4"], out, TOY, "truth")
+    assert (out / "index.parquet").read_bytes() == before and len(rows_of(out)) == 1
+
+
+def test_straight_from_film_come_the_rows_of_the_table(footage: Path, run: tuple[Path, RunReport]) -> None:
+    streamed = [row for table in clip_rows(list_sources([footage]), truth_plan()) for row in table.to_pylist()]
+    assert streamed == rows_of(run[0])
+
+
+def test_max_clip_s_bounds_the_clips(long_film: Path, decoder: Decoder) -> None:
+    assert [s.num_frames for s in selected(long_film, truth_plan(max_clip_s=2.0), decoder)] == [40, 40, 40, 40]
+    assert len(selected(long_film, truth_plan(max_clip_s=8.0), decoder)) == 1
+
+
+def test_min_clip_s_keeps_shorter_clips_in(tmp_path: Path, decoder: Decoder) -> None:
+    (film,) = roundtable.write_clips(tmp_path, 1, 1.6, seed=1, excerpt_s=0.4)
+    (kept,) = selected(film, truth_plan(min_clip_s=0.4), decoder)
     assert (kept.num_frames, kept.reason) == (10, None)
-    (gone,) = spans_from_table(cut_clips(table, min_clip_s=0.44))
+    (gone,) = selected(film, truth_plan(min_clip_s=0.44), decoder)
     assert gone.reason == "too_short"
-    assert "10 frames of a face in a row; a clip needs 11" in str(gone.message)
     with pytest.raises(TccpError, match="min_clip_s 0 is too short"):
-        cut_clips(table, min_clip_s=0.0)
+        truth_plan(min_clip_s=0.0)
 
 
-def test_speed_on_roundtable_footage(long_film: Path) -> None:
-    """At least 150 frames per second of processor time, even with every array's shape checked as here."""
-    start = time.process_time()
-    rows = list(render_clips(from_truth(long_film), TOY.picture_px))
-    assert sum(row.column("num_frames")[0].as_py() for row in rows) / (time.process_time() - start) >= 150
-
-
-def test_memory_is_that_of_one_clip_however_long_the_film(long_film: Path) -> None:
-    def peak(max_frames: int) -> int:
-        (span,) = spans_from_table(read_tracks(probe_sources(one_source(long_film))))
-        batch = cut_clips(spans_to_table([span.cut(0, max_frames)]), 32 / FPS)
+def test_memory_is_that_of_one_clip_however_long_the_film(long_film: Path, decoder: Decoder) -> None:
+    def peak(clips: int) -> int:
+        spans = selected(long_film, truth_plan(max_clip_s=32 / FPS), decoder)[:clips]
         tracemalloc.start()
-        for _ in render_clips(batch, TOY.picture_px):
+        for _ in render_clips(spans, TOY.picture_px, decoder, QualityBounds()):
             pass
         high = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return high
 
-    two, five = peak(64), peak(160)  # a clip is made while the one before is still held here
+    two, five = peak(2), peak(5)  # a clip is made while the one before is still held here
     assert five < 1.25 * two
 
 
@@ -401,29 +464,16 @@ def test_every_frame_is_counted_and_every_bad_file_has_a_reason(footage: Path, t
     stored = json.loads((tmp_path / "out" / "report.json").read_text())
     assert stored["clips"] == report.clips == 2 and len(stored["sources"]) == 8
     assert stored["reasons"]["duplicate"] == 1
+    assert "silent_film.mp4" in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_no_clip_at_all_is_one_line_and_no_file(tmp_path: Path) -> None:
+def test_no_clip_at_all_is_one_line_and_a_report_but_no_table(tmp_path: Path) -> None:
     (tmp_path / "empty.mp4").touch()
     (tmp_path / "text.mp4").write_text("no film")
     with pytest.raises(TccpError, match=r"empty\.mp4.*empty.*\(2 sources, none gave a clip\)") as caught:
         preprocess([tmp_path], tmp_path / "out", TOY, "truth")
     assert "\n" not in str(caught.value)
-    assert not list((tmp_path / "out").glob("*"))
-
-
-def test_sources_are_films_of_a_folder_and_files_by_name(tmp_path: Path) -> None:
-    for name in ("b.mp4", "a.MOV", "deep/c.mkv", "notes.txt", "b.truth.npz"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    (tmp_path / ".b.0f1e.partial.mp4").touch()  # what a writer that was killed leaves
-    found = find_sources([tmp_path, tmp_path / "notes.txt"])
-    assert found.column("source").to_pylist() == ["a.MOV", "b.mp4", "deep/c.mkv", "notes.txt"]
-    (tmp_path / "none").mkdir()
-    with pytest.raises(TccpError, match="holds no film"):
-        find_sources([tmp_path / "none"])
-    with pytest.raises(TccpError, match="no source was given"):
-        find_sources([])
+    assert {path.name for path in (tmp_path / "out").glob("*")} == {"report.json", "report.html"}
 
 
 def test_silence_is_valid_with_a_warning_and_sound_bounds_the_clips(tmp_path: Path, footage: Path) -> None:
@@ -439,78 +489,50 @@ def test_silence_is_valid_with_a_warning_and_sound_bounds_the_clips(tmp_path: Pa
     assert len(report.warnings) == 1 and "silent" in report.warnings[0]
 
 
-def test_a_truth_file_of_another_film_is_noticed(tmp_path: Path, footage: Path) -> None:
+def test_a_truth_file_of_another_film_is_noticed(tmp_path: Path, footage: Path, decoder: Decoder) -> None:
     film = tmp_path / "film.mp4"
     shutil.copy(footage / "roundtable_1_0000.mp4", film)
     shutil.copy(footage / "roundtable_2_0000.truth.npz", roundtable.truth_path(film))
-    (span,) = spans_from_table(read_tracks(probe_sources(one_source(film))))
-    assert span.reason == "other_truth" and "tccp synth" in str(span.message)
+    (reel,) = looked(film, truth_plan(), decoder)
+    assert reel.span.reason == "other_truth" and "tccp synth" in str(reel.span.message)
 
 
-@pytest.mark.cluster
-def test_every_step_runs_in_ray_data_unchanged(footage: Path) -> None:
-    ray = pytest.importorskip("ray")
-    ray.init(address="local", num_cpus=1, include_dashboard=False)
-    try:
-        data = ray.data.from_arrow(find_sources([footage]))
-        for step in (probe_sources, read_tracks, fit_head_boxes, cut_clips):
-            data = data.map_batches(step, batch_format="pyarrow", batch_size=None)
-        arguments = {"picture_px": TOY.picture_px}
-        data = data.map_batches(render_clips, fn_kwargs=arguments, batch_format="pyarrow", batch_size=None)
-        there = sorted(data.take_all(), key=lambda row: row["clip_id"])
-    finally:
-        ray.shutdown()
-    here: list[pa.Table] = []
-    for path in sorted(footage.glob("*.mp4")):
-        here += render_clips(from_truth(path), TOY.picture_px)
-    here_rows = sorted(pa.concat_tables(here).to_pylist(), key=lambda row: row["clip_id"])
-    assert [row["clip_id"] for row in there] == [row["clip_id"] for row in here_rows]
-    for one, other in zip(there, here_rows, strict=True):
-        assert list(one["scene"]) == other["scene"] and one["audio"] == other["audio"]
+def test_backends_that_give_no_landmarks_are_refused() -> None:
+    with pytest.raises(TccpError, match="backend lbp finds boxes only, and clips need 68 landmarks: choose mediapipe"):
+        make_plan(64, "lbp")
+
+
+def test_keys_change_with_what_results_depend_on_and_with_nothing_else() -> None:
+    plan = truth_plan()
+    assert truth_plan().part_key == plan.part_key
+    longer, larger = truth_plan(max_clip_s=4.0), make_plan(128, "truth")
+    assert longer.look_key == larger.look_key == plan.look_key  # faces need not be looked for again
+    assert len({plan.part_key, longer.part_key, larger.part_key}) == 3
+    other = dataclasses.replace(plan, backend_key="mediapipe 9")
+    assert other.look_key != plan.look_key and other.part_key != plan.part_key
 
 
 # Real footage
 
 
-def steps_on(path: Path, weights: Path, num_frames: int | None = None) -> list[Span]:
-    """The clips of (the first frames of) a film, before they are rendered."""
-    spans = spans_from_table(probe_sources(one_source(path)))
-    if num_frames is not None:
-        spans = [spans[0].cut(0, num_frames)]
-    tables = list(find_tracks(spans_to_table(spans), "mediapipe", weights))
-    return spans_from_table(cut_clips(fit_head_boxes(pa.concat_tables(tables))))
+def real_plan(weights: Path) -> Plan:
+    return make_plan(TOY.picture_px, "mediapipe", weights / "face_landmarker.task")
 
 
-def test_a_real_person_becomes_clips(shared_clips: Path, shared_weights: Path) -> None:
-    spans = steps_on(shared_clips / "latentsync_demo2.mp4", shared_weights, 40)
-    assert [(s.start_frame, s.num_frames, s.reason) for s in spans] == [(0, 20, None), (20, 20, None)]
-    (one, *_) = tables = list(render_clips(spans_to_table(spans), TOY.picture_px))
-    assert len(tables) == 2 and one.schema.equals(ROW_SCHEMA)
-    clip = clip_from_row(one)
-    assert (clip.source_width, clip.source_height) == (1080, 1920)
-    side = clip.head_box[:, 2] - clip.head_box[:, 0]
-    assert np.ptp(side) == 0 and 250 < side[0] < 900
-    # The face lies in the head box as people are built: centred, eyes above the mouth, chin inside.
-    assert clip.landmarks.min() > 0 and clip.landmarks.max() < 1
-    center = clip.landmarks.mean(axis=(0, 1))
-    assert abs(center[0] - 0.5) < 0.12 and abs(center[1] - 0.5) < 0.15
-    assert (clip.landmarks[:, 36:48, 1].mean(1) < clip.landmarks[:, 48:68, 1].mean(1) - 0.1).all()
-    assert clip.quality.face_px > 100 and abs(clip.quality.yaw_deg) < 40 and clip.quality.blur < 0.8
-    assert len(clip.identity) == 4
-
-
-def test_a_face_that_leaves_ends_a_clip_and_time_goes_on(shared_clips: Path, shared_weights: Path) -> None:
-    spans = steps_on(shared_clips / "face_gap.mp4", shared_weights)
+def test_a_face_that_leaves_ends_a_clip_and_time_goes_on(
+    shared_clips: Path, shared_weights: Path, decoder: Decoder
+) -> None:
+    spans = selected(shared_clips / "face_gap.mp4", real_plan(shared_weights), decoder)
     clips = [s for s in spans if s.reason is None]
-    gone = [s for s in spans if s.reason == "no_face"]
     assert covered(spans) == list(range(150))
-    assert sum(s.num_frames for s in gone) == pytest.approx(50, abs=3)
     assert all(s.stop_frame <= 52 or s.start_frame >= 98 for s in clips)
-    assert sum(s.num_frames for s in clips) == pytest.approx(100, abs=3)
+    assert sum(s.num_frames for s in clips) >= 85
 
 
-def test_a_cut_ends_a_clip_and_identities_stay_on_their_side(shared_clips: Path, shared_weights: Path) -> None:
-    spans = steps_on(shared_clips / "hard_cut.mp4", shared_weights)
+def test_a_cut_ends_a_clip_and_identities_stay_on_their_side(
+    shared_clips: Path, shared_weights: Path, decoder: Decoder
+) -> None:
+    spans = selected(shared_clips / "hard_cut.mp4", real_plan(shared_weights), decoder)
     clips = [s for s in spans if s.reason is None]
     assert {(s.track, s.start_frame >= 73) for s in clips} == {(0, False), (1, True)}
     for span in clips:
@@ -525,31 +547,27 @@ def test_a_cut_ends_a_clip_and_identities_stay_on_their_side(shared_clips: Path,
         ("corrupt_text.mp4", "not_media"),
         ("corrupt_truncated_no_moov.mp4", "no_index"),
         ("corrupt_truncated_faststart.mp4", "truncated"),
+        ("corrupt_bitflips.mp4", "corrupt"),
         ("audio_only.m4a", "no_video"),
         ("no_audio.mp4", "no_audio"),
     ],
 )
-def test_damaged_files_are_named_for_what_they_are(shared_clips: Path, name: str, reason: str) -> None:
-    (span,) = spans_from_table(probe_sources(one_source(shared_clips / name)))
-    assert span.reason == reason
-    assert span.message is not None and name in span.message and "\n" not in span.message
+def test_damaged_files_are_named_for_what_they_are(
+    shared_clips: Path, decoder: Decoder, name: str, reason: str
+) -> None:
+    (reel,) = probed(shared_clips / name, decoder)
+    assert reel.span.reason == reason
+    assert reel.span.message is not None and name in reel.span.message and "\n" not in reel.span.message
 
 
-def test_damage_inside_a_film_is_a_reason_too(shared_clips: Path, shared_weights: Path) -> None:
-    spans = steps_on(shared_clips / "corrupt_bitflips.mp4", shared_weights)
-    assert {s.reason for s in spans} <= {"corrupt", "truncated"} and all(s.message for s in spans)
+def test_sound_shorter_than_the_picture_bounds_the_clips(shared_clips: Path, decoder: Decoder) -> None:
+    (reel,) = probed(shared_clips / "audio_short_2s.mp4", decoder)
+    assert reel.stop_frame == pytest.approx(50, abs=2) and reel.span.num_frames == 100
 
 
-def test_sound_shorter_than_the_picture_bounds_the_clips(shared_clips: Path) -> None:
-    spans = spans_from_table(probe_sources(one_source(shared_clips / "audio_short_2s.mp4")))
-    assert [s.reason for s in spans] == [None, "after_audio"]
-    assert spans[0].num_frames == pytest.approx(50, abs=2) and covered(spans) == list(range(spans[-1].stop_frame))
-
-
-def test_a_film_that_opens_with_sound_alone_starts_with_its_picture(shared_clips: Path) -> None:
-    spans = spans_from_table(probe_sources(one_source(shared_clips / "short_hamilton_clip.mp4")))
-    assert spans[0].reason == "before_video" and spans[1].reason is None
-    assert spans[0].num_frames == 22  # (0.852 - 0.008) s at 25 fps, rounded up
+def test_a_film_that_opens_with_sound_alone_starts_with_its_picture(shared_clips: Path, decoder: Decoder) -> None:
+    (reel,) = probed(shared_clips / "short_hamilton_clip.mp4", decoder)
+    assert reel.start_frame == 22  # (0.852 - 0.008) s at 25 fps, rounded up
 
 
 def test_a_film_without_a_face_gives_no_clip(shared_weights: Path, tmp_path: Path) -> None:

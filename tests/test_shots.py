@@ -1,4 +1,4 @@
-"""Shots: cuts to the frame, however short the shots; flashes, pans and gestures are none; no context but the near one."""
+"""Shots: cuts to the frame, however short the shots; flashes, pans and gestures are none; only what is near counts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tccp import media
@@ -30,15 +30,19 @@ def cuts_of(frames: Iterable[Picture]) -> list[int]:
     return cuts + finder.finish()
 
 
-def reel(*shots: Shot) -> list[Picture]:
-    return list(pictures(shots, WIDTH, HEIGHT))
+Scenes = list[list[Picture]]
 
 
-@pytest.fixture(scope="module", params=range(4))
-def two_scenes(request: pytest.FixtureRequest) -> tuple[list[Picture], list[Picture]]:
-    """Forty frames each of two rooms; the talker is the same person in half of the pairs."""
-    person = request.param if request.param % 2 else None
-    return reel(Shot(request.param, 40, person)), reel(Shot(100 + request.param, 40, person))
+@pytest.fixture(scope="module")
+def scenes() -> Scenes:
+    """Thirty frames each of eight rooms; in every other one the talker is the same person."""
+    return [list(pictures([Shot(seed, 30, 7 if seed % 2 else None)], WIDTH, HEIGHT)) for seed in range(8)]
+
+
+@pytest.fixture(params=[(0, 2), (1, 3), (4, 5), (6, 7)])
+def two_scenes(request: pytest.FixtureRequest, scenes: Scenes) -> tuple[list[Picture], list[Picture]]:
+    first, second = request.param
+    return scenes[first], scenes[second]
 
 
 def mixed(a: Picture, b: Picture, share: float) -> Picture:
@@ -52,16 +56,23 @@ def lit(frame: Picture, gain: float) -> Picture:
 # Cuts
 
 
-@settings(max_examples=8)
-@given(lengths=st.lists(st.sampled_from([2, 2, 3, 4, 5, 9, 25]), min_size=2, max_size=12), seed=st.integers(0, 10**6))
-def test_every_cut_is_found_to_the_frame_and_nothing_else(lengths: list[int], seed: int) -> None:
-    """Also of two frames from the film's start and end, and between scenes of the same person."""
-    shots = [Shot(seed + k, length, 5 if seed % 2 else None, seed % 20) for k, length in enumerate(lengths)]
-    assert cuts_of(pictures(shots, WIDTH, HEIGHT)) == list(itertools.accumulate(lengths[:-1]))
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    lengths=st.lists(st.sampled_from([2, 2, 3, 4, 5, 9, 25]), min_size=2, max_size=12),
+    begins=st.integers(0, 5),
+    step=st.sampled_from([1, 2, 3]),
+)
+def test_every_cut_is_found_to_the_frame_and_nothing_else(
+    scenes: Scenes, lengths: list[int], begins: int, step: int
+) -> None:
+    """Also of two frames from the film's start and end, and (step 2) between scenes of the same person."""
+    film = [scenes[step * k % 8][begins : begins + length] for k, length in enumerate(lengths)]
+    assert cuts_of(itertools.chain(*film)) == list(itertools.accumulate(lengths[:-1]))
 
 
-def test_a_run_of_the_shortest_shots() -> None:
-    assert cuts_of(reel(*(Shot(seed, 2) for seed in range(12)))) == list(range(2, 24, 2))
+def test_a_run_of_the_shortest_shots(scenes: Scenes) -> None:
+    film = [scenes[k % 8][k : k + 2] for k in range(20)]
+    assert cuts_of(itertools.chain(*film)) == list(range(2, 40, 2))
 
 
 def test_one_mixed_picture_makes_no_second_cut(two_scenes: tuple[list[Picture], list[Picture]]) -> None:
@@ -70,10 +81,11 @@ def test_one_mixed_picture_makes_no_second_cut(two_scenes: tuple[list[Picture], 
         assert cuts_of([*a[:15], mixed(a[15], b[0], share), *b]) in ([15], [16])
 
 
-def test_an_encoded_film_is_cut_where_its_pictures_are(tmp_path: Path) -> None:
+def test_an_encoded_film_is_cut_where_its_pictures_are(scenes: Scenes, tmp_path: Path) -> None:
     with media.VideoWriter(tmp_path / "film.mp4", WIDTH, HEIGHT) as film:
-        for frame in reel(Shot(1, 9), Shot(2, 2), Shot(3, 12, 4), Shot(5, 10, 4), Shot(6, 2)):
-            film.write(frame)
+        for scene, length in ((1, 9), (2, 2), (3, 12), (5, 10), (6, 2)):
+            for frame in scenes[scene][:length]:
+                film.write(frame)
     assert cuts_of(media.read_frames(tmp_path / "film.mp4")) == [9, 11, 23, 33]
 
 
@@ -134,34 +146,30 @@ def test_the_middle_of_a_dissolve_begins_the_next_shot(two_scenes: tuple[list[Pi
 
 def test_a_long_dissolve_holds_no_stretch_that_could_be_a_shot(two_scenes: tuple[list[Picture], list[Picture]]) -> None:
     a, b = two_scenes
-    for length in (12, 24):
-        middle = [mixed(a[12 + i], b[i], (i + 1) / (length + 1)) for i in range(length)]
-        cuts = cuts_of([*a[:12], *middle, *b[length:]])
-        assert cuts and all(10 <= cut <= 14 + length for cut in cuts)
-        assert max(b - a for a, b in itertools.pairwise([12, *cuts, 12 + length])) < 16  # frames of the shortest clip
+    for length in (12, 20):
+        middle = [mixed(a[10 + i], b[i], (i + 1) / (length + 1)) for i in range(length)]
+        cuts = cuts_of([*a[:10], *middle, *b[length:]])
+        assert cuts and all(8 <= cut <= 12 + length for cut in cuts)
+        assert max(b - a for a, b in itertools.pairwise([10, *cuts, 10 + length])) < 16  # frames of the shortest clip
 
 
 def test_a_fade_through_black_ends_a_shot(two_scenes: tuple[list[Picture], list[Picture]]) -> None:
     a, b = two_scenes
     for length in (8, 12, 20):
-        down = [lit_down(a[12 + i], 1 - (i + 1) / length) for i in range(length)]
-        up = [lit_down(b[i], (i + 1) / length) for i in range(length)]
-        cuts = cuts_of([*a[:12], *down, *up, *b[length:]])
-        assert cuts and all(12 < cut < 12 + 2 * length for cut in cuts)
-
-
-def lit_down(frame: Picture, share: float) -> Picture:
-    return mixed(np.zeros_like(frame), frame, share)
+        down = [mixed(a[10 + i], np.zeros_like(a[0]), (i + 1) / length) for i in range(length)]
+        up = [mixed(np.zeros_like(b[0]), b[i], (i + 1) / length) for i in range(length)]
+        cuts = cuts_of([*a[:10], *down, *up, *b[length:]])
+        assert cuts and all(10 < cut < 10 + 2 * length for cut in cuts)
 
 
 # Streams
 
 
-def test_a_frame_is_judged_by_its_context_alone() -> None:
+def test_a_frame_is_judged_by_its_context_alone(scenes: Scenes) -> None:
     """A reel with its context has the cuts that the film has there, wherever it begins."""
-    a, b = reel(Shot(1, 40, 3)), reel(Shot(2, 40, 3))
+    a, b = scenes[1], scenes[3]
     dissolve = [mixed(a[20 + i], b[i], (i + 1) / 11) for i in range(10)]
-    film = [*a[:20], *dissolve, *b[10:16], *reel(Shot(4, 2), Shot(5, 3), Shot(6, 12)), *[lit(a[0], 0.8)], *a[:14]]
+    film = [*a[:20], *dissolve, *b[10:16], *scenes[4][:2], *scenes[5][:3], *scenes[6][:12], lit(a[0], 0.8), *a[:14]]
     whole = cuts_of(film)
     assert len(whole) >= 5
     for start in range(0, len(film) - 12, 3):
@@ -171,8 +179,8 @@ def test_a_frame_is_judged_by_its_context_alone() -> None:
         assert [cut for cut in here if start < cut < stop] == [cut for cut in whole if start < cut < stop]
 
 
-def test_memory_is_the_same_however_long_the_film() -> None:
-    frames = reel(Shot(1, 10), Shot(2, 10))
+def test_memory_is_the_same_however_long_the_film(scenes: Scenes) -> None:
+    frames = [*scenes[0][:10], *scenes[2][:10]]
 
     def peak(count: int) -> int:
         finder = CutFinder()
@@ -187,9 +195,9 @@ def test_memory_is_the_same_however_long_the_film() -> None:
     assert peak(400) < 1.05 * peak(40)
 
 
-def test_films_too_short_to_have_a_cut() -> None:
+def test_films_too_short_to_have_a_cut(scenes: Scenes) -> None:
     assert CutFinder().finish() == []
-    (frame,) = reel(Shot(1, 1))
+    frame = scenes[0][0]
     assert cuts_of([frame]) == cuts_of([frame, frame]) == []
 
 
@@ -202,11 +210,11 @@ def test_films_too_short_to_have_a_cut() -> None:
         ("hard_cut.mp4", [73]),
         ("face_gap.mp4", [50, 100]),
         ("two_person_turns.mp4", []),
-        ("latentsync_demo2.mp4", []),  # walks about, camera in hand
+        ("no_audio.mp4", []),  # walks about, camera in hand
         ("moviepy_chaplin.mp4", []),  # grain and flicker
         ("vfr.mp4", []),  # repeated frames
         ("short_hamilton_clip.mp4", [38, 90, 198]),
     ],
 )
 def test_cuts_of_real_films(shared_clips: Path, name: str, cuts: list[int]) -> None:
-    assert cuts_of(media.read_frames(shared_clips / name)) == cuts
+    assert cuts_of(itertools.islice(media.read_frames(shared_clips / name), 220)) == cuts

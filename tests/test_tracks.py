@@ -174,6 +174,7 @@ class Known:
     """A detector that knows the answer: faces per frame, handed out in order."""
 
     name = "known"
+    key = "known"
 
     def __init__(self, found: list[list[faces.Face]]):
         self._found = iter(found)

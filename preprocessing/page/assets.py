@@ -6,9 +6,9 @@ STYLE = """
 :root { color-scheme: light dark; --bg: #fbfaf8; --card: #ffffff; --ink: #1d2126; --soft: #5c6570; --line: #e2dfd9;
   --kept: #14866a; --fill: #14866a; --bar: #6b8fb3; --mark: #b4531f; --bad: #a6341b; --shade: #f1efea }
 @media (prefers-color-scheme: dark) {
-  :root { --bg: #15181b; --card: #1e2226; --ink: #e8e6e1; --soft: #a0a8b0; --line: #343a40; --kept: #35b592; --fill: #1a8c70;
-    --bar: #6f98c2; --mark: #f0995f; --bad: #f08a70; --shade: #262b30 }
-    }
+  :root { --bg: #15181b; --card: #1e2226; --ink: #e8e6e1; --soft: #a0a8b0; --line: #343a40; --kept: #35b592;
+    --fill: #1a8c70; --bar: #6f98c2; --mark: #f0995f; --bad: #f08a70; --shade: #262b30 }
+}
 * { box-sizing: border-box }
 body { margin: 0; background: var(--bg); color: var(--ink);
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto,
@@ -59,7 +59,7 @@ input[type=search] { font: inherit; color: inherit; background: var(--card); wid
 .charts figcaption { font-size: .84rem; color: var(--soft) }
 .charts figcaption b { color: var(--ink); font-size: .95rem }
 .charts svg { width: 100%; height: auto; margin: 6px 0 2px }
-.sheet { display: grid; grid-template-columns: repeat(auto-fill, minmax(112px, 1fr)); gap: 10px; margin: 8px 0 4px }
+.sheet { display: grid; grid-template-columns: repeat(auto-fill, minmax(112px, 1fr)); gap: 10px; margin: 8px 0 18px }
 .sheet figure { margin: 0; min-width: 0 }
 .sheet img, .sheet .none { width: 100%; aspect-ratio: 1; object-fit: cover;
   border-radius: 8px; background: var(--shade); display: block; border: 2px solid var(--kept) }

@@ -142,8 +142,8 @@ REASONS: dict[str, Reason] = {
     "not_speaking": Reason(
         "does not speak",
         "A face is seen, but the voice that is heard is not its own: a listener, a voice-over, or silence.",
-        "Normal in conversations. Were speakers missed, look at the rejected tracks below; a speech network's weights "
-        "judge better than the built-in rule.",
+        "Normal in conversations. Were speakers missed, look at the tracks left out, below: weights of a speech "
+        "network judge better than the built-in rule, and --speakers main takes people whether they speak or not.",
         "speech",
     ),
     "several_speak": Reason(

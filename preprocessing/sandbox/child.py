@@ -36,6 +36,8 @@ _OPEN_FILES = 64
 _STATES_DURATION = {"mov", "matroska", "avi", "flac"}
 _LONGEST_TEXT = 500
 _MOST_AT_ONCE = 1 << 31  # bytes, av_malloc's own limit
+_NO_MEMORY = MemoryError, BlockingIOError  # the latter, EAGAIN, from FFmpeg: none for the stack of a thread
+_NEARLY_ALL = 0.75  # of the memory allowed, in use: what is asked for but not yet written to does not count
 
 
 class _Abandoned(Exception):
@@ -81,7 +83,7 @@ class _Server:
             answer = _error("too_much_memory" if self._was_memory(error) else error.reason, error.problem)
         except TccpError as error:
             answer = _error(None, str(error).removeprefix(f"{path}: "))
-        except MemoryError:
+        except _NO_MEMORY:
             answer = {"error": "too_much_memory"}
         except (_Abandoned, Closed):
             raise
@@ -180,13 +182,15 @@ class _Server:
             raise _unsafe(path, what, self._limits.max_duration_s, "max_duration_s")
 
     def _was_memory(self, error: MediaError) -> bool:
-        """Whether the limit on memory is behind the error.
+        """Whether the limit on memory is behind the error, as far as can be told.
 
-        FFmpeg says the same where a damaged header asks for more than it gives at once; that needs no limit of ours.
+        Some decoders that get no memory say that the file is damaged. And FFmpeg says that there is no memory where a
+        damaged header asks for more than it ever gives at once.
         """
-        cause = error.__context__
-        refused = isinstance(cause, MemoryError)
-        return refused and _status_bytes("VmHWM") - self._idle_bytes + _MOST_AT_ONCE > self._limits.memory_bytes
+        taken = _status_bytes("VmHWM") - self._idle_bytes
+        if isinstance(error.__context__, _NO_MEMORY):
+            return taken + _MOST_AT_ONCE > self._limits.memory_bytes
+        return error.reason == "corrupt" and taken > _NEARLY_ALL * self._limits.memory_bytes
 
 
 def _picked(frames: Iterator[np.ndarray], offsets: Iterator[int] | None) -> Generator[np.ndarray, None, None]:

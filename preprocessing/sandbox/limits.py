@@ -20,12 +20,12 @@ class Limits:
     """
 
     max_pixels: int = 8192 * 4320
-    max_duration_s: float = 12 * 3600.0
+    max_duration_s: float | int = 12 * 3600
     max_streams: int = 64
     max_sample_rate_hz: int = 768_000
     max_file_bytes: int = 1 << 40
     memory_bytes: int = 4 << 30
-    stall_s: float = 60.0
+    stall_s: float | int = 60
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():

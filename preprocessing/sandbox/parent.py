@@ -8,7 +8,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +38,9 @@ class SoundFile(AudioTrack):
     def __init__(self, path: Path, samples: Float32[np.ndarray, " n"], warnings: tuple[str, ...]):
         super().__init__(path, samples)
         self.warnings = warnings
+
+    def __enter__(self) -> SoundFile:
+        return self
 
 
 class Decoder:
@@ -103,7 +106,7 @@ class Decoder:
 
     def frames(
         self, path: str | Path, start_frame: int = 0, num_frames: int | None = None
-    ) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
+    ) -> Generator[UInt8[np.ndarray, "h w 3"], None, None]:
         """As tccp.media.read_frames, bit for bit. The child decodes some pictures ahead.
 
         Only the newest of a decoder's iterators can go on: RuntimeError from the others.
@@ -113,7 +116,9 @@ class Decoder:
         count = info.num_frames - start_frame if num_frames is None else num_frames
         return self._pictures(info, start_frame, count, None)
 
-    def frames_at(self, path: str | Path, frames: Sequence[int]) -> Iterator[tuple[int, UInt8[np.ndarray, "h w 3"]]]:
+    def frames_at(
+        self, path: str | Path, frames: Sequence[int]
+    ) -> Generator[tuple[int, UInt8[np.ndarray, "h w 3"]], None, None]:
         """(frame, picture) for ascending frames of the 25 fps clock, in one pass with seeks over wide gaps."""
         film = Path(path)
         frames = [int(frame) for frame in frames]
@@ -139,7 +144,7 @@ class Decoder:
 
     def _pictures(
         self, info: MediaInfo, start_frame: int, count: int, offsets: list[int] | None
-    ) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
+    ) -> Generator[UInt8[np.ndarray, "h w 3"], None, None]:
         command = {"do": "frames", "start": start_frame, "count": count, "offsets": offsets}
         shape = info.height, info.width, 3
         missing = count if offsets is None else len(offsets)
@@ -154,7 +159,7 @@ class Decoder:
 
     def _delivered(
         self, film: Path, command: Message, slot_bytes: int, extra_s: float = 0.0
-    ) -> Iterator[UInt8[np.ndarray, " n"]]:
+    ) -> Generator[UInt8[np.ndarray, " n"], None, None]:
         """What the child puts into the shared memory, each an array of its own, up to the end."""
         patience = self._begin(film, command, slot_bytes, extra_s)
         current = self._id
@@ -268,7 +273,7 @@ class _Patience:
 
     def __init__(self, limits: Limits, extra_s: float):
         self._limits = limits
-        self._left_s = limits.stall_s + extra_s
+        self._left_s = float(limits.stall_s) + extra_s
         self._extended = False
 
     def spend(self, receive: Callable[[float], Message]) -> Message:
@@ -279,7 +284,7 @@ class _Patience:
             self._left_s -= time.monotonic() - began
 
     def answered(self) -> None:
-        self._left_s = max(self._left_s, min(self._left_s + _ANSWER_S, self._limits.stall_s))
+        self._left_s = max(self._left_s, min(self._left_s + _ANSWER_S, float(self._limits.stall_s)))
 
     def extend(self, file_bytes: object) -> None:
         """Once."""

@@ -42,9 +42,10 @@ class MediaError(TccpError):
     def __init__(self, path: str | Path, reason: str, problem: str):
         super().__init__(f"{path}: {problem}")
         self.path, self.reason, self.problem = Path(path), reason, problem
+        self._given = path  # a Path would drop a slash of a URL
 
     def __reduce__(self) -> tuple:  # between processes an exception travels as its arguments, not as its message
-        return (MediaError, (self.path, self.reason, self.problem))
+        return (MediaError, (self._given, self.reason, self.problem))
 
 
 class Span(NamedTuple):

@@ -227,5 +227,4 @@ def read_reel_truth(film: str | Path) -> ReelTruth:
             values = {field.name: stored[field.name] for field in fields(ReelTruth)}
     except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
         raise TccpError(f"{source}: not the truth of a reel ({error}): write the reel anew") from None
-    numbers = {name: int(values.pop(name)) for name in ("width", "height", "sound_offset_frames")}
-    return ReelTruth(**numbers, **values)
+    return ReelTruth(**{name: int(value) if value.ndim == 0 else value for name, value in values.items()})  # type: ignore[arg-type]
