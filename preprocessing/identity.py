@@ -25,7 +25,12 @@ class Place(NamedTuple):
 def places_seen(track: Track, head_box: Float32[np.ndarray, "f 4"], fit: Bool[np.ndarray, " f"]) -> list[Place]:
     """Where a track's face was seen, not bridged, and is `fit` to be shown."""
     usable = np.flatnonzero(fit & (track.confidence > 0))
-    return [Place(track.start_frame + int(i), tuple(map(float, head_box[i]))) for i in usable]
+    return [_place(track.start_frame + int(i), head_box[i]) for i in usable]
+
+
+def _place(frame: int, box: Float32[np.ndarray, "4"]) -> Place:
+    x0, y0, x1, y1 = map(float, box)
+    return Place(frame, (x0, y0, x1, y1))
 
 
 def choose_places(seen: Sequence[Place], start_frame: int, stop_frame: int) -> list[Place]:

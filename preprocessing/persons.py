@@ -16,9 +16,9 @@ from jaxtyping import Float32, UInt8
 
 from preprocessing.chips import CHEEKS, Chip, chip_frames, lab, read_chip, values_at
 from preprocessing.quality import blur
-from preprocessing.reels import CHIP_PX, Track
+from preprocessing.reels import CHIP_PX, Track, chip_box
 from tccp.config import TccpError
-from tccp.faces import FaceBackend
+from tccp.faces import Face, FaceBackend
 from tccp.landmarks import head_pose, normalise
 
 SAME_PERSON_COSINE = 0.363
@@ -50,6 +50,10 @@ class FaceEmbedder:
         five = np.stack(
             [points[36:42].mean(0), points[42:48].mean(0), points[30], points[48], points[54]]
         )  # by place in the picture, as OpenCV's own detector hands them over
+        # Chips end at the brows, SFace's template above the forehead: without a border it would be black there.
+        room = len(picture) // 2
+        picture = np.asarray(cv2.copyMakeBorder(picture, room, room, room, room, cv2.BORDER_REPLICATE), np.uint8)
+        five += room
         face = np.concatenate([points.min(0), np.ptp(points, axis=0), five.ravel(), [1.0]]).astype(np.float32)
         return self._feature(self._network.alignCrop(np.ascontiguousarray(picture[..., ::-1]), face[None]))
 
@@ -84,13 +88,7 @@ class FaceEmbedder:
             raise TccpError(
                 f"{path}: {len(faces)} faces of about the same size; give a picture of the person alone, or crop it"
             )
-        points = faces[0].landmarks_px
-        assert points is not None
-        shrink = min(1.0, 2 * CHIP_PX / max(faces[0].side, 1.0))  # alignment takes single pixels of what is larger
-        if shrink < 1:
-            small = cv2.resize(picture, None, fx=shrink, fy=shrink, interpolation=cv2.INTER_AREA)
-            picture, points = np.asarray(small, np.uint8), (points * shrink).astype(np.float32)
-        return self.embed(picture, points)
+        return self.embed(*_as_chip(picture, faces[0]))
 
     def _mean(self, chips: Sequence[Chip]) -> Float32[np.ndarray, " d"]:
         return _unit(np.mean([self.embed(chip.picture, chip.points) for chip in chips], axis=0))
@@ -101,6 +99,22 @@ class FaceEmbedder:
 
 def _unit(vector: np.ndarray) -> Float32[np.ndarray, " d"]:
     return (vector / max(float(np.linalg.norm(vector)), 1e-12)).astype(np.float32)
+
+
+def _as_chip(picture: UInt8[np.ndarray, "h w 3"], face: Face) -> tuple[np.ndarray, np.ndarray]:
+    """A face as tracks show theirs, up to twice as large, and its landmarks there: both are embedded from the same."""
+    points = face.landmarks_px
+    assert points is not None
+    box = chip_box(face.box)
+    shrink = min(1.0, 2 * CHIP_PX / float(box[2] - box[0]))
+    if shrink < 1:
+        small = cv2.resize(picture, None, fx=shrink, fy=shrink, interpolation=cv2.INTER_AREA)
+        picture, box, points = np.asarray(small, np.uint8), box * shrink, points * shrink
+    side, corner = round(float(box[2] - box[0])), box[:2].round()
+    matrix = np.array([[1, 0, corner[0]], [0, 1, corner[1]]], np.float32)
+    flags = cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP
+    square = cv2.warpAffine(picture, matrix, (side, side), flags=flags, borderMode=cv2.BORDER_REPLICATE)
+    return np.asarray(square, np.uint8), (points - corner - 0.5).astype(np.float32)
 
 
 def _read_picture(path: Path) -> UInt8[np.ndarray, "h w 3"]:
@@ -201,7 +215,7 @@ def _unlike_embeddings(tracks: Sequence[Track], embedder: FaceEmbedder) -> tuple
 
 
 def _unlike_looks(tracks: Sequence[Track]) -> tuple[float, _Unlike]:
-    """Likewise: up to 1 where some chip of one track looks nearly as some chip of the other does; infinite without chips."""
+    """Likewise: up to 1 where some chip of one track looks nearly as some chip of the other does."""
     looks = [[_look(read_chip(track, frame)) for frame in _most_frontal(track, _LOOK_CHIPS)] for track in tracks]
 
     def unlike(i: int, j: int) -> float:

@@ -145,7 +145,10 @@ def _measured(source: str, file_bytes: int, row: pa.Table, work: Work) -> Sample
 def list_sources(given: Sequence[str | Path]) -> pa.Table:
     """Sources with their `order`, and `bytes`; films whose content was listed before are set aside as `duplicate`."""
     table = find_sources(given)
-    sizes, seen, reasons, messages = [], {}, [], []
+    sizes: list[int] = []
+    seen: dict[object, int] = {}
+    reasons: list[str | None] = []
+    messages: list[str | None] = []
     by_size: dict[int, list[int]] = {}
     paths, names = table.column("path").to_pylist(), table.column("source").to_pylist()
     for number, path in enumerate(paths):
@@ -278,8 +281,8 @@ def _source_report(records: Sequence[ReelRecord]) -> SourceReport:
     left_out: dict[str, int] = {}
     messages: dict[str, str] = {}
     for record in records:
-        for reason, frames in record.left_out.items():
-            left_out[reason] = left_out.get(reason, 0) + frames
+        for code, frames in record.left_out.items():
+            left_out[code] = left_out.get(code, 0) + frames
         messages = record.messages | messages
     clips = sum(record.clips for record in records)
     reason = None if clips else parts.main_reason(left_out)

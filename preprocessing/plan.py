@@ -7,9 +7,9 @@ import importlib.metadata
 import json
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from preprocessing.cut import MIN_CLIP_S, clip_frames
 from preprocessing.quality import QualityBounds
@@ -30,6 +30,8 @@ RENDER_VERSION = 1
 """Raised when the same clips give other rows."""
 
 REEL_S = 60.0
+UNBOUND = QualityBounds(**{item.name: None for item in fields(QualityBounds)})
+"""Of footage whose truth is known nothing is left out."""
 _OPTIONAL = {"light-asd": "who speaks", "silero-vad": "voice activity", "syncnet": "a/v offset", "sface": "persons"}
 
 
@@ -127,8 +129,8 @@ def make_plan(
     clip_frames(min_clip_s, max_clip_s)
     found: dict[str, Path] = {}
     if backend == "truth":
-        key = "truth"
-    elif backend not in ("mediapipe", "fan"):
+        key, bounds = "truth", bounds or UNBOUND
+    elif backend != "mediapipe" and backend != "fan":
         known = "finds boxes only, and clips need 68 landmarks" if str(backend) == "lbp" else "is not a backend"
         raise TccpError(f"backend {backend} {known}: choose mediapipe, fan or truth")
     else:
@@ -147,7 +149,7 @@ def make_plan(
         raise TccpError("the person filter needs the weights of SFace: tccp weights fetch sface, or leave --person out")
     return Plan(
         picture_px=picture_px,
-        backend=backend,
+        backend=cast(Backend, backend),
         backend_key=key,
         weights=found,
         weight_hashes=hashes,

@@ -62,6 +62,7 @@ _LIP_EDGE = Places.of(*((point, point, 0.0) for point in (49, 51, 57, 59)))
 _AROUND_LIPS = Places.of(
     *((31, 48, 0.5), (32, 50, 0.4), (33, 51, 0.4), (48, 4, 0.3), (59, 6, 0.35), (57, 8, 0.4)),
 )
+_GREY = np.array([0, 128, 128, 0], np.float32)  # black in Lab, no texture
 _LAB_WEIGHTS = np.array([0.7, 1.5, 1.5], np.float32)  # light and shadow move lightness more than colour
 _SMALL, _LARGE = 9.0, 18.0  # differences (Lab, weighted) up to here are no sign, beyond there a full one
 _LIKELY_NOISE = 2.5  # times a place's usual difference is no sign either
@@ -126,10 +127,14 @@ def _covered(
     lower: np.ndarray, upper: np.ndarray, sight: np.ndarray, redness: np.ndarray, yaw: np.ndarray
 ) -> np.ndarray:
     """Covered share of k chips. lower, upper: k x places x 4; sight: k x all places; redness: k x 2; yaw: k degrees."""
-    skin = np.median(upper[..., :3], axis=1)
-    light = (skin - np.median(skin, axis=0))[:, None]  # how this chip's light differs from the track's
-    places = np.concatenate([lower, upper], axis=1)
-    features = np.concatenate([(places[..., :3] - light) * _LAB_WEIGHTS, places[..., 3:]], axis=-1)
+    # The light on the face is taken out: more or less of it is a factor in Lab, another colour of it a shift.
+    places = np.concatenate([lower, upper], axis=1) - _GREY
+    skin = np.median(upper - _GREY, axis=1)
+    gain = np.median(skin[:, 0]) / np.maximum(skin[:, 0], 1)
+    places *= gain[:, None, None]
+    skin *= gain[:, None]
+    colours = places[..., :3] - (skin - np.median(skin, axis=0))[:, None, :3]
+    features = np.concatenate([colours * _LAB_WEIGHTS, places[..., 3:]], axis=-1)
     count = lower.shape[1]
     free = _free(features[:, :count], redness[:, 0])
     difference = np.linalg.norm(features - np.median(features[free], axis=0), axis=-1)
@@ -201,13 +206,13 @@ class QualityBounds:
     mistake and what shows no mouth, not what is merely poor.
     """
 
-    min_face_px: float | None = 16.0  # RoundTable's smallest footage, 128x96, has faces of 18 pixels
-    max_blur: float | None = 0.7  # a sharp face is at .2 to .6; with a Gaussian blur of 3% of its height at .73
-    min_brightness: float | None = 0.1
-    max_brightness: float | None = 0.9
-    max_yaw_deg: float | None = 60.0  # of the median over the clip; RoundTable's talkers turn by up to 60
-    max_occlusion: float | None = 0.3  # of any frame
-    max_jitter: float | None = 0.05
+    min_face_px: float | int | None = 16.0  # RoundTable's smallest footage, 128x96, has faces of 18 pixels
+    max_blur: float | int | None = 0.7  # a sharp face is at .2 to .6; with a Gaussian blur of 3% of its height at .73
+    min_brightness: float | int | None = 0.1
+    max_brightness: float | int | None = 0.9
+    max_yaw_deg: float | int | None = 60.0  # of the median over the clip; RoundTable's talkers turn by up to 60
+    max_occlusion: float | int | None = 0.3  # of any frame
+    max_jitter: float | int | None = 0.05
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -215,7 +220,7 @@ class QualityBounds:
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise TccpError(f"{field.name} is {value}: bounds are numbers from 0, or none")
 
-    def reason(self, values: Mapping[str, float | None]) -> str | None:
+    def reason(self, values: Mapping[str, float | int | None]) -> str | None:
         """The code of the first bound that is broken, None if all are kept.
 
         values: some of face_px, blur, brightness, yaw_deg, occlusion, jitter; None or NaN stands for not measured.

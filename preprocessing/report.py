@@ -211,15 +211,15 @@ class _Scale(NamedTuple):
 
 _SCALES = {
     "length_s": _Scale("s", 0, 30, 120),
-    "face_px": _Scale("px", 0, 1000, 100),
+    "face_px": _Scale("px", 0, 1000, 200),
     "yaw_deg": _Scale("°", -90, 90, 36),
-    "blur": _Scale("", 0, 1, 40),
-    "brightness": _Scale("", 0, 1, 40),
-    "occlusion": _Scale("", 0, 1, 40),
-    "jitter": _Scale("", 0, 0.1, 40),
+    "blur": _Scale("", 0, 1, 100),
+    "brightness": _Scale("", 0, 1, 100),
+    "occlusion": _Scale("", 0, 1, 100),
+    "jitter": _Scale("", 0, 0.1, 400),
     "av_offset_ms": _Scale("ms", -620, 620, 31),  # a frame each, with whole frames in the middle
     "sync_confidence": _Scale("", 0, 15, 300),
-    "speaking_score": _Scale("", 0, 1, 40),
+    "speaking_score": _Scale("", 0, 1, 100),
 }
 
 

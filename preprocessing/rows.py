@@ -142,11 +142,13 @@ def _identity_stills(spans: Sequence[Span], path: Path, picture_px: int, decoder
     """The identity pictures that the clips use, by frame of the source, or by path if they came along."""
     keys = sorted({key for span in spans for key in _identity_keys(span)}, key=repr)
     stills: dict[_Key, bytes] = {key: _still_of_file(Path(str(key[0])), picture_px) for key in keys if len(key) == 1}
-    places = [key for key in keys if len(key) > 1]
-    for frame, picture in decoder.frames_at(path, sorted({key[0] for key in places})):
-        for key in places:
-            if key[0] == frame:
-                stills[key] = encode_still(crop(picture, np.array(key[1:], np.float32), picture_px))
+    boxes: dict[int, list[_Key]] = {}
+    for key in keys:
+        if isinstance(key[0], int):
+            boxes.setdefault(key[0], []).append(key)
+    for frame, picture in decoder.frames_at(path, sorted(boxes)):
+        for key in boxes[frame]:
+            stills[key] = encode_still(crop(picture, np.array(key[1:], np.float32), picture_px))
     return stills
 
 

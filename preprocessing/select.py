@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
@@ -9,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Bool, Float32
 
 from preprocessing import persons, quality, sync
 from preprocessing.cut import cut_clips
 from preprocessing.identity import Place, places_seen
-from preprocessing.plan import Plan
+from preprocessing.plan import Plan, detector_of
 from preprocessing.reasons import RANK, REASONS, set_aside
 from preprocessing.reels import Reel, Track
 from preprocessing.report import TrackSample
 from preprocessing.spans import Span
-from preprocessing.speakers import score_track, talking
+from preprocessing.speakers import Stretch, score_track, talking
 from preprocessing.tracks import find_tracks, numbered, part_of
 from preprocessing.voice import articulation, voice_activity
 from tccp.clip import AUDIO_CONTEXT_FRAMES, audio_context_start
@@ -37,6 +38,7 @@ class Networks:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self._loaded: dict[str, Any] = {}
+        self._references: dict[str, Float32[np.ndarray, " d"]] = {}
 
     def _load(self, name: str) -> Any:
         path = self._plan.weights.get(name)
@@ -55,6 +57,19 @@ class Networks:
     @property
     def syncnet(self) -> Any:
         return self._load("syncnet")
+
+    def references(self, pictures: Sequence[str]) -> list[Float32[np.ndarray, " d"]]:
+        """Embeddings of the faces in pictures of the person who is wanted."""
+        embedder = self.embedder
+        if embedder is None:
+            return []  # `persons.matches` says what is missing
+        missing = [picture for picture in pictures if picture not in self._references]
+        if missing:
+            detector = detector_of(self._plan)
+            assert detector is not None
+            with contextlib.closing(detector):
+                self._references |= {picture: embedder.embed_reference(picture, detector) for picture in missing}
+        return [self._references[picture] for picture in pictures]
 
     @property
     def vad(self) -> Path | None:
@@ -99,6 +114,12 @@ class _Outcome:
     def reject(self, start_frame: int, stop_frame: int, reason: str) -> None:
         part = slice(start_frame - self.reel.span.start_frame, stop_frame - self.reel.span.start_frame)
         self._rank[part] = np.maximum(self._rank[part], RANK[reason])
+
+    def main_reason(self, track: Track) -> str:
+        """The reason of most of a track's frames."""
+        first = self.reel.span.start_frame
+        ranks = self._rank[track.start_frame - first : track.stop_frame - first]
+        return list(REASONS)[int(np.bincount(ranks).argmax())]
 
     def keep(self, clip: Span) -> None:
         part = slice(clip.start_frame - self.reel.span.start_frame, clip.stop_frame - self.reel.span.start_frame)
@@ -182,14 +203,15 @@ class _Choice:
         boxes = [head_boxes(track.landmarks, track.confidence) if _has_points(track) else None for track in self.tracks]
         occluded = [quality.occlusion(track) for track in self.tracks]
         kept = self._kept_stretches()
-        offsets = {number: self._offset(number, kept) for number in {number for number, *_ in kept}}
+        offsets = {number: self._offset(number, kept) for number in {stretch.track for stretch in kept}}
         seen: dict[int, list[Place]] = {}
         for track, box, cover in zip(self.tracks, boxes, occluded, strict=True):
             if box is not None:
-                free = cover <= self._bounds.max_occlusion
+                free = _is_free(cover, self._bounds.max_occlusion)
                 seen.setdefault(self.persons[track.number], []).extend(places_seen(track, box, free))
         in_clips = dict.fromkeys(range(len(self.tracks)), 0)
-        for number, start, stop in kept:
+        for stretch in kept:
+            number, start, stop = stretch.track, stretch.start_frame, stretch.stop_frame
             track, box = self.tracks[number], boxes[number]
             if not wanted[number]:
                 self.outcome.reject(start, stop, "other_person")
@@ -199,6 +221,7 @@ class _Choice:
                 continue
             for first, end in self._good(track, occluded[number], start, stop):
                 run = self._run(track, box, occluded[number], first, end, offsets[number])
+                run = replace(run, speaking_score=stretch.score if self.plan.speakers == "active" else None)
                 shift = sync.correction_frames(offsets[number]) * SAMPLES_PER_FRAME
                 places = seen.get(self.persons[number], [])
                 in_clips[number] += _cut(run, places, self.plan, self.outcome, self.reel, shift)
@@ -211,10 +234,10 @@ class _Choice:
             pictures = (own,)
         if not pictures:
             return [True] * len(self.tracks)
-        return persons.matches(self.tracks, list(pictures), self.networks.embedder)
+        return persons.matches(self.tracks, self.networks.references(pictures), self.networks.embedder)
 
-    def _kept_stretches(self) -> list[tuple[int, int, int]]:
-        """(track, start, stop) of those who speak; the reasons of the others go to the outcome."""
+    def _kept_stretches(self) -> list[Stretch]:
+        """The stretches of those who speak; the reasons of the others go to the outcome."""
         if self.plan.speakers == "main":
             return self._main_stretches()
         reel, span = self.reel, self.reel.span
@@ -228,12 +251,12 @@ class _Choice:
         heard = articulation(reel.sound, first, count)
         for stretch in talking(self.tracks, voice, first, self._asd_scores(), choose, heard):
             if stretch.reason is None:
-                kept.append((stretch.track, stretch.start_frame, stretch.stop_frame))
+                kept.append(stretch)
             else:
                 self.outcome.reject(stretch.start_frame, stretch.stop_frame, stretch.reason)
         return kept
 
-    def _main_stretches(self) -> list[tuple[int, int, int]]:
+    def _main_stretches(self) -> list[Stretch]:
         """Of each shot, the tracks of the person who is there most, larger faces counting more."""
         kept = []
         for _, group in groupby(self.tracks, key=lambda track: track.shot):
@@ -245,7 +268,7 @@ class _Choice:
                 weight[person] = weight.get(person, 0.0) + float(sides.sum())
             main = max(weight, key=lambda person: (weight[person], -person))
             own = [track for track in tracks if self.persons[track.number] == main]
-            kept += [(track.number, track.start_frame, track.stop_frame) for track in own]
+            kept += [Stretch(track.number, track.start_frame, track.stop_frame, None) for track in own]
         return kept
 
     def _asd_scores(self) -> Mapping[int, Float32[np.ndarray, " f"]] | None:
@@ -258,9 +281,9 @@ class _Choice:
             if track.chips
         }
 
-    def _offset(self, number: int, kept: Sequence[tuple[int, int, int]]) -> sync.Offset:
+    def _offset(self, number: int, kept: Sequence[Stretch]) -> sync.Offset:
         assert self.reel.sound is not None
-        speaking = [(start, stop) for track, start, stop in kept if track == number]
+        speaking = [(s.start_frame, s.stop_frame) for s in kept if s.track == number]
         return sync.av_offset(self.tracks[number], self.reel.sound, speaking, self.networks.syncnet)
 
     def _good(self, track: Track, cover: Float32[np.ndarray, " f"], start: int, stop: int) -> list[tuple[int, int]]:
@@ -276,7 +299,7 @@ class _Choice:
         if reason is not None:
             self.outcome.reject(start, stop, reason)
             return []
-        free = cover[start - track.start_frame : stop - track.start_frame] <= self._bounds.max_occlusion
+        free = _is_free(cover[start - track.start_frame : stop - track.start_frame], self._bounds.max_occlusion)
         good, at = [], start
         for is_free, group in groupby(free.tolist()):
             end = at + len(list(group))
@@ -306,7 +329,7 @@ class _Choice:
             confidence=track.confidence[rows],
             head_box=box[rows],
             av_offset_frames=offset.frames,
-            av_corrected=offset.sure and offset.frames != 0,
+            av_corrected=sync.correction_frames(offset) != 0,
             sync_confidence=offset.confidence,
             occlusion=float(cover[rows].max(initial=0.0)),
             jitter=quality.jitter(part_of(track, start, stop)),
@@ -321,6 +344,10 @@ class _Choice:
             for track in (tracks[(2 * i + 1) * len(tracks) // (2 * count)] for i in range(count)):
                 reason = None if kept else self.outcome.main_reason(track)
                 self.outcome.samples.append(_sample_of(self.reel.span, track, kept, reason))
+
+
+def _is_free(cover: Float32[np.ndarray, " f"], bound: float | None) -> Bool[np.ndarray, " f"]:
+    return np.ones(len(cover), bool) if bound is None else cover <= bound
 
 
 def _has_points(track: Track) -> bool:

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, Float64, Int16, Int64, UInt8
 
 from preprocessing.reels import FilmSound, Track
-from preprocessing.voice import runs
+from preprocessing.voice import reaching, runs
 from tccp.config import FPS
 from tccp.landmarks import MEAN_FACE, RIGID, head_pose, mouth_opening, mouth_width, smooth_over_time
 
@@ -26,8 +26,9 @@ VOICE = 0.5
 MOVES = 0.006
 """Path of a mouth's opening per frame, in distances of the outer eye corners, from which on it is moving. Means over
 0.7 s were 0.010 to 0.030 in talking mouths, 0 to 0.003 in still ones, up to 0.010 for half a second in a signer's."""
-ASD_TALKS = 1.5
-"""The same for Light-ASD's score: 1.7 to 5 in talking faces, -2 to 1.3 in silent ones."""
+ASD_TALKS, ASD_STOPS = 1.5, 0.5
+"""Light-ASD's score from which on it is, and below which it no longer is: 1.7 to 5 in talking faces, less towards the
+ends of what they say, -2 to 1.3 in silent ones."""
 _MOTION_REACH = 8  # frames to either side, a third of a second: a syllable with its closure
 _JITTER_SHARE = 0.5  # of the rigid points' noise, as a path of the opening (which is a mean of three gaps, smoothed)
 
@@ -165,7 +166,7 @@ class _Scene:
                 self.motion[row, part] = mouth_motion(track.landmarks)
                 moves = self.motion[row, part] >= MOVES
             if track.number in scores:
-                moves = _mean_around(scores[track.number].astype(np.float64), 2) >= ASD_TALKS
+                moves = reaching(_mean_around(scores[track.number].astype(np.float64), 2), ASD_STOPS, ASD_TALKS)
             self.talks[row, part] = moves & self.voice[part]
         self.unclear = np.zeros_like(self.talks)
         self.owner = self._owners()

@@ -85,10 +85,11 @@ def _by_lips(track: Track, sound: FilmSound, talks: Bool[np.ndarray, " f"]) -> O
     The correlation of two signals that have nothing to do with each other is about normal with the standard deviation
     of `_chance`, whatever their length, so one threshold serves all tracks.
     """
-    lips = _lip_signals(track.landmarks)
+    there = track.confidence > 0  # bridged frames show nothing
+    lips = _lip_signals(np.where(there[:, None, None], track.landmarks, np.float32(np.nan)))
     bands = _loudness(sound, track.start_frame - MAX_OFFSET, track.stop_frame + MAX_OFFSET)
-    seen = talks & (track.confidence > 0) & np.isfinite(lips).all(1)
-    used = np.flatnonzero(seen & np.isfinite(bands[MAX_OFFSET:-MAX_OFFSET]).all(1))
+    seen = np.isfinite(lips).all(1)
+    used = np.flatnonzero(talks & seen & np.isfinite(bands[MAX_OFFSET:-MAX_OFFSET]).all(1))
     if len(used) < FPS:
         return NOT_KNOWN
     bands = np.log(bands + 0.01 * bands[used + MAX_OFFSET].mean(0) + 1)  # a pause is a pause, however quiet

@@ -114,9 +114,7 @@ def _floor(level: Float[np.ndarray, " f"]) -> Float[np.ndarray, " f"]:
 
 def _with_hysteresis(above: Float[np.ndarray, " f"]) -> Bool[np.ndarray, " f"]:
     """Runs above the lower threshold that also reach the upper one, short pauses closed, clicks left out."""
-    speaks = np.zeros(len(above), bool)
-    for first, stop in runs(above > _OFF_DB):
-        speaks[first:stop] = (above[first:stop] > _ON_DB).any()
+    speaks = reaching(above, _OFF_DB, _ON_DB)
     for first, stop in runs(~speaks):
         if first > 0 and stop < len(speaks) and stop - first <= _HANGOVER_FRAMES:
             speaks[first:stop] = True
@@ -124,6 +122,14 @@ def _with_hysteresis(above: Float[np.ndarray, " f"]) -> Bool[np.ndarray, " f"]:
         if stop - first < _SHORTEST_FRAMES:
             speaks[first:stop] = False
     return speaks
+
+
+def reaching(values: Float[np.ndarray, " f"], low: float, high: float) -> Bool[np.ndarray, " f"]:
+    """Runs of values of at least `low` that somewhere reach `high`."""
+    reached = np.zeros(len(values), bool)
+    for first, stop in runs(values >= low):
+        reached[first:stop] = values[first:stop].max() >= high
+    return reached
 
 
 def runs(marked: Bool[np.ndarray, " f"]) -> list[tuple[int, int]]:

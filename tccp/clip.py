@@ -325,7 +325,8 @@ class ClipTable:
     def __init__(self, path: Path | str, keep: int = 8) -> None:
         folder, name = Folder(path), ""
         if folder.local is not None and folder.local.is_file():
-            folder, name = Folder(folder.local.parent), folder.local.name
+            name = folder.local.name
+            folder = Folder(folder.local.parent)
         elif folder.exists(INDEX):
             name = INDEX
         else:

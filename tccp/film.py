@@ -60,7 +60,7 @@ class FilmRequest:
     mask: Path | None = None
     box: str | None = None
     truth: bool = False
-    detector: Literal["mediapipe", "lbp"] = "mediapipe"
+    detector: Literal["mediapipe", "fan", "lbp"] = "mediapipe"
     detector_weights: Path | None = None
     person: Point | None = None
     identity_box: str | None = None

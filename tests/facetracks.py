@@ -1,4 +1,4 @@
-"""Tracks for tests of what is judged by faces: of RoundTable's truth, of a detector's landmarks, spliced, painted on."""
+"""Tracks for tests of what is judged by faces: RoundTable's and a detector's, spliced, painted on."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import signal
 import subprocess
@@ -292,7 +293,7 @@ def test_memory(tmp_path: Path) -> None:
                 list(decoder.frames(path))
             assert caught.value.reason == "too_much_memory"
     with Decoder(Limits(memory_bytes=400 << 20), threads=1) as decoder:
-        assert sum(1 for _ in decoder.frames(path)) == 4 * 25
+        assert sum(1 for _ in decoder.frames(path, 70, 20)) == 20
 
 
 def test_a_header_that_asks_for_too_much_is_damage(films: dict[str, Path], tmp_path: Path, decoder: Decoder) -> None:
@@ -306,6 +307,8 @@ def test_a_header_that_asks_for_too_much_is_damage(films: dict[str, Path], tmp_p
 
 
 def test_limits(films: dict[str, Path], long_film: Path, tmp_path: Path) -> None:
+    short_wide = tmp_path / "wide.mp4"
+    write_still_pictures(short_wide, count=1, each_s=1, width=256, height=192)
     streams = tmp_path / "streams.mkv"
     with av.open(str(streams), "w") as container:
         tracks = [container.add_stream("pcm_s16le", 16000, layout="mono") for _ in range(5)]
@@ -319,21 +322,21 @@ def test_limits(films: dict[str, Path], long_film: Path, tmp_path: Path) -> None
     header = bytearray(fast.read_bytes())
     header[24:28] = (900_000_000).to_bytes(4, "little")  # the resampler's filters would take a gigabyte
     fast.write_bytes(header)
-    small = Limits(max_pixels=200 * 150, max_duration_s=10, max_streams=4)
-    for limits, path, problem in (
-        (small, long_film, r"its pictures are 256x192; the limit is 30000 \(max_pixels\)"),
-        (Limits(max_duration_s=10), long_film, r"it lasts 20 s; the limit is 10 \(max_duration_s\)"),
-        (small, streams, r"it has 5 streams; the limit is 4 \(max_streams\)"),
-        (Limits(max_file_bytes=9999), films["mov"], r"it is a file of \d+ bytes; the limit is 9999 \(max_file_bytes\)"),
-        (small, fast, r"its sound has 900000000 samples a second; the limit is 768000 \(max_sample_rate_hz\)"),
-    ):
-        with Decoder(limits) as decoder:
+    wide = r"its pictures are 256x192; the limit is 30000 \(max_pixels\)"
+    long = r"it lasts 20 s; the limit is 10 \(max_duration_s\)"
+    many = r"it has 5 streams; the limit is 4 \(max_streams\)"
+    big = rf"it is a file of {films['mov'].stat().st_size} bytes; the limit is 55000 \(max_file_bytes\)"
+    dense = r"its sound has 900000000 samples a second; the limit is 768000 \(max_sample_rate_hz\)"
+    with Decoder(Limits(max_pixels=30_000, max_streams=4, max_file_bytes=55_000)) as decoder:
+        for path, problem in ((short_wide, wide), (streams, many), (films["mov"], big), (fast, dense)):
             for call in (decoder.probe, decoder.frames, decoder.sound):
                 with pytest.raises(MediaError, match=problem) as caught:
                     call(path)
                 assert caught.value.reason == "unsafe" and str(caught.value).startswith(f"{path}: ")
-            if limits is small:
-                assert decoder.probe(films["mp4"]).num_frames == 20
+        assert decoder.probe(films["mp4"]).num_frames == 20
+    with Decoder(Limits(max_duration_s=10)) as decoder, pytest.raises(MediaError, match=long) as caught:
+        decoder.probe(long_film)
+    assert caught.value.reason == "unsafe"
     # No header says how long a transport stream is.
     with Decoder(Limits(max_duration_s=0.5)) as decoder, pytest.raises(MediaError, match="it lasts 1 s") as caught:
         decoder.sound(films["ts"])
@@ -503,6 +506,51 @@ def test_answers_are_not_believed(films: dict[str, Path]) -> None:
     ):
         with pytest.raises((ValueError, TypeError, ArithmeticError)):
             info_from_message(message | {name: value}, info.path)
+
+
+LIAR = """#!{python}
+import json, socket, sys
+
+end = socket.socket(fileno=int(sys.argv[3]))
+end.recv(1 << 17)
+end.send(b"{{}}")
+while packet := end.recv(1 << 17):
+    command = json.loads(packet)
+    if command.get("do") == "probe":
+        end.send(json.dumps({{"id": command["id"], "info": json.loads({info!r})}}).encode())
+    elif "do" in command:
+        while True:
+            end.send(json.dumps({{"id": command["id"]}} | json.loads({lie!r})).encode())
+"""
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"slot": 4, "bytes": 100},
+        {"slot": -1, "bytes": 100},
+        {"slot": 0, "bytes": 0},
+        {"slot": 0, "bytes": 1 << 40},
+        {"slot": 0, "bytes": 100},
+        {"slot": None, "bytes": []},
+        {"slot": 0, "bytes": 128 * 96 * 3},  # of the right size, but without end
+        {"nothing": "known"},
+    ],
+)
+def test_a_child_that_lies(
+    lie: dict[str, object], films: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What took it over can do no more than lose the film."""
+    info = json.dumps(info_to_message(probe(films["mp4"])))
+    liar = tmp_path / "liar"
+    liar.write_text(LIAR.format(python=sys.executable, info=info, lie=json.dumps(lie)))
+    liar.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(liar))
+    with Decoder(Limits(max_duration_s=1, stall_s=20)) as decoder:
+        for call in (decoder.frames, lambda path: iter([decoder.sound(path)])):
+            with pytest.raises(MediaError, match="nonsense came out of it") as caught:
+                list(call(films["mp4"]))
+            assert caught.value.reason == "decoder_crashed"
 
 
 def test_mutated_films(films: dict[str, Path], tmp_path: Path) -> None:

@@ -35,11 +35,11 @@ Scenes = list[list[Picture]]
 
 @pytest.fixture(scope="module")
 def scenes() -> Scenes:
-    """Thirty frames each of eight rooms; in every other one the talker is the same person."""
-    return [list(pictures([Shot(seed, 30, 7 if seed % 2 else None)], WIDTH, HEIGHT)) for seed in range(8)]
+    """Twenty-six frames each of six rooms; in every other one the talker is the same person."""
+    return [list(pictures([Shot(seed, 26, 7 if seed % 2 else None)], WIDTH, HEIGHT)) for seed in range(6)]
 
 
-@pytest.fixture(params=[(0, 2), (1, 3), (4, 5), (6, 7)])
+@pytest.fixture(params=[(0, 2), (1, 3), (4, 5)])
 def two_scenes(request: pytest.FixtureRequest, scenes: Scenes) -> tuple[list[Picture], list[Picture]]:
     first, second = request.param
     return scenes[first], scenes[second]
@@ -58,20 +58,20 @@ def lit(frame: Picture, gain: float) -> Picture:
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    lengths=st.lists(st.sampled_from([2, 2, 3, 4, 5, 9, 25]), min_size=2, max_size=12),
+    lengths=st.lists(st.sampled_from([2, 2, 3, 4, 5, 9, 20]), min_size=2, max_size=12),
     begins=st.integers(0, 5),
-    step=st.sampled_from([1, 2, 3]),
+    step=st.sampled_from([1, 2]),
 )
 def test_every_cut_is_found_to_the_frame_and_nothing_else(
     scenes: Scenes, lengths: list[int], begins: int, step: int
 ) -> None:
     """Also of two frames from the film's start and end, and (step 2) between scenes of the same person."""
-    film = [scenes[step * k % 8][begins : begins + length] for k, length in enumerate(lengths)]
+    film = [scenes[step * k % 6][begins : begins + length] for k, length in enumerate(lengths)]
     assert cuts_of(itertools.chain(*film)) == list(itertools.accumulate(lengths[:-1]))
 
 
 def test_a_run_of_the_shortest_shots(scenes: Scenes) -> None:
-    film = [scenes[k % 8][k : k + 2] for k in range(20)]
+    film = [scenes[k % 6][k : k + 2] for k in range(20)]
     assert cuts_of(itertools.chain(*film)) == list(range(2, 40, 2))
 
 
@@ -83,7 +83,7 @@ def test_one_mixed_picture_makes_no_second_cut(two_scenes: tuple[list[Picture], 
 
 def test_an_encoded_film_is_cut_where_its_pictures_are(scenes: Scenes, tmp_path: Path) -> None:
     with media.VideoWriter(tmp_path / "film.mp4", WIDTH, HEIGHT) as film:
-        for scene, length in ((1, 9), (2, 2), (3, 12), (5, 10), (6, 2)):
+        for scene, length in ((1, 9), (2, 2), (3, 12), (5, 10), (0, 2)):
             for frame in scenes[scene][:length]:
                 film.write(frame)
     assert cuts_of(media.read_frames(tmp_path / "film.mp4")) == [9, 11, 23, 33]
@@ -147,15 +147,15 @@ def test_the_middle_of_a_dissolve_begins_the_next_shot(two_scenes: tuple[list[Pi
 def test_a_long_dissolve_holds_no_stretch_that_could_be_a_shot(two_scenes: tuple[list[Picture], list[Picture]]) -> None:
     a, b = two_scenes
     for length in (12, 20):
-        middle = [mixed(a[10 + i], b[i], (i + 1) / (length + 1)) for i in range(length)]
-        cuts = cuts_of([*a[:10], *middle, *b[length:]])
-        assert cuts and all(8 <= cut <= 12 + length for cut in cuts)
-        assert max(b - a for a, b in itertools.pairwise([10, *cuts, 10 + length])) < 16  # frames of the shortest clip
+        middle = [mixed(a[6 + i], b[i], (i + 1) / (length + 1)) for i in range(length)]
+        cuts = cuts_of([*a[:6], *middle, *b[length:]])
+        assert cuts and all(4 <= cut <= 8 + length for cut in cuts)
+        assert max(b - a for a, b in itertools.pairwise([6, *cuts, 6 + length])) < 16  # frames of the shortest clip
 
 
 def test_a_fade_through_black_ends_a_shot(two_scenes: tuple[list[Picture], list[Picture]]) -> None:
     a, b = two_scenes
-    for length in (8, 12, 20):
+    for length in (8, 12, 16):
         down = [mixed(a[10 + i], np.zeros_like(a[0]), (i + 1) / length) for i in range(length)]
         up = [mixed(np.zeros_like(b[0]), b[i], (i + 1) / length) for i in range(length)]
         cuts = cuts_of([*a[:10], *down, *up, *b[length:]])
@@ -169,7 +169,7 @@ def test_a_frame_is_judged_by_its_context_alone(scenes: Scenes) -> None:
     """A reel with its context has the cuts that the film has there, wherever it begins."""
     a, b = scenes[1], scenes[3]
     dissolve = [mixed(a[20 + i], b[i], (i + 1) / 11) for i in range(10)]
-    film = [*a[:20], *dissolve, *b[10:16], *scenes[4][:2], *scenes[5][:3], *scenes[6][:12], lit(a[0], 0.8), *a[:14]]
+    film = [*a[:20], *dissolve, *b[10:16], *scenes[4][:2], *scenes[5][:3], *scenes[2][:12], lit(a[0], 0.8), *a[:14]]
     whole = cuts_of(film)
     assert len(whole) >= 5
     for start in range(0, len(film) - 12, 3):

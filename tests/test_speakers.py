@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from preprocessing.look import chip
 from preprocessing.reels import SPEECH_CHIP_PX, FilmSound, Track
 from preprocessing.speakers import MOVES, Stretch, mouth_motion, score_track, talking
-from preprocessing.voice import articulation, runs, voice_activity
+from preprocessing.voice import articulation, reaching, runs, voice_activity
 from tccp.config import FPS, SAMPLES_PER_FRAME, TccpError
 from tccp.faces import Face, MediapipeBackend, iou
 from tccp.landmarks import MEAN_FACE
@@ -382,6 +382,8 @@ def test_what_nobody_says_is_no_voice(kind: str, request: pytest.FixtureRequest)
 
 
 def test_runs_of_frames():
+    values = np.array([0.0, 1, 2, 1, 0, 1, 1, 3, 0])
+    assert reaching(values, 1.0, 2.5).tolist() == [False] * 5 + [True] * 3 + [False]
     assert runs(np.array([1, 1, 0, 0, 1, 0, 1], bool)) == [(0, 2), (4, 5), (6, 7)]
     assert runs(np.zeros(3, bool)) == [] and runs(np.ones(0, bool)) == []
 
@@ -502,11 +504,13 @@ def _share_kept(film: _Film, stretches: Sequence[Stretch]) -> float:
         ("grid_bbaf2n.mpg", 1.0),
         ("grid_brbk7n.mpg", 1.0),
         ("grid_lwbsza.mpg", 1.0),
-        ("latentsync_demo1.mp4", 1.0),
-        ("latentsync_demo2.mp4", 1.0),
+        pytest.param("latentsync_demo1.mp4", 1.0, marks=pytest.mark.slow),
+        pytest.param("latentsync_demo2.mp4", 1.0, marks=pytest.mark.slow),
         ("lowres_180x320.mp4", 0.9),  # a face of 42 px
-        ("fps_29.97.mp4", 0.9),
-        ("audio_short_2s.mp4", 0.9),  # the sound ends after two of the three seconds looked at
+        pytest.param("fps_29.97.mp4", 0.9, marks=pytest.mark.slow),
+        pytest.param(
+            "audio_short_2s.mp4", 0.9, marks=pytest.mark.slow
+        ),  # the sound ends after two of the three seconds looked at
         ("sync_grid_audio_late_200ms.mp4", 0.9),
     ],
 )
@@ -549,6 +553,7 @@ def test_neither_a_printed_face_nor_a_signing_person_speaks(sound: str, look: Lo
         assert _share_kept(film, _talking(film, vad)) == 0
 
 
+@pytest.mark.slow
 def test_a_real_mouth_beside_another_one_that_moves(look: Look) -> None:
     """Film of 3 s is often not enough to say whose the voice is; then it is nobody's, never the wrong one's."""
     names = ["grid_bbaf2n.mpg", "grid_brbk7n.mpg", "grid_lwbsza.mpg", "latentsync_demo1.mp4", "latentsync_demo2.mp4"]

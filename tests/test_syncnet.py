@@ -256,16 +256,14 @@ def test_unrelated_embeddings_give_low_confidence() -> None:
         read_offset(distances(lips[:0], sound))
 
 
-def test_pictures_and_sound_that_tell_the_same_story() -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("late", [-4, 3])
+def test_pictures_and_sound_that_tell_the_same_story(late: int) -> None:
     """The whole way from pictures and samples to the offset."""
-    network, told = brightness_reader(), story(6, 80)
-    pictures = [np.full((224, 224, 3), round(10 * value), np.uint8) for value in told[10:60]]
-    found = syncnet_offset(network, pictures, hiss(told[10:60]))
-    assert found.offset == 0
-    lips = lip_embeddings(network, pictures)
-    for late in (-7, 4):
-        sound = sound_embeddings(network, hiss(told[10 - late : 60 - late]))
-        assert read_offset(distances(lips, sound)).offset == -late
+    told = story(6, 60)
+    pictures = [np.full((224, 224, 3), round(10 * value), np.uint8) for value in told[10:46]]
+    found = syncnet_offset(brightness_reader(), pictures, hiss(told[10 - late : 46 - late]))
+    assert found.offset == -late
 
 
 # ---- files

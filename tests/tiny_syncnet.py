@@ -13,7 +13,7 @@ from tccp.models.syncnet import SyncNet
 
 def brightness_reader() -> SyncNet:
     """All channels but the first are silent. A lip window's vector is its mean brightness / 10, a sound window's the
-    mean of its c0 (as pooling leaves it), followed by zeros."""
+    mean of its c0 (as pooling leaves it), less 15, followed by zeros: so silence beyond the ends looks average."""
     network = SyncNet()
     state = {name: torch.zeros_like(tensor) for name, tensor in network.state_dict().items()}
     for name, tensor in state.items():
@@ -25,6 +25,8 @@ def brightness_reader() -> SyncNet:
     state["netcnnlip.18.weight"][0, 0] = 1 / (6 * 6)
     state["netcnnaud.18.weight"].zero_()
     state["netcnnaud.18.weight"][0, 0, 0] = 1 / 4  # the row of c0
+    for branch in ("netfcaud", "netfclip"):
+        state[f"{branch}.3.bias"][0] = -15
     network.load_state_dict(state)
     return network.eval()
 

@@ -20,6 +20,7 @@ from tccp.media.source import Span
 from tccp.media.upright import DisplayTurn
 
 _LONGEST_MESSAGE = 1 << 17
+_SEND_S = 30.0  # an end that works reads long before the other has filled the socket
 Message = dict[str, Any]
 
 
@@ -35,9 +36,10 @@ class Channel:
 
     def send(self, message: Message, descriptor: int | None = None) -> None:
         rights = [] if descriptor is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [descriptor]))]
+        self._end.settimeout(_SEND_S)
         try:
             self._end.sendmsg([json.dumps(message).encode("ascii")], rights)
-        except (BrokenPipeError, ConnectionResetError):
+        except (BrokenPipeError, ConnectionResetError, TimeoutError):
             raise Closed from None
 
     def receive(self, timeout_s: float | None = None) -> Message:

@@ -212,7 +212,7 @@ def _unsafe(path: Path, what: str, limit: float, name: str) -> MediaError:
 
 
 def _error(reason: str | None, problem: str) -> Message:
-    return {"error": reason, "problem": " ".join(problem.split())[:_LONGEST_TEXT]}
+    return {"error": reason, "problem": problem[:_LONGEST_TEXT]}
 
 
 def _status_bytes(name: str) -> int:

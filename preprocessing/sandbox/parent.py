@@ -148,8 +148,8 @@ class Decoder:
         command = {"do": "frames", "start": start_frame, "count": count, "offsets": offsets}
         shape = info.height, info.width, 3
         missing = count if offsets is None else len(offsets)
-        patience_s = 0.0 if info.seeks else start_frame / FPS  # without an index, it is decoded from its beginning
-        for data in self._delivered(info.path, command, math.prod(shape), patience_s):
+        # Without a keyframe near the first of them, the film is decoded from its beginning.
+        for data in self._delivered(info.path, command, math.prod(shape), extra_s=start_frame / FPS):
             if missing == 0 or len(data) != math.prod(shape):
                 raise self._nonsense(info.path)
             missing -= 1
@@ -169,7 +169,7 @@ class Decoder:
                     slot, num_bytes = int(answer["slot"]), int(answer["bytes"])
                 except (ValueError, TypeError, LookupError):
                     raise self._nonsense(film) from None
-                if not (0 <= slot < self._slots(slot_bytes) and 0 <= num_bytes <= slot_bytes):
+                if not (0 <= slot < self._slots(slot_bytes) and 0 < num_bytes <= slot_bytes):
                     raise self._nonsense(film)
                 data = self._memory[slot * slot_bytes :][:num_bytes].copy()
                 self._tell({"id": current, "free": slot})
@@ -186,6 +186,7 @@ class Decoder:
         if foreign or (film != self._film and self._films >= self._recycle):
             self.close()
         while True:
+            fresh = self._process is None
             if self._process is None:
                 self._process = Process(self.limits, self._threads)
             if film != self._film:
@@ -203,6 +204,8 @@ class Decoder:
                 self._process.channel.send(message, descriptor)
                 return _Patience(self.limits, extra_s)
             except Closed:
+                if fresh:
+                    raise self._crashed(film, self._process.cause_of_death()) from None
                 self.close()
             finally:
                 if descriptor is not None:
@@ -235,7 +238,7 @@ class Decoder:
             if "file_bytes" in answer:
                 patience.extend(answer["file_bytes"])
             elif "error" in answer:
-                raise self._error(film, answer["error"], str(answer.get("problem")))
+                raise self._error(film, answer["error"], " ".join(str(answer.get("problem")).split()))
             else:
                 patience.answered()
                 return answer

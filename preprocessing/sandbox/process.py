@@ -24,7 +24,10 @@ _ENVIRONMENT = ("LANG", "LC_", "LD_", "PATH", "PYTHON", "TZ")
 
 
 class Process:
-    """A child at work. It ends with `end`, with this object, with this process or thread of execution: always."""
+    """A child at work. It ends with `end`, with this object and with this process, also if that is killed.
+
+    Raises RuntimeError if it cannot be started.
+    """
 
     def __init__(self, limits: Limits, threads: int | None):
         self.owner = os.getpid()

@@ -1,0 +1,171 @@
+"""Does any damaged film do worse than cost itself? `python benchmarks/mutated_media.py --out FILE.json` says.
+
+Films of eight containers, and the shared clips where they are, are damaged by seed and decoded whole through
+preprocessing.sandbox: probed, heard, every picture looked at. After each one an intact film must come out as ever.
+Stop it and start it again at any point: what is done is kept in the work file. Ends with status 1 if anything was left
+behind, hung, or spoilt what came after it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+
+from preprocessing.sandbox import Decoder
+from tccp.config import TccpError
+from tccp.media import MediaError, read_frames
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+from mutations import mutated, write_films  # noqa: E402 - a helper that tests and this file share
+
+_SLOWEST = 5
+Result = dict[str, Any]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--count", type=int, default=300, help="mutated files")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True, help="the summary, JSON")
+    parser.add_argument("--work", type=Path, default=Path("out/mutated_media.jsonl"), help="what is done, JSON lines")
+    parser.add_argument(
+        "--clips", type=Path, default=Path(os.environ.get("TCCP_SHARED") or ROOT.parent / "shared") / "clips"
+    )
+    given = parser.parse_args()
+    given.work.parent.mkdir(parents=True, exist_ok=True)
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=given.work.parent) as folder:
+        (Path(folder) / "temporary").mkdir()
+        tempfile.tempdir = str(Path(folder) / "temporary")
+        films = _films(Path(folder), given.clips)
+        settings = _settings(given.seed, films)
+        left = _decode_all(films, Path(folder), settings, given.count, given.work)
+    results = [result for result in _results(given.work, settings) if result["number"] < given.count]
+    summary = summarised(results, settings, left)
+    given.out.write_text(json.dumps(summary, indent=2) + "\n")
+    print(json.dumps({key: summary[key] for key in ("files", "outcomes", "seconds", "left_behind")}))
+    behind = [count for name, count in left.items() if name != "files"]
+    return int(any(behind) or summary["spoilt"] > 0 or "too_slow" in summary["outcomes"])
+
+
+def _films(folder: Path, clips: Path) -> list[Path]:
+    """The films that are damaged; the first is also the one that must come out as ever."""
+    found = sorted(clips.glob("*.m*")) if clips.is_dir() else []
+    return write_films(folder) + [
+        clip for clip in found if clip.suffix != ".md" and not clip.name.startswith("corrupt")
+    ]
+
+
+def _settings(seed: int, films: Sequence[Path]) -> Result:
+    """Results of other settings are not taken over."""
+    return {
+        "seed": seed,
+        "films": len(films),
+        "av": av.__version__,
+        "avcodec": ".".join(map(str, av.library_versions["libavcodec"])),
+    }
+
+
+def _results(work: Path, settings: Result) -> list[Result]:
+    """What the work file holds of these settings; a line that was cut off does not count."""
+    lines = work.read_text().splitlines() if work.is_file() else []
+    found = []
+    for line in lines:
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return found[1:] if found and found[0] == settings else []
+
+
+def _decode_all(films: Sequence[Path], folder: Path, settings: Result, count: int, work: Path) -> dict[str, int]:
+    """Appends a result for each number that has none; returns how many files that were and what they left behind."""
+    done = {result["number"] for result in _results(work, settings) if result["number"] < count}
+    if not _results(work, settings):
+        work.write_text(json.dumps(settings) + "\n")
+    intact = np.stack(list(read_frames(films[0])))
+    processes, descriptors = _processes(), len(os.listdir("/proc/self/fd"))
+    with Decoder() as decoder, work.open("a") as file:
+        file.write("\n")  # after a line that was cut off
+        for number in range(count):
+            if number not in done:
+                result = _decode(number, films, folder, settings["seed"], decoder)
+                result["spoilt"] = not np.array_equal(np.stack(list(decoder.frames(films[0]))), intact)
+                file.write(json.dumps(result) + "\n")
+                file.flush()
+    return {
+        "files": count - len(done),
+        "processes": len(_processes() - processes),
+        "descriptors": len(os.listdir("/proc/self/fd")) - descriptors,
+        "temporary_files": len(os.listdir(tempfile.gettempdir())),
+    }
+
+
+def _decode(number: int, films: Sequence[Path], folder: Path, seed: int, decoder: Decoder) -> Result:
+    """Every second file is one of our own small films, for their headers take most of the damage."""
+    ours, theirs = films[:8], films[8:] or films[:8]
+    source = (theirs if number % 2 else ours)[number // 2 % len(theirs if number % 2 else ours)]
+    mutation, data = mutated(source.read_bytes(), seed * 1_000_000 + number)
+    path = folder / f"mutated{source.suffix}"
+    path.write_bytes(data)
+    began = time.monotonic()
+    frames, outcome, message = 0, "decoded", None
+    try:
+        info = decoder.probe(path)
+        if info.has_audio:
+            decoder.sound(path).close()
+        if info.has_video:
+            for _ in decoder.frames(path):
+                frames += 1
+    except MediaError as error:
+        outcome, message = error.reason, error.problem
+    except TccpError as error:
+        outcome, message = "bad_audio", str(error)
+    seconds = round(time.monotonic() - began, 2)
+    result = {"number": number, "film": source.name, "mutation": mutation, "outcome": outcome, "frames": frames}
+    return result | {"seconds": seconds, "message": message}
+
+
+def _processes() -> set[str]:
+    """Children of this process, those that wait to be buried among them."""
+    return {pid for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()}
+
+
+def summarised(results: Sequence[Result], settings: Result, left: dict[str, int]) -> Result:
+    """Counts, the slowest files, and every one that crashed or hung its child."""
+    worst = sorted(results, key=lambda result: -result["seconds"])
+    bad = [result for result in results if result["outcome"] in ("decoder_crashed", "too_slow", "too_much_memory")]
+    return {
+        **settings,
+        "files": len(results),
+        "outcomes": dict(sorted(Counter(result["outcome"] for result in results).items())),
+        "by_mutation": {name: dict(sorted(counts.items())) for name, counts in sorted(_by(results, "mutation"))},
+        "frames": sum(result["frames"] for result in results),
+        "seconds": round(sum(result["seconds"] for result in results), 1),
+        "slowest": worst[:_SLOWEST],
+        "crashed_or_hung": bad,
+        "spoilt": sum(result["spoilt"] for result in results),
+        "left_behind": left,
+    }
+
+
+def _by(results: Sequence[Result], key: str) -> Iterator[tuple[str, Counter[str]]]:
+    for value in {result[key] for result in results}:
+        yield value, Counter(result["outcome"] for result in results if result[key] == value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
