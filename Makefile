@@ -10,14 +10,14 @@ VENV    := .venv
 BIN     := $(VENV)/bin
 READY   := $(VENV)/.ready
 PARTIAL := $(VENV)/.incomplete
-SOURCES := $(wildcard tccp preprocessing ray_jobs)
+SOURCES := tccp preprocessing ray_jobs
 
 # Two test processes on two cores: one thread each, so that they neither fight for cores nor change the order of sums.
 ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENCV_FOR_THREADS_NUM=1
 PYTEST     := $(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check clean setup toy-weights ablation-weights
+.PHONY: help demo test soak check clean setup toy-weights ablation-weights
 MAKEFLAGS += --no-print-directory
 
 help:  ## this list
@@ -28,6 +28,10 @@ demo: $(READY)  ## generate a talking head into a scene: out/demo.mp4, .png, .js
 
 test: $(READY)  ## the whole test suite, on two cores; PYTEST_ARGS=... goes to pytest
 	@$(PYTEST) --durations 15 $(PYTEST_ARGS)
+
+soak: $(READY)  ## the long proofs, an hour or so; goes on where it was stopped: docs/soak/*.json
+	@$(ONE_THREAD) $(BIN)/python benchmarks/kills.py --trials 10 --out docs/soak/kills.json
+	@$(ONE_THREAD) $(BIN)/python benchmarks/mutated_media.py --count 300 --out docs/soak/mutated_media.json
 
 check: $(READY)  ## lint, format, types, layers and the fast tests
 	@$(BIN)/ruff check .

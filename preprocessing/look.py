@@ -41,9 +41,8 @@ def look(
             assert detector is not None
             return _with_faces(reel, plan, path, decoder, detector, on_frame)
     except MediaError as error:
-        return replace(
-            reel, span=reel.span.set_aside(error.reason, f"{shown(reel.span.path)}: {error.problem}"), sound=None
-        )
+        text = f"{shown(reel.span.path)}: {error.problem}"
+        return replace(reel, span=reel.span.set_aside(error.reason, text), sound=None)
 
 
 def _with_faces(
