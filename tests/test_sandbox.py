@@ -446,7 +446,7 @@ time.sleep(600)
 
 @pytest.mark.parametrize("started_by", ["main", "thread"])
 def test_the_child_ends_with_its_parent(started_by: str, long_film: Path, tmp_path: Path) -> None:
-    """Killed in the middle of a film, also where the child is stopped at the time and cannot read."""
+    """Killed in the middle of a film. The end of the thread that started the child is not the end of the parent."""
     command = [sys.executable, "-c", ORPHAN, str(long_film), started_by]
     root = Path(__file__).resolve().parent.parent
     with subprocess.Popen(
@@ -578,6 +578,28 @@ def test_mutated_films(films: dict[str, Path], tmp_path: Path) -> None:
     assert {"decoded", "corrupt"} <= set(outcomes)
     assert not {"too_slow", "decoder_crashed"} & set(outcomes)
     assert (children(), len(os.listdir("/proc/self/fd"))) == before
+
+
+@pytest.mark.slow
+def test_the_soak_goes_on_where_it_was(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parent.parent
+    work, out = tmp_path / "work.jsonl", tmp_path / "folder" / "out.json"
+    command = [sys.executable, str(root / "benchmarks" / "mutated_media.py"), "--work", str(work), "--out", str(out)]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    for count in (6, 10):
+        given = [*command, "--count", str(count), "--clips", str(tmp_path / "none")]
+        subprocess.run(given, cwd=tmp_path, env=environment, capture_output=True, check=True)
+        summary = json.loads(out.read_text())
+        assert summary["files"] == count and sum(summary["outcomes"].values()) == count
+        assert summary["left_behind"] == {
+            "files": {6: 6, 10: 5}[count],
+            "processes": 0,
+            "descriptors": 0,
+            "temporary_files": 0,
+        }
+        lines = work.read_text().splitlines()
+        work.write_text("\n".join([*lines[:-1], lines[-1][:40]]))  # stopped in the middle of a line
+    assert {path.name for path in tmp_path.iterdir()} == {"work.jsonl", "folder"}
 
 
 @pytest.mark.cluster

@@ -168,8 +168,8 @@ def test_a_fade_through_black_ends_a_shot(two_scenes: tuple[list[Picture], list[
 def test_a_frame_is_judged_by_its_context_alone(scenes: Scenes) -> None:
     """A reel with its context has the cuts that the film has there, wherever it begins."""
     a, b = scenes[1], scenes[3]
-    dissolve = [mixed(a[20 + i], b[i], (i + 1) / 11) for i in range(10)]
-    film = [*a[:20], *dissolve, *b[10:16], *scenes[4][:2], *scenes[5][:3], *scenes[2][:12], lit(a[0], 0.8), *a[:14]]
+    dissolve = [mixed(a[16 + i], b[i], (i + 1) / 11) for i in range(10)]
+    film = [*a[:16], *dissolve, *b[10:16], *scenes[4][:2], *scenes[5][:3], *scenes[2][:12], lit(a[0], 0.8), *a[:14]]
     whole = cuts_of(film)
     assert len(whole) >= 5
     for start in range(0, len(film) - 12, 3):

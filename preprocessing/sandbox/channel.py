@@ -20,7 +20,7 @@ from tccp.media.source import Span
 from tccp.media.upright import DisplayTurn
 
 _LONGEST_MESSAGE = 1 << 17
-_SEND_S = 30.0  # an end that works reads long before the other has filled the socket
+_SEND_S = 2.0  # the other end reads long before the socket is full, or it will never read
 Message = dict[str, Any]
 
 
@@ -35,11 +35,12 @@ class Channel:
         self._end = end
 
     def send(self, message: Message, descriptor: int | None = None) -> None:
+        """Raises Closed, and TimeoutError if the other end does not read."""
         rights = [] if descriptor is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [descriptor]))]
         self._end.settimeout(_SEND_S)
         try:
             self._end.sendmsg([json.dumps(message).encode("ascii")], rights)
-        except (BrokenPipeError, ConnectionResetError, TimeoutError):
+        except (BrokenPipeError, ConnectionResetError):
             raise Closed from None
 
     def receive(self, timeout_s: float | None = None) -> Message:

@@ -13,10 +13,9 @@ class Limits:
     """Generous for real footage: 8K pictures, half a day, a terabyte. Raises TccpError for what is not positive.
 
     max_pixels: of one picture. max_duration_s: from the common start to the end of pictures and sound.
-    max_sample_rate_hz: of the sound as stored. memory_bytes: what the child may take to decode, beyond what it has when it is idle.
-    stall_s: the longest wait for the first answer and for each that follows. Answers for which a file is read as a
-      whole may take longer by its size at 10 MB/s, and the first picture of a stretch by the time
-      at which it would be shown, for the film may have to be decoded up to there.
+    max_sample_rate_hz: of the sound as stored. memory_bytes: what decoding may take, beyond what an idle child has.
+    stall_s: the longest wait for an answer. The first may take longer: by the size of the file at 10 MB/s, for it is
+      read as a whole, and by the time at which the first picture is due, for the film may be decoded up to there.
     """
 
     max_pixels: int = 8192 * 4320

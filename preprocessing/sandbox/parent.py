@@ -172,13 +172,14 @@ class Decoder:
                 if not (0 <= slot < self._slots(slot_bytes) and 0 < num_bytes <= slot_bytes):
                     raise self._nonsense(film)
                 data = self._memory[slot * slot_bytes :][:num_bytes].copy()
-                self._tell({"id": current, "free": slot})
+                self._tell(film, {"free": slot})
                 yield data
                 if self._id != current:
                     raise RuntimeError(f"{film}: this decoder has gone on to something else; use another one")
         finally:
             if self._id == current:
-                self._tell({"id": current, "stop": True})
+                with contextlib.suppress(MediaError):
+                    self._tell(film, {"stop": True})
 
     def _begin(self, film: Path, command: Message, slot_bytes: int = 0, extra_s: float = 0.0) -> _Patience:
         """Gives the child something to do. A child that died while it was idle is replaced without a word."""
@@ -207,6 +208,8 @@ class Decoder:
                 if fresh:
                     raise self._crashed(film, self._process.cause_of_death()) from None
                 self.close()
+            except TimeoutError:
+                raise self._nonsense(film) from None
             finally:
                 if descriptor is not None:
                     os.close(descriptor)
@@ -214,11 +217,15 @@ class Decoder:
     def _slots(self, slot_bytes: int) -> int:
         return min(_SLOTS, max(2, _MOST_MEMORY // max(slot_bytes, 1)))
 
-    def _tell(self, message: Message) -> None:
+    def _tell(self, film: Path, message: Message) -> None:
         """If the child is dead, that shows when its next answer is waited for."""
         assert self._process is not None
-        with contextlib.suppress(Closed):
-            self._process.channel.send(message)
+        try:
+            self._process.channel.send({"id": self._id, **message})
+        except Closed:
+            pass
+        except TimeoutError:
+            raise self._nonsense(film) from None
 
     def _next(self, film: Path, patience: _Patience) -> Message:
         """The child's next answer to the command that it is at."""

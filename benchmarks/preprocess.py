@@ -1,0 +1,225 @@
+"""Speed and memory of `tccp preprocess`: one process against Ray with one and two workers, a long film against a short.
+
+`python benchmarks/preprocess.py` prints JSON. The command is run as users run it, each time in processes of its own and
+into an empty folder; what is compared was measured in the same run. Footage is RoundTable's. Needs the weights of the
+detector: --weights, or TCCP_WEIGHTS. At the default lengths most of the time goes into the long film.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tccp import media
+from tccp.config import FPS, git_commit
+from tccp.roundtable.reel import plan_shots, write_reel
+
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "plain": (),
+    "ray_1_worker": ("--workers", "1", "--ray"),
+    "ray_2_workers": ("--workers", "2"),
+}
+"""What is added to `tccp preprocess SOURCE OUT` for each way to run it."""
+_WIDTH, _HEIGHT = 640, 480
+_SHOT_S = 5.0
+_SAMPLE_S = 0.1
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Most memory at one moment of all processes of a command together, MiB.
+
+    shared_once: pages that several processes share count once (PSS); resident: in each of them (RSS).
+    """
+
+    shared_once: float
+    resident: float
+
+
+class TreeMemory:
+    """Samples the memory of a process and its descendants until it ends, those whose parents have ended included."""
+
+    def __init__(self, root: int) -> None:
+        self._root = root
+        self._known = {root: _started(root)}
+        self._shared_once = self._resident = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample)
+
+    def __enter__(self) -> TreeMemory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    @property
+    def peak(self) -> Peak:
+        return Peak(round(self._shared_once / 1024, 1), round(self._resident / 1024, 1))
+
+    def _sample(self) -> None:
+        while not self._stop.wait(_SAMPLE_S):
+            parents = {pid: parent for pid in _processes() if (parent := _parent(pid)) is not None}
+            self._known = {pid: at for pid, at in self._known.items() if at is not None and _started(pid) == at}
+            grown = True
+            while grown:
+                new = [pid for pid, parent in parents.items() if parent in self._known and pid not in self._known]
+                self._known |= {pid: _started(pid) for pid in new}
+                grown = bool(new)
+            sizes = [_memory_kib(pid) for pid in self._known]
+            self._shared_once = max(self._shared_once, sum(shared for shared, _ in sizes))
+            self._resident = max(self._resident, sum(resident for _, resident in sizes))
+
+
+def _processes() -> list[int]:
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+
+def _stat(pid: int) -> list[str]:
+    """Fields of /proc/PID/stat after the name, which may hold anything; empty for a process that is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def _parent(pid: int) -> int | None:
+    stat = _stat(pid)
+    return int(stat[1]) if stat else None
+
+
+def _started(pid: int) -> str | None:
+    """Tells a process from a later one with its number."""
+    stat = _stat(pid)
+    return stat[19] if stat else None
+
+
+def _memory_kib(pid: int) -> tuple[int, int]:
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:  # gone, or about to go
+        return 0, 0
+    sizes = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines[1:])}
+    return sizes["Pss"], sizes["Rss"]
+
+
+def run(source: Path, out: Path, flags: Iterable[str], weights: Path | None) -> dict[str, Any]:
+    """`tccp preprocess` of a film or folder: seconds on the clock, peak memory, clip-seconds per second, steps."""
+    command = [sys.executable, "-m", "tccp.cli", "preprocess", str(source), str(out), *flags]
+    if weights is not None:
+        command += ["--weights", str(weights)]
+    with tempfile.TemporaryFile("w+") as errors:
+        started = time.monotonic()
+        process = subprocess.Popen(
+            command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=errors
+        )
+        with TreeMemory(process.pid) as memory:
+            code = process.wait()
+        took = time.monotonic() - started
+        if code:
+            errors.seek(0)
+            raise SystemExit(errors.read())
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    frames = sum(item["frames"] for item in report["sources"])
+    in_clips = sum(item["frames_in_clips"] for item in report["sources"])
+    return {
+        "seconds": round(took, 2),
+        "film_seconds": frames / FPS,
+        "clip_seconds": in_clips / FPS,
+        "clip_seconds_per_s": round(in_clips / FPS / took, 3),
+        "peak_mib": memory.peak.shared_once,
+        "peak_rss_mib": memory.peak.resident,
+        "steps": [
+            {
+                "name": step["name"],
+                "seconds": round(step["seconds"], 2),
+                "items": step["items"],
+                "ms_per_frame": round(1000 * step["seconds"] / max(step["frames"], 1), 3),
+            }
+            for step in report["steps"]
+        ],
+    }
+
+
+def lengthened(film: Path, times: int, path: Path) -> Path:
+    """The film so many times over: a longer one that asks nothing else of who reads it."""
+    info = media.probe(film)
+    with media.open_audio(film) as track:
+        sound = np.tile(media.fit_samples(track.samples, info.num_frames), times)
+    with media.VideoWriter(path, _WIDTH, _HEIGHT, audio_from=sound) as longer:
+        for _ in range(times):
+            for picture in media.read_frames(film):
+                longer.write(picture)
+    return path
+
+
+def measure_workers(folder: Path, films: int, film_s: float, weights: Path | None) -> dict[str, Any]:
+    source = folder / "films"
+    source.mkdir()
+    for number in range(films):
+        write_reel(source / f"{number}.mp4", plan_shots(number, film_s, _SHOT_S, people=2), _WIDTH, _HEIGHT)
+    runs = {name: run(source, folder / name, flags, weights) for name, flags in COMMANDS.items()}
+    plain = runs["plain"]
+    ratios = {
+        name: {
+            "speed": round(plain["seconds"] / other["seconds"], 3),
+            "memory": round(other["peak_mib"] / plain["peak_mib"], 3),
+        }
+        for name, other in runs.items()
+    }
+    return {"films": films, "film_s": film_s, "runs": runs, "over_plain": ratios}
+
+
+def measure_lengths(folder: Path, short_s: float, times: int, weights: Path | None) -> dict[str, Any]:
+    """One film against the same film over and over, in one process. The steady cost leaves out what starting takes."""
+    short = folder / "short.mp4"
+    write_reel(short, plan_shots(99, short_s, _SHOT_S, people=3), _WIDTH, _HEIGHT)
+    long = lengthened(short, times, folder / "long.mp4")
+    runs = {film.stem: run(film, folder / film.stem, COMMANDS["plain"], weights) for film in (short, long)}
+    per_second = {name: each["seconds"] / each["film_seconds"] for name, each in runs.items()}
+    busy = {name: sum(s["seconds"] for s in each["steps"]) / each["film_seconds"] for name, each in runs.items()}
+    return {
+        "times": times,
+        "runs": runs,
+        "peak_ratio": round(runs["long"]["peak_mib"] / runs["short"]["peak_mib"], 4),
+        "time_per_film_second_ratio": round(per_second["long"] / per_second["short"], 4),
+        "time_in_steps_per_film_second_ratio": round(busy["long"] / busy["short"], 4),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--films", type=int, default=6, help="for workers to share")
+    parser.add_argument("--film-s", type=float, default=20.0, help="seconds of each of them")
+    parser.add_argument("--short-s", type=float, default=60.0, help="seconds of the short film")
+    parser.add_argument("--times", type=int, default=10, help="by which the long film is longer; 0 leaves lengths out")
+    parser.add_argument("--weights", type=Path, help="folder of the detector's weights (default: TCCP_WEIGHTS)")
+    parser.add_argument("--out", type=Path, help="file to write the JSON to as well")
+    given = parser.parse_args(arguments)
+    found: dict[str, Any] = {"commit": git_commit(), "cpus": os.cpu_count(), "size": f"{_WIDTH}x{_HEIGHT}"}
+    with tempfile.TemporaryDirectory() as folder:
+        if given.films:
+            found["workers"] = measure_workers(Path(folder), given.films, given.film_s, given.weights)
+        if given.times:
+            found["lengths"] = measure_lengths(Path(folder), given.short_s, given.times, given.weights)
+    text = json.dumps(found, indent=2)
+    if given.out is not None:
+        given.out.write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
