@@ -34,7 +34,7 @@ from preprocessing.remote import content_hash, version_of
 from preprocessing.report import ClipFigures, ReportBuilder, RunReport, SourceReport, StepTime
 from preprocessing.sources import find_sources
 from preprocessing.steps import ClipRows, CutClips, FindReels, Look, OnFrame, Work, result_record
-from tccp.clip import INDEX, ClipTable
+from tccp.clip import ClipTable
 from tccp.config import FPS, Settings, TccpError
 from tccp.data import windows
 from tccp.files import Folder, is_url
@@ -42,6 +42,10 @@ from tccp.media import MediaError
 from tccp.progress import progress
 
 REPORT, PAGE = "report.json", "report.html"
+
+
+class NoClipError(TccpError):
+    """None of the sources gave a clip."""
 
 
 def preprocess(
@@ -208,11 +212,12 @@ def _run(listing: pa.Table, folder: Folder, plan: Plan, workers: int | None, on_
     report = table.report(
         plan.record(), started, time.monotonic() - clock, workers or (os.cpu_count() if on_ray else 1) or 1
     )
-    folder.write(REPORT, report.to_json(pictures=False).encode())
-    with folder.writing(PAGE) as path:
-        write_page(report, path)
+    if clips or listing.num_rows > 1:  # of one film, the error below says it all
+        folder.write(REPORT, report.to_json(pictures=False).encode())
+        with folder.writing(PAGE) as path:
+            write_page(report, path)
     if not clips:
-        raise TccpError(_no_clip(report.sources))
+        raise NoClipError(_no_clip(report.sources))
     parts.remove_stale(folder, plan, table.used)
     return report
 
@@ -306,12 +311,13 @@ def _no_clip(sources: Sequence[SourceReport]) -> str:
 
 @contextmanager
 def _no_empty_folder(folder: Folder) -> Iterator[None]:
-    """After an error, a folder that was made and came to nothing goes again."""
+    """After an error, a folder that was made and came to nothing goes again; one with work in it stays, to go on."""
     existed = folder.exists()
     try:
         yield
-    except BaseException:
-        if not existed and not folder.exists(INDEX) and not folder.exists(REPORT) and not folder.subfolders("clips"):
+    except BaseException as error:
+        idle = isinstance(error, NoClipError) or not folder.subfolders("clips")
+        if idle and not existed and not folder.exists(REPORT):
             folder.remove("")
         raise
 

@@ -64,8 +64,8 @@ SCHEMA = pa.schema(
         ("face_px", pa.float32()),  # brow to chin, source pixels
         ("brightness", pa.float32()),  # mean luma of the head box, 0..1
         ("yaw_deg", pa.float32()),  # median over the clip
-        ("sync_confidence", pa.float32()),  # of av_offset_ms
-        ("av_offset_ms", pa.float32()),  # by which the source's sound comes late; null: not measured
+        ("sync_confidence", pa.float32()),  # how far to trust av_offset_ms
+        ("av_offset_ms", pa.float32()),  # best guess by how much the source's sound comes late; null: none
         ("av_corrected", pa.bool_()),  # whether `audio` was moved back by it
         ("speaking_score", pa.float32()),  # share of the clip in which voice and mouth go together, 0..1
         ("occlusion", pa.float32()),  # 0 free .. 1 something before the mouth, the clip's worst

@@ -19,7 +19,7 @@ from tccp.roundtable import write_clips
 _KINDS: list[tuple[str, str | None, dict[str, str], str, int]] = [
     # ending, video codec, its options, audio codec, its rate
     ("mkv", "libx264", {"bf": "2", "g": "10"}, "flac", SAMPLE_RATE_HZ),
-    ("webm", "libvpx", {"deadline": "realtime", "cpu-used": "8"}, "libopus", 48000),
+    ("webm", "libvpx", {"deadline": "good", "cpu-used": "4"}, "libopus", 48000),
     ("avi", "mpeg4", {"bf": "0", "g": "10"}, "libmp3lame", SAMPLE_RATE_HZ),
     ("mpg", "mpeg2video", {"bf": "2", "g": "10"}, "mp2", 48000),
     ("mov", "mjpeg", {}, "pcm_s16le", SAMPLE_RATE_HZ),
@@ -53,7 +53,8 @@ def write_films(folder: Path, seconds: float = 0.8) -> list[Path]:
     paths = [film]
     for ending, video_codec, options, audio_codec, rate_hz in _KINDS:
         path = folder / f"film.{ending}"
-        with av.open(str(path), "w") as container:
+        # Without the flag, Matroska would have identifiers drawn at random.
+        with av.open(str(path), "w", options={"fflags": "+bitexact"}) as container:
             video = None if video_codec is None else container.add_stream(video_codec, FPS, options=options)
             audio = container.add_stream(audio_codec, rate_hz, layout="mono")
             if isinstance(video, VideoStream):
