@@ -139,9 +139,13 @@ def version_of(path: str) -> tuple[str, int]:
     try:
         status = Path(path).stat()
     except OSError as error:
-        raise MediaError(path, "missing", f"cannot be found ({error.strerror}); check the path") from None
+        raise MediaError(path, "missing", f"{_absence(error)}; check the path") from None
     seen = [os.path.abspath(path), status.st_size, status.st_mtime_ns]
     return hashlib.blake2b(repr(seen).encode(), digest_size=16).hexdigest(), status.st_size
+
+
+def _absence(error: OSError) -> str:
+    return "there is no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
 
 
 def content_hash(path: Path) -> str:
