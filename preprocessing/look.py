@@ -18,10 +18,8 @@ from tccp.config import TccpError
 from tccp.faces import Face, FaceBackend
 from tccp.media import MediaError
 from tccp.roundtable import identity_path, read_truth
-from tccp.shots import CutFinder
+from tccp.shots import CONTEXT_FRAMES, CutFinder
 
-CUT_CONTEXT_FRAMES = 8
-"""Frames before and after a reel that the cut finder sees too: it answers late, and compares with what came before."""
 CHIP_EVERY = 5
 _CHIP_QUALITY = 90
 # Where nobody has been seen for a while, one frame in three is looked at until somebody is: looking closer at every
@@ -53,8 +51,8 @@ def _with_faces(
     faces: list[Face] = []
     chips: dict[int, bytes] = {}
     last_seen = reel.start_frame
-    first = max(reel.start_frame - CUT_CONTEXT_FRAMES, reel.usable[0])
-    stop = min(reel.stop_frame + CUT_CONTEXT_FRAMES, reel.usable[1])
+    first = max(reel.start_frame - CONTEXT_FRAMES, reel.usable[0])
+    stop = min(reel.stop_frame + CONTEXT_FRAMES, reel.usable[1])
     for frame, picture in enumerate(decoder.frames(path, first, stop - first), start=first):
         cuts += [first + cut for cut in cutter.add(picture)]
         if not reel.start_frame <= frame < reel.stop_frame:
@@ -67,6 +65,7 @@ def _with_faces(
                 frames.append(frame)
                 faces.append(face)
         on_frame()
+    cuts += [first + cut for cut in cutter.finish()]
     without = np.full((68, 2), np.nan, np.float32)
     found = Faces(
         frame=np.array(frames, np.int32),

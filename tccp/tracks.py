@@ -18,12 +18,11 @@ from tccp import faces, headbox
 from tccp.config import FPS, TccpError
 from tccp.media import MediaError, MediaInfo, probe, read_frames
 from tccp.roundtable import read_truth
-from tccp.shots import CutFinder
+from tccp.shots import CONTEXT_FRAMES, CutFinder
 
 Point = tuple[float, float]
 OnFrame = Callable[[], object]
 _MASK_LEVEL = 127
-_LATE = 4  # frames by which a cut may be found late
 _LARGEST = 4.0  # side of a head box over the longer side of the picture: beyond it, something else was meant
 
 
@@ -97,10 +96,11 @@ def find_cuts(scene: MediaInfo, num_frames: int | None = None, on_frame: OnFrame
     needed = scene.num_frames if num_frames is None else num_frames
     finder = CutFinder()
     cuts: set[int] = set()
-    for i, frame in enumerate(read_frames(scene.path, num_frames=min(needed + _LATE, scene.num_frames))):
+    for i, frame in enumerate(read_frames(scene.path, num_frames=min(needed + CONTEXT_FRAMES, scene.num_frames))):
         cuts.update(finder.add(frame))
         if i < needed:
             on_frame()
+    cuts.update(finder.finish())
     return frozenset(cuts)
 
 
@@ -186,12 +186,12 @@ def track_from_detector(
     finder = CutFinder()
     found: list[list[faces.Face]] = []
     cuts: set[int] = set()
-    for i, frame in enumerate(read_frames(scene.path, num_frames=min(needed + _LATE, scene.num_frames))):
+    for i, frame in enumerate(read_frames(scene.path, num_frames=min(needed + CONTEXT_FRAMES, scene.num_frames))):
         cuts.update(finder.add(frame))
         if i < needed:
             found.append(backend.detect(frame))
             on_frame()
-    cuts = {cut for cut in cuts if cut < needed}
+    cuts = {cut for cut in cuts | set(finder.finish()) if cut < needed}
     boxes = np.full((len(found), 4), np.nan, np.float32)
     edges = [0, *sorted(cuts), len(found)]
     for start, stop in itertools.pairwise(edges):
