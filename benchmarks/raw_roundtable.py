@@ -18,7 +18,8 @@ from typing import Any
 import cv2
 import numpy as np
 
-from preprocessing.pipeline import preprocess
+from preprocessing.plan import make_plan
+from preprocessing.run import preprocess
 from tccp import media
 from tccp.clip import Clip, ClipTable
 from tccp.config import TccpError, git_commit, toy
@@ -139,7 +140,7 @@ def measure_clips(clips: Sequence[Clip], truth: ReelTruth) -> dict[str, Any]:
 def run(film: Path, out: Path, weights: Path | None) -> tuple[list[Clip], dict[str, int]]:
     """The clips that preprocessing makes of a film, and its frames in no clip by reason."""
     try:
-        preprocess([film], out, toy(), "mediapipe", weights=weights)
+        preprocess([film], out, make_plan(toy().picture_px, "mediapipe", weights))
     except TccpError:  # no clip at all: the report says why
         if not (out / "report.json").is_file():
             raise

@@ -13,11 +13,10 @@ from typing import Any
 import cv2
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from jaxtyping import Float32, UInt8
 
 from tccp import audio, headbox, landmarks
-from tccp.clip import INDEX, SCHEMA, Clip, ClipTable, Quality, decode_still
+from tccp.clip import SCHEMA, Clip, ClipTable, Quality, decode_still
 from tccp.config import FPS, HeadBoxSettings, Settings, TccpError, toy
 from tccp.data import clip_sound, view
 from tccp.files import atomic_path
@@ -43,7 +42,8 @@ def statistics(table: ClipTable) -> dict[str, Any]:
     quality: of every number that a clip has, in the clip table's units: how often it is known, lowest, median, highest.
     Reads single values only, from the table's index; a table without one is read clip by clip.
     """
-    columns = _values(table)
+    names = [field.name for field in SCHEMA if not pa.types.is_list(field.type) and not pa.types.is_binary(field.type)]
+    columns = table.values(names)
     seconds = np.asarray(columns["num_frames"], np.float64) / FPS
     numbers = {"length_s": seconds}
     for item in fields(Quality):
@@ -62,21 +62,6 @@ def statistics(table: ClipTable) -> dict[str, Any]:
         "av_corrected": sum(map(bool, columns["av_corrected"])),
         "quality": {name: _spread(values) for name, values in numbers.items()},
     }
-
-
-def _values(table: ClipTable) -> dict[str, list]:
-    names = [field.name for field in SCHEMA if not pa.types.is_list(field.type) and not pa.types.is_binary(field.type)]
-    if table.folder.exists(INDEX):
-        with table.folder.open(INDEX) as file:
-            index = pq.read_table(file)
-        if index.column("clip_id").to_pylist() == table.ids:
-            return {name: index.column(name).to_pylist() for name in names}
-    columns: dict[str, list] = {name: [] for name in names}
-    for clip_id in table.ids:
-        row = table.rows([clip_id])
-        for name in names:
-            columns[name].append(row.column(name)[0].as_py() if name in row.column_names else None)
-    return columns
 
 
 def _spread(values: Float32[np.ndarray, " n"] | np.ndarray) -> dict[str, float | int | None]:

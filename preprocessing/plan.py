@@ -22,9 +22,9 @@ from tccp.config import TccpError
 Backend = Literal["mediapipe", "fan", "truth"]
 Speakers = Literal["active", "main"]
 
-LOOK_VERSION = 1
+LOOK_VERSION = 2
 """Raised when pass 1 finds other faces, cuts or chips in the same film."""
-SELECT_VERSION = 1
+SELECT_VERSION = 2
 """Raised when the same faces and sound give other clips."""
 RENDER_VERSION = 1
 """Raised when the same clips give other rows."""

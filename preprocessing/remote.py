@@ -83,7 +83,7 @@ def reaching(url: str) -> Iterator[None]:
         raise TccpError(f"{shown(url)}: a package is missing for such addresses: {_first_line(error, url)}") from None
     except FileNotFoundError:
         raise TccpError(f"{shown(url)}: there is nothing; check the address") from None
-    except Exception as error:
+    except Exception as error:  # every filesystem raises its own library's errors
         text = f"cannot be reached: {_first_line(error, url)}; check address, network and credentials"
         raise TccpError(f"{shown(url)} {text}") from None
 
@@ -195,7 +195,7 @@ def _object(url: str) -> tuple[Any, str, str, int | None]:
         info = fs.info(place)
     except TccpError:
         raise
-    except Exception as error:
+    except Exception as error:  # as in `reaching`
         raise _media_error(url, error) from None
     if info["type"] == "directory":
         raise MediaError(shown(url), "not_a_file", "is a folder, not a file")
@@ -219,7 +219,7 @@ def _download(fs: Any, place: str, url: str, part: Path, size: int | None) -> No
         time.sleep(_PAUSE_S * attempt)
         try:
             fs.get_file(place, str(part))
-        except Exception as error:
+        except Exception as error:  # as in `reaching`
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
                 raise
             failure = _media_error(url, error)

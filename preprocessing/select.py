@@ -188,6 +188,8 @@ class _Choice:
         self.tracks = self._without_switches(find_tracks(reel))
         self.persons = persons.group(self.tracks, networks.embedder)
         self._bounds = plan.bounds
+        self._occluded = [quality.occlusion(track) for track in self.tracks]
+        self._speaking: dict[int, float] = {}  # best score of a track's stretches
 
     def _without_switches(self, tracks: Sequence[Track]) -> list[Track]:
         parts: list[Track] = []
@@ -201,11 +203,10 @@ class _Choice:
             self.outcome.reject(track.start_frame, track.stop_frame, "not_speaking")
         wanted = self._wanted()
         boxes = [head_boxes(track.landmarks, track.confidence) if _has_points(track) else None for track in self.tracks]
-        occluded = [quality.occlusion(track) for track in self.tracks]
         kept = self._kept_stretches()
         offsets = {number: self._offset(number, kept) for number in {stretch.track for stretch in kept}}
         seen: dict[int, list[Place]] = {}
-        for track, box, cover in zip(self.tracks, boxes, occluded, strict=True):
+        for track, box, cover in zip(self.tracks, boxes, self._occluded, strict=True):
             if box is not None:
                 free = _is_free(cover, self._bounds.max_occlusion)
                 seen.setdefault(self.persons[track.number], []).extend(places_seen(track, box, free))
@@ -219,8 +220,8 @@ class _Choice:
             if box is None:
                 self.outcome.reject(start, stop, "no_face")
                 continue
-            for first, end in self._good(track, occluded[number], start, stop):
-                run = self._run(track, box, occluded[number], first, end, offsets[number])
+            for first, end in self._good(track, self._occluded[number], start, stop):
+                run = self._run(track, box, self._occluded[number], first, end, offsets[number])
                 run = replace(run, speaking_score=stretch.score if self.plan.speakers == "active" else None)
                 shift = sync.correction_frames(offsets[number]) * SAMPLES_PER_FRAME
                 places = seen.get(self.persons[number], [])
@@ -250,6 +251,7 @@ class _Choice:
         kept = []
         heard = articulation(reel.sound, first, count)
         for stretch in talking(self.tracks, voice, first, self._asd_scores(), choose, heard):
+            self._speaking[stretch.track] = max(stretch.score, self._speaking.get(stretch.track, 0.0))
             if stretch.reason is None:
                 kept.append(stretch)
             else:
@@ -343,7 +345,28 @@ class _Choice:
             count = min(len(tracks), SAMPLES)
             for track in (tracks[(2 * i + 1) * len(tracks) // (2 * count)] for i in range(count)):
                 reason = None if kept else self.outcome.main_reason(track)
-                self.outcome.samples.append(_sample_of(self.reel.span, track, kept, reason))
+                self.outcome.samples.append(self._sample_of(track, kept, reason))
+
+    def _sample_of(self, track: Track, kept: bool, reason: str | None) -> TrackSample:
+        frames = sorted(track.chips)
+        figures: dict[str, float] = {}
+        if _has_points(track):
+            figures["face_px"] = quality.face_px(track.landmarks)
+            figures["yaw_deg"] = quality.median_yaw_deg(track.landmarks)
+            figures["jitter"] = quality.jitter(track)
+            figures["occlusion"] = float(self._occluded[track.number].max(initial=0.0))
+        if track.number in self._speaking:
+            figures["speaking"] = self._speaking[track.number]
+        return TrackSample(
+            source=self.reel.span.source,
+            track=track.number,
+            start_s=track.start_frame / FPS,
+            stop_s=track.stop_frame / FPS,
+            kept=kept,
+            reason=reason,
+            jpeg=track.chips[frames[len(frames) // 2]] if frames else b"",
+            figures={name: round(value, 3) for name, value in figures.items()},
+        )
 
 
 def _is_free(cover: Float32[np.ndarray, " f"], bound: float | None) -> Bool[np.ndarray, " f"]:
@@ -352,20 +375,6 @@ def _is_free(cover: Float32[np.ndarray, " f"], bound: float | None) -> Bool[np.n
 
 def _has_points(track: Track) -> bool:
     return bool(np.isfinite(track.landmarks).all())
-
-
-def _sample_of(span: Span, track: Track, kept: bool, reason: str | None) -> TrackSample:
-    frames = sorted(track.chips)
-    return TrackSample(
-        source=span.source,
-        track=track.number,
-        start_s=track.start_frame / FPS,
-        stop_s=track.stop_frame / FPS,
-        kept=kept,
-        reason=reason,
-        jpeg=track.chips[frames[len(frames) // 2]] if frames else b"",
-        figures={"face_px": round(quality.face_px(track.landmarks), 1)} if _has_points(track) else {},
-    )
 
 
 def _load_sface(path: Path) -> persons.FaceEmbedder:

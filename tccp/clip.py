@@ -402,6 +402,23 @@ class ClipTable:
             rows.append(self._opened(part).read_row_group(row))
         return pa.concat_tables(rows)
 
+    def values(self, names: Sequence[str]) -> dict[str, list]:
+        """Columns of single values, in the table's order: from its index, or without one clip by clip.
+
+        A column that a table of an older schema lacks is None throughout.
+        """
+        if self.folder.exists(INDEX):
+            with self.folder.open(INDEX) as file:
+                index = pq.read_table(file, columns=["clip_id", *(name for name in names if name != "clip_id")])
+            if index.column("clip_id").to_pylist() == self.ids:
+                return {name: index.column(name).to_pylist() for name in names}
+        columns: dict[str, list] = {name: [] for name in names}
+        for clip_id in self.ids:
+            row = self.rows([clip_id])
+            for name in names:
+                columns[name].append(row.column(name)[0].as_py() if name in row.column_names else None)
+        return columns
+
     def close(self) -> None:
         for file in self._files.values():
             file.close(force=True)

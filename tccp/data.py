@@ -274,7 +274,8 @@ def windows(
 
     Columns, n windows of f = `window` frames, s = picture_px: face, landmark_pictures, masked_scene uint8 (n f s s 3);
     landmarks float32 (n f 68 2); mel float32 (n f 80 16); identity uint8 (n s s 3); clip_hash int64, start_frame and
-    draw int32 (n), draw -1 standing for None. A pure function: Ray Data calls it unchanged through
+    draw int32 (n), draw -1 standing for None; and lips uint8 (n f l l 3), l = lips.size_px, if the rows have a column
+    `lips`. A pure function: Ray Data calls it unchanged through
     `map_batches(windows, fn_kwargs=..., batch_format="pyarrow")`, and shapes are fixed even where n is 0.
     """
     size = settings.picture_px
@@ -290,13 +291,23 @@ def windows(
         "start_frame": ((), np.int32),
         "draw": ((), np.int32),
     }
+    lips_px = settings.lips.size_px
+    if "lips" in batch.column_names:
+        layout["lips"] = ((window, lips_px, lips_px, 3), np.uint8)
     columns: dict[str, list] = {name: [] for name in layout}
     for row in range(batch.num_rows):
         clip = clip_from_row(batch, row)
         starts = window_starts(clip.num_frames, window, stride)
         for draw in draws if starts else ():
             whole = view(clip, settings, draw, seed)
+            lips = None
+            if "lips" in layout:
+                stored = np.frombuffer(batch.column("lips")[row].as_py(), np.uint8)
+                lips = stored.reshape(clip.num_frames, lips_px, lips_px, 3)
+                lips = lips[..., ::-1, :] if mirrored(settings, draw) else lips
             for start in starts:
+                if lips is not None:
+                    columns["lips"].append(lips[start : start + window])
                 for name in ("face", "landmark_pictures", "masked_scene", "landmarks", "mel"):
                     columns[name].append(getattr(whole, name)[start : start + window])
                 columns["identity"].append(whole.identity)

@@ -16,7 +16,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from preprocessing.pipeline import preprocess
+from preprocessing.plan import make_plan
+from preprocessing.run import preprocess
 from tccp import headbox, landmarks
 from tccp.clip import INDEX, atomic_path
 from tccp.config import FPS, Settings, TccpError, git_commit, load_settings, settings_to_json
@@ -119,7 +120,7 @@ def _train(root: Path, device: str, started: float, seconds: dict[str, float]) -
     seconds["footage"] = _lap(started, seconds)
     clips = root / f"clips-{DRAWN}"
     if not (clips / INDEX).exists():
-        preprocess([films], clips, settings, backend="truth")
+        preprocess([films], clips, make_plan(settings.picture_px, "truth"))
     seconds["preprocess"] = _lap(started, seconds)
     trainer = Trainer(clips, root / "weights", settings, root, resume=True, device=device)
     trainer.train_missing(jobs=min(2, os.cpu_count() or 1) if device == "cpu" else 1)

@@ -49,7 +49,7 @@ def examine(storage: Path) -> list[dict[str, Any]]:
 
     add("device", True, torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores")
     for weight in WEIGHTS.values():
-        path = available(weight)
+        path = available(weight) or available(weight, storage / "weights")
         absent = f"absent (needed for {weight.purpose}): tccp weights fetch {weight.name}"
         add(f"{weight.name} weights", path is not None, absent if path is None else str(path), required=False)
     add("storage", *_writable(storage))

@@ -13,7 +13,8 @@ import pytest
 
 from preprocessing import inspecting
 from preprocessing.inspecting import PANEL_PX, find_clip, preview, sheet, statistics, statistics_text
-from preprocessing.pipeline import preprocess
+from preprocessing.plan import make_plan
+from preprocessing.run import preprocess
 from tccp import audio, headbox, media, roundtable
 from tccp.clip import Clip, ClipTable, Quality, write_table
 from tccp.config import FPS, TccpError, toy
@@ -25,7 +26,7 @@ BOX_ORANGE, CURSOR_WHITE = np.array([255, 190, 40]), np.array([255, 255, 255])
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("inspect")
     roundtable.write_clips(folder / "films", 2, 1.6, seed=5)
-    preprocess([folder / "films"], folder / "table", toy(), backend="truth")
+    preprocess([folder / "films"], folder / "table", make_plan(toy().picture_px, "truth"))
     return folder / "table"
 
 

@@ -450,4 +450,4 @@ def test_lip_table(tmp_path):
         np.testing.assert_array_equal(lips.read(clip.clip_id, 5, 8), whole[5:13])
         with pytest.raises(TccpError, match="frames 20 to 28"):
             lips.read(clip.clip_id, 20, 8)
-    assert {path.suffix for path in lips.folder.iterdir()} == {".npy"}
+    assert {path.suffix for path in (tmp_path / "table" / sources.hash).iterdir()} == {".npy"}

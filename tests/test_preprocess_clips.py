@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from preprocessing.pipeline import preprocess
+from preprocessing.plan import make_plan
 from preprocessing.report import RunReport, SourceReport
+from preprocessing.run import preprocess
 from tccp.clip import Clip, ClipTable
 from tccp.config import SAMPLES_PER_FRAME, toy
 from tccp.media import VideoWriter, open_audio, read_frames
@@ -36,9 +37,8 @@ def run(shared_clips: Path, shared_weights: Path, tmp_path_factory: pytest.TempP
         for picture in pictures:
             film.write(picture)
     out = folder / "out"
-    report = preprocess(
-        [films, films / "audio_only.m4a"], out, toy(), "mediapipe", shared_weights / "face_landmarker.task"
-    )
+    plan = make_plan(toy().picture_px, "mediapipe", shared_weights / "face_landmarker.task")
+    report = preprocess([films, films / "audio_only.m4a"], out, plan)
     return report, out
 
 

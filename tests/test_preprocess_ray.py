@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,18 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from preprocessing.pipeline import clip_rows, list_sources, pools_for, preprocess
+from preprocessing.lips import LipWork, lip_work
+from preprocessing.listing import list_sources
+from preprocessing.pipeline import clip_rows, pools_for
 from preprocessing.plan import make_plan
+from preprocessing.run import preprocess
 from tccp import roundtable
 from tccp.clip import ClipTable
-from tccp.config import TccpError, toy
+from tccp.config import TccpError, load_settings, toy
 from tccp.data import shuffled, windows
+from tccp.models.autoencoder import PictureAutoencoder
+from tccp.training.latents import LatentCache
+from tccp.training.lips import lip_pictures, train_liplets
 
 ROOT = Path(__file__).resolve().parent.parent
 TOY = toy()
@@ -45,7 +52,7 @@ def footage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(footage: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The table as one process makes it in one go."""
     out = tmp_path_factory.mktemp("whole") / "out"
-    preprocess([footage], out, TOY, "truth", **SHORT)
+    preprocess([footage], out, make_plan(TOY.picture_px, "truth", **SHORT))
     return out
 
 
@@ -90,7 +97,7 @@ def test_a_killed_run_run_again_gives_the_table_of_one_that_was_not(
     assert not (out / "index.parquet").exists()
     left = parts_in(out)
     assert parts <= left < 7
-    report = preprocess([footage], out, TOY, "truth", **SHORT)
+    report = preprocess([footage], out, make_plan(TOY.picture_px, "truth", **SHORT))
     assert {step.name: step.items for step in report.steps}["render"] == 7 - left  # nothing twice
     assert rows_of(out) == rows_of(whole)
     assert (out / "index.parquet").read_bytes() == (whole / "index.parquet").read_bytes()
@@ -112,11 +119,11 @@ def ray_of_two() -> Iterator[Any]:
 @pytest.mark.slow
 def test_ray_gives_the_table_of_one_process(ray_of_two: Any, footage: Path, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    report = preprocess([footage], out, TOY, "truth", workers=2, **SHORT)
+    report = preprocess([footage], out, make_plan(TOY.picture_px, "truth", **SHORT), workers=2)
     assert rows_of(out) == rows_of(whole)
     assert (out / "index.parquet").read_bytes() == (whole / "index.parquet").read_bytes()
     assert report.reasons == {"not_media": 1} and len(report.sources) == 8
-    again = preprocess([footage], out, TOY, "truth", workers=2, **SHORT)
+    again = preprocess([footage], out, make_plan(TOY.picture_px, "truth", **SHORT), workers=2)
     assert "render" not in {step.name for step in again.steps}
 
 
@@ -141,6 +148,87 @@ def test_windows_straight_from_film_are_those_of_the_table_in_its_order(
             np.testing.assert_array_equal(one[name], other[name])
     plain = windows(pa.concat_tables(clip_rows(listing, plan)), TOY, 8, 7)
     np.testing.assert_array_equal(np.concatenate([batch["face"] for batch in streamed]), plain["face"])
+
+
+# Lip references
+
+
+SMALL_LIPS = load_settings("toy", ["lips.size_px=16", "lips.liplet_channels=8", "lips.liplet_steps=3"])
+
+
+@pytest.fixture(scope="module")
+def liplets(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> LipWork:
+    folder = tmp_path_factory.mktemp("liplets") / "lips"
+    with ClipTable(whole) as table:
+        return lip_work(SMALL_LIPS.lips, train_liplets(table, SMALL_LIPS, folder, seed=0))
+
+
+def lip_files(out: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(out)): path.read_bytes() for path in sorted((out / "lips").rglob("*.npy"))}
+
+
+def test_lips_lie_beside_the_clips_where_training_finds_them(footage: Path, liplets: LipWork, tmp_path: Path) -> None:
+    out, plan = tmp_path / "out", make_plan(TOY.picture_px, "truth", **SHORT)
+    report = preprocess([footage], out, plan, lips=liplets)
+    sources = liplets.open()
+    with ClipTable(out) as table:
+        assert lip_files(out).keys() == {f"lips/{liplets.hash}/{clip_id}.npy" for clip_id in table.ids}
+        cache = LatentCache(
+            tmp_path / "storage", table, SMALL_LIPS, PictureAutoencoder.from_settings(SMALL_LIPS.autoencoder), sources
+        )
+        assert cache.lips is not None and cache.lips.write(table) == 0, "drawn by preprocessing, not drawn again"
+        for clip in table:
+            expected = lip_pictures(clip, sources.for_clip(clip.clip_id, clip.source_hash))
+            np.testing.assert_array_equal(cache.lips.read(clip.clip_id), expected)
+    assert report.settings["lips"] == {"source": "liplet", "hash": liplets.hash}
+    assert {step.name: step.items for step in report.steps}["lips"] == report.clips
+
+    first = lip_files(out)
+    os.remove(out / next(iter(first)))
+    again = preprocess([footage], out, plan, lips=liplets)
+    assert lip_files(out) == first
+    assert {step.name: step.items for step in again.steps}["lips"] == 1, "only what is missing"
+    preprocess([footage / "roundtable_5_0000.mp4"], out, plan, lips=liplets)
+    with ClipTable(out) as table:
+        assert len(lip_files(out)) == len(table.ids) < len(first), "no lips of clips that are gone"
+
+
+def test_lip_weights_that_draw_nothing_are_refused(liplets: LipWork, tmp_path: Path) -> None:
+    with pytest.raises(TccpError, match=r"lips\.source=none: choose a source"):
+        lip_work(load_settings("toy", ["lips.source=none"]).lips, liplets.weights)
+    with pytest.raises(TccpError, match="no cross-fitted liplets"):
+        lip_work(SMALL_LIPS.lips, tmp_path)
+    with pytest.raises(TccpError, match="the run began with 0123: give every machine the same weights"):
+        replace(liplets, hash="0123").open()
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_lips_on_ray_and_in_a_stream_are_those_of_one_process(
+    ray_of_two: Any, footage: Path, whole: Path, liplets: LipWork, tmp_path: Path
+) -> None:
+    from preprocessing.pipeline import clip_dataset, in_order, table_dataset, window_dataset, with_lips
+
+    plan = make_plan(TOY.picture_px, "truth", **SHORT)
+    outs = [tmp_path / "ray", tmp_path / "here"]
+    for out, workers in zip(outs, (2, None), strict=True):
+        preprocess([footage], out, plan, workers=workers, lips=liplets)
+    assert lip_files(outs[0]) == lip_files(outs[1]) != {}
+
+    settings = SMALL_LIPS
+    with in_order():
+        stored, streamed = (
+            list(window_dataset(clips, settings, 8, 7, draws=(0, 1)).iter_batches(batch_size=4, batch_format="numpy"))
+            for clips in (
+                with_lips(table_dataset(outs[0]), liplets, outs[0]),
+                with_lips(clip_dataset(list_sources([footage]), plan, workers=1), liplets),
+            )
+        )
+    assert len(stored) == len(streamed) > 5
+    for one, other in zip(streamed, stored, strict=True):
+        assert one["lips"].shape[1:] == (8, 16, 16, 3)
+        for name in other:
+            np.testing.assert_array_equal(one[name], other[name])
 
 
 def test_a_shuffled_stream_is_the_same_from_film_and_table_and_another_in_every_epoch(
@@ -174,5 +262,5 @@ def test_pools_fit_two_cpus_and_grow_with_the_cluster() -> None:
 
 def test_workers_are_at_least_one(footage: Path, tmp_path: Path) -> None:
     with pytest.raises(TccpError, match="workers 0: give at least 1"):
-        preprocess([footage], tmp_path / "out", TOY, "truth", workers=0)
+        preprocess([footage], tmp_path / "out", make_plan(TOY.picture_px, "truth"), workers=0)
     assert not (tmp_path / "out").exists()

@@ -20,13 +20,15 @@ from hypothesis import strategies as st
 
 from preprocessing.cut import cut_clips
 from preprocessing.identity import Place
-from preprocessing.pipeline import clip_rows, list_sources, preprocess
+from preprocessing.listing import list_sources
+from preprocessing.pipeline import clip_rows
 from preprocessing.plan import Plan, make_plan
 from preprocessing.probe import probe_source, reel_edges
 from preprocessing.quality import QualityBounds
 from preprocessing.reels import Faces, FilmSound, Reel, reels_from_table, reels_to_table
 from preprocessing.report import RunReport
 from preprocessing.rows import render_clips
+from preprocessing.run import preprocess
 from preprocessing.sandbox import Decoder
 from preprocessing.select import Networks, select
 from preprocessing.spans import Span, spans_from_table, spans_to_table
@@ -292,7 +294,7 @@ def test_a_clip_bound_that_cannot_be_kept_is_refused() -> None:
 @pytest.fixture(scope="module")
 def run(footage: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunReport]:
     out = tmp_path_factory.mktemp("table")
-    return out, preprocess([footage], out, TOY, "truth")
+    return out, preprocess([footage], out, make_plan(TOY.picture_px, "truth"))
 
 
 @pytest.fixture(scope="module")
@@ -351,7 +353,7 @@ def test_the_same_footage_gives_the_same_table_wherever_it_lies(
     footage: Path, run: tuple[Path, RunReport], tmp_path: Path
 ) -> None:
     shutil.copytree(footage, tmp_path / "moved")
-    preprocess([tmp_path / "moved"], tmp_path / "b", TOY, "truth")
+    preprocess([tmp_path / "moved"], tmp_path / "b", make_plan(TOY.picture_px, "truth"))
     assert rows_of(run[0]) == rows_of(tmp_path / "b")
     assert (run[0] / "index.parquet").read_bytes() == (tmp_path / "b" / "index.parquet").read_bytes()
 
@@ -360,26 +362,26 @@ def test_what_is_done_is_not_done_again_and_what_changed_is(footage: Path, tmp_p
     films = tmp_path / "films"
     shutil.copytree(footage, films)
     out = tmp_path / "out"
-    first = preprocess([films], out, TOY, "truth")
+    first = preprocess([films], out, make_plan(TOY.picture_px, "truth"))
     parts = {path: path.stat().st_mtime_ns for path in out.glob("clips/*/*.parquet")}
-    again = preprocess([films], out, TOY, "truth")
+    again = preprocess([films], out, make_plan(TOY.picture_px, "truth"))
     assert "render" not in {step.name for step in again.steps} and again.sources == first.sources
     assert {path: path.stat().st_mtime_ns for path in out.glob("clips/*/*.parquet")} == parts
     roundtable.write_clips(films, 1, 2.0, seed=3)
-    more = preprocess([films], out, TOY, "truth")
+    more = preprocess([films], out, make_plan(TOY.picture_px, "truth"))
     assert more.clips == first.clips + 1
     assert {step.name: step.items for step in more.steps}["render"] == 1
     (films / "roundtable_2_0000.mp4").unlink()
-    fewer = preprocess([films], out, TOY, "truth")
+    fewer = preprocess([films], out, make_plan(TOY.picture_px, "truth"))
     assert fewer.clips == first.clips and len(list(out.glob("clips/*/*.parquet"))) == 2
-    shorter = preprocess([films], out, TOY, "truth", max_clip_s=2.0)
+    shorter = preprocess([films], out, make_plan(TOY.picture_px, "truth", max_clip_s=2.0))
     assert {clip["num_frames"] for clip in rows_of(out)} == {40, 50}
     assert {step.name: step.items for step in shorter.steps}["render"] == 2
     assert len(list(out.glob("clips/*"))) == 1  # the parts of other settings are gone
 
 
 def test_clip_ids_follow_what_is_in_the_clip(footage: Path, run: tuple[Path, RunReport], tmp_path: Path) -> None:
-    preprocess([footage], tmp_path / "b", TOY, "truth", max_clip_s=2.0)
+    preprocess([footage], tmp_path / "b", make_plan(TOY.picture_px, "truth", max_clip_s=2.0))
     before, after = ({row["clip_id"]: row for row in rows_of(out)} for out in (run[0], tmp_path / "b"))
     same = before.keys() & after.keys()
     assert len(after) == 5 and [before[key]["source"] for key in same] == ["roundtable_2_0000.mp4"]  # as long as before
@@ -389,11 +391,11 @@ def test_clip_ids_follow_what_is_in_the_clip(footage: Path, run: tuple[Path, Run
 
 def test_a_run_that_fails_leaves_the_table_that_was_there(footage: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    preprocess([footage / "roundtable_2_0000.mp4"], out, TOY, "truth")
+    preprocess([footage / "roundtable_2_0000.mp4"], out, make_plan(TOY.picture_px, "truth"))
     before = (out / "index.parquet").read_bytes()
     (tmp_path / "empty.mp4").touch()
     with pytest.raises(TccpError, match="empty"):
-        preprocess([tmp_path / "empty.mp4"], out, TOY, "truth")
+        preprocess([tmp_path / "empty.mp4"], out, make_plan(TOY.picture_px, "truth"))
     assert (out / "index.parquet").read_bytes() == before and len(rows_of(out)) == 1
 
 
@@ -447,7 +449,7 @@ def test_every_frame_is_counted_and_every_bad_file_has_a_reason(footage: Path, t
     again = bad / "again.mp4"
     shutil.copy(footage / "roundtable_1_0000.mp4", again)
     sources = [footage / "roundtable_1_0000.mp4", bad, bad / "sound.wav", bad / "absent.mp4"]
-    report = preprocess(sources, tmp_path / "out", TOY, "truth")
+    report = preprocess(sources, tmp_path / "out", make_plan(TOY.picture_px, "truth"))
     assert {s.source: s.reason for s in report.sources} == {
         "roundtable_1_0000.mp4": None,
         "again.mp4": "duplicate",
@@ -471,7 +473,7 @@ def test_no_clip_at_all_is_one_line_and_a_report_but_no_table(tmp_path: Path) ->
     (tmp_path / "empty.mp4").touch()
     (tmp_path / "text.mp4").write_text("no film")
     with pytest.raises(TccpError, match=r"empty\.mp4.*empty.*\(2 sources, none gave a clip\)") as caught:
-        preprocess([tmp_path], tmp_path / "out", TOY, "truth")
+        preprocess([tmp_path], tmp_path / "out", make_plan(TOY.picture_px, "truth"))
     assert "\n" not in str(caught.value)
     assert {path.name for path in (tmp_path / "out").glob("*")} == {"report.json", "report.html"}
 
@@ -484,7 +486,7 @@ def test_silence_is_valid_with_a_warning_and_sound_bounds_the_clips(tmp_path: Pa
             film.write(frame)
     shutil.copy(roundtable.truth_path(source), roundtable.truth_path(copy))
     shutil.copy(roundtable.identity_path(source), roundtable.identity_path(copy))
-    (report,) = preprocess([copy], tmp_path / "out", TOY, "truth").sources
+    (report,) = preprocess([copy], tmp_path / "out", make_plan(TOY.picture_px, "truth")).sources
     assert report.clips == 1 and report.frames_in_clips == 50
     assert len(report.warnings) == 1 and "silent" in report.warnings[0]
 
@@ -578,4 +580,4 @@ def test_a_film_without_a_face_gives_no_clip(shared_weights: Path, tmp_path: Pat
         for _ in range(20):
             writer.write(wall)
     with pytest.raises(TccpError, match=r"wall\.mp4: nobody's face"):
-        preprocess([film], tmp_path / "out", TOY, "mediapipe", shared_weights)
+        preprocess([film], tmp_path / "out", make_plan(TOY.picture_px, "mediapipe", shared_weights))

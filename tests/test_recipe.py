@@ -11,7 +11,8 @@ import pytest
 import torch
 from test_training import AS_TOY, small
 
-from preprocessing.pipeline import preprocess
+from preprocessing.plan import make_plan
+from preprocessing.run import preprocess
 from tccp.config import TccpError
 from tccp.pipeline import MANIFEST, Pipeline
 from tccp.roundtable import write_clips
@@ -30,7 +31,7 @@ SHORT = {
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("recipe")
     write_clips(folder / "films", 2, 0.8, seed=5, width=128, height=96)
-    preprocess([folder / "films"], folder / "clips", small(), backend="truth")
+    preprocess([folder / "films"], folder / "clips", make_plan(small().picture_px, "truth"))
     return folder / "clips"
 
 
@@ -77,7 +78,7 @@ def test_side_by_side_gives_the_same_weights(data, tmp_path, changes):
 def test_networks_are_shown_the_lips_of_their_pipeline(data, tmp_path):
     """Whatever footage they are trained on: generation will show them those."""
     write_clips(tmp_path / "films", 2, 0.8, seed=6, width=128, height=96)
-    preprocess([tmp_path / "films"], tmp_path / "clips", small(), backend="truth")
+    preprocess([tmp_path / "films"], tmp_path / "clips", make_plan(small().picture_px, "truth"))
     settings, weights = small(**SHORT, **{"lips.liplet_steps": 2}), tmp_path / "w"
     Trainer(data, weights, settings, tmp_path / "storage").train(["autoencoder", "lips"])
 

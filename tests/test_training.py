@@ -8,7 +8,8 @@ import torch
 from diffusers.training_utils import EMAModel
 from test_models import tiny
 
-from preprocessing.pipeline import preprocess
+from preprocessing.plan import make_plan
+from preprocessing.run import preprocess
 from tccp import headbox
 from tccp.clip import ClipTable
 from tccp.config import TccpError, override
@@ -50,7 +51,7 @@ def data(tmp_path_factory):
     """Four RoundTable films of one second, as a clip table."""
     folder = tmp_path_factory.mktemp("roundtable")
     write_clips(folder / "films", 4, 1.0, seed=3)
-    preprocess([folder / "films"], folder / "clips", small(), backend="truth")
+    preprocess([folder / "films"], folder / "clips", make_plan(small().picture_px, "truth"))
     return folder / "clips"
 
 

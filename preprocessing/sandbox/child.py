@@ -26,7 +26,7 @@ from preprocessing.sandbox.channel import Channel, Closed, Message, info_to_mess
 from preprocessing.sandbox.limits import Limits
 from tccp.config import SAMPLE_RATE_HZ, TccpError
 from tccp.media import MediaError, MediaInfo, pictures, probe, read_frames
-from tccp.media.sound import decode_sound, resampled
+from tccp.media.sound import sound_blocks
 from tccp.media.source import checked_file, opened
 
 _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
@@ -109,19 +109,13 @@ class _Server:
         return {"end": True}
 
     def _samples(self, info: MediaInfo, most: int) -> Generator[np.ndarray, None, None]:
-        """What tccp.media.open_audio writes to a file, in blocks of up to `most` samples."""
+        """The sound in blocks of up to `most` samples."""
         num_samples = 0
-        for block in resampled(decode_sound(info, mono=True), info.audio_sample_rate_hz):
-            if not np.isfinite(block).all():
-                raise MediaError(
-                    info.path, "not_finite", "its sound holds values that are not numbers; export it again"
-                )
+        for block in sound_blocks(info):
             num_samples += len(block)
             self._check_duration(info.path, num_samples / SAMPLE_RATE_HZ)
             for start in range(0, len(block), most):
                 yield block[start : start + most]
-        if num_samples == 0:
-            raise MediaError(info.path, "empty_audio", "its audio track is empty; give a file with sound in it")
 
     def _deliver(self, command: Message, items: Generator[np.ndarray, None, None]) -> None:
         """Puts each item into a slot that is free, as fast as the parent frees them."""
@@ -262,7 +256,7 @@ def main(descriptor: str, parent: str, signalled: str) -> None:
         given = channel.receive()
         limits = Limits(**given["limits"])
         if given["threads"] is not None:
-            pictures._MAX_THREADS = given["threads"]
+            pictures.MAX_THREADS = given["threads"]
         _give_up_rights(limits)
         with open(os.devnull, "r+b") as nowhere:  # what FFmpeg has to say is not for the user's terminal
             os.dup2(nowhere.fileno(), 2)

@@ -23,7 +23,7 @@ from tccp.media.source import MediaError, MediaInfo, Span, no_stream, opened, pi
 
 # swscale's fast path is darker than the truth by about one level in 255 and repeats chroma; this one is unbiased.
 _TO_RGB = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
-_MAX_THREADS = 4  # each decoding thread holds pictures of its own, so memory would follow the number of cores
+MAX_THREADS = 4  # each decoding thread holds pictures of its own, so memory would follow the number of cores
 # Where a keyframe is looked for, before the time wanted; none of them found, the film is decoded from its beginning.
 _SEEK_MARGINS_S = (Fraction(0), Fraction(2), Fraction(15))
 _NO_PRESENTATION_TIMES = {
@@ -110,7 +110,7 @@ def _timed(info: MediaInfo, span: Span, container: InputContainer, seek_to: Frac
     assert stream is not None
     assert stream.time_base is not None
     stream.thread_type = "AUTO"
-    stream.codec_context.thread_count = min(_MAX_THREADS, os.cpu_count() or 1)
+    stream.codec_context.thread_count = min(MAX_THREADS, os.cpu_count() or 1)
     if seek_to is not None:
         container.seek(int(seek_to / stream.time_base), stream=stream)
     by_dts = _NO_PRESENTATION_TIMES & set(container.format.name.split(","))

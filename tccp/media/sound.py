@@ -61,15 +61,9 @@ def open_audio(path: str | Path) -> AudioTrack:
     num_samples = 0
     try:
         with tempfile.TemporaryFile(prefix="tccp-sound-") as file:
-            for block in resampled(decode_sound(info, mono=True), info.audio_sample_rate_hz):
-                if not np.isfinite(block).all():
-                    raise MediaError(
-                        info.path, "not_finite", "its sound holds values that are not numbers; export it again"
-                    )
+            for block in sound_blocks(info):
                 file.write(block.tobytes())
                 num_samples += len(block)
-            if num_samples == 0:
-                raise MediaError(info.path, "empty_audio", "its audio track is empty; give a file with sound in it")
             file.flush()
             # The mapping keeps the nameless file alive after it is closed here.
             return AudioTrack(info.path, np.memmap(file, np.float32, "r", shape=(num_samples,)))
@@ -78,6 +72,18 @@ def open_audio(path: str | Path) -> AudioTrack:
         raise TccpError(
             f"{path}: its sound cannot be unpacked into {folder} ({error.strerror}); make room or set TMPDIR"
         ) from None
+
+
+def sound_blocks(info: MediaInfo) -> Iterator[Float32[np.ndarray, "n"]]:
+    """The sound that `open_audio` keeps, in a stream. Raises MediaError no_audio, empty_audio, corrupt, not_finite."""
+    empty = True
+    for block in resampled(decode_sound(info, mono=True), info.audio_sample_rate_hz):
+        if not np.isfinite(block).all():
+            raise MediaError(info.path, "not_finite", "its sound holds values that are not numbers; export it again")
+        empty = empty and not len(block)
+        yield block
+    if empty:
+        raise MediaError(info.path, "empty_audio", "its audio track is empty; give a file with sound in it")
 
 
 def decode_sound(info: MediaInfo, mono: bool) -> Iterator[Float32[np.ndarray, "channels n"]]:

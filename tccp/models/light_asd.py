@@ -8,7 +8,6 @@ their sum passes through a recurrence forward in time and one backward. 1,021,63
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,8 @@ from jaxtyping import Float, Float32, Int16, UInt8
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tccp.config import SAMPLES_PER_FRAME, TccpError
+from tccp.config import SAMPLES_PER_FRAME
+from tccp.models.checkpoint import load_published
 from tccp.models.mfcc import mfcc
 
 SIZE_PX = 112
@@ -188,28 +188,5 @@ class LightAsd(nn.Module):
 
 
 def load_light_asd(path: Path) -> LightAsd:
-    """The network with the weights of a published checkpoint (a state dict), in eval mode on the CPU.
-
-    Only tensors are unpickled. Raises TccpError if the file is missing, unreadable, or not of this layout.
-    """
-    advice = "give a checkpoint of Light-ASD, e.g. finetuning_TalkSet.model"
-    if not path.is_file():
-        raise TccpError(f"Light-ASD weights {path}: no such file; {advice}")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # on bytes that are no pickle the unpickler raises anything
-        raise TccpError(
-            f"Light-ASD weights {path}: no readable state dict ({type(error).__name__}); {advice}"
-        ) from None
-    if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise TccpError(f"Light-ASD weights {path}: holds no state dict; {advice}")
-    network = LightAsd()
-    wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    given = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    for name in sorted(wanted.keys() | given.keys()):
-        there = tuple(given[name].shape) if name in given else "not there"
-        if there != wanted.get(name):
-            text = f"{name} is {there}, the network's is {wanted.get(name, 'not there')}"
-            raise TccpError(f"Light-ASD weights {path}: of another layout: {text}; {advice}")
-    network.load_state_dict(given)
-    return network.eval()
+    """The network with published weights, as `load_published`."""
+    return load_published(path, LightAsd(), "Light-ASD", "give a checkpoint of it, e.g. finetuning_TalkSet.model")

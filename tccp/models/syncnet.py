@@ -7,7 +7,7 @@ together their 1024-vectors lie close. So the offset of a film is the one at whi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,7 +17,8 @@ import torch
 from jaxtyping import Float, Float32, Int16, UInt8
 from torch import Tensor, nn
 
-from tccp.config import SAMPLES_PER_FRAME, TccpError
+from tccp.config import SAMPLES_PER_FRAME
+from tccp.models.checkpoint import load_published
 from tccp.models.mfcc import mfcc
 
 SIZE_PX = 224
@@ -164,39 +165,5 @@ def read_offset(distances: Float32[np.ndarray, "w 31"]) -> SyncNetOffset:
 
 
 def load_syncnet(path: Path) -> SyncNet:
-    """The network with the published weights, in eval mode on the CPU. Only tensors are unpickled.
-
-    Raises TccpError if the file is missing, unreadable, or not of this layout.
-    """
-    if not path.is_file():
-        raise TccpError(f"SyncNet weights {path}: no such file; give the published syncnet_v2.model")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # on bytes that are no pickle the unpickler raises anything
-        raise TccpError(
-            f"SyncNet weights {path}: not a readable state dict ({type(error).__name__}); a pickle of other objects "
-            "than tensors is not accepted, give the published syncnet_v2.model"
-        ) from None
-    if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise TccpError(f"SyncNet weights {path}: holds no state dict; give the published syncnet_v2.model")
-    network = SyncNet()
-    # Files from before PyTorch 0.4.1 do not count batches; nothing that is read in eval mode depends on it.
-    counters = {name: tensor for name, tensor in network.state_dict().items() if name.endswith("num_batches_tracked")}
-    state = counters | dict(state)
-    _check_layout(path, state, network)
-    network.load_state_dict(state)
-    return network.eval()
-
-
-def _check_layout(path: Path, state: Mapping[str, Tensor], network: SyncNet) -> None:
-    wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    advice = "these are not the weights of SyncNet (another model's?); give the published syncnet_v2.model"
-    if missing := [name for name in wanted if name not in state]:
-        raise TccpError(f"SyncNet weights {path}: {len(missing)} tensors are missing, e.g. {missing[0]}; {advice}")
-    if unknown := [name for name in state if name not in wanted]:
-        raise TccpError(f"SyncNet weights {path}: {len(unknown)} unknown tensors, e.g. {unknown[0]}; {advice}")
-    for name, shape in wanted.items():
-        if tuple(state[name].shape) != shape:
-            raise TccpError(
-                f"SyncNet weights {path}: {name} has shape {tuple(state[name].shape)}, not {shape}; {advice}"
-            )
+    """The network with published weights, as `load_published`."""
+    return load_published(path, SyncNet(), "SyncNet", "give the published syncnet_v2.model")

@@ -7,15 +7,13 @@ sound and takes up the picture encoder's outputs level by level. 36,298,035 para
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tccp.config import TccpError
+from tccp.models.checkpoint import load_published
 
 SIZE_PX = 96
 """The one picture size the published weights were trained for."""
@@ -107,42 +105,6 @@ class Wav2Lip(nn.Module):
 
 
 def load_wav2lip(path: Path) -> Wav2Lip:
-    """The generator with the weights of a checkpoint, in eval mode on the CPU.
-
-    path: the published `.pth`, or `.safetensors`. A `.pth` holds a state dict, by itself or under `state_dict`; a
-    `module.` prefix, left by data-parallel training, is dropped. Only tensors are unpickled.
-    Raises TccpError if the file is missing, unreadable, or not of this layout.
-    """
-    if not path.is_file():
-        raise TccpError(f"Wav2Lip weights {path}: no such file; give the published wav2lip.pth, or set lips.source")
-    try:
-        if path.suffix == ".safetensors":
-            checkpoint = load_file(path)
-        else:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # on bytes that are no pickle the unpickler raises anything
-        raise TccpError(
-            f"Wav2Lip weights {path}: not a readable state dict ({type(error).__name__}); a TorchScript archive or a "
-            "pickle of other objects is not accepted, give a .pth that holds tensors only"
-        ) from None
-    state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, Mapping) else None
-    if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise TccpError(f"Wav2Lip weights {path}: holds no state dict; give the published wav2lip.pth")
-    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-
-    network = Wav2Lip()
-    _check_layout(path, {name: tuple(tensor.shape) for name, tensor in state.items()}, network)
-    network.load_state_dict(state)
-    return network.eval()
-
-
-def _check_layout(path: Path, given: dict[str, tuple[int, ...]], network: Wav2Lip) -> None:
-    wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    advice = "these are not the weights of the 96 px Wav2Lip generator (its discriminator or another model?)"
-    if missing := [name for name in wanted if name not in given]:
-        raise TccpError(f"Wav2Lip weights {path}: {len(missing)} tensors are missing, e.g. {missing[0]}; {advice}")
-    if unknown := [name for name in given if name not in wanted]:
-        raise TccpError(f"Wav2Lip weights {path}: {len(unknown)} unknown tensors, e.g. {unknown[0]}; {advice}")
-    for name, shape in wanted.items():
-        if given[name] != shape:
-            raise TccpError(f"Wav2Lip weights {path}: {name} has shape {given[name]}, not {shape}; {advice}")
+    """The 96 px generator with published weights, as `load_published`."""
+    advice = "give the published wav2lip.pth, or set lips.source"
+    return load_published(path, Wav2Lip(), "Wav2Lip", advice)

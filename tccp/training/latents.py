@@ -23,11 +23,12 @@ from tccp import headbox
 from tccp.clip import Clip, ClipTable, atomic_path
 from tccp.config import Settings
 from tccp.data import PlannedWindow, mirrored, rng_seed, view
+from tccp.files import Folder
 from tccp.models.autoencoder import PictureAutoencoder, to_model
 from tccp.models.conditions import Conditions
 from tccp.models.lips import weights_hash
 from tccp.progress import progress
-from tccp.training.lips import LipSources, LipTable
+from tccp.training.lips import LIPS, LipSources, LipTable
 from tccp.variants import VARIANTS, ConditionKind, PictureKind, Variant
 
 ENCODE_BATCH = 64
@@ -106,7 +107,8 @@ class LatentCache:
         self.table = table
         self.settings = settings
         self.autoencoder = autoencoder
-        self.lips = LipTable(root / "lips", lips) if lips else None
+        beside = Folder(table.folder.path(LIPS))
+        self.lips = LipTable(root / LIPS, lips, also=[beside]) if lips else None
         self.kinds = files_needed(names, settings)
         key = f"{weights_hash(autoencoder)} {settings.headbox.model_dump_json()} {settings.picture_px} {settings.seed}"
         self.folder = root / "latents" / hashlib.blake2b(key.encode(), digest_size=8).hexdigest()

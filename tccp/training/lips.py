@@ -8,6 +8,7 @@ new footage by fold 0's.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import shutil
 import tempfile
@@ -22,9 +23,12 @@ from jaxtyping import UInt8
 from tccp.clip import Clip, ClipTable, atomic_path, decode_still
 from tccp.config import LipSettings, Settings, TccpError
 from tccp.data import clip_sound, rng_seed
+from tccp.files import Folder
 from tccp.models.lips import LipletSource, LipSource, load_liplet, open_lip_source
 from tccp.training.liplet import collect_samples, train_liplet
 
+LIPS = "lips"
+"""Folder of the lip table, in a storage or beside the clips."""
 FOLDS = 2
 FOLDS_RECORD = "folds.json"
 _RECORD_VERSION = 1
@@ -171,14 +175,27 @@ def lip_pictures(clip: Clip, source: LipSource) -> UInt8[np.ndarray, "f s s 3"]:
 
 
 class LipTable:
-    """Lip pictures of clips, derived from a clip table and lip sources: `<root>/<hash>/<clip_id>.npy`, uint8."""
+    """Lip pictures of clips, derived from clips and lip sources: `<hash>/<clip_id>.npy` in a folder, uint8.
 
-    def __init__(self, root: Path, sources: LipSources) -> None:
-        self.folder = root / sources.hash
+    also: folders of the same layout in which pictures are looked for, too: what preprocessing drew beside the clips.
+    """
+
+    def __init__(self, folder: Folder | Path, sources: LipSources, also: Sequence[Folder] = ()) -> None:
+        self.folder = folder if isinstance(folder, Folder) else Folder(folder)
         self.sources = sources
+        self._folders = (self.folder, *also)
 
-    def path(self, clip_id: str) -> Path:
-        return self.folder / f"{clip_id}.npy"
+    def name(self, clip_id: str) -> str:
+        return f"{self.sources.hash}/{clip_id}.npy"
+
+    def __contains__(self, clip_id: str) -> bool:
+        return any(folder.exists(self.name(clip_id)) for folder in self._folders)
+
+    def draw(self, clip: Clip) -> None:
+        """Draws the lips of a clip, and replaces those that are there."""
+        pictures = lip_pictures(clip, self.sources.for_clip(clip.clip_id, clip.source_hash))
+        with self.folder.writing(self.name(clip.clip_id)) as path, path.open("wb") as file:
+            np.save(file, pictures, allow_pickle=False)
 
     def write(
         self,
@@ -193,20 +210,22 @@ class LipTable:
         drawn = 0
         chosen = table.ids if clip_ids is None else clip_ids
         for done, clip_id in enumerate(chosen, 1):
-            if not self.path(clip_id).exists():
-                source = self.sources.for_clip(clip_id, table.source_hash[clip_id])
-                pictures = lip_pictures(table[clip_id], source)
-                with atomic_path(self.path(clip_id)) as partial, partial.open("wb") as file:
-                    np.save(file, pictures, allow_pickle=False)
+            if clip_id not in self:
+                self.draw(table[clip_id])
                 drawn += 1
             if on_clip is not None:
                 on_clip(done, len(chosen))
         return drawn
 
     def read(self, clip_id: str, start_frame: int = 0, num_frames: int | None = None) -> UInt8[np.ndarray, "f s s 3"]:
-        """Lip pictures of these frames; only they are read. Raises TccpError if the clip has none."""
+        """Lip pictures of these frames; of a local file only they are read. Raises TccpError if the clip has none."""
+        name = self.name(clip_id)
+        folder = next((one for one in self._folders if one.exists(name)), self.folder)
         try:
-            pictures = np.load(self.path(clip_id), mmap_mode="r", allow_pickle=False)
+            if folder.local is not None:
+                pictures = np.load(folder.local / name, mmap_mode="r", allow_pickle=False)
+            else:
+                pictures = np.load(io.BytesIO(folder.read(name)), allow_pickle=False)
         except (OSError, ValueError) as error:
             raise TccpError(f"lips of clip {clip_id}: {error}; draw the lip table for this clip table first") from None
         end = len(pictures) if num_frames is None else start_frame + num_frames

@@ -1,0 +1,184 @@
+"""A run: sources to a clip table with its report, or an estimate of what that would take."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import pyarrow as pa
+
+from preprocessing import parts
+from preprocessing.estimate import Estimate, SampleResult, SourceSize, choose_sample, estimate
+from preprocessing.lips import LipWork
+from preprocessing.lips import remove_stale as remove_stale_lips
+from preprocessing.listing import list_sources
+from preprocessing.page import write_page
+from preprocessing.pipeline import draw_lips, in_this_process, on_ray_data, ray_running
+from preprocessing.plan import Plan
+from preprocessing.report import ReportBuilder, RunReport, SourceReport, StepTime
+from preprocessing.steps import Work, result_record
+from preprocessing.summary import Summary
+from tccp.config import FPS, TccpError
+from tccp.files import Folder, is_url
+from tccp.progress import progress
+
+REPORT, PAGE = "report.json", "report.html"
+
+
+class NoClipError(TccpError):
+    """None of the sources gave a clip."""
+
+
+def preprocess(
+    sources: Sequence[str | Path],
+    out: str | Path,
+    plan: Plan,
+    workers: int | None = None,
+    on_ray: bool = False,
+    lips: LipWork | None = None,
+) -> RunReport:
+    """Films, folders, patterns, manifests or URLs of them to a clip table in `out`, with report.json and report.html.
+
+    workers: processes that look at films: one, in this process, unless more are asked for; they need Ray. on_ray: use
+    Ray in any case, with as many as the cluster has CPUs for unless `workers` says. lips: also draw the lip references
+    of the clips, into `out/lips`.
+
+    What a run before this one has done, with the same plan and versions, is not done again; the table that is there
+    stays until the new one is whole. A source that cannot be used is set aside, with a reason, and counted; it stops
+    nothing. The same films and plan give the same table.
+    Raises TccpError if no source gives a clip (with the first reason), or if `out` cannot be written.
+    """
+    if workers is not None and workers < 1:
+        raise TccpError(f"workers {workers}: give at least 1")
+    listing = list_sources(sources)
+    folder = Folder(out if is_url(out) else Path(out).absolute())
+    with _no_empty_folder(folder):
+        on_ray = on_ray or (workers or 1) > 1
+        with ray_running(workers) if on_ray else nullcontext():
+            return _run(listing, folder, plan, workers, on_ray, lips)
+
+
+def dry_run(
+    sources: Sequence[str | Path],
+    plan: Plan,
+    workers: int = 1,
+    sample: int = 5,
+    price_per_cpu_hour: float | None = None,
+) -> Estimate:
+    """What `preprocess` of these sources would take and give, from running it on a sample of them. Nothing is kept.
+
+    Raises TccpError as `preprocess`, but not for films without clips.
+    """
+    listing = list_sources(sources)
+    rows = {row["source"]: (number, row) for number, row in enumerate(listing.to_pylist()) if row["reason"] is None}
+    films = [SourceSize(name, row["bytes"] or None) for name, (_, row) in rows.items()]
+    measured = []
+    chosen = choose_sample(films, sample)
+    with progress() as bar, tempfile.TemporaryDirectory(prefix="tccp-dry-run-") as folder:
+        task = bar.add_task("measuring films", total=len(chosen))
+        for film in chosen:
+            number, row = rows[film.source]
+            out = Path(folder) / str(number)
+            measured.append(_measured(film.source, row["bytes"], listing.slice(number, 1), Work(plan, str(out))))
+            shutil.rmtree(out, ignore_errors=True)
+            bar.advance(task)
+    return estimate(measured, films, workers, price_per_cpu_hour)
+
+
+def _measured(source: str, file_bytes: int, row: pa.Table, work: Work) -> SampleResult:
+    wall, before = time.monotonic(), os.times()
+    cpu_s: dict[str, float] = {}
+    frames = frames_in_clips = 0
+    for result in in_this_process(row, work):
+        for name, seconds in json.loads(result["times_s"]).items():
+            cpu_s[name] = cpu_s.get(name, 0.0) + seconds
+        record, _ = result_record(Folder(work.out or ""), result)
+        frames += record.frames if record.clips or result["part"] else 0
+        frames_in_clips += record.frames_in_clips
+    after = os.times()
+    children = after.children_user + after.children_system - before.children_user - before.children_system
+    stored = [path.stat().st_size for path in Path(work.out or "").rglob("*") if path.is_file()]
+    return SampleResult(
+        source,
+        file_bytes,
+        frames / FPS,
+        frames_in_clips / FPS,
+        sum(stored),
+        cpu_s | {"decode": children},
+        time.monotonic() - wall,
+    )
+
+
+def _run(
+    listing: pa.Table, folder: Folder, plan: Plan, workers: int | None, on_ray: bool, lips: LipWork | None
+) -> RunReport:
+    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    clock = time.monotonic()
+    work = Work(plan, str(folder))
+    builder, entries = ReportBuilder(), []
+    sizes = [max(size, 1) / 1e6 for size in listing.column("bytes").to_pylist()]
+    with progress() as bar:
+        task = bar.add_task("preprocessing, MB of film", total=round(sum(sizes), 3))
+        results = on_ray_data(listing, work, workers) if on_ray else in_this_process(listing, work)
+        for row in results:
+            entries.append(row)
+            for name, seconds in json.loads(row["times_s"]).items():
+                builder.add(StepTime(name, seconds, 1, row["frames"]))
+            bar.update(task, advance=sizes[row["order"]] * row["share"])
+        bar.update(task, completed=round(sum(sizes), 3))
+    entries.sort(key=lambda row: (row["order"], row["start_frame"]))
+    table = Summary(folder, listing.column("source").to_pylist(), entries, builder)
+    table.check()
+    clips = parts.write_index(folder, table.parts()) if table.any_clip() else 0
+    settings = plan.record()
+    if lips is not None and clips:
+        settings["lips"] = {"source": lips.settings.source, "hash": lips.hash}
+        _draw_lips(folder, lips, workers, on_ray, builder, table.clip_frames)
+    report = table.report(
+        settings, started, time.monotonic() - clock, workers or (os.cpu_count() if on_ray else 1) or 1
+    )
+    if clips or listing.num_rows > 1:  # of one film, the error below says it all
+        folder.write(REPORT, report.to_json(pictures=False).encode())
+        with folder.writing(PAGE) as path:
+            write_page(report, path)
+    if not clips:
+        raise NoClipError(_no_clip(report.sources))
+    parts.remove_stale(folder, plan, table.used)
+    return report
+
+
+def _draw_lips(
+    folder: Folder, lips: LipWork, workers: int | None, on_ray: bool, builder: ReportBuilder, frames: Mapping[str, int]
+) -> None:
+    with progress() as bar:
+        task = bar.add_task("drawing lip references", total=len(frames))
+        for row in draw_lips(str(folder), lips, workers, on_ray):
+            if row["drawn"]:
+                builder.add(StepTime("lips", row["seconds"], 1, frames[row["clip_id"]]))
+            bar.advance(task)
+    remove_stale_lips(str(folder), lips, set(frames))
+
+
+def _no_clip(sources: Sequence[SourceReport]) -> str:
+    rest = f" ({len(sources)} sources, none gave a clip)" if len(sources) > 1 else ""
+    return f"{sources[0].message}{rest}"
+
+
+@contextmanager
+def _no_empty_folder(folder: Folder) -> Iterator[None]:
+    """After an error, a folder that was made and came to nothing goes again; one with work in it stays, to go on."""
+    existed = folder.exists()
+    try:
+        yield
+    except BaseException as error:
+        idle = isinstance(error, NoClipError) or not folder.subfolders("clips")
+        if idle and not existed and not folder.exists(REPORT):
+            folder.remove("")
+        raise
