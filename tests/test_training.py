@@ -254,12 +254,13 @@ def test_overfit(cache, name):
     settings = small(
         **{
             "network.base_channels": 32,
+            "network.blocks_per_scale": 1,
             "network.condition_dim": 32,
             "network.time_embedding_dim": 64,
             "headbox.draws": 1,
-            "training.max_steps": 900 if single else 600,
-            "training.batch_size": 16 if single else 8,
-            "training.learning_rate": 3e-3,
+            "training.max_steps": 300,
+            "training.batch_size": 32 if single else 8,
+            "training.learning_rate": 4e-3,
             "training.warmup_steps": 20,
             "training.condition_dropout": 0.0,
             "training.initial_frame_noise": 0.0,
