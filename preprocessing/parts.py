@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from preprocessing.plan import Plan
+from preprocessing.plan import LOOK_VERSION, Plan
 from preprocessing.reels import LOOKED_SCHEMA, Reel, looked_to_table, with_looked
 from preprocessing.remote import version_of
 from preprocessing.report import TrackSample
@@ -125,7 +125,7 @@ def write_index(folder: Folder, parts: Iterable[tuple[str, pa.Table]]) -> int:
 
 def film_name(path: str, plan: Plan) -> str:
     """Raises MediaError if the film is not there."""
-    return f"work/films/{version_of(path)[0]}-{plan.reel_s:g}.json"
+    return f"work/films/{version_of(path)[0]}-{plan.reel_s:g}-{LOOK_VERSION}.json"
 
 
 def write_film(folder: Folder, name: str, reels: list[Reel]) -> None:

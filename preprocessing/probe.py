@@ -20,6 +20,7 @@ from tccp.media import MediaError
 SOUND_MARGIN_FRAMES = FPS
 """Sound kept before and after a reel: for mel windows, and for moving sound that comes early or late."""
 _LEAST_REEL_S = 10.0
+_WITHOUT_INDEX = 10
 
 
 def probe_source(source: Span, order: int, plan: Plan, decoder: Decoder) -> Iterator[Reel]:
@@ -59,11 +60,13 @@ def _reels(source: Span, order: int, plan: Plan, decoder: Decoder, path: Path) -
 def reel_edges(num_frames: int, reel_s: float, seeks: bool) -> list[tuple[int, int]]:
     """[first, stop) of each reel of a film: about equally long, none shorter than ten seconds but a film that is.
 
-    A film whose container has no index is one reel: to begin in its middle is to decode all that comes before.
+    seeks: whether decoding can begin anywhere. Where a container has no index, to begin in the middle is to decode all
+    that comes before: such a film has reels ten times as long, so that few of them pay for it, and memory still does
+    not follow its length.
     """
-    longest = max(round(max(reel_s, _LEAST_REEL_S) * FPS), 1)
-    count = -(-num_frames // longest) if seeks else 1
-    edges = [num_frames * part // max(count, 1) for part in range(max(count, 1) + 1)]
+    longest = max(round(max(reel_s, _LEAST_REEL_S) * FPS), 1) * (1 if seeks else _WITHOUT_INDEX)
+    count = max(-(-num_frames // longest), 1)
+    edges = [num_frames * part // count for part in range(count + 1)]
     return list(itertools.pairwise(edges))
 
 
