@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from preprocessing.lips import LipWork, lip_work
+from preprocessing.lips import AddLips, LipWork, lip_work
 from preprocessing.listing import list_sources
 from preprocessing.pipeline import clip_rows, pools_for
 from preprocessing.plan import make_plan
@@ -54,6 +54,20 @@ def whole(footage: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("whole") / "out"
     preprocess([footage], out, make_plan(TOY.picture_px, "truth", **SHORT))
     return out
+
+
+SMALL_LIPS = load_settings("toy", ["lips.size_px=16", "lips.liplet_channels=8", "lips.liplet_steps=3"])
+
+
+@pytest.fixture(scope="module")
+def liplets(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> LipWork:
+    folder = tmp_path_factory.mktemp("liplets") / "lips"
+    with ClipTable(whole) as table:
+        return lip_work(SMALL_LIPS.lips, train_liplets(table, SMALL_LIPS, folder, seed=0))
+
+
+def lip_files(out: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(out)): path.read_bytes() for path in sorted((out / "lips").rglob("*.npy"))}
 
 
 # Killed and run again
@@ -117,54 +131,48 @@ def ray_of_two() -> Iterator[Any]:
 
 @pytest.mark.cluster
 @pytest.mark.slow
-def test_ray_gives_the_table_of_one_process(ray_of_two: Any, footage: Path, whole: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    report = preprocess([footage], out, make_plan(TOY.picture_px, "truth", **SHORT), workers=2)
+def test_ray_gives_the_table_of_one_process_and_its_lips(
+    ray_of_two: Any, footage: Path, whole: Path, liplets: LipWork, tmp_path: Path
+) -> None:
+    out, plan = tmp_path / "out", make_plan(TOY.picture_px, "truth", **SHORT)
+    report = preprocess([footage], out, plan, workers=2, lips=liplets)
     assert rows_of(out) == rows_of(whole)
     assert (out / "index.parquet").read_bytes() == (whole / "index.parquet").read_bytes()
     assert report.reasons == {"not_media": 1} and len(report.sources) == 8
-    again = preprocess([footage], out, make_plan(TOY.picture_px, "truth", **SHORT), workers=2)
+    again = preprocess([footage], out, plan, workers=2)
     assert "render" not in {step.name for step in again.steps}
+    preprocess([footage], tmp_path / "here", plan, lips=liplets)
+    assert lip_files(out) == lip_files(tmp_path / "here") != {}
 
 
 @pytest.mark.cluster
 @pytest.mark.slow
 def test_windows_straight_from_film_are_those_of_the_table_in_its_order(
-    ray_of_two: Any, footage: Path, whole: Path
+    ray_of_two: Any, footage: Path, whole: Path, liplets: LipWork
 ) -> None:
-    from preprocessing.pipeline import clip_dataset, in_order, table_dataset, window_dataset
+    from preprocessing.pipeline import clip_dataset, in_order, table_dataset, window_dataset, with_lips
 
     plan = make_plan(TOY.picture_px, "truth", **SHORT)
     listing = list_sources([footage])
     with in_order():
-        here = [
-            list(window_dataset(clips, TOY, 8, 7).iter_batches(batch_size=4, batch_format="numpy"))
+        streamed, stored = (
+            list(
+                window_dataset(with_lips(clips, liplets), SMALL_LIPS, 8, 7, draws=(0, 1)).iter_batches(
+                    batch_size=4, batch_format="numpy"
+                )
+            )
             for clips in (clip_dataset(listing, plan, workers=2), table_dataset(whole))
-        ]
-    streamed, stored = here
+        )
     assert len(streamed) == len(stored) > 5
     for one, other in zip(streamed, stored, strict=True):
+        assert one["lips"].shape[1:] == (8, 16, 16, 3)
         for name in other:
             np.testing.assert_array_equal(one[name], other[name])
-    plain = windows(pa.concat_tables(clip_rows(listing, plan)), TOY, 8, 7)
+    plain = windows(pa.concat_tables(clip_rows(listing, plan)), SMALL_LIPS, 8, 7, draws=(0, 1))
     np.testing.assert_array_equal(np.concatenate([batch["face"] for batch in streamed]), plain["face"])
 
 
 # Lip references
-
-
-SMALL_LIPS = load_settings("toy", ["lips.size_px=16", "lips.liplet_channels=8", "lips.liplet_steps=3"])
-
-
-@pytest.fixture(scope="module")
-def liplets(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> LipWork:
-    folder = tmp_path_factory.mktemp("liplets") / "lips"
-    with ClipTable(whole) as table:
-        return lip_work(SMALL_LIPS.lips, train_liplets(table, SMALL_LIPS, folder, seed=0))
-
-
-def lip_files(out: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(out)): path.read_bytes() for path in sorted((out / "lips").rglob("*.npy"))}
 
 
 def test_lips_lie_beside_the_clips_where_training_finds_them(footage: Path, liplets: LipWork, tmp_path: Path) -> None:
@@ -180,6 +188,8 @@ def test_lips_lie_beside_the_clips_where_training_finds_them(footage: Path, lipl
         for clip in table:
             expected = lip_pictures(clip, sources.for_clip(clip.clip_id, clip.source_hash))
             np.testing.assert_array_equal(cache.lips.read(clip.clip_id), expected)
+        rows = table.rows(table.ids)
+        assert AddLips(liplets, str(out))(rows).equals(AddLips(liplets)(rows)), "read or drawn, they are the same"
     assert report.settings["lips"] == {"source": "liplet", "hash": liplets.hash}
     assert {step.name: step.items for step in report.steps}["lips"] == report.clips
 
@@ -200,35 +210,6 @@ def test_lip_weights_that_draw_nothing_are_refused(liplets: LipWork, tmp_path: P
         lip_work(SMALL_LIPS.lips, tmp_path)
     with pytest.raises(TccpError, match="the run began with 0123: give every machine the same weights"):
         replace(liplets, hash="0123").open()
-
-
-@pytest.mark.cluster
-@pytest.mark.slow
-def test_lips_on_ray_and_in_a_stream_are_those_of_one_process(
-    ray_of_two: Any, footage: Path, whole: Path, liplets: LipWork, tmp_path: Path
-) -> None:
-    from preprocessing.pipeline import clip_dataset, in_order, table_dataset, window_dataset, with_lips
-
-    plan = make_plan(TOY.picture_px, "truth", **SHORT)
-    outs = [tmp_path / "ray", tmp_path / "here"]
-    for out, workers in zip(outs, (2, None), strict=True):
-        preprocess([footage], out, plan, workers=workers, lips=liplets)
-    assert lip_files(outs[0]) == lip_files(outs[1]) != {}
-
-    settings = SMALL_LIPS
-    with in_order():
-        stored, streamed = (
-            list(window_dataset(clips, settings, 8, 7, draws=(0, 1)).iter_batches(batch_size=4, batch_format="numpy"))
-            for clips in (
-                with_lips(table_dataset(outs[0]), liplets, outs[0]),
-                with_lips(clip_dataset(list_sources([footage]), plan, workers=1), liplets),
-            )
-        )
-    assert len(stored) == len(streamed) > 5
-    for one, other in zip(streamed, stored, strict=True):
-        assert one["lips"].shape[1:] == (8, 16, 16, 3)
-        for name in other:
-            np.testing.assert_array_equal(one[name], other[name])
 
 
 def test_a_shuffled_stream_is_the_same_from_film_and_table_and_another_in_every_epoch(
