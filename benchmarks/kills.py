@@ -68,7 +68,10 @@ def trial(
         moment = rng.uniform(0.1, 1.0) * took_s[on_ray]
         started = time.monotonic()
         if run(footage, out, on_ray, moment):
-            break
+            if moments:
+                break
+            shutil.rmtree(out)  # done before the first kill, which shows nothing: again
+            continue
         moments.append(round(time.monotonic() - started, 2))
     finished = run(footage, out, on_ray)
     found = rows(out)
