@@ -298,7 +298,8 @@ def _offset_text(quality: Quality) -> str:
         return "a/v offset not measured"
     where = "" if not offset_ms else ", sound late" if offset_ms > 0 else ", sound early"
     confidence = "" if quality.sync_confidence is None else f", confidence {quality.sync_confidence:.3g}"
-    done = " (corrected)" if quality.av_corrected else ""
+    # What is sure is corrected.
+    done = " (corrected)" if quality.av_corrected else " (a guess)" if offset_ms else ""
     return f"a/v offset {offset_ms:+.0f} ms{done}{where}{confidence}"
 
 

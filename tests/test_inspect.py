@@ -233,7 +233,7 @@ def test_what_is_said_of_an_offset() -> None:
     said = inspecting._offset_text
     assert said(quality) == "a/v offset not measured"
     late = dataclasses.replace(quality, av_offset_ms=200.0, sync_confidence=3.0)
-    assert said(late) == "a/v offset +200 ms, sound late, confidence 3"
+    assert said(late) == "a/v offset +200 ms (a guess), sound late, confidence 3"
     early = dataclasses.replace(quality, av_offset_ms=-40.0, av_corrected=True)
     assert said(early) == "a/v offset -40 ms (corrected), sound early"
     assert said(dataclasses.replace(quality, av_offset_ms=0.0)) == "a/v offset +0 ms"

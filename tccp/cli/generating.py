@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
+import tyro
+
 from tccp.cli.options import Device, Json, Storage, device_of, emit, note
 from tccp.config import storage_root
 
