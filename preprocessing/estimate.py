@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
@@ -95,7 +96,8 @@ class Estimate:
 
 def _figure(value: float) -> str:
     """Three significant digits: more would promise too much."""
-    return f"{float(f'{value:.3g}'):,.{2 if value < 10 else 1 if value < 100 else 0}f}"
+    places = 2 if value == 0 else min(max(2 - math.floor(math.log10(value)), 0), 6)
+    return f"{float(f'{value:.3g}'):,.{places}f}"
 
 
 def choose_sample(listing: Sequence[SourceSize], count: int, seed: int = 0) -> list[SourceSize]:

@@ -110,6 +110,7 @@ def ray_running(workers: int | None) -> Iterator[None]:
         ray.init(log_to_driver=False)
     else:
         cpus = max(os.cpu_count() or 1, workers or 1)
+        os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")  # our progress and report say it all
         ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
         yield

@@ -72,7 +72,7 @@ WEIGHTS: dict[str, Weight] = {
             "preprocess",
             "64184e229b263107bc2b804c6625db1341ff2bb731874b0bcc2fe6544e0bc9ff",
             3_758_596,
-            instead="take the backend that needs no download, lbp",
+            instead="in `tccp generate`, take --detector lbp, which needs no download",
         ),
         Weight(
             "fan",
