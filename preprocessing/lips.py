@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import platform
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from tccp.clip import ClipTable, clip_from_row
 from tccp.config import LipSettings, TccpError
 from tccp.files import Folder
 
-DRAWN_SCHEMA = pa.schema([("clip_id", pa.string()), ("drawn", pa.bool_()), ("seconds", pa.float64())])
+DRAWN_SCHEMA = pa.schema([("clip_id", pa.string()), ("seconds", pa.float64())])
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def lip_table(table: str, sources: Any) -> Any:
 
 
 class DrawLips:
-    """Batches with `clip_id` to rows of DRAWN_SCHEMA: lips that are not there yet are drawn beside the table."""
+    """Batches with `clip_id` to rows of DRAWN_SCHEMA: the clips' lips are drawn beside the table."""
 
     def __init__(self, work: LipWork, table: str) -> None:
         self._clips = ClipTable(table)
@@ -75,10 +76,8 @@ class DrawLips:
         rows = []
         for clip_id in batch.column("clip_id").to_pylist():
             started = time.monotonic()
-            drawn = clip_id not in self._lips
-            if drawn:
-                self._lips.draw(self._clips[clip_id])
-            rows.append({"clip_id": clip_id, "drawn": drawn, "seconds": time.monotonic() - started})
+            self._lips.draw(self._clips[clip_id])
+            rows.append({"clip_id": clip_id, "seconds": time.monotonic() - started})
         return pa.Table.from_pylist(rows, schema=DRAWN_SCHEMA)
 
     def close(self) -> None:
@@ -108,11 +107,12 @@ class AddLips:
         return lip_pictures(clip, self._sources.for_clip(clip.clip_id, clip.source_hash))
 
 
-def remove_stale(table: str, work: LipWork, clip_ids: set[str]) -> None:
-    """Removes the lips of clips that are no longer in the table."""
+def tidy(table: str, work: LipWork, clip_ids: Iterable[str]) -> list[str]:
+    """Which of a table's clips have no lips yet; the lips of clips that are not among them are removed."""
     from tccp.training.lips import LIPS
 
-    folder = Folder(Folder(table).path(LIPS))
-    for name in folder.names(work.hash):
-        if name.removesuffix(".npy") not in clip_ids:
-            folder.remove(f"{work.hash}/{name}")
+    folder, wanted = Folder(Folder(table).path(LIPS)), list(clip_ids)
+    there = {name.removesuffix(".npy") for name in folder.names(work.hash)}
+    for clip_id in there.difference(wanted):
+        folder.remove(f"{work.hash}/{clip_id}.npy")
+    return [clip_id for clip_id in wanted if clip_id not in there]

@@ -155,18 +155,17 @@ def clip_dataset(listing: pa.Table, plan: Plan, workers: int | None = None) -> A
 
 def table_dataset(table: str | Path) -> Any:
     """A Ray Dataset of the clip rows of a table, in its order."""
-    return _clip_ids(str(table)).map_batches(
-        _rows_of, fn_kwargs={"table": str(table)}, batch_size=1, batch_format="pyarrow"
-    )
+    with ClipTable(str(table)) as opened:
+        ids = opened.ids
+    return _batches(ids).map_batches(_rows_of, fn_kwargs={"table": str(table)}, batch_size=1, batch_format="pyarrow")
 
 
-def _clip_ids(table: str) -> Any:
+def _batches(clip_ids: Sequence[str]) -> Any:
     import ray
 
-    with ClipTable(table) as opened:
-        ids = opened.ids
-    step = -(-len(ids) // _MOST_BLOCKS)
-    return ray.data.from_arrow([pa.table({"clip_id": ids[row : row + step]}) for row in range(0, len(ids), step)])
+    step = -(-len(clip_ids) // _MOST_BLOCKS)
+    blocks = [pa.table({"clip_id": clip_ids[row : row + step]}) for row in range(0, len(clip_ids), step)]
+    return ray.data.from_arrow(blocks)
 
 
 def _rows_of(batch: pa.Table, table: str) -> pa.Table:
@@ -179,20 +178,22 @@ def with_lips(clips: Any, work: LipWork, table: str | Path | None = None, worker
     return _map_actors(clips, AddLips, (work, None if table is None else str(table)), workers, Pools.LIPS_CPUS)
 
 
-def draw_lips(table: str, work: LipWork, workers: int | None = None, on_ray: bool = False) -> Iterator[dict[str, Any]]:
-    """Draws the lips that a table lacks; rows of DRAWN_SCHEMA as they are done. On Ray, `ray_running` must be open."""
+def draw_lips(
+    table: str, clip_ids: Sequence[str], work: LipWork, workers: int | None = None, on_ray: bool = False
+) -> Iterator[dict[str, Any]]:
+    """Draws lips beside a table; rows of DRAWN_SCHEMA as they are done. On Ray, `ray_running` must be open."""
+    if not clip_ids:
+        return
     if on_ray:
         import ray
 
         size = pools_for(ray.cluster_resources(), workers, on_gpu=False).look
         with _data_context(in_order=False):
-            yield from _map_actors(_clip_ids(table), DrawLips, (work, table), size, Pools.LIPS_CPUS).iter_rows()
+            yield from _map_actors(_batches(clip_ids), DrawLips, (work, table), size, Pools.LIPS_CPUS).iter_rows()
         return
     draw = DrawLips(work, table)
-    with ClipTable(table) as opened:
-        ids = opened.ids
     try:
-        for clip_id in ids:
+        for clip_id in clip_ids:
             yield from draw(pa.table({"clip_id": [clip_id]})).to_pylist()
     finally:
         draw.close()

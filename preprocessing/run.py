@@ -16,8 +16,7 @@ import pyarrow as pa
 
 from preprocessing import parts
 from preprocessing.estimate import Estimate, SampleResult, SourceSize, choose_sample, estimate
-from preprocessing.lips import LipWork
-from preprocessing.lips import remove_stale as remove_stale_lips
+from preprocessing.lips import LipWork, tidy
 from preprocessing.listing import list_sources
 from preprocessing.page import write_page
 from preprocessing.pipeline import draw_lips, in_this_process, on_ray_data, ray_running
@@ -157,13 +156,12 @@ def _run(
 def _draw_lips(
     folder: Folder, lips: LipWork, workers: int | None, on_ray: bool, builder: ReportBuilder, frames: Mapping[str, int]
 ) -> None:
+    missing = tidy(str(folder), lips, frames)
     with progress() as bar:
-        task = bar.add_task("drawing lip references", total=len(frames))
-        for row in draw_lips(str(folder), lips, workers, on_ray):
-            if row["drawn"]:
-                builder.add(StepTime("lips", row["seconds"], 1, frames[row["clip_id"]]))
+        task = bar.add_task("drawing lip references", total=len(missing))
+        for row in draw_lips(str(folder), missing, lips, workers, on_ray):
+            builder.add(StepTime("lips", row["seconds"], 1, frames[row["clip_id"]]))
             bar.advance(task)
-    remove_stale_lips(str(folder), lips, set(frames))
 
 
 def _no_clip(sources: Sequence[SourceReport]) -> str:
