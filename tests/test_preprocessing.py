@@ -19,6 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from preprocessing import probe
 from preprocessing.cut import cut_clips
 from preprocessing.identity import Place
 from preprocessing.listing import list_sources
@@ -580,3 +581,19 @@ def test_a_film_without_a_face_gives_no_clip(shared_weights: Path, tmp_path: Pat
             writer.write(wall)
     with pytest.raises(TccpError, match=r"wall\.mp4: nobody's face"):
         preprocess([film], tmp_path / "out", make_plan(TOY.picture_px, "mediapipe", shared_weights))
+
+
+def test_a_film_without_an_index_is_seen_alike_in_one_reel_and_in_three(
+    shared_clips: Path, shared_weights: Path, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    film = shared_clips / "grid_bbaf2n.mpg"
+    assert not decoder.probe(film).seeks
+    plan = make_plan(TOY.picture_px, "mediapipe", shared_weights / "face_landmarker.task")
+    (whole,) = looked(film, plan, decoder)
+    monkeypatch.setattr(probe, "_LEAST_REEL_S", 1.0)
+    monkeypatch.setattr(probe, "_WITHOUT_INDEX", 1)
+    parts = [reel.faces for reel in looked(film, dataclasses.replace(plan, reel_s=1.0), decoder)]
+    assert whole.faces is not None and len(parts) == 3
+    for name in ("frame", "box", "landmarks"):
+        joined = np.concatenate([getattr(faces, name) for faces in parts])
+        np.testing.assert_array_equal(joined, getattr(whole.faces, name))
