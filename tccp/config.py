@@ -145,6 +145,21 @@ class TrainingSettings(_Frozen):
         return self
 
 
+class DeepSpeedSettings(_Frozen):
+    """How DeepSpeed spreads a training over its workers; it decides memory and speed, not results."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 1  # what is divided: nothing, optimiser state, gradients too, parameters too
+    offload: Literal["none", "optimizer", "parameters"] = "none"  # to the CPU's memory; parameters takes both
+    config: dict[str, Any] = Field(default_factory=dict)  # of DeepSpeed's own, laid over what is derived
+
+    @model_validator(mode="after")
+    def _offload_needs_a_stage(self) -> DeepSpeedSettings:
+        least = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
+        if self.zero_stage < least:
+            raise ValueError(f"offload={self.offload} needs zero_stage {least} or more, not {self.zero_stage}")
+        return self
+
+
 class SamplingSettings(_Frozen):
     solver: Solver = "ddpm"
     steps: PositiveInt = 1000

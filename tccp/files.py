@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -86,6 +88,47 @@ class Folder:
         with self.open(name) as file:
             return file.read()
 
+    def download(self, name: str, to: Path) -> None:
+        """Copies a file of it, at a URL, to a path of this machine. Raises FileNotFoundError."""
+        assert self._fs is not None
+        self._fs.get_file(f"{self._root}/{name}", str(to))
+
+    def upload(self, tree: Path, name: str) -> None:
+        """Copies a local folder into it under a name; files that are there stay or are replaced."""
+        for path in sorted(tree.rglob("*")):
+            if path.is_file():
+                with self.writing(f"{name}/{path.relative_to(tree).as_posix()}".lstrip("/")) as temporary:
+                    shutil.copyfile(path, temporary)
+
+    def tree(self, under: str = "") -> list[str]:
+        """Names of all files under a subfolder, however deep, relative to it; unfinished ones left out."""
+        names = sorted(self.names(under))
+        for folder in sorted(self.subfolders(under)):
+            inner = f"{under}/{folder}".lstrip("/")
+            names += [f"{folder}/{name}" for name in self.tree(inner)]
+        return [name for name in names if not name.startswith(".")]
+
+    @contextmanager
+    def here(self, under: str = "") -> Iterator[Path]:
+        """A subfolder as a folder of this machine: itself, or a copy that is there while the context is open."""
+        if self.local is not None:
+            yield self.local / under
+            return
+        with tempfile.TemporaryDirectory(prefix="tccp-") as place:
+            for name in self.tree(under):
+                target = Path(place) / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                self.download(f"{under}/{name}".lstrip("/"), target)
+            yield Path(place)
+
+    def arrow(self) -> tuple[Any, str]:
+        """It as Arrow sees it: filesystem (None for this machine's) and path."""
+        if self.local is not None:
+            return None, str(self.local.absolute())
+        from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+        return PyFileSystem(FSSpecHandler(self._fs)), self._root
+
     def write(self, name: str, content: bytes) -> None:
         with self.writing(name) as path:
             path.write_bytes(content)
@@ -114,12 +157,27 @@ class Folder:
     def remove(self, name: str) -> None:
         """Removes a file, or a folder with all that is in it; nothing happens if it is not there."""
         if self.local is not None:
-            import shutil
-
             path = self.local / name
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
         elif self._fs.exists(f"{self._root}/{name}"):
             self._fs.rm(f"{self._root}/{name}", recursive=True)
+
+
+def fetched(folder: Folder, name: str) -> Path:
+    """A file of a folder as one of this machine: itself if it is here, else a copy that is made once and kept.
+
+    Copies lie under TCCP_CACHE, else the system's temporary folder. Only for files that never change.
+    Raises FileNotFoundError.
+    """
+    if folder.local is not None:
+        return folder.local / name
+    key = hashlib.blake2b(folder.path(name).encode(), digest_size=16).hexdigest()
+    root = Path(os.environ.get("TCCP_CACHE") or Path(tempfile.gettempdir()) / f"tccp-cache-{os.getuid()}")
+    copy = root / "fetched" / f"{key}-{name.rsplit('/', 1)[-1]}"
+    if not copy.exists():
+        with atomic_path(copy) as temporary:
+            folder.download(name, temporary)
+    return copy
 
 
 @contextmanager

@@ -51,9 +51,9 @@ class LineProgress(Progress):
         self.console.print(f"{task.description}: {task.completed:g}/{total}, {task.elapsed or 0:.0f} s{eta}")
 
 
-def progress() -> Progress:
+def progress(shown: bool = True) -> Progress:
     """A live bar on a terminal; elsewhere a line every quarter of a minute."""
-    console = Console(stderr=True, soft_wrap=True)
+    console = Console(stderr=True, soft_wrap=True, quiet=not shown)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -22,7 +22,8 @@ from tccp.training.autoencoder import fit_latent_statistics, train_autoencoder
 from tccp.training.engine import TorchEngine, learning_rate_factor
 from tccp.training.latents import PICTURES, LatentCache
 from tccp.training.lips import open_lip_sources, train_liplets
-from tccp.training.loop import NonFiniteLoss, RunFolder, fit
+from tccp.training.loop import NonFiniteLoss, fit
+from tccp.training.run import RunFolder
 from tccp.training.variant import VariantLoss, draw, train_variant
 from tccp.variants import VARIANTS
 
@@ -122,7 +123,7 @@ def test_resumed_training_is_the_same_run_bit_for_bit(cache, tmp_path, accumulat
 
     def logged(run):
         records = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
-        return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
+        return [{k: record[k] for k in ("step", "loss", "grad_norm", "learning_rate")} for record in records]
 
     assert logged(whole_run) == logged(resumed_run)
 
@@ -171,11 +172,10 @@ def test_a_shift_of_time_steps_trains_more_on_noisy_ones(cache):
 def test_latents_encoded_in_parts_are_those_encoded_at_once(cache, tmp_path):
     parts = LatentCache(tmp_path, cache.table, cache.settings, cache.autoencoder, cache.lips.sources)
     parts.build(1, 2)
-    there = {path.name for path in parts.folder.iterdir()}
-    assert 0 < len(there) < len(list(cache.folder.iterdir()))
+    assert 0 < len(parts.folder.names()) < len(cache.folder.names())
     parts.build(0, 2)
-    for path in cache.folder.iterdir():
-        assert (parts.folder / path.name).read_bytes() == path.read_bytes()
+    for name in cache.folder.names():
+        assert parts.folder.read(name) == cache.folder.read(name)
     for name in map(cache.lips.name, cache.table.ids):
         assert parts.lips.folder.read(name) == cache.lips.folder.read(name)
 
@@ -183,7 +183,7 @@ def test_latents_encoded_in_parts_are_those_encoded_at_once(cache, tmp_path):
 def test_only_what_a_variant_reads_is_encoded(cache, tmp_path):
     landmarks = LatentCache(tmp_path, cache.table, small(), cache.autoencoder, None, ["landmark_first"])
     landmarks.build()
-    first = {path.name.split(".")[1] for path in landmarks.folder.iterdir()}
+    first = {name.split(".")[1] for name in landmarks.folder.names()}
     assert first == {"inputs", "scene", "landmark"}
     for name in ("landmark_first", "landmark_sequence"):
         a, b = (
@@ -192,7 +192,7 @@ def test_only_what_a_variant_reads_is_encoded(cache, tmp_path):
         assert torch.equal(a.latents, b.latents)
         assert torch.equal(a.control, b.control)
     LatentCache(tmp_path, cache.table, small(), cache.autoencoder, None, ["face_first"]).build()
-    assert {path.name.split(".")[1] for path in landmarks.folder.iterdir()} == first | {"face"} | (
+    assert {name.split(".")[1] for name in landmarks.folder.names()} == first | {"face"} | (
         {"surround"} if small().surround else set()
     )
 

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from diffusers.training_utils import EMAModel
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor, nn
 
 from tccp.clip import ClipTable
-from tccp.config import Settings, TccpError, TrainingSettings
+from tccp.config import AutoencoderSettings, Settings, TccpError, TrainingSettings
 from tccp.data import rng_seed, view
 from tccp.models.autoencoder import PictureAutoencoder, to_model
-from tccp.training.engine import TorchEngine
+from tccp.training.engine import Engine, TorchEngine
 from tccp.training.latents import PICTURES
-from tccp.training.loop import FitResult, RunFolder, fit
+from tccp.training.loop import FitResult, fit
+from tccp.training.run import Run, Unkept
 from tccp.variants import PictureKind
 
 FRAMES_PER_CLIP = 4
@@ -39,32 +43,102 @@ def autoencoder_training(settings: Settings) -> TrainingSettings:
     )
 
 
-def step_pictures(table: ClipTable, settings: Settings, step: int) -> Float[Tensor, "n 3 h w"]:
-    """The pictures of step k, a pure function of (seed, k): half faces, a quarter landmark images, a quarter scenes."""
-    rng = np.random.default_rng(rng_seed(settings.seed, "autoencoder", step))
-    count = settings.autoencoder.batch_size
-    kinds = ["face", "landmark_pictures", "face", "masked_scene"]
-    pictures: list[np.ndarray] = []
-    while len(pictures) < count:
-        clip = table[table.ids[int(rng.integers(len(table)))]]
-        draw = int(rng.integers(settings.headbox.draws))
-        for frame in rng.integers(clip.num_frames, size=FRAMES_PER_CLIP):
-            seen = view(clip, settings, draw, settings.seed, int(frame), 1)
-            pictures.append(getattr(seen, kinds[len(pictures) % 4])[0])
-    return to_model(torch.from_numpy(np.stack(pictures[:count])))
+@dataclass(frozen=True)
+class PictureBatch:
+    """Pictures of one rank's micro-batch, uint8 at rest, and each one's number among those of all steps."""
+
+    pictures: UInt8[np.ndarray, "n s s 3"]
+    numbers: Int64[np.ndarray, " n"]
 
 
-def reconstruction_loss(
-    autoencoder: PictureAutoencoder, pictures: Float[Tensor, "n 3 h w"], kl_weight: float
-) -> Tensor:
-    """Mean squared error of the reconstruction, and the KL term of latent diffusion that keeps latents bounded.
+@runtime_checkable
+class Pictures(Protocol):
+    """Where an auto-encoder's pictures come from."""
+
+    def batch(self, step: int, rank: int, num_ranks: int) -> PictureBatch:
+        """A rank's part of the pictures of step k. Sources that stream hand out one step after the other."""
+
+
+class TablePictures:
+    """Pictures of a clip table."""
+
+    def __init__(self, table: ClipTable, settings: Settings):
+        self.table, self.settings = table, settings
+
+    def batch(self, step: int, rank: int = 0, num_ranks: int = 1) -> PictureBatch:
+        """Half faces, a quarter landmark images, a quarter scenes; the step's are a pure function of (seed, k)."""
+        settings, table = self.settings, self.table
+        rng = np.random.default_rng(rng_seed(settings.seed, "autoencoder", step))
+        count = settings.autoencoder.batch_size
+        share = count // num_ranks
+        mine = range(rank * share, (rank + 1) * share)
+        kinds = ["face", "landmark_pictures", "face", "masked_scene"]
+        pictures: list[np.ndarray] = []
+        number = 0
+        while number < count:
+            clip_id = table.ids[int(rng.integers(len(table)))]
+            draw = int(rng.integers(settings.headbox.draws))
+            for frame in rng.integers(table.num_frames[clip_id], size=FRAMES_PER_CLIP):
+                if number in mine:
+                    seen = view(table[clip_id], settings, draw, settings.seed, int(frame), 1)
+                    pictures.append(getattr(seen, kinds[number % 4])[0])
+                number += 1
+        return PictureBatch(np.stack(pictures), np.array(mine, np.int64) + step * count)
+
+
+class ReconstructionLoss(nn.Module):
+    """The module that an engine trains: mean squared error, and the KL term of latent diffusion that bounds latents.
 
     Squared, not absolute: the median of a pixel that a thin landmark stroke rarely covers is black, and for a long time
     an absolute error learns just that.
     """
-    posterior = autoencoder.posterior(pictures)
-    error = ((autoencoder.reconstruct(posterior.sample()).float() - pictures) ** 2).mean()
-    return error + kl_weight * posterior.kl().mean() / pictures[0].numel()
+
+    def __init__(self, autoencoder: PictureAutoencoder, settings: AutoencoderSettings):
+        super().__init__()
+        self.autoencoder = autoencoder
+        self.settings = settings
+
+    def forward(self, pictures: Float[Tensor, "n 3 h w"], noise: Float[Tensor, "n c hl wl"]) -> Float[Tensor, ""]:
+        """Of pictures in [-1, 1]; noise is what the posterior is sampled with."""
+        reduced = self.settings.precision == "bf16"
+        with torch.autocast(pictures.device.type, torch.bfloat16, enabled=reduced):
+            posterior = self.autoencoder.posterior(pictures)
+            restored = self.autoencoder.reconstruct(posterior.mean + posterior.std * noise)
+            error = ((restored.float() - pictures) ** 2).mean()
+            return error + self.settings.kl_weight * posterior.kl().mean() / pictures[0].numel()
+
+
+class AutoencoderLoss:
+    """`loss_of(step, micro)` for the training loop, of one rank."""
+
+    def __init__(
+        self,
+        autoencoder: PictureAutoencoder,
+        settings: Settings,
+        pictures: Pictures,
+        rank: int = 0,
+        num_ranks: int = 1,
+    ):
+        self.module = ReconstructionLoss(autoencoder, settings.autoencoder)
+        self.forward: Callable[..., Any] = self.module  # or the engine's
+        self.settings = settings
+        self.pictures = pictures
+        self.device = autoencoder.mean.device
+        side = settings.picture_px // autoencoder.downsampling
+        self.latent_shape = (autoencoder.latent_channels, side, side)
+        self.rank, self.num_ranks = rank, num_ranks
+        self.waited_s = 0.0
+
+    def __call__(self, step: int, micro: int) -> Tensor:
+        asked = time.monotonic()
+        batch = self.pictures.batch(step, self.rank, self.num_ranks)
+        self.waited_s += time.monotonic() - asked
+        noise = []
+        for number in batch.numbers:  # of each picture by its number, so that it is the same on any number of ranks
+            generator = torch.Generator().manual_seed(rng_seed(self.settings.seed, "posterior", int(number)))
+            noise.append(torch.randn(self.latent_shape, generator=generator))
+        pictures = to_model(torch.from_numpy(batch.pictures)).to(self.device)
+        return self.forward(pictures, torch.stack(noise).to(self.device))
 
 
 def _statistics_batches(table: ClipTable, settings: Settings, kind: PictureKind) -> Iterator[Float[Tensor, "n 3 h w"]]:
@@ -92,37 +166,75 @@ def _check_shape(autoencoder: PictureAutoencoder, settings: Settings, folder: Pa
             )
 
 
+def new_autoencoder(settings: Settings) -> PictureAutoencoder:
+    """The auto-encoder as its training starts, the same for the same seed."""
+    torch.manual_seed(rng_seed(settings.seed, "init", "autoencoder"))
+    return PictureAutoencoder.from_settings(settings.autoencoder)
+
+
+def pretrained_autoencoder(settings: Settings, folder: Path) -> PictureAutoencoder:
+    """A diffusers folder as it is. Raises TccpError if its shape is not that of the settings."""
+    autoencoder = PictureAutoencoder.load(folder)
+    _check_shape(autoencoder, settings, folder)
+    return autoencoder
+
+
+def fit_autoencoder(
+    settings: Settings,
+    pictures: Pictures,
+    run: Run | None,
+    *,
+    device: torch.device | str = "cpu",
+    stop_at: int | None = None,
+    engine_of: Callable[[nn.Module, TrainingSettings], Engine] = TorchEngine,
+) -> tuple[PictureAutoencoder | None, FitResult]:
+    """Trains an auto-encoder, and returns it with its EMA weights, on the CPU; on ranks above 0 of many, None.
+
+    Its latent statistics are still to be fitted (`fit_latent_statistics`).
+    """
+    run = run or Unkept()
+    training = autoencoder_training(settings)
+    losses = AutoencoderLoss(new_autoencoder(settings).to(device), settings, pictures, run.rank, run.num_ranks)
+    engine = engine_of(losses.module, training)
+    losses.forward = engine.forward
+    ema = EMAModel(engine.local_parameters(), decay=training.ema_decay)
+    result = fit(
+        engine,
+        losses,
+        training,
+        seed=settings.seed,
+        ema=ema,
+        run=run,
+        title="autoencoder",
+        stop_at=stop_at,
+        waited_s=lambda: losses.waited_s,
+    )
+    weights = engine.gather(ema.shadow_params)
+    if run.rank:
+        return None, result
+    autoencoder = new_autoencoder(settings)
+    with torch.no_grad():
+        for parameter, value in zip(autoencoder.parameters(), weights, strict=True):
+            parameter.copy_(value)
+    return autoencoder.eval(), result
+
+
 def train_autoencoder(
     settings: Settings,
     table: ClipTable,
-    run: RunFolder | None,
+    run: Run | None,
     *,
     pretrained: Path | None = None,
     device: torch.device | str = "cpu",
     stop_at: int | None = None,
 ) -> tuple[PictureAutoencoder, FitResult]:
-    """Trains an auto-encoder, or takes a diffusers folder as it is, and fits the latent statistics to this data."""
+    """In one process: trains an auto-encoder, or takes one as it is, and fits the latent statistics to this data."""
     if pretrained is not None:
-        autoencoder = PictureAutoencoder.load(pretrained).to(device)
-        _check_shape(autoencoder, settings, pretrained)
+        autoencoder: PictureAutoencoder | None = pretrained_autoencoder(settings, pretrained).eval()
         result = FitResult([])
     else:
-        torch.manual_seed(rng_seed(settings.seed, "init", "autoencoder"))
-        autoencoder = PictureAutoencoder.from_settings(settings.autoencoder).to(device)
-        training = autoencoder_training(settings)
-        ema = EMAModel(autoencoder.parameters(), decay=training.ema_decay)
-
-        def loss_of(step: int, _micro: int) -> Tensor:
-            pictures = step_pictures(table, settings, step).to(device)
-            reduced = settings.autoencoder.precision == "bf16"
-            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=reduced):
-                return reconstruction_loss(autoencoder, pictures, settings.autoencoder.kl_weight)
-
-        engine = TorchEngine(autoencoder, training)
-        result = fit(
-            engine, loss_of, training, seed=settings.seed, ema=ema, run=run, title="autoencoder", stop_at=stop_at
-        )
-        ema.copy_to(autoencoder.parameters())
-    autoencoder.eval()
-    fit_latent_statistics(autoencoder, table, settings)
+        source = TablePictures(table, settings)
+        autoencoder, result = fit_autoencoder(settings, source, run, device=device, stop_at=stop_at)
+    assert autoencoder is not None
+    fit_latent_statistics(autoencoder.to(device), table, settings)
     return autoencoder, result

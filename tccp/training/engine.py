@@ -1,36 +1,59 @@
-"""The seam between the training loop and what computes the update: plain torch, or others behind the same methods."""
+"""The seam between the training loop and what computes the update: plain torch in one process, or DeepSpeed on many."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
-from collections.abc import Callable
+import os
+import shutil
+import tempfile
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
+import torch.distributed
 from torch import Tensor, nn
 
-from tccp.config import TrainingSettings
+from tccp.config import DeepSpeedSettings, TccpError, TrainingSettings
 
 OPTIMISER_FILE = "optimizer.pt"
+DEEPSPEED_TAG = "deepspeed"
+LAYOUT_FILE = "layout.json"
 
 
 @runtime_checkable
 class Engine(Protocol):
-    """One micro-batch is `backward(loss)` then `step()`; the optimiser moves at every `accumulation`-th step."""
+    """One micro-batch is `backward(loss)` then `step()`; the optimiser moves at every `accumulation`-th step.
+
+    On several ranks all of them call every method equally often, in the same order.
+    """
 
     module: nn.Module
+    forward: Callable[..., Any]  # what to call in place of `module`
     grad_norm: float  # of the last update, before clipping
     learning_rate: float  # of the last update
 
     def backward(self, loss: Tensor) -> None: ...
 
     def step(self) -> bool:
-        """Moves on by one micro-batch; True if the parameters were updated."""
+        """Moves on by one micro-batch; True if the parameters were updated. Raises FloatingPointError."""
 
     def save(self, folder: Path) -> None: ...
 
     def load(self, folder: Path) -> None: ...
+
+    def local_parameters(self) -> list[nn.Parameter]:
+        """What this rank holds of each of the module's parameters: all of it, or its part, flat."""
+
+    def gather(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Tensors like `local_parameters`, of all ranks, to whole ones on the CPU; what ranks above 0 get is empty."""
+
+    def shard(self, wholes: Sequence[Tensor]) -> list[Tensor]:
+        """Inverse of `gather`: this rank's parts of whole tensors."""
 
 
 def learning_rate_factor(settings: TrainingSettings) -> Callable[[int], float]:
@@ -46,14 +69,26 @@ def learning_rate_factor(settings: TrainingSettings) -> Callable[[int], float]:
     return factor
 
 
+def _adam(module: nn.Module, settings: TrainingSettings) -> torch.optim.Adam:
+    """Adam, as in Table 3; frozen parameters get no state."""
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    return torch.optim.Adam(trainable, lr=settings.learning_rate, betas=settings.adam_betas)
+
+
+def _finite(norm: float) -> float:
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"the gradient's norm is {norm}")
+    return norm
+
+
 class TorchEngine:
-    """Plain torch in one process. Adam, as in Table 3; frozen parameters get no optimiser state."""
+    """Plain torch in one process."""
 
     def __init__(self, module: nn.Module, settings: TrainingSettings):
         self.module = module
+        self.forward: Callable[..., Any] = module
         self.settings = settings
-        self.parameters = [p for p in module.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(self.parameters, lr=settings.learning_rate, betas=settings.adam_betas)
+        self.optimizer = _adam(module, settings)
         self.factor = learning_rate_factor(settings)
         self.micro_steps = 0
         self.grad_norm = 0.0
@@ -71,9 +106,8 @@ class TorchEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
         limit = self.settings.gradient_clip or float("inf")
-        self.grad_norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
-        if not math.isfinite(self.grad_norm):
-            raise FloatingPointError(f"the gradient's norm is {self.grad_norm}")
+        trained = self.optimizer.param_groups[0]["params"]
+        self.grad_norm = _finite(float(torch.nn.utils.clip_grad_norm_(trained, limit)))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return True
@@ -91,3 +125,202 @@ class TorchEngine:
         self.module.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.micro_steps = state["micro_steps"]
+
+    def local_parameters(self) -> list[nn.Parameter]:
+        return list(self.module.parameters())
+
+    def gather(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        return [part.detach().cpu() for part in parts]
+
+    def shard(self, wholes: Sequence[Tensor]) -> list[Tensor]:
+        return list(wholes)
+
+
+def deepspeed_config(
+    training: TrainingSettings, parallel: DeepSpeedSettings, num_ranks: int, num_parameters: int
+) -> dict[str, Any]:
+    """DeepSpeed's configuration for these settings; `parallel.config` is laid over it, key by key.
+
+    Weights stay in single precision and reduced precision is the module's own matter (autocast), so that every ZeRO
+    stage gives plain torch's numbers. Raises TccpError if the batch cannot be divided.
+    """
+    parts = training.accumulation * num_ranks
+    if training.batch_size % parts:
+        raise TccpError(
+            f"training.batch_size {training.batch_size} cannot be divided among {num_ranks} workers x "
+            f"{training.accumulation} micro-batches: make it a multiple of {parts}, or change the number of workers"
+        )
+    bucket = max(1, min(500_000_000, num_parameters))  # DeepSpeed sets so much memory aside, however small the network
+    zero: dict[str, Any] = {"stage": parallel.zero_stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+    if parallel.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if parallel.offload == "parameters":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    derived = {
+        "train_batch_size": training.batch_size,
+        "train_micro_batch_size_per_gpu": training.batch_size // parts,
+        "gradient_accumulation_steps": training.accumulation,
+        "gradient_clipping": training.gradient_clip or 0.0,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's Adam serves; DeepSpeed's own would be compiled first
+    }
+    return _merged(derived, parallel.config)
+
+
+def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(under)
+    for key, value in over.items():
+        below = merged.get(key)
+        merged[key] = _merged(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _import_deepspeed() -> Any:
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        import deepspeed
+        import deepspeed.ops
+    except ImportError:
+        raise TccpError("this training needs DeepSpeed: pip install -c constraints.txt -e '.[train]'") from None
+    deepspeed.utils.logger.setLevel("WARNING")
+    if not torch.cuda.is_available():
+        # A faster all-reduce among ranks of one machine, which DeepSpeed would spend half a minute compiling.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+class DeepSpeedEngine:
+    """DeepSpeed with ZeRO stages 0 to 3 on the ranks of torch's process group, which has to be there.
+
+    Its checkpoints are DeepSpeed's: pickles, to be loaded from trusted storage only.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        training: TrainingSettings,
+        parallel: DeepSpeedSettings,
+        resume_from: Path | None = None,
+    ):
+        """resume_from: the checkpoint that will be loaded: DeepSpeed must know beforehand if other ranks wrote it."""
+        deepspeed = _import_deepspeed()
+        device = next(module.parameters()).device
+        deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
+        self.training = training
+        self.stage = parallel.zero_stage
+        self.rank, self.num_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self.wholes = [tuple(p.shape) for p in module.parameters()]
+        config = deepspeed_config(training, parallel, self.num_ranks, sum(p.numel() for p in module.parameters()))
+        self.universal = resume_from is not None and self._written_by_others(resume_from)
+        if self.universal:
+            config["checkpoint"] = {"load_universal": True}
+        optimizer = _adam(module, training)
+        self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+        self.module = module
+        self.forward: Callable[..., Any] = self.engine
+        self.factor = learning_rate_factor(training)
+        self.micro_steps = 0
+        self.grad_norm = 0.0
+        self.learning_rate = 0.0
+
+    def _written_by_others(self, folder: Path) -> bool:
+        layout = json.loads((folder / LAYOUT_FILE).read_text())
+        if layout["zero_stage"] != self.stage and {layout["zero_stage"], self.stage} != {1, 2}:
+            raise TccpError(
+                f"the checkpoint was written by ZeRO stage {layout['zero_stage']} and cannot be taken up by stage "
+                f"{self.stage}: give --deepspeed.zero-stage {layout['zero_stage']}"
+            )
+        return self.stage > 0 and layout["num_ranks"] != self.num_ranks
+
+    def backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss)
+
+    def step(self) -> bool:
+        self.micro_steps += 1
+        updates = self.micro_steps % self.training.accumulation == 0
+        if updates:
+            update = self.micro_steps // self.training.accumulation - 1
+            self.learning_rate = self.training.learning_rate * self.factor(update)
+            for group in self.engine.optimizer.param_groups:
+                group["lr"] = self.learning_rate
+            if self.stage == 0:
+                grads = [p.grad for p in self.module.parameters() if p.grad is not None]
+                self.grad_norm = _finite(float(torch.nn.utils.get_total_norm(grads)))
+        self.engine.step()
+        if updates and self.stage:
+            self.grad_norm = _finite(float(self.engine.get_global_grad_norm()))
+        return updates
+
+    def save(self, folder: Path) -> None:
+        self.engine.save_checkpoint(str(folder), tag=DEEPSPEED_TAG, client_state={"micro_steps": self.micro_steps})
+        if self.rank == 0:
+            layout = {"zero_stage": self.stage, "num_ranks": self.num_ranks}
+            (folder / LAYOUT_FILE).write_text(json.dumps(layout) + "\n")
+
+    def load(self, folder: Path) -> None:
+        if self.universal:
+            with _universal(folder) as (place, tag):
+                _, state = self.engine.load_checkpoint(str(place), tag=tag)
+        else:
+            _, state = self.engine.load_checkpoint(str(folder), tag=DEEPSPEED_TAG)
+        self.micro_steps = state["micro_steps"]
+
+    def local_parameters(self) -> list[nn.Parameter]:
+        parameters: list[Any] = list(self.module.parameters())
+        if self.stage < 3:
+            return parameters
+        return [nn.Parameter(p.ds_tensor.data, requires_grad=p.requires_grad) for p in parameters]
+
+    def gather(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        if self.stage < 3:
+            return [part.detach().cpu() if self.rank == 0 else torch.empty(0) for part in parts]
+        wholes = []
+        for part, shape in zip(parts, self.wholes, strict=True):
+            mine = part.detach().to(self.engine.device).contiguous()
+            pieces = [torch.empty_like(mine) for _ in range(self.num_ranks)]
+            torch.distributed.all_gather(pieces, mine)
+            whole = torch.cat(pieces)[: math.prod(shape)].view(shape).cpu()
+            wholes.append(whole if self.rank == 0 else torch.empty(0))
+        return wholes
+
+    def shard(self, wholes: Sequence[Tensor]) -> list[Tensor]:
+        if self.stage < 3:
+            return list(wholes)
+        parts = []
+        for whole, held in zip(wholes, self.local_parameters(), strict=True):
+            size = held.numel()
+            part = torch.zeros_like(held, requires_grad=False)  # the last ranks' parts are padded
+            mine = whole.flatten()[self.rank * size : (self.rank + 1) * size]
+            part[: mine.numel()] = mine.to(part)
+            parts.append(part)
+        return parts
+
+
+@contextmanager
+def _universal(folder: Path) -> Iterator[tuple[Path, str]]:
+    """A DeepSpeed checkpoint in the form that any number of ranks can load; made once on each machine."""
+    from deepspeed.checkpoint.ds_to_universal import main as convert
+
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    name = hashlib.blake2b(f"{folder} {os.environ.get('MASTER_PORT')}".encode(), digest_size=8).hexdigest()
+    place, tag = Path(tempfile.gettempdir()) / f"tccp-universal-{name}", "universal"
+    if local_rank == 0:
+        shutil.rmtree(place, ignore_errors=True)
+        options = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True}
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+            convert(
+                Namespace(
+                    input_folder=str(folder / DEEPSPEED_TAG),
+                    output_folder=str(place / tag),
+                    inject_missing_state=True,
+                    **options,
+                )
+            )
+    torch.distributed.barrier()
+    try:
+        yield place, tag
+    finally:
+        torch.distributed.barrier()
+        if local_rank == 0:
+            shutil.rmtree(place, ignore_errors=True)

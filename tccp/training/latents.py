@@ -7,10 +7,11 @@ a window reads only its own frames: memory does not grow with the data set.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 import torch
@@ -20,16 +21,16 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from tccp import headbox
-from tccp.clip import Clip, ClipTable, atomic_path
+from tccp.clip import Clip, ClipTable
 from tccp.config import Settings
 from tccp.data import PlannedWindow, mirrored, rng_seed, view
-from tccp.files import Folder
+from tccp.files import Folder, fetched
 from tccp.models.autoencoder import PictureAutoencoder, to_model
 from tccp.models.conditions import Conditions
 from tccp.models.lips import weights_hash
 from tccp.progress import progress
-from tccp.training.lips import LIPS, LipSources, LipTable
-from tccp.variants import VARIANTS, ConditionKind, PictureKind, Variant
+from tccp.training.lips import LIPS, LipFiles, LipSources, LipTable
+from tccp.variants import FIRST_OF, VARIANTS, ConditionKind, PictureKind, Variant
 
 ENCODE_BATCH = 64
 PICTURES: dict[PictureKind, str] = {"face": "face", "landmark": "landmark_pictures", "scene": "masked_scene"}
@@ -52,6 +53,19 @@ def shows_surround(row: Variant, settings: Settings) -> bool:
     return settings.surround and row.generates == "face"
 
 
+def latent_name(clip_id: str, draw: int, kind: FileKind) -> str:
+    return f"{clip_id}-{draw}.{kind}.safetensors"
+
+
+def conditions_of(row: Variant, settings: Settings) -> tuple[ConditionKind, ...]:
+    """The conditions that training this variant reads: its own, and those of the network that makes initial frames."""
+    rows = [row]
+    if row.continues and settings.for_variant(row.name).training.initial_frames != "truth":
+        rows.append(VARIANTS[FIRST_OF[row.name]])
+    kinds = itertools.chain.from_iterable(one.conditions_with(settings.lips.source) for one in rows)
+    return tuple(dict.fromkeys(kinds))
+
+
 @dataclass(frozen=True)
 class TrainingBatch:
     """Windows ready for the loss: normalised latents `b c f h w` and condition inputs."""
@@ -59,6 +73,38 @@ class TrainingBatch:
     latents: Float[Tensor, "b c f h w"]
     control: Float[Tensor, "b c2 f h w"]
     conditions: Conditions
+
+    def only(self, kinds: Sequence[ConditionKind]) -> TrainingBatch:
+        """With these conditions alone."""
+        left = {name: None for name in get_args(ConditionKind) if name not in kinds}
+        return replace(self, conditions=replace(self.conditions, **left))
+
+    def first_frame(self) -> TrainingBatch:
+        """The windows' first frames: what the first-frame variant is shown of them."""
+        told = self.conditions
+        first = {name: value[:, :1] for name in ("audio", "lips") if (value := getattr(told, name)) is not None}
+        return TrainingBatch(self.latents[:, :, :1], self.control[:, :, :1], replace(told, **first))
+
+    def __getitem__(self, rows: Sequence[int]) -> TrainingBatch:
+        told = {name: None if value is None else value[rows] for name, value in vars(self.conditions).items()}
+        return TrainingBatch(self.latents[rows], self.control[rows], Conditions(**told))
+
+
+@runtime_checkable
+class Windows(Protocol):
+    """Where a training's windows come from."""
+
+    @property
+    def lengths(self) -> Mapping[str, int]:
+        """Frames of every clip, by clip_id."""
+
+    def batch(
+        self, planned: Sequence[PlannedWindow], row: Variant, num_frames: int, kinds: Sequence[ConditionKind] = ()
+    ) -> TrainingBatch:
+        """These windows, with these kinds of conditions (default: those that training the variant reads).
+
+        Sources that stream hand out one micro-batch after the other, and raise RuntimeError if it is not this one.
+        """
 
 
 def encode_clip(
@@ -91,55 +137,38 @@ def encode_clip(
     return files
 
 
-class LatentCache:
-    """`<root>/<hash>/<clip_id>-<draw>.<kind>.safetensors`; the hash is of everything the latents depend on."""
+def to_batch(columns: Mapping[str, np.ndarray]) -> TrainingBatch:
+    """Columns of `LatentFiles.columns` as tensors."""
+    told = {name: torch.from_numpy(columns[name]) for name in get_args(ConditionKind) if name in columns}
+    pictures = {name: to_model(value) for name, value in told.items() if name != "audio"}
+    latents, *control = (
+        torch.from_numpy(columns[name]).float().transpose(1, 2)
+        for name in ("latents", "control", "surround")
+        if name in columns
+    )
+    return TrainingBatch(
+        latents.contiguous(), torch.cat(control, dim=1).contiguous(), Conditions(audio=told.get("audio"), **pictures)
+    )
 
-    def __init__(
-        self,
-        root: Path,
-        table: ClipTable,
-        settings: Settings,
-        autoencoder: PictureAutoencoder,
-        lips: LipSources | None,
-        names: Iterable[str] = tuple(VARIANTS),
-    ):
-        """names: the variants it is for; what none of them reads is not computed."""
-        self.table = table
-        self.settings = settings
-        self.autoencoder = autoencoder
-        beside = Folder(table.folder.path(LIPS))
-        self.lips = LipTable(root / LIPS, lips, also=[beside]) if lips else None
-        self.kinds = files_needed(names, settings)
-        key = f"{weights_hash(autoencoder)} {settings.headbox.model_dump_json()} {settings.picture_px} {settings.seed}"
-        self.folder = root / "latents" / hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
 
-    def path(self, clip_id: str, draw: int, kind: FileKind) -> Path:
-        return self.folder / f"{clip_id}-{draw}.{kind}.safetensors"
+@dataclass(frozen=True)
+class LatentFiles:
+    """Reads windows from files of latents and lips: small, and made to travel to where the reading is done.
 
-    def build(self, part: int = 0, parts: int = 1) -> None:
-        """Computes what is missing, in all or of one part of the clips. Interrupted, it goes on where it was."""
-        ids = self.table.ids[part::parts]
-        missing = [(c, d) for c in ids for d in range(self.settings.headbox.draws) if self._missing(c, d)]
-        with progress() as bar:
-            task = bar.add_task("encoding clips to latents", total=len(missing))
-            for clip_id, draw in missing:
-                kinds = self._missing(clip_id, draw)  # asked again: another training may have been here meanwhile
-                clip, seed = self.table[clip_id], self.settings.seed
-                files = encode_clip(clip, self.settings, draw, seed, self.autoencoder, kinds) if kinds else {}
-                for kind, arrays in files.items():
-                    with atomic_path(self.path(clip_id, draw, kind)) as temporary:
-                        save_file(arrays, temporary)
-                bar.advance(task)
-            if self.lips:
-                task = bar.add_task("drawing lip references", total=len(ids))
-                self.lips.write(self.table, lambda done, total: bar.update(task, completed=done), ids)
+    A local file is memory-mapped; one at a URL is fetched to this machine first, and kept.
+    """
 
-    def _missing(self, clip_id: str, draw: int) -> list[FileKind]:
-        return [kind for kind in self.kinds if not self.path(clip_id, draw, kind).exists()]
+    settings: Settings
+    folder: Folder
+    lips: LipFiles | None
 
-    def batch(self, planned: Sequence[PlannedWindow], row: Variant, num_frames: int) -> TrainingBatch:
-        """The windows of one step. Which jitter draw a window takes is drawn from (seed, id, epoch)."""
-        kinds = row.conditions_with(self.settings.lips.source)
+    def columns(
+        self, planned: Sequence[PlannedWindow], row: Variant, num_frames: int, kinds: Sequence[ConditionKind]
+    ) -> dict[str, np.ndarray]:
+        """The windows, stacked: latents, control, surround float16 `n f c h w`, and conditions as they are at rest.
+
+        Which jitter draw a window takes is drawn from (seed, id, epoch).
+        """
         read: dict[str, FileKind] = {"latents": row.generates, "control": row.control}
         if shows_surround(row, self.settings):
             read["surround"] = "surround"
@@ -148,10 +177,10 @@ class LatentCache:
             draw = rng_seed(self.settings.seed, "draw", clip_id, start, epoch) % self.settings.headbox.draws
             frames = slice(start, start + num_frames)
             for name, kind in read.items():
-                with safe_open(self.path(clip_id, draw, kind), framework="numpy") as file:
+                with self._opened(clip_id, draw, kind) as file:
                     columns[name].append(file.get_slice("latents")[frames])
             if "audio" in kinds or "identity" in kinds:
-                with safe_open(self.path(clip_id, draw, "inputs"), framework="numpy") as file:
+                with self._opened(clip_id, draw, "inputs") as file:
                     if "audio" in kinds:
                         columns["audio"].append(file.get_slice("mel")[frames])
                     if "identity" in kinds:
@@ -163,14 +192,77 @@ class LatentCache:
         if self.settings.context == "none":
             for name in ("control", "surround") if row.control == "scene" else ("surround",):
                 columns[name] = [np.zeros_like(latents) for latents in columns.get(name, [])]
-        return self._tensors(columns, kinds)
+        return {name: np.stack(values) for name, values in columns.items() if values}
 
-    def _tensors(self, columns: dict[str, list[np.ndarray]], kinds: Sequence[ConditionKind]) -> TrainingBatch:
-        stacked = {name: torch.from_numpy(np.stack(values)) for name, values in columns.items() if values}
-        pictures = {name: to_model(stacked[name]) for name in kinds if name != "audio"}
-        control = torch.cat([stacked[name] for name in ("control", "surround") if name in stacked], dim=2)
-        return TrainingBatch(
-            latents=stacked["latents"].float().transpose(1, 2).contiguous(),
-            control=control.float().transpose(1, 2).contiguous(),
-            conditions=Conditions(audio=stacked["audio"] if "audio" in kinds else None, **pictures),
-        )
+    def _opened(self, clip_id: str, draw: int, kind: FileKind) -> Any:
+        name = latent_name(clip_id, draw, kind)
+        return safe_open(fetched(self.folder, name), framework="numpy")
+
+
+class LatentCache:
+    """Latents in `<root>/latents/<hash>/` and lips in `<root>/lips/`; the hash is of all that latents depend on."""
+
+    def __init__(
+        self,
+        root: Folder | Path,
+        table: ClipTable,
+        settings: Settings,
+        autoencoder: PictureAutoencoder,
+        lips: LipSources | None,
+        names: Iterable[str] = tuple(VARIANTS),
+    ):
+        """names: the variants it is for; what none of them reads is not computed."""
+        root = root if isinstance(root, Folder) else Folder(root)
+        self.table = table
+        self.settings = settings
+        self.autoencoder = autoencoder
+        beside = Folder(table.folder.path(LIPS))
+        self.lips = LipTable(root.path(LIPS), lips, also=[beside]) if lips else None
+        self.kinds = files_needed(names, settings)
+        key = f"{weights_hash(autoencoder)} {settings.headbox.model_dump_json()} {settings.picture_px} {settings.seed}"
+        self.folder = Folder(root.path(f"latents/{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}"))
+
+    @property
+    def lengths(self) -> Mapping[str, int]:
+        return self.table.num_frames
+
+    @property
+    def files(self) -> LatentFiles:
+        """What reads it elsewhere."""
+        return LatentFiles(self.settings, self.folder, self.lips.pictures if self.lips else None)
+
+    def batch(
+        self, planned: Sequence[PlannedWindow], row: Variant, num_frames: int, kinds: Sequence[ConditionKind] = ()
+    ) -> TrainingBatch:
+        return to_batch(self.files.columns(planned, row, num_frames, kinds or conditions_of(row, self.settings)))
+
+    def build(self, part: int = 0, parts: int = 1) -> None:
+        """Computes what is missing, in all or of one part of the clips. Interrupted, it goes on where it was."""
+        ids = self.table.ids[part::parts]
+        missing = [(c, d) for c in ids for d in range(self.settings.headbox.draws) if self._missing(c, d)]
+        with progress() as bar:
+            task = bar.add_task("encoding clips to latents", total=len(missing))
+            for clip_id, draw in missing:
+                self._encode(clip_id, draw)
+                bar.advance(task)
+            if self.lips:
+                task = bar.add_task("drawing lip references", total=len(ids))
+                self.lips.write(self.table, lambda done, total: bar.update(task, completed=done), ids)
+
+    def build_clip(self, clip_id: str) -> None:
+        """Computes what is missing of one clip."""
+        for draw in range(self.settings.headbox.draws):
+            self._encode(clip_id, draw)
+        if self.lips:
+            self.lips.write(self.table, clip_ids=[clip_id])
+
+    def _encode(self, clip_id: str, draw: int) -> None:
+        kinds = self._missing(clip_id, draw)  # another training may have been here meanwhile
+        clip, seed = self.table[clip_id], self.settings.seed
+        files = encode_clip(clip, self.settings, draw, seed, self.autoencoder, kinds) if kinds else {}
+        for kind, arrays in files.items():
+            with self.folder.writing(latent_name(clip_id, draw, kind)) as temporary:
+                save_file(arrays, temporary)
+
+    def _missing(self, clip_id: str, draw: int) -> list[FileKind]:
+        return [kind for kind in self.kinds if not self.folder.exists(latent_name(clip_id, draw, kind))]

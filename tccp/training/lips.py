@@ -8,7 +8,6 @@ new footage by fold 0's.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import shutil
 import tempfile
@@ -23,7 +22,7 @@ from jaxtyping import UInt8
 from tccp.clip import Clip, ClipTable, atomic_path, decode_still
 from tccp.config import LipSettings, Settings, TccpError
 from tccp.data import clip_sound, rng_seed
-from tccp.files import Folder
+from tccp.files import Folder, fetched
 from tccp.models.lips import LipletSource, LipSource, load_liplet, open_lip_source
 from tccp.training.liplet import collect_samples, train_liplet
 
@@ -174,22 +173,49 @@ def lip_pictures(clip: Clip, source: LipSource) -> UInt8[np.ndarray, "f s s 3"]:
     return source.lips(source.windows(samples, start_frame, clip.num_frames), decode_still(clip.identity[0]))
 
 
+@dataclass(frozen=True)
+class LipFiles:
+    """Lip pictures at rest: `<hash>/<clip_id>.npy`, uint8 `f s s 3`, in one of some folders."""
+
+    hash: str
+    folders: tuple[Folder, ...]
+
+    def name(self, clip_id: str) -> str:
+        return f"{self.hash}/{clip_id}.npy"
+
+    def __contains__(self, clip_id: str) -> bool:
+        return any(folder.exists(self.name(clip_id)) for folder in self.folders)
+
+    def read(self, clip_id: str, start_frame: int = 0, num_frames: int | None = None) -> UInt8[np.ndarray, "f s s 3"]:
+        """Lip pictures of these frames, and only they are read. Raises TccpError if the clip has none."""
+        name = self.name(clip_id)
+        folder = next((one for one in self.folders if one.exists(name)), self.folders[0])
+        try:
+            pictures = np.load(fetched(folder, name), mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise TccpError(f"lips of clip {clip_id}: {error}; draw the lip table for this clip table first") from None
+        end = len(pictures) if num_frames is None else start_frame + num_frames
+        if not 0 <= start_frame < end <= len(pictures):
+            raise TccpError(f"frames {start_frame} to {end} are not in clip {clip_id} of {len(pictures)} frames")
+        return np.array(pictures[start_frame:end])
+
+
 class LipTable:
-    """Lip pictures of clips, derived from clips and lip sources: `<hash>/<clip_id>.npy` in a folder, uint8.
+    """Draws the lip pictures of clips into a folder.
 
     also: folders of the same layout in which pictures are looked for, too: what preprocessing drew beside the clips.
     """
 
-    def __init__(self, folder: Folder | Path, sources: LipSources, also: Sequence[Folder] = ()) -> None:
+    def __init__(self, folder: Folder | Path | str, sources: LipSources, also: Sequence[Folder] = ()) -> None:
         self.folder = folder if isinstance(folder, Folder) else Folder(folder)
         self.sources = sources
-        self._folders = (self.folder, *also)
+        self.pictures = LipFiles(sources.hash, (self.folder, *also))
 
     def name(self, clip_id: str) -> str:
-        return f"{self.sources.hash}/{clip_id}.npy"
+        return self.pictures.name(clip_id)
 
     def __contains__(self, clip_id: str) -> bool:
-        return any(folder.exists(self.name(clip_id)) for folder in self._folders)
+        return clip_id in self.pictures
 
     def draw(self, clip: Clip) -> None:
         """Draws the lips of a clip, and replaces those that are there."""
@@ -218,17 +244,5 @@ class LipTable:
         return drawn
 
     def read(self, clip_id: str, start_frame: int = 0, num_frames: int | None = None) -> UInt8[np.ndarray, "f s s 3"]:
-        """Lip pictures of these frames; of a local file only they are read. Raises TccpError if the clip has none."""
-        name = self.name(clip_id)
-        folder = next((one for one in self._folders if one.exists(name)), self.folder)
-        try:
-            if folder.local is not None:
-                pictures = np.load(folder.local / name, mmap_mode="r", allow_pickle=False)
-            else:
-                pictures = np.load(io.BytesIO(folder.read(name)), allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise TccpError(f"lips of clip {clip_id}: {error}; draw the lip table for this clip table first") from None
-        end = len(pictures) if num_frames is None else start_frame + num_frames
-        if not 0 <= start_frame < end <= len(pictures):
-            raise TccpError(f"frames {start_frame} to {end} are not in clip {clip_id} of {len(pictures)} frames")
-        return np.array(pictures[start_frame:end])
+        """As `LipFiles.read`."""
+        return self.pictures.read(clip_id, start_frame, num_frames)

@@ -1,122 +1,35 @@
 """The training loop: steps, EMA, checkpoints, metrics and progress. It knows neither Ray nor DeepSpeed nor the model.
 
-A run is a folder: `settings.json`, `run.json` (commit, command), `metrics.jsonl`, `checkpoints/step-N/`. Everything
-random about step k is seeded by (seed, k) or by window ids, so a run that was cut and resumed is the same run, bit
-for bit.
+Everything random about step k is seeded by (seed, k) or by window ids, so a run that was cut and resumed is the same
+run, bit for bit.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
-import sys
-import tempfile
+import resource
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from tccp.clip import atomic_path
-from tccp.config import (
-    Settings,
-    TccpError,
-    TrainingSettings,
-    git_commit,
-    settings_from_json,
-    settings_to_json,
-)
+from tccp.config import TccpError, TrainingSettings
 from tccp.data import rng_seed
 from tccp.progress import progress
 from tccp.training.engine import Engine
-from tccp.variants import FIRST_OF, VARIANTS
+from tccp.training.run import Run, Unkept
 
-KEEP_CHECKPOINTS = 2
 EMA_FILE = "ema.pt"
-SPENT_FILE = "spent.json"
-SETTINGS_FILE = "settings.json"
+PROGRESS_FILE = "progress.json"
 
 
 class NonFiniteLoss(TccpError):
     """The loss, or its gradient, is not a number any more; the last good checkpoint stays."""
-
-
-@contextmanager
-def atomic_folder(final: Path) -> Iterator[Path]:
-    """A temporary folder beside `final` that takes its name when the block succeeds and vanishes when it does not."""
-    final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
-    try:
-        yield temporary
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(temporary, final)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-@dataclass(frozen=True)
-class RunFolder:
-    path: Path
-
-    @classmethod
-    def open(cls, path: Path, settings: Settings, component: str, *, resume: bool) -> RunFolder:
-        """Makes the folder for a training of `component`, or takes it up again.
-
-        Raises TccpError if it holds a run and `resume` is off, or a run whose training had other settings.
-        """
-        stored = path / SETTINGS_FILE
-        if stored.exists():
-            if not resume:
-                raise TccpError(f"{path} holds a run already: give --resume to go on with it, or other --weights")
-            then, now = (_deciding(one, component) for one in (settings_from_json(stored.read_text()), settings))
-            for key, value in now.items():
-                if then[key] != value:
-                    raise TccpError(
-                        f"{path} was started with other settings ({stored}): {key} was {json.dumps(then[key])[:200]} "
-                        f"and is {json.dumps(value)[:200]} now; resume with what it was, or give other --weights"
-                    )
-        else:
-            path.mkdir(parents=True, exist_ok=True)
-            record = {"git_commit": git_commit(), "command": [Path(sys.argv[0]).name, *sys.argv[1:]]}
-            (path / "run.json").write_text(json.dumps(record, indent=2) + "\n")
-            with atomic_path(stored) as temporary:  # comes last: where it is, the run can be resumed
-                temporary.write_text(settings_to_json(settings))
-        return cls(path)
-
-    @property
-    def git_commit(self) -> str:
-        """With which it was started."""
-        return str(json.loads((self.path / "run.json").read_text())["git_commit"])
-
-    def checkpoint(self, step: int) -> Path:
-        return self.path / "checkpoints" / f"step-{step:07d}"
-
-    def latest(self) -> int | None:
-        """Number of finished steps of the newest complete checkpoint."""
-        found = sorted((self.path / "checkpoints").glob("step-*"))
-        return int(found[-1].name.removeprefix("step-")) if found else None
-
-    def prune(self) -> None:
-        for old in sorted((self.path / "checkpoints").glob("step-*"))[:-KEEP_CHECKPOINTS]:
-            shutil.rmtree(old)
-
-
-def _deciding(settings: Settings, component: str) -> dict[str, Any]:
-    """Settings that the training of a component depends on: not those of others, nor how it will be sampled."""
-    own = settings.for_variant(component) if component in VARIANTS else settings
-    values: dict[str, Any] = json.loads(own.model_dump_json(exclude={"sampling", "variant_overrides"}))
-    if own.training.initial_frames in ("generated", "mix") and component in FIRST_OF:
-        first = settings.for_variant(FIRST_OF[component])
-        values["sampling"] = json.loads(first.sampling.model_dump_json())
-    return values
 
 
 @dataclass(frozen=True)
@@ -135,65 +48,86 @@ def fit(
     *,
     seed: int,
     ema: EMAModel,
-    run: RunFolder | None = None,
+    run: Run | None = None,
     title: str = "training",
     stop_at: int | None = None,
     describe_step: Callable[[int], Sequence[str]] | None = None,
+    waited_s: Callable[[], float] = lambda: 0.0,
+    validate: Callable[[int, list[Tensor]], Mapping[str, float]] | None = None,
 ) -> FitResult:
     """Trains from the newest checkpoint of `run`, or from the start, to `settings.max_steps`.
 
-    loss_of(step, micro): the loss of one micro-batch, a pure function of its arguments and the module's parameters.
+    loss_of(step, micro): this rank's loss of one micro-batch, a pure function of its arguments and the module's
+        parameters. The step's loss is the mean over micro-batches and ranks.
+    ema: of what `engine.local_parameters` holds.
     stop_at: ends the call early, after a checkpoint, as an interruption would; the learning rate still heads for
         max_steps.
     describe_step: what step k trained on, for the error message when its loss is not finite.
-    Raises NonFiniteLoss; nothing of that step is kept.
+    waited_s: seconds spent waiting for data so far, for the metrics.
+    validate(step, weights): called on rank 0 before each checkpoint, with the moving averages; what it measures goes
+        with the checkpoint.
+    Raises NonFiniteLoss, on all ranks alike; nothing of that step is kept.
     """
-    device = next(engine.module.parameters()).device
-    done = (run.latest() if run else None) or 0
-    spent = 0.0
-    if run and done:
-        spent = json.loads((run.checkpoint(done) / SPENT_FILE).read_text())["seconds"]
-        engine.load(run.checkpoint(done))
-        ema.load_state_dict(torch.load(run.checkpoint(done) / EMA_FILE, weights_only=True))
-        ema.to(device)
-        _truncate_metrics(run.path / "metrics.jsonl", done)
+    run = run or Unkept()
+    done, spent = _resumed(engine, ema, run.newest())
+    run.forget_after(done)
     last = min(settings.max_steps, stop_at or settings.max_steps)
     losses: list[float] = []
     started = time.monotonic() - spent
+    meter = _Meter(settings.batch_size, waited_s)
     engine.module.train()
-    with progress() as bar:
+    with progress(shown=run.rank == 0) as bar:
         task = bar.add_task(title, total=settings.max_steps, completed=done)
         for step in range(done, last):
-            torch.manual_seed(rng_seed(seed, "step", step))  # dropout
-            loss = 0.0
+            torch.manual_seed(rng_seed(seed, "step", step, *([run.rank] if run.rank else [])))  # dropout
+            total, loss = torch.zeros(()), math.nan
             for micro in range(settings.accumulation):
                 value = loss_of(step, micro)
-                loss += value.item() / settings.accumulation
-                if not math.isfinite(loss):
-                    raise NonFiniteLoss(_diverged(f"the loss is {loss}", step, run, describe_step))
                 engine.backward(value)
+                total = total + value.detach() / settings.accumulation
+                if micro + 1 == settings.accumulation:
+                    loss = run.mean(total)
+                    if not math.isfinite(loss):
+                        raise NonFiniteLoss(_diverged(f"the loss is {loss}", step, run, describe_step))
                 try:
-                    updated = engine.step()
+                    engine.step()
                 except FloatingPointError as error:
                     raise NonFiniteLoss(_diverged(str(error), step, run, describe_step)) from None
-            if updated:
-                ema.step(engine.module.parameters())
+            ema.step(engine.local_parameters())
             losses.append(loss)
+            ends = step + 1 == last
             bar.update(task, completed=step + 1, description=f"{title}  loss {loss:.4f}")
-            if run and (step % settings.log_every == 0 or step + 1 == last):
-                _append_metrics(run, step, loss, engine, time.monotonic() - started)
-            if run and ((step + 1) % settings.checkpoint_every == 0 or step + 1 == last):
-                with atomic_folder(run.checkpoint(step + 1)) as folder:
+            if step % settings.log_every == 0 or ends:
+                seconds = round(time.monotonic() - started, 3)
+                figures = {"loss": loss, "grad_norm": engine.grad_norm, "learning_rate": engine.learning_rate}
+                run.record({"step": step, **figures, "seconds": seconds, **meter.read(step + 1)})
+            if run.asked_to_save() or (step + 1) % settings.checkpoint_every == 0 or ends:
+                weights = engine.gather(ema.shadow_params)
+                measured = dict(validate(step + 1, weights)) if validate and run.rank == 0 else {}
+                with run.saving(step + 1, {"loss": loss, **measured}) as folder:
                     engine.save(folder)
-                    torch.save(ema.state_dict(), folder / EMA_FILE)
-                    (folder / SPENT_FILE).write_text(json.dumps({"seconds": time.monotonic() - started}) + "\n")
-                run.prune()
+                    if run.rank == 0:
+                        torch.save({**ema.state_dict(), "shadow_params": weights}, folder / EMA_FILE)
+                        record = {"steps": step + 1, "seconds": time.monotonic() - started}
+                        (folder / PROGRESS_FILE).write_text(json.dumps(record) + "\n")
     return FitResult(losses, time.monotonic() - started, len(losses))
 
 
-def _diverged(what: str, step: int, run: RunFolder | None, describe: Callable[[int], Sequence[str]] | None) -> str:
+def _resumed(engine: Engine, ema: EMAModel, checkpoint: Path | None) -> tuple[int, float]:
+    """Steps done and seconds spent, with everything as the checkpoint left it."""
+    if checkpoint is None:
+        return 0, 0.0
+    engine.load(checkpoint)
+    state = torch.load(checkpoint / EMA_FILE, weights_only=True, map_location="cpu")
+    ema.load_state_dict({**state, "shadow_params": engine.shard(state["shadow_params"])})
+    ema.to(engine.local_parameters()[0].device)
+    record = json.loads((checkpoint / PROGRESS_FILE).read_text())
+    return record["steps"], record["seconds"]
+
+
+def _diverged(what: str, step: int, run: Run, describe: Callable[[int], Sequence[str]] | None) -> str:
     trained_on = f"; it trained on {', '.join(describe(step))}" if describe else ""
-    latest = run.latest() if run else None
+    latest = run.latest()
     kept = f"the checkpoint at step {latest} is kept" if latest else "no checkpoint yet"
     return (
         f"{what} at step {step}{trained_on}; {kept}; train anew with a lower training.learning_rate or with "
@@ -201,20 +135,31 @@ def _diverged(what: str, step: int, run: RunFolder | None, describe: Callable[[i
     )
 
 
-def _append_metrics(run: RunFolder, step: int, loss: float, engine: Engine, seconds: float) -> None:
-    record = {
-        "step": step,
-        "loss": loss,
-        "grad_norm": engine.grad_norm,
-        "learning_rate": engine.learning_rate,
-        "seconds": round(seconds, 3),
-    }
-    with (run.path / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(record) + "\n")
+class _Meter:
+    """What the machine did between two readings."""
+
+    def __init__(self, batch_size: int, waited_s: Callable[[], float]):
+        self.batch_size, self.waited_s = batch_size, waited_s
+        self.steps: int | None = None
+        self.wall, self.cpu, self.waited = time.monotonic(), time.process_time(), waited_s()
+
+    def read(self, steps: int) -> dict[str, float]:
+        """windows_per_s of all ranks; of this one data_wait and cpu_use, shares of the time, and memory_mib, its peak."""
+        wall, cpu, waited = time.monotonic(), time.process_time(), self.waited_s()
+        passed = max(wall - self.wall, 1e-9)
+        values = {"data_wait": (waited - self.waited) / passed, "cpu_use": (cpu - self.cpu) / passed}
+        if self.steps is not None:  # the first reading holds set-up and compilation
+            values["windows_per_s"] = (steps - self.steps) * self.batch_size / passed
+        values["memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        if torch.cuda.is_available():
+            values["gpu_memory_mib"] = torch.cuda.max_memory_allocated() / 2**20
+            values |= _gpu_use()
+        self.steps, self.wall, self.cpu, self.waited = steps, wall, cpu, waited
+        return {name: round(value, 4) for name, value in values.items()}
 
 
-def _truncate_metrics(path: Path, done: int) -> None:
-    """Drops what was logged after the checkpoint that is resumed from: those steps are run again."""
-    if path.exists():
-        kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] < done]
-        path.write_text("".join(line + "\n" for line in kept))
+def _gpu_use() -> dict[str, float]:
+    try:
+        return {"gpu_use": torch.cuda.utilization() / 100}
+    except Exception:  # NVIDIA's library for it is not everywhere
+        return {}

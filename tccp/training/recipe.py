@@ -27,10 +27,11 @@ from tccp.progress import LINES_ONLY, progress
 from tccp.training.autoencoder import train_autoencoder
 from tccp.training.latents import LatentCache
 from tccp.training.lips import FOLDS, FOLDS_RECORD, LipSources, open_lip_sources, train_liplets
-from tccp.training.loop import SETTINGS_FILE, SPENT_FILE, RunFolder
+from tccp.training.run import SETTINGS_FILE, RunFolder
 from tccp.training.variant import needs_first, train_variant
 from tccp.variants import FIRST_OF, TWO_STAGE, VARIANTS
 
+SPENT_FILE = "spent.json"
 COMPONENTS: tuple[str, ...] = ("autoencoder", "lips", *VARIANTS)
 
 
@@ -265,6 +266,7 @@ class Trainer:
             git_commit=run.git_commit,
             last_losses=round(sum(last) / len(last), 5) if last else None,
         )
+        assert model is not None  # as on rank 0 of any training
         save_component(self.weights, name, self.settings, model.save_pretrained, provenance)
 
 

@@ -1,25 +1,29 @@
-"""Training one variant of MVControlNet on cached latents."""
+"""Training one variant of MVControlNet on windows of latents."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tccp.config import Settings, TccpError, VariantName
+from tccp.config import Settings, TccpError, TrainingSettings, VariantName
 from tccp.data import PlannedWindow, TrainingOrder, rng_seed, window_ids
 from tccp.diffusion import NoiseSchedule, window_loss
+from tccp.models.conditions import Conditions
 from tccp.models.mvcontrolnet import MVControlNet
 from tccp.sampling import advance, start_window
-from tccp.training.engine import TorchEngine
-from tccp.training.latents import LatentCache, TrainingBatch
-from tccp.training.loop import FitResult, RunFolder, fit
+from tccp.training.engine import Engine, TorchEngine
+from tccp.training.latents import TrainingBatch, Windows
+from tccp.training.loop import FitResult, fit
+from tccp.training.run import Run, Unkept
 from tccp.variants import FIRST_OF, VARIANTS
 
 DENOISING_STEPS = 4
@@ -58,70 +62,98 @@ def draw(
     return Draws(*(torch.stack(values) for values in (noise, t, dropped, initial, generated, initial_t)))
 
 
+class WindowLoss(nn.Module):
+    """The module that an engine trains: the network, and around it its loss, in the precision of training."""
+
+    def __init__(self, network: MVControlNet, schedule: NoiseSchedule, precision: str):
+        super().__init__()
+        self.network = network
+        self.schedule = schedule
+        self.precision = precision
+
+    def forward(
+        self,
+        latents: Float[Tensor, "b c f h w"],
+        noise: Float[Tensor, "b c f h w"],
+        t: Int[Tensor, " b"],
+        conditions: Conditions,
+        control: Float[Tensor, "b c2 f h w"],
+        initial: Float[Tensor, "b c h w"] | None,
+    ) -> Float[Tensor, " b"]:
+        """As `window_loss`."""
+        device = latents.device
+        # On CPUs the fused attention's backward pass is several times slower in bf16 than plain products are.
+        plain = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" and self.precision != "fp32" else nullcontext()
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"), plain:
+            return window_loss(self.network, self.schedule, latents, noise, t, conditions, control, initial)
+
+
+def training_order(lengths: Mapping[str, int], variant: VariantName, settings: Settings) -> TrainingOrder:
+    """Which windows of clips of these lengths the steps of a variant's training take."""
+    ids = window_ids(lengths, lengths.values(), VARIANTS[variant].num_frames(settings.window), stride=1)
+    return TrainingOrder(ids, settings.seed)
+
+
+def micro_batch(
+    order: TrainingOrder, training: TrainingSettings, step: int, micro: int, rank: int = 0, num_ranks: int = 1
+) -> list[PlannedWindow]:
+    """The windows of one rank's micro-batch: of its fixed part of the step's, a fixed part."""
+    size = training.batch_size // (training.accumulation * num_ranks)
+    return order.step(step, training.batch_size, rank, num_ranks)[micro * size : (micro + 1) * size]
+
+
 class VariantLoss:
-    """`loss_of(step, micro)` for the training loop."""
+    """`loss_of(step, micro)` for the training loop, of one rank."""
 
     def __init__(
         self,
         model: MVControlNet,
         variant: VariantName,
         settings: Settings,
-        cache: LatentCache,
+        windows: Windows,
         first: MVControlNet | None = None,
-        stride: int = 1,
+        rank: int = 0,
+        num_ranks: int = 1,
     ):
-        self.model = model
         self.row = VARIANTS[variant]
         self.settings = settings.for_variant(variant)
         self.first_sampling = settings.for_variant(FIRST_OF.get(variant, variant)).sampling
-        self.cache = cache
+        self.windows = windows
         self.first = first.eval().requires_grad_(False) if first is not None else None
         self.schedule = NoiseSchedule.from_settings(self.settings.diffusion)
+        self.module = WindowLoss(model, self.schedule, self.settings.training.precision)
+        self.forward: Callable[..., Any] = self.module  # or the engine's
+        self.device = next(model.parameters()).device
         self.num_frames = self.row.num_frames(settings.window)
-        table = cache.table
-        ids = window_ids(table.ids, [table.num_frames[c] for c in table.ids], self.num_frames, stride)
-        self.order = TrainingOrder(ids, self.settings.seed)
-
-    def planned(self, step: int) -> list[PlannedWindow]:
-        return self.order.step(step, self.settings.training.batch_size)
+        self.order = training_order(windows.lengths, variant, self.settings)
+        self.rank, self.num_ranks = rank, num_ranks
+        self.waited_s = 0.0  # for windows, since the start
 
     def describe_step(self, step: int) -> list[str]:
-        return [f"{clip_id[:12]}:{start}" for _, (clip_id, start) in self.planned(step)]
+        """The windows of a step, those of all ranks."""
+        planned = self.order.step(step, self.settings.training.batch_size)
+        return [f"{clip_id[:12]}:{start}" for _, (clip_id, start) in planned]
 
     def __call__(self, step: int, micro: int) -> Tensor:
-        settings = self.settings.training
-        size = settings.batch_size // settings.accumulation
-        planned = self.planned(step)[micro * size : (micro + 1) * size]
-        batch = self.cache.batch(planned, self.row, self.num_frames)
+        planned = micro_batch(self.order, self.settings.training, step, micro, self.rank, self.num_ranks)
+        asked = time.monotonic()
+        batch = self.windows.batch(planned, self.row, self.num_frames)
+        self.waited_s += time.monotonic() - asked
         return self.loss(planned, batch).mean()
 
     def loss(self, planned: Sequence[PlannedWindow], batch: TrainingBatch) -> Float[Tensor, " b"]:
-        device = next(self.model.parameters()).device
-        latents, control = batch.latents.to(device), batch.control.to(device)
-        draws = draw(planned, tuple(latents.shape[1:]), self.settings, self.schedule.num_train_timesteps)
-        conditions = batch.conditions.drop(draws.dropped).to(device)
-        initial = self._initial(batch, draws, planned).to(device) if self.row.continues else None
-        with self._precision(device.type):
-            return window_loss(
-                self.model,
-                self.schedule,
-                latents,
-                draws.noise.to(device),
-                draws.t.to(device),
-                conditions,
-                control,
-                initial,
-            )
-
-    @contextmanager
-    def _precision(self, device_type: str) -> Iterator[None]:
-        if self.settings.training.precision == "fp32":
-            yield
-            return
-        # On CPUs the fused attention's backward pass is several times slower in bf16 than plain products are.
-        plain = sdpa_kernel(SDPBackend.MATH) if device_type == "cpu" else nullcontext()
-        with torch.autocast(device_type, torch.bfloat16), plain:
-            yield
+        """Of each window. The batch may hold more kinds of conditions than the network takes."""
+        told = batch.only(self.row.conditions_with(self.settings.lips.source))
+        draws = draw(planned, tuple(batch.latents.shape[1:]), self.settings, self.schedule.num_train_timesteps)
+        initial = self._initial(batch, draws, planned).to(self.device) if self.row.continues else None
+        return self.forward(
+            batch.latents.to(self.device),
+            draws.noise.to(self.device),
+            draws.t.to(self.device),
+            told.conditions.drop(draws.dropped).to(self.device),
+            batch.control.to(self.device),
+            initial,
+        )
 
     def _initial(
         self, batch: TrainingBatch, draws: Draws, planned: Sequence[PlannedWindow]
@@ -138,13 +170,13 @@ class VariantLoss:
             chosen = torch.ones_like(draws.generated) if settings.initial_frames == "generated" else draws.generated
             rows = [i for i in range(len(planned)) if chosen[i]]
             if rows:
-                first, shown = self._first_network(), [planned[i] for i in rows]
+                first = self._first_network()
+                kinds = VARIANTS[FIRST_OF[self.row.name]].conditions_with(self.settings.lips.source)
+                shown = batch[rows].first_frame().only(kinds)
                 if settings.initial_frames == "denoised":
-                    made = self._denoise_first(
-                        first, shown, initial[rows], draws.noise[rows, :, 0], draws.initial_t[rows]
-                    )
+                    made = self._denoise_first(first, shown, draws.noise[rows, :, 0], draws.initial_t[rows])
                 else:
-                    made = self._generate_first(first, shown)
+                    made = self._generate_first(first, shown, [planned[i] for i in rows])
                 initial = initial.clone()
                 initial[rows] = made
         return initial + settings.initial_frame_noise * draws.initial_noise
@@ -159,32 +191,27 @@ class VariantLoss:
 
     @torch.no_grad()
     def _denoise_first(
-        self,
-        first: MVControlNet,
-        planned: Sequence[PlannedWindow],
-        latents: Float[Tensor, "b c h w"],
-        noise: Float[Tensor, "b c h w"],
-        t: Int[Tensor, " b"],
+        self, first: MVControlNet, shown: TrainingBatch, noise: Float[Tensor, "b c h w"], t: Int[Tensor, " b"]
     ) -> Float[Tensor, "b c h w"]:
-        batch = self.cache.batch(planned, VARIANTS[FIRST_OF[self.row.name]], 1)
         device = next(first.parameters()).device
-        conditions, control = batch.conditions.to(device), batch.control.to(device)
-        clean, noise = latents[:, :, None].to(device), noise[:, :, None].to(device)
+        conditions, control = shown.conditions.to(device), shown.control.to(device)
+        clean, noise = shown.latents.to(device), noise[:, :, None].to(device)
         for k in range(DENOISING_STEPS, 0, -1):
             times = (t[:, None] * k // DENOISING_STEPS).to(device)
             noisy = self.schedule.add_noise(clean, noise, times)
             predicted = first(noisy, times, conditions, control)
             clean, noise = self.schedule.clean(noisy, predicted, times), self.schedule.noise(noisy, predicted, times)
-        return clean[:, :, 0].to(latents)
+        return clean[:, :, 0].to(shown.latents)
 
-    def _generate_first(self, first: MVControlNet, planned: Sequence[PlannedWindow]) -> Float[Tensor, "b c h w"]:
-        batch = self.cache.batch(planned, VARIANTS[FIRST_OF[self.row.name]], 1)
+    def _generate_first(
+        self, first: MVControlNet, shown: TrainingBatch, planned: Sequence[PlannedWindow]
+    ) -> Float[Tensor, "b c h w"]:
         states = [
             start_window(
                 self.schedule,
                 self.first_sampling,
-                batch.conditions[i : i + 1],
-                batch.control[i],
+                shown.conditions[i : i + 1],
+                shown.control[i],
                 None,
                 rng_seed(self.settings.seed, "initial", clip_id, start, epoch),
                 first.config.latent_channels,
@@ -209,26 +236,21 @@ def _taken_over(take: Callable[[MVControlNet], None], source: MVControlNet, what
         raise TccpError(f"{what} ({error})") from None
 
 
-def train_variant(
+def new_network(
     variant: VariantName,
     settings: Settings,
-    cache: LatentCache,
-    run: RunFolder | None,
     *,
     first: MVControlNet | None = None,
     start_from: MVControlNet | None = None,
-    device: torch.device | str = "cpu",
-    stop_at: int | None = None,
-) -> tuple[MVControlNet, FitResult]:
-    """Trains `variant` and returns it with its EMA weights.
+) -> MVControlNet:
+    """The network as its training starts, the same for the same seed.
 
-    first: the trained first-frame variant, which sequence variants need where they start from its weights or on its
-        frames (`needs_first`).
+    first: the trained first-frame variant, from whose weights sequence variants start where settings say so.
     start_from: a network whose video branch is taken over and copied into the control branch.
     """
     resolved = settings.for_variant(variant)
     torch.manual_seed(rng_seed(resolved.seed, "init", variant))
-    model = MVControlNet.from_settings(resolved, variant).to(device)
+    model = MVControlNet.from_settings(resolved, variant)
     if resolved.training.start_from_first and variant in FIRST_OF:
         if first is None:
             raise ValueError(f"training.start_from_first needs a trained {FIRST_OF[variant]}: train it first")
@@ -239,10 +261,36 @@ def train_variant(
         _taken_over(model.start_control_from, start_from, f"--control-from: its {variant} does not fit these settings")
     if resolved.training.freeze_video_branch:
         model.freeze_video_branch()
-    losses = VariantLoss(model, variant, settings, cache, first)
-    ema = EMAModel(model.parameters(), decay=resolved.training.ema_decay)
+    return model
+
+
+def train_variant(
+    variant: VariantName,
+    settings: Settings,
+    windows: Windows,
+    run: Run | None,
+    *,
+    first: MVControlNet | None = None,
+    start_from: MVControlNet | None = None,
+    device: torch.device | str = "cpu",
+    stop_at: int | None = None,
+    engine_of: Callable[[nn.Module, TrainingSettings], Engine] = TorchEngine,
+    validate: Callable[[int, list[Tensor]], Mapping[str, float]] | None = None,
+) -> tuple[MVControlNet | None, FitResult]:
+    """Trains `variant` and returns it with its EMA weights, on the CPU; on ranks above 0 of many, None.
+
+    first: needed by sequence variants that start from its weights or on its frames (`needs_first`).
+    start_from: as for `new_network`. stop_at, validate: as for `fit`.
+    """
+    run = run or Unkept()
+    resolved = settings.for_variant(variant)
+    model = new_network(variant, settings, first=first, start_from=start_from).to(device)
+    losses = VariantLoss(model, variant, settings, windows, first, run.rank, run.num_ranks)
+    engine = engine_of(losses.module, resolved.training)
+    losses.forward = engine.forward
+    ema = EMAModel(engine.local_parameters(), decay=resolved.training.ema_decay)
     result = fit(
-        TorchEngine(model, resolved.training),
+        engine,
         losses,
         resolved.training,
         seed=resolved.seed,
@@ -251,6 +299,16 @@ def train_variant(
         title=variant,
         stop_at=stop_at,
         describe_step=losses.describe_step,
+        waited_s=lambda: losses.waited_s,
+        validate=validate,
     )
-    ema.copy_to(model.parameters())
-    return model.eval(), result
+    weights = engine.gather(ema.shadow_params)
+    return (with_weights(MVControlNet.from_settings(resolved, variant), weights) if run.rank == 0 else None), result
+
+
+def with_weights(model: MVControlNet, weights: Sequence[Tensor]) -> MVControlNet:
+    """The network with these values of its parameters, in their order, ready for use."""
+    with torch.no_grad():
+        for parameter, value in zip(model.parameters(), weights, strict=True):
+            parameter.copy_(value)
+    return model.eval()
