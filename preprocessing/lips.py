@@ -19,6 +19,7 @@ import pyarrow as pa
 from tccp.clip import ClipTable, clip_from_row
 from tccp.config import LipSettings, TccpError
 from tccp.files import Folder
+from tccp.training.reading import LIPS
 
 DRAWN_SCHEMA = pa.schema([("clip_id", pa.string()), ("seconds", pa.float64())])
 
@@ -60,7 +61,7 @@ def lip_work(settings: LipSettings, weights: Path) -> LipWork:
 
 def lip_table(table: str, sources: Any) -> Any:
     """The lips beside a clip table, a `tccp.training.lips.LipTable` of these sources."""
-    from tccp.training.lips import LIPS, LipTable
+    from tccp.training.lips import LipTable
 
     return LipTable(Folder(Folder(table).path(LIPS)), sources)
 
@@ -109,7 +110,6 @@ class AddLips:
 
 def tidy(table: str, work: LipWork, clip_ids: Iterable[str]) -> list[str]:
     """Which of a table's clips have no lips yet; the lips of clips that are not among them are removed."""
-    from tccp.training.lips import LIPS
 
     folder, wanted = Folder(Folder(table).path(LIPS)), list(clip_ids)
     there = {name.removesuffix(".npy") for name in folder.names(work.hash)}

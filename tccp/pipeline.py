@@ -53,6 +53,11 @@ SHAPING = (
     "variant_overrides",
 )
 """Settings that components of one pipeline must share: they decide shapes, latents, or what is predicted."""
+HOW_TRAINED = {
+    "autoencoder": ("kl_weight", "precision", "batch_size", "max_steps", "learning_rate"),
+    "lips": ("liplet_steps", "liplet_batch_size", "liplet_learning_rate"),
+}
+"""Settings inside those that do not bind: how long, and how, a component was trained."""
 
 
 def weights_folder(given: Path) -> Path:
@@ -109,6 +114,9 @@ def read_settings(folder: Path) -> Settings:
 def _shaping(settings: Settings) -> dict[str, Any]:
     """Of variants' own settings, too, those that shape: how long one is trained does not bind the others."""
     values = {name: json.loads(settings.model_dump_json(include={name}))[name] for name in SHAPING}
+    for name, keys in HOW_TRAINED.items():
+        for key in keys:
+            del values[name][key]
     values["variant_overrides"] = {
         variant: shaping
         for variant, overrides in values["variant_overrides"].items()

@@ -32,7 +32,7 @@ VERBS: dict[str, Callable[..., None]] = {
 
 
 @contextlib.contextmanager
-def _one_line_errors() -> Iterator[None]:
+def one_line_errors() -> Iterator[None]:
     """A user's mistake ends in one line on stderr and exit code 2; a bug keeps its traceback."""
     try:
         yield
@@ -54,7 +54,7 @@ def _one_line_errors() -> Iterator[None]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     warnings.simplefilter("ignore", FutureWarning)  # of other packages; no news to a user
-    with _one_line_errors():
+    with one_line_errors():
         tyro.extras.subcommand_cli_from_dict(
             VERBS, prog="tccp", description="Talking heads, generated into scenes from sound.", args=argv
         )

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from diffusers.training_utils import EMAModel
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from tccp.clip import ClipTable
@@ -19,13 +18,12 @@ from tccp.config import AutoencoderSettings, Settings, TccpError, TrainingSettin
 from tccp.data import rng_seed, view
 from tccp.models.autoencoder import PictureAutoencoder, to_model
 from tccp.training.engine import Engine, TorchEngine
-from tccp.training.latents import PICTURES
 from tccp.training.loop import FitResult, fit
+from tccp.training.precision import arithmetic
+from tccp.training.reading import PICTURES, PictureBatch, TablePictures
 from tccp.training.run import Run, Unkept
 from tccp.variants import PictureKind
 
-FRAMES_PER_CLIP = 4
-"""Frames a step takes of each clip it reads: fewer clips are decoded for the same number of pictures."""
 STATISTICS_CLIPS = 64
 STATISTICS_FRAMES = 8
 
@@ -43,47 +41,12 @@ def autoencoder_training(settings: Settings) -> TrainingSettings:
     )
 
 
-@dataclass(frozen=True)
-class PictureBatch:
-    """Pictures of one rank's micro-batch, uint8 at rest, and each one's number among those of all steps."""
-
-    pictures: UInt8[np.ndarray, "n s s 3"]
-    numbers: Int64[np.ndarray, " n"]
-
-
 @runtime_checkable
 class Pictures(Protocol):
     """Where an auto-encoder's pictures come from."""
 
     def batch(self, step: int, rank: int, num_ranks: int) -> PictureBatch:
         """A rank's part of the pictures of step k. Sources that stream hand out one step after the other."""
-
-
-class TablePictures:
-    """Pictures of a clip table."""
-
-    def __init__(self, table: ClipTable, settings: Settings):
-        self.table, self.settings = table, settings
-
-    def batch(self, step: int, rank: int = 0, num_ranks: int = 1) -> PictureBatch:
-        """Half faces, a quarter landmark images, a quarter scenes; the step's are a pure function of (seed, k)."""
-        settings, table = self.settings, self.table
-        rng = np.random.default_rng(rng_seed(settings.seed, "autoencoder", step))
-        count = settings.autoencoder.batch_size
-        share = count // num_ranks
-        mine = range(rank * share, (rank + 1) * share)
-        kinds = ["face", "landmark_pictures", "face", "masked_scene"]
-        pictures: list[np.ndarray] = []
-        number = 0
-        while number < count:
-            clip_id = table.ids[int(rng.integers(len(table)))]
-            draw = int(rng.integers(settings.headbox.draws))
-            for frame in rng.integers(table.num_frames[clip_id], size=FRAMES_PER_CLIP):
-                if number in mine:
-                    seen = view(table[clip_id], settings, draw, settings.seed, int(frame), 1)
-                    pictures.append(getattr(seen, kinds[number % 4])[0])
-                number += 1
-        return PictureBatch(np.stack(pictures), np.array(mine, np.int64) + step * count)
 
 
 class ReconstructionLoss(nn.Module):
@@ -100,8 +63,7 @@ class ReconstructionLoss(nn.Module):
 
     def forward(self, pictures: Float[Tensor, "n 3 h w"], noise: Float[Tensor, "n c hl wl"]) -> Float[Tensor, ""]:
         """Of pictures in [-1, 1]; noise is what the posterior is sampled with."""
-        reduced = self.settings.precision == "bf16"
-        with torch.autocast(pictures.device.type, torch.bfloat16, enabled=reduced):
+        with arithmetic(self.settings.precision, pictures.device.type):
             posterior = self.autoencoder.posterior(pictures)
             restored = self.autoencoder.reconstruct(posterior.mean + posterior.std * noise)
             error = ((restored.float() - pictures) ** 2).mean()

@@ -7,63 +7,39 @@ a window reads only its own frames: memory does not grow with the data set.
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from typing import Protocol, get_args, runtime_checkable
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from safetensors import safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
 from tccp import headbox
 from tccp.clip import Clip, ClipTable
 from tccp.config import Settings
-from tccp.data import PlannedWindow, mirrored, rng_seed, view
-from tccp.files import Folder, fetched
+from tccp.data import PlannedWindow, view
+from tccp.files import Folder
 from tccp.models.autoencoder import PictureAutoencoder, to_model
 from tccp.models.conditions import Conditions
 from tccp.models.lips import weights_hash
 from tccp.progress import progress
-from tccp.training.lips import LIPS, LipFiles, LipSources, LipTable
-from tccp.variants import FIRST_OF, VARIANTS, ConditionKind, PictureKind, Variant
+from tccp.training.lips import LipSources, LipTable
+from tccp.training.reading import (
+    LIPS,
+    PICTURES,
+    FileKind,
+    LatentFiles,
+    conditions_of,
+    files_needed,
+    latent_name,
+)
+from tccp.variants import VARIANTS, ConditionKind, PictureKind, Variant
 
 ENCODE_BATCH = 64
-PICTURES: dict[PictureKind, str] = {"face": "face", "landmark": "landmark_pictures", "scene": "masked_scene"}
-"""Kind of latents -> the field of ClipView they are encoded from."""
-
-FileKind = Literal["inputs", "face", "landmark", "scene", "surround"]
-"""What a clip and draw have a file each of: `inputs` (mel and identity) and latents."""
-
-
-def files_needed(names: Iterable[str], settings: Settings) -> tuple[FileKind, ...]:
-    """What training these variants reads."""
-    kinds: list[FileKind] = ["inputs"]
-    for row in (VARIANTS[name] for name in VARIANTS if name in names):
-        kinds += [row.generates, row.control]
-        kinds += ["surround"] if shows_surround(row, settings) else []
-    return tuple(dict.fromkeys(kinds))
-
-
-def shows_surround(row: Variant, settings: Settings) -> bool:
-    return settings.surround and row.generates == "face"
-
-
-def latent_name(clip_id: str, draw: int, kind: FileKind) -> str:
-    return f"{clip_id}-{draw}.{kind}.safetensors"
-
-
-def conditions_of(row: Variant, settings: Settings) -> tuple[ConditionKind, ...]:
-    """The conditions that training this variant reads: its own, and those of the network that makes initial frames."""
-    rows = [row]
-    if row.continues and settings.for_variant(row.name).training.initial_frames != "truth":
-        rows.append(VARIANTS[FIRST_OF[row.name]])
-    kinds = itertools.chain.from_iterable(one.conditions_with(settings.lips.source) for one in rows)
-    return tuple(dict.fromkeys(kinds))
 
 
 @dataclass(frozen=True)
@@ -137,66 +113,42 @@ def encode_clip(
     return files
 
 
+def _tensor(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(values if values.flags.writeable else values.copy())  # Ray's are read-only
+
+
 def to_batch(columns: Mapping[str, np.ndarray]) -> TrainingBatch:
     """Columns of `LatentFiles.columns` as tensors."""
-    told = {name: torch.from_numpy(columns[name]) for name in get_args(ConditionKind) if name in columns}
+    told = {name: _tensor(columns[name]) for name in get_args(ConditionKind) if name in columns}
     pictures = {name: to_model(value) for name, value in told.items() if name != "audio"}
     latents, *control = (
-        torch.from_numpy(columns[name]).float().transpose(1, 2)
-        for name in ("latents", "control", "surround")
-        if name in columns
+        _tensor(columns[name]).float().transpose(1, 2) for name in ("latents", "control", "surround") if name in columns
     )
     return TrainingBatch(
         latents.contiguous(), torch.cat(control, dim=1).contiguous(), Conditions(audio=told.get("audio"), **pictures)
     )
 
 
-@dataclass(frozen=True)
-class LatentFiles:
-    """Reads windows from files of latents and lips: small, and made to travel to where the reading is done.
-
-    A local file is memory-mapped; one at a URL is fetched to this machine first, and kept.
-    """
-
-    settings: Settings
-    folder: Folder
-    lips: LipFiles | None
-
-    def columns(
-        self, planned: Sequence[PlannedWindow], row: Variant, num_frames: int, kinds: Sequence[ConditionKind]
-    ) -> dict[str, np.ndarray]:
-        """The windows, stacked: latents, control, surround float16 `n f c h w`, and conditions as they are at rest.
-
-        Which jitter draw a window takes is drawn from (seed, id, epoch).
-        """
-        read: dict[str, FileKind] = {"latents": row.generates, "control": row.control}
-        if shows_surround(row, self.settings):
-            read["surround"] = "surround"
-        columns: dict[str, list[np.ndarray]] = {name: [] for name in (*read, *kinds)}
-        for epoch, (clip_id, start) in planned:
-            draw = rng_seed(self.settings.seed, "draw", clip_id, start, epoch) % self.settings.headbox.draws
-            frames = slice(start, start + num_frames)
-            for name, kind in read.items():
-                with self._opened(clip_id, draw, kind) as file:
-                    columns[name].append(file.get_slice("latents")[frames])
-            if "audio" in kinds or "identity" in kinds:
-                with self._opened(clip_id, draw, "inputs") as file:
-                    if "audio" in kinds:
-                        columns["audio"].append(file.get_slice("mel")[frames])
-                    if "identity" in kinds:
-                        columns["identity"].append(file.get_tensor("identity"))
-            if "lips" in kinds:
-                assert self.lips is not None
-                lips = self.lips.read(clip_id, start, num_frames)
-                columns["lips"].append(lips[..., ::-1, :] if mirrored(self.settings, draw) else lips)
-        if self.settings.context == "none":
-            for name in ("control", "surround") if row.control == "scene" else ("surround",):
-                columns[name] = [np.zeros_like(latents) for latents in columns.get(name, [])]
-        return {name: np.stack(values) for name, values in columns.items() if values}
-
-    def _opened(self, clip_id: str, draw: int, kind: FileKind) -> Any:
-        name = latent_name(clip_id, draw, kind)
-        return safe_open(fetched(self.folder, name), framework="numpy")
+@torch.inference_mode()
+def encode_columns(
+    columns: Mapping[str, np.ndarray], autoencoder: PictureAutoencoder, row: Variant, settings: Settings
+) -> dict[str, np.ndarray]:
+    """Columns of `PictureFiles` to those of `LatentFiles`: rounded to half precision as those are."""
+    encoded = dict(columns)
+    device = autoencoder.mean.device
+    kinds: dict[str, PictureKind] = {"latents": row.generates, "control": row.control, "surround": "scene"}
+    for name, kind in kinds.items():
+        if name not in columns:
+            continue
+        pictures = _tensor(columns[name])
+        parts = [
+            autoencoder.encode(to_model(batch).to(device).unsqueeze(2), kind).squeeze(2).half().cpu()
+            for batch in pictures.flatten(0, 1).split(ENCODE_BATCH)
+        ]
+        latents = torch.cat(parts).unflatten(0, pictures.shape[:2]).numpy()
+        blind = settings.context == "none" and (name == "surround" or kind == "scene")
+        encoded[name] = np.zeros_like(latents) if blind else latents
+    return encoded
 
 
 class LatentCache:
@@ -249,12 +201,19 @@ class LatentCache:
                 task = bar.add_task("drawing lip references", total=len(ids))
                 self.lips.write(self.table, lambda done, total: bar.update(task, completed=done), ids)
 
-    def build_clip(self, clip_id: str) -> None:
+    def build_clip(self, clip_id: str, lips_alone: bool = False) -> None:
         """Computes what is missing of one clip."""
-        for draw in range(self.settings.headbox.draws):
+        for draw in () if lips_alone else range(self.settings.headbox.draws):
             self._encode(clip_id, draw)
         if self.lips:
             self.lips.write(self.table, clip_ids=[clip_id])
+
+    def lacks(self, clip_id: str, lips_alone: bool = False) -> bool:
+        """Whether anything of a clip is missing."""
+        draws = () if lips_alone else range(self.settings.headbox.draws)
+        return any(self._missing(clip_id, draw) for draw in draws) or (
+            self.lips is not None and clip_id not in self.lips
+        )
 
     def _encode(self, clip_id: str, draw: int) -> None:
         kinds = self._missing(clip_id, draw)  # another training may have been here meanwhile

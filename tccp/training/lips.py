@@ -11,6 +11,7 @@ import hashlib
 import json
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,14 +23,16 @@ from jaxtyping import UInt8
 from tccp.clip import Clip, ClipTable, atomic_path, decode_still
 from tccp.config import LipSettings, Settings, TccpError
 from tccp.data import clip_sound, rng_seed
-from tccp.files import Folder, fetched
+from tccp.files import Folder
 from tccp.models.lips import LipletSource, LipSource, load_liplet, open_lip_source
+from tccp.pipeline import has_component, read_manifest, verified
+from tccp.progress import progress
 from tccp.training.liplet import collect_samples, train_liplet
+from tccp.training.reading import LIPS, LipFiles
 
-LIPS = "lips"
-"""Folder of the lip table, in a storage or beside the clips."""
 FOLDS = 2
 FOLDS_RECORD = "folds.json"
+SPENT_FILE = "spent.json"
 _RECORD_VERSION = 1
 
 
@@ -103,6 +106,23 @@ def train_liplets(
     return out
 
 
+def train_liplets_once(table: ClipTable, settings: Settings, out: Path, device: str | torch.device = "cpu") -> float:
+    """`train_liplets` with progress; returns the seconds it took, or had taken before."""
+    spent = out / SPENT_FILE
+    with progress() as bar:
+        steps = settings.lips.liplet_steps
+        task = bar.add_task("liplet", total=FOLDS * steps)
+
+        def on_step(fold: int, step: int, loss: float) -> None:
+            bar.update(task, completed=fold * steps + step)
+
+        started = time.monotonic()
+        train_liplets(table, settings, out, settings.seed, on_step, device)
+    if not spent.exists():
+        spent.write_text(json.dumps({"seconds": time.monotonic() - started}) + "\n")
+    return float(json.loads(spent.read_text())["seconds"])
+
+
 @dataclass(frozen=True)
 class LipSources:
     """Which source serves which clip. `sources` has one entry per fold, or a single one not trained on these clips."""
@@ -167,37 +187,64 @@ def open_lip_sources(
     return LipSources(tuple(LipletSource(network, device) for network in networks), record["folds"], source_folds)
 
 
+@dataclass(frozen=True)
+class LipPlace:
+    """Where the lip sources that serve a clip table are: cross-fitted liplets, or one network. Small: it travels."""
+
+    settings: LipSettings
+    folder: Folder
+    to_train: bool = False  # liplets, on the very table, into the folder
+
+    def open(self, device: str | torch.device = "cpu") -> LipSources:
+        """Raises TccpError if what should be there is not, or is not whole."""
+        with self.folder.here() as place:
+            if self.settings.source == "liplet" and not (place / FOLDS_RECORD).exists():
+                source = open_lip_source(self.settings, place, device)
+                assert source is not None
+                return LipSources((source,))
+            sources = open_lip_sources(self.settings, place, device)
+            assert sources is not None
+            return sources
+
+
+def liplet_folder(data_hash: str | None, seed: int | None, settings: LipSettings) -> str:
+    """Name, in a storage, of the liplets that are cross-fitted on a clip table."""
+    key = f"{data_hash} {seed} {settings.model_dump_json()}"
+    return f"{LIPS}/{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}"
+
+
+def lip_place(
+    settings: Settings, pipeline: Path, data_hash: str, storage: Folder, weights: str | Path | None = None
+) -> LipPlace | None:
+    """The lip sources that serve this table: the pipeline's, if it has any, for those it will generate with.
+
+    Clips that its liplet was trained on are served by its cross-fitted sibling. weights: Wav2Lip's checkpoint, in place
+    of the pipeline's. None where the settings have no lips. Raises TccpError if those weights are needed and absent.
+    """
+    lips = settings.lips
+    if lips.source == "none":
+        return None
+    has_own = has_component(pipeline, LIPS)
+    if lips.source != "liplet":
+        if weights is None and not has_own:
+            open_lip_source(lips, None)  # raises, and says what to do
+        return LipPlace(lips, Folder(weights if weights is not None else verified(pipeline, LIPS)))
+    own = Folder(storage.path(liplet_folder(data_hash, settings.seed, lips)))
+    if not has_own:
+        return LipPlace(lips, own, to_train=True)
+    trained = read_manifest(pipeline)["components"][LIPS].get("provenance", {})
+    if trained.get("data_hash") == data_hash:
+        return LipPlace(lips, own, to_train=True)
+    sibling = Folder(storage.path(liplet_folder(trained.get("data_hash"), trained.get("seed"), lips)))
+    if sibling.exists(FOLDS_RECORD):
+        return LipPlace(lips, sibling)
+    return LipPlace(lips, Folder(verified(pipeline, LIPS)))
+
+
 def lip_pictures(clip: Clip, source: LipSource) -> UInt8[np.ndarray, "f s s 3"]:
     """Lip pictures of a clip from its sound and its first identity picture; its faces are not looked at."""
     samples, start_frame = clip_sound(clip)
     return source.lips(source.windows(samples, start_frame, clip.num_frames), decode_still(clip.identity[0]))
-
-
-@dataclass(frozen=True)
-class LipFiles:
-    """Lip pictures at rest: `<hash>/<clip_id>.npy`, uint8 `f s s 3`, in one of some folders."""
-
-    hash: str
-    folders: tuple[Folder, ...]
-
-    def name(self, clip_id: str) -> str:
-        return f"{self.hash}/{clip_id}.npy"
-
-    def __contains__(self, clip_id: str) -> bool:
-        return any(folder.exists(self.name(clip_id)) for folder in self.folders)
-
-    def read(self, clip_id: str, start_frame: int = 0, num_frames: int | None = None) -> UInt8[np.ndarray, "f s s 3"]:
-        """Lip pictures of these frames, and only they are read. Raises TccpError if the clip has none."""
-        name = self.name(clip_id)
-        folder = next((one for one in self.folders if one.exists(name)), self.folders[0])
-        try:
-            pictures = np.load(fetched(folder, name), mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise TccpError(f"lips of clip {clip_id}: {error}; draw the lip table for this clip table first") from None
-        end = len(pictures) if num_frames is None else start_frame + num_frames
-        if not 0 <= start_frame < end <= len(pictures):
-            raise TccpError(f"frames {start_frame} to {end} are not in clip {clip_id} of {len(pictures)} frames")
-        return np.array(pictures[start_frame:end])
 
 
 class LipTable:

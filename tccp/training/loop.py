@@ -144,7 +144,7 @@ class _Meter:
         self.wall, self.cpu, self.waited = time.monotonic(), time.process_time(), waited_s()
 
     def read(self, steps: int) -> dict[str, float]:
-        """windows_per_s of all ranks; of this one data_wait and cpu_use, shares of the time, and memory_mib, its peak."""
+        """windows_per_s of all ranks; of this one data_wait and cpu_use, shares of the time; memory_mib is its peak."""
         wall, cpu, waited = time.monotonic(), time.process_time(), self.waited_s()
         passed = max(wall - self.wall, 1e-9)
         values = {"data_wait": (waited - self.waited) / passed, "cpu_use": (cpu - self.cpu) / passed}

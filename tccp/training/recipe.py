@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import multiprocessing
 import os
 import platform
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -19,19 +17,18 @@ import torch
 
 from tccp.clip import ClipTable
 from tccp.config import Settings, TccpError, VariantName
+from tccp.files import Folder
 from tccp.models.autoencoder import PictureAutoencoder
-from tccp.models.lips import open_lip_source
-from tccp.pipeline import check_settings, has_component, load_network, read_manifest, save_component, verified
+from tccp.pipeline import check_settings, has_component, load_network, save_component, verified
 from tccp.processes import end_with_parent
-from tccp.progress import LINES_ONLY, progress
+from tccp.progress import LINES_ONLY
 from tccp.training.autoencoder import train_autoencoder
 from tccp.training.latents import LatentCache
-from tccp.training.lips import FOLDS, FOLDS_RECORD, LipSources, open_lip_sources, train_liplets
+from tccp.training.lips import LipSources, lip_place, liplet_folder, open_lip_sources, train_liplets_once
 from tccp.training.run import SETTINGS_FILE, RunFolder
 from tccp.training.variant import needs_first, train_variant
 from tccp.variants import FIRST_OF, TWO_STAGE, VARIANTS
 
-SPENT_FILE = "spent.json"
 COMPONENTS: tuple[str, ...] = ("autoencoder", "lips", *VARIANTS)
 
 
@@ -199,44 +196,25 @@ class Trainer:
         save_component(self.weights, "lips", self.settings, sources.for_new_footage.save, provenance)
 
     def _lip_sources(self) -> LipSources | None:
-        """The lip sources that serve this table: the pipeline's, if it has any, for those it will generate with.
-
-        Clips that its liplet was trained on are served by its cross-fitted sibling.
-        """
-        lips = self.settings.lips
-        if self.lip_weights or not has_component(self.weights, "lips"):
-            return self._own_lip_sources()
-        trained = read_manifest(self.weights)["components"]["lips"].get("provenance", {})
-        if lips.source == "liplet" and trained.get("data_hash") == self.data_hash:
-            return self._own_lip_sources()
-        folder = self._liplet_folder(trained.get("data_hash"), trained.get("seed"))
-        if lips.source == "liplet" and (folder / FOLDS_RECORD).exists():
-            return open_lip_sources(lips, folder, self.device)
-        source = open_lip_source(lips, verified(self.weights, "lips"), self.device)
-        return None if source is None else LipSources((source,))
-
-    def _liplet_folder(self, data_hash: str | None, seed: int | None) -> Path:
-        key = f"{data_hash} {seed} {self.settings.lips.model_dump_json()}"
-        return self.storage / "lips" / hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
+        """The lip sources that serve this table (`lip_place`); liplets are trained on it, once, if need be."""
+        place = lip_place(self.settings, self.weights, self.data_hash, Folder(self.storage), self.lip_weights)
+        if place is None:
+            return None
+        if place.to_train:
+            self._train_liplets()
+        return place.open(self.device)
 
     def _own_lip_sources(self) -> LipSources | None:
-        """As the settings say, whatever the pipeline has; liplets are trained on this table, once."""
+        """As the settings say, whatever the pipeline has."""
         lips = self.settings.lips
         if lips.source != "liplet":
             return open_lip_sources(lips, self.lip_weights, self.device)
-        folder = self._liplet_folder(self.data_hash, self.settings.seed)
-        with progress() as bar:
-            task = bar.add_task("liplet", total=FOLDS * lips.liplet_steps)
+        return open_lip_sources(lips, self._train_liplets(), self.device)
 
-            def on_step(fold: int, step: int, loss: float) -> None:
-                bar.update(task, completed=fold * lips.liplet_steps + step)
-
-            started = time.monotonic()
-            train_liplets(self.table, self.settings, folder, self.settings.seed, on_step, self.device)
-        if not (folder / SPENT_FILE).exists():
-            (folder / SPENT_FILE).write_text(json.dumps({"seconds": time.monotonic() - started}) + "\n")
-        self._lip_seconds = float(json.loads((folder / SPENT_FILE).read_text())["seconds"])
-        return open_lip_sources(lips, folder, self.device)
+    def _train_liplets(self) -> Path:
+        folder = self.storage / liplet_folder(self.data_hash, self.settings.seed, self.settings.lips)
+        self._lip_seconds = train_liplets_once(self.table, self.settings, folder, self.device)
+        return folder
 
     def cache_for(self, names: Iterable[str]) -> LatentCache:
         """The latents of this table that these variants read, and lips if one takes them; `build()` computes them."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +11,9 @@ import torch
 from diffusers.training_utils import EMAModel
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tccp.config import Settings, TccpError, TrainingSettings, VariantName
-from tccp.data import PlannedWindow, TrainingOrder, rng_seed, window_ids
+from tccp.data import PlannedWindow, rng_seed
 from tccp.diffusion import NoiseSchedule, window_loss
 from tccp.models.conditions import Conditions
 from tccp.models.mvcontrolnet import MVControlNet
@@ -23,6 +21,8 @@ from tccp.sampling import advance, start_window
 from tccp.training.engine import Engine, TorchEngine
 from tccp.training.latents import TrainingBatch, Windows
 from tccp.training.loop import FitResult, fit
+from tccp.training.precision import arithmetic
+from tccp.training.reading import micro_batch, training_order
 from tccp.training.run import Run, Unkept
 from tccp.variants import FIRST_OF, VARIANTS
 
@@ -81,25 +81,8 @@ class WindowLoss(nn.Module):
         initial: Float[Tensor, "b c h w"] | None,
     ) -> Float[Tensor, " b"]:
         """As `window_loss`."""
-        device = latents.device
-        # On CPUs the fused attention's backward pass is several times slower in bf16 than plain products are.
-        plain = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" and self.precision != "fp32" else nullcontext()
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"), plain:
+        with arithmetic(self.precision, latents.device.type):
             return window_loss(self.network, self.schedule, latents, noise, t, conditions, control, initial)
-
-
-def training_order(lengths: Mapping[str, int], variant: VariantName, settings: Settings) -> TrainingOrder:
-    """Which windows of clips of these lengths the steps of a variant's training take."""
-    ids = window_ids(lengths, lengths.values(), VARIANTS[variant].num_frames(settings.window), stride=1)
-    return TrainingOrder(ids, settings.seed)
-
-
-def micro_batch(
-    order: TrainingOrder, training: TrainingSettings, step: int, micro: int, rank: int = 0, num_ranks: int = 1
-) -> list[PlannedWindow]:
-    """The windows of one rank's micro-batch: of its fixed part of the step's, a fixed part."""
-    size = training.batch_size // (training.accumulation * num_ranks)
-    return order.step(step, training.batch_size, rank, num_ranks)[micro * size : (micro + 1) * size]
 
 
 class VariantLoss:
@@ -276,15 +259,18 @@ def train_variant(
     stop_at: int | None = None,
     engine_of: Callable[[nn.Module, TrainingSettings], Engine] = TorchEngine,
     validate: Callable[[int, list[Tensor]], Mapping[str, float]] | None = None,
+    compiled: bool = False,
 ) -> tuple[MVControlNet | None, FitResult]:
     """Trains `variant` and returns it with its EMA weights, on the CPU; on ranks above 0 of many, None.
 
     first: needed by sequence variants that start from its weights or on its frames (`needs_first`).
-    start_from: as for `new_network`. stop_at, validate: as for `fit`.
+    start_from: as for `new_network`. stop_at, validate: as for `fit`. compiled: by torch.compile.
     """
     run = run or Unkept()
     resolved = settings.for_variant(variant)
     model = new_network(variant, settings, first=first, start_from=start_from).to(device)
+    if compiled:
+        model.compile()
     losses = VariantLoss(model, variant, settings, windows, first, run.rank, run.num_ranks)
     engine = engine_of(losses.module, resolved.training)
     losses.forward = engine.forward

@@ -1,0 +1,18 @@
+"""Training of stage 1, sound and scene to landmarks: landmark_first and landmark_sequence, on a Ray cluster.
+
+    ray job submit --working-dir . -- python ray_jobs/train_stage1.py [KEY=VALUE ...] [--storage URL] ...
+
+`--help` lists the options. A job's folder is a throw-away copy: all that is kept goes to --storage.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a job's folder is no installed package
+
+from ray_jobs.training import run
+
+if __name__ == "__main__":
+    run("stage1")

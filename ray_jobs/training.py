@@ -1,0 +1,222 @@
+"""The command line that the training jobs share."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json as json_format
+import shlex
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from tyro.conf import Positional, arg
+
+from tccp.cli import one_line_errors
+from tccp.cli.options import Json, Preset, emit, note
+from tccp.config import FPS, DeepSpeedSettings, Settings, TccpError, load_settings, storage_root
+from tccp.files import Folder, is_url
+from tccp.progress import progress
+from tccp.variants import variant
+
+Stage = Literal["autoencoder", "stage1", "stage2"]
+DEFAULT: dict[Stage, tuple[str, ...]] = {
+    "autoencoder": ("autoencoder",),
+    "stage1": ("landmark_first", "landmark_sequence"),
+    "stage2": ("face_first", "face_sequence"),
+}
+
+Overrides = Positional[
+    Annotated[
+        tuple[str, ...],
+        arg(metavar="KEY=VALUE", help="settings to change, e.g. training.learning_rate=1e-4 picture_px=128"),
+    ]
+]
+
+
+def train(
+    stage: Stage,
+    overrides: Overrides = (),
+    /,
+    preset: Preset = "toy",
+    max_steps: int | None = None,
+    data: str | None = None,
+    storage: str | None = None,
+    name: str | None = None,
+    resume: bool = False,
+    variants: tuple[str, ...] = (),
+    stage1: str | None = None,
+    autoencoder: str | None = None,
+    control_from: str | None = None,
+    lip_weights: Path | None = None,
+    workers: int | None = None,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    zero_stage: Literal[0, 1, 2, 3] = 1,
+    offload: Literal["none", "optimizer", "parameters"] = "none",
+    deepspeed: Path | None = None,
+    latents: Literal["ahead", "in-step"] = "ahead",
+    readers: int | None = None,
+    compile: bool = False,
+    max_failures: int = 8,
+    timeout_s: float = 1800.0,
+    keep: int = 2,
+    keep_best: bool = False,
+    mlflow: str | None = None,
+    register: str | None = None,
+    json: Json = False,
+) -> None:
+    """Train on a Ray cluster: that of RAY_ADDRESS or of the job, else one on this machine for as long as it takes.
+
+    Without arguments: RoundTable's drawn conversations, with the preset toy. What is lacking is trained first.
+
+    Args:
+        max_steps: optimiser steps of each network, in place of the preset's.
+        data: clip table, a folder or URL (default: RoundTable, drawn into the storage).
+        storage: folder or URL for everything that is kept; on several machines a URL, or file:///... for a folder that
+            all of them share (default: TCCP_STORAGE, else ~/.tccp).
+        name: of the run, a folder in STORAGE/runs (default: the job's name and the preset's).
+        resume: go on with a run that was interrupted, from its last checkpoint.
+        variants: networks to train, in place of the stage's two; one_stage_first and one_stage_sequence are known too.
+        stage1: a run in the storage, or a pipeline folder or URL, whose stage 1 is taken over, auto-encoder and lips
+            with it (default: the packaged toy weights, if the settings fit them).
+        autoencoder: likewise, for the auto-encoder and the lips alone; or a diffusers AutoencoderKL folder.
+        control_from: a pipeline whose video branches are taken over; with training.freeze_video_branch=true only the
+            control branches are trained.
+        lip_weights: the published Wav2Lip checkpoint, for lips.source=wav2lip.
+        workers: training workers (default: one for each GPU; without GPUs two, or one on a single CPU).
+        device: auto takes GPUs where there are any.
+        zero_stage: what DeepSpeed divides among workers: nothing, the optimiser's state, gradients too, parameters too.
+        offload: what DeepSpeed keeps in the CPU's memory.
+        deepspeed: a JSON file of DeepSpeed settings, laid over those derived.
+        latents: ahead: all clips are encoded before training, and kept in the storage; in-step: by the workers.
+        readers: Ray Data workers that read for each training worker.
+        compile: let torch.compile translate the networks; takes minutes at the start.
+        max_failures: how often workers may die, other than with a machine that is taken away, before it is given up.
+        timeout_s: longest that workers wait for each other.
+        keep: checkpoints kept of each network.
+        keep_best: keep those of the lowest validation loss, beside the newest.
+        mlflow: address of an MLflow server, or none (default: a database in the storage, on one machine).
+        register: name under which the pipeline is registered with MLflow at the end, with the alias `latest`.
+    """
+    from tccp.pipeline import TOY_WEIGHTS
+    from tccp.training.launcher.launch import Request, launch
+
+    settings = _settings(preset, overrides, max_steps)
+    place = Folder(storage if storage and is_url(storage) else storage_root(storage).absolute())
+    take = {"stage1": stage1, "autoencoder": autoencoder}
+    pretrained = None
+    if autoencoder is not None and (Path(autoencoder) / "config.json").is_file():
+        pretrained = Path(take.pop("autoencoder") or "")
+    components = tuple(variants) or DEFAULT[stage]
+    for one in variants:
+        variant(one)
+    request = Request(
+        components=components,
+        settings=settings,
+        table=partial(_roundtable, settings, place) if data is None else lambda: data,
+        storage=place,
+        name=name or f"{stage}-{preset}",
+        resume=resume,
+        workers=workers,
+        device=device,
+        parallel=_parallel(zero_stage, offload, deepspeed),
+        latents=latents,
+        readers=readers,
+        compiled=compile,
+        timeout_s=timeout_s,
+        max_failures=max_failures,
+        keep=keep,
+        keep_best=keep_best,
+        take_from=(Folder(TOY_WEIGHTS),),
+        must_take=tuple(_pipeline(place, given) for given in take.values() if given is not None),
+        control_from=None if control_from is None else _pipeline(place, control_from),
+        pretrained_autoencoder=pretrained,
+        lip_weights=lip_weights,
+        tracking=mlflow,
+        register_as=register,
+        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    )
+    done = launch(request, note=note)
+    record = {"pipeline": done.pipeline, "trained": done.trained, "taken": done.taken, "workers": done.workers}
+    trained = ", ".join(done.trained) or "nothing: all is there"
+    emit(json, record, f"trained {trained}; pipeline: {done.pipeline}")
+
+
+def _settings(preset: str, overrides: Sequence[str], max_steps: int | None) -> Settings:
+    given = list(overrides)
+    if max_steps is not None:
+        given += [f"training.max_steps={max_steps}", f"autoencoder.max_steps={max_steps}"]
+    return load_settings(preset, given)
+
+
+def _parallel(zero_stage: int, offload: str, config: Path | None) -> DeepSpeedSettings:
+    values: dict[str, Any] = {"zero_stage": zero_stage, "offload": offload}
+    if config is not None:
+        try:
+            values["config"] = json_format.loads(config.read_text())
+        except (OSError, ValueError) as error:
+            raise TccpError(f"--deepspeed {config}: {error}; give a file of DeepSpeed settings as JSON") from None
+    try:
+        return DeepSpeedSettings(**values)
+    except ValueError as error:
+        raise TccpError(
+            f"--zero-stage {zero_stage} --offload {offload}: {str(error).splitlines()[2].strip()}"
+        ) from None
+
+
+def _pipeline(storage: Folder, given: str) -> Folder:
+    """The pipeline of a run in the storage, or a pipeline folder. Raises TccpError if it is neither."""
+    run = Folder(storage.path(f"runs/{given}/pipeline"))
+    folder = run if "/" not in given and run.exists("manifest.json") else Folder(given)
+    if not folder.exists("manifest.json"):
+        raise TccpError(f"{given} is neither a run in {storage} nor a pipeline folder with manifest.json")
+    return folder
+
+
+FILMS, SECONDS, SEED = 72, 3.0, 1
+"""RoundTable films that jobs train on where they are given no footage."""
+
+
+def _roundtable(settings: Settings, storage: Folder) -> str:
+    """RoundTable's clip table in a storage, drawn and preprocessed if it is not there. Ray must be running."""
+    from preprocessing.plan import make_plan
+    from preprocessing.run import preprocess
+    from tccp.clip import INDEX
+    from tccp.roundtable import write_clips
+
+    films, table = Folder(storage.path("roundtable/films")), storage.path(f"roundtable/clips-{settings.picture_px}")
+    if Folder(table).exists(INDEX):
+        return table
+    if sum(name.endswith(".mp4") for name in films.names()) < FILMS:
+        with tempfile.TemporaryDirectory(prefix="tccp-films-") as place, progress() as bar:
+            task = bar.add_task("drawing scenes", total=FILMS * round(SECONDS * FPS))
+            write_clips(place, FILMS, SECONDS, SEED, progress=lambda name, done, total: bar.advance(task))
+            films.upload(Path(place), "")
+    preprocess([str(films)], table, make_plan(settings.picture_px, "truth"), on_ray=True)
+    return table
+
+
+def run(stage: Stage, argv: Sequence[str] | None = None) -> None:
+    """The entry point of a job."""
+    warnings.simplefilter("ignore", FutureWarning)
+    with one_line_errors():
+        tyro.cli(_of(stage), prog=f"train_{stage}.py", args=argv)
+
+
+def _of(stage: Stage) -> Callable[..., None]:
+    """`train` without its first argument, for the command line."""
+
+    @functools.wraps(train)
+    def job(*arguments: Any, **options: Any) -> None:
+        train(stage, *arguments, **options)
+
+    whole = inspect.signature(train, eval_str=True)
+    job.__signature__ = whole.replace(parameters=list(whole.parameters.values())[1:])  # type: ignore[attr-defined]
+    del job.__wrapped__
+    job.__annotations__ = {name: one.annotation for name, one in list(whole.parameters.items())[1:]} | {"return": None}
+    return job

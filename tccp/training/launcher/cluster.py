@@ -1,0 +1,119 @@
+"""What a Ray cluster has, or could have, and whether a training fits."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from tccp.config import DeepSpeedSettings, TccpError
+from tccp.files import Folder
+from tccp.training.launcher.ingest import READER_CPUS
+from tccp.training.launcher.job import Spread
+
+WORKER_CPUS = 0.5
+"""CPUs that a rank without a GPU asks for. They are logical: what it uses is decided by its threads."""
+GPU_WORKER_CPUS = 1.0
+MOST_READERS = 4
+
+
+@contextmanager
+def connected() -> Iterator[None]:
+    """The cluster of RAY_ADDRESS or of the job; else one on this machine, while the context is open."""
+    try:
+        import ray
+    except ImportError:
+        raise TccpError("this needs Ray: pip install -c constraints.txt -e '.[train]'") from None
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(logging_level="ERROR")
+    else:
+        cpus = max(2, os.cpu_count() or 1)
+        # Without a dashboard Ray Train complains all the time that it cannot ask it.
+        ray.init("local", num_cpus=cpus, include_dashboard=True, logging_level="ERROR")
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def num_nodes() -> int:
+    """Machines that are there now."""
+    import ray
+
+    return sum(1 for node in ray.nodes() if node["Alive"])
+
+
+CLUSTER_MAX = "TCCP_CLUSTER_MAX"
+"""Environment variable that says to what an autoscaler may bring the cluster, e.g. `CPU=64,GPU=8`: Ray does not."""
+
+
+def could_have() -> dict[str, float]:
+    """Resources that are there, or that the autoscaler may bring the cluster to. Raises TccpError."""
+    import ray
+
+    there = {name: float(value) for name, value in ray.cluster_resources().items()}
+    for item in filter(None, os.environ.get(CLUSTER_MAX, "").split(",")):
+        name, _, number = item.partition("=")
+        try:
+            there[name.strip()] = max(there.get(name.strip(), 0.0), float(number))
+        except ValueError:
+            raise TccpError(f"{CLUSTER_MAX}={os.environ[CLUSTER_MAX]}: write it as CPU=64,GPU=8") from None
+    return there
+
+
+def spread_over(
+    resources: Mapping[str, float],
+    *,
+    workers: int | None,
+    device: str,
+    parallel: DeepSpeedSettings,
+    readers: int | None = None,
+    **more: float | int | bool,
+) -> Spread:
+    """How a training is spread over a cluster of these resources.
+
+    workers: by default one for each GPU; without GPUs two, or one where there is one CPU. device: auto, cpu or cuda.
+    Raises TccpError if that does not fit, with at least one CPU, or half of a single one, left to read data.
+    """
+    cpus, gpus = float(resources.get("CPU", 0)), int(resources.get("GPU", 0))
+    if device not in ("auto", "cpu", "cuda"):
+        raise TccpError(f"--device {device}: give auto, cpu or cuda")
+    use_gpu = device == "cuda" or (device == "auto" and gpus > 0)
+    if workers is None:
+        workers = max(1, gpus) if use_gpu else (2 if cpus >= 2 else 1)
+    if workers < 1:
+        raise TccpError(f"--workers {workers}: give at least 1")
+    per_worker = GPU_WORKER_CPUS if use_gpu else WORKER_CPUS
+    if use_gpu and gpus < workers:
+        raise TccpError(
+            f"{workers} workers need {workers} GPUs, and the cluster has, or can grow to, {gpus}: give fewer "
+            "--workers, or --device cpu"
+        )
+    left = cpus - workers * per_worker
+    least = READER_CPUS * workers
+    if left < least:
+        most = int(cpus / (per_worker + READER_CPUS))
+        raise TccpError(
+            f"{workers} workers and their readers need {workers * (per_worker + READER_CPUS):g} CPUs, and the cluster "
+            f"has, or can grow to, {cpus:g}: give --workers {most} or fewer"
+            if most
+            else f"training needs {per_worker + READER_CPUS:g} CPUs, and the cluster has {cpus:g}: start Ray with more"
+        )
+    if readers is None:
+        readers = min(MOST_READERS, max(1, int(left / least / 2)))
+    return Spread(workers, use_gpu, per_worker, readers, parallel, **more)  # type: ignore[arg-type]
+
+
+def check_storage(storage: Folder, nodes: int) -> None:
+    """Raises TccpError for a folder of one machine where the cluster has several, and if it cannot be written."""
+    shared = storage.local is None or storage.place.startswith(("file://", "local://"))
+    if nodes > 1 and not shared:
+        raise TccpError(
+            f"storage {storage} is a folder of one machine, and the cluster has {nodes}: give --storage a URL "
+            "(s3://..., gs://...), or file:///... for a folder that all of them share"
+        )
+    storage.write(".tccp", b"")

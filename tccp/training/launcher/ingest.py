@@ -1,0 +1,127 @@
+"""Ray Data's part of training: steps in, the rows of each micro-batch out, in the order of the plan.
+
+Every rank has a stream of its own, of exactly the windows that the plan gives it from the step it starts at. Nothing is
+split, so nothing depends on how Ray deals out blocks; what comes is checked against the plan all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import pyarrow as pa
+
+from tccp.clip import ClipTable
+from tccp.config import Settings, VariantName
+from tccp.data import PlannedWindow, TrainingOrder, clip_hash
+from tccp.training.reading import (
+    LatentFiles,
+    PictureFiles,
+    TablePictures,
+    conditions_of,
+    micro_batch,
+    training_order,
+)
+from tccp.variants import VARIANTS
+
+READER_CPUS = 0.25
+_MOST_BLOCKS = 2000
+_BLOCK_BYTES = 16 << 20
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """What a Ray Data worker does for one rank. Made where it is used, from arguments that travel."""
+
+    def read(self, step: int) -> Iterator[dict[str, np.ndarray]]:
+        """The rank's micro-batches of a step, as columns of one row per window."""
+
+
+@dataclass(frozen=True)
+class WindowReader:
+    """Windows of a variant's training, from latents on disk or as pictures."""
+
+    table: str
+    variant: VariantName
+    settings: Settings
+    files: LatentFiles | PictureFiles
+    rank: int
+    num_ranks: int
+
+    @cached_property
+    def order(self) -> TrainingOrder:  # made where it is used: the plan does not travel
+        with ClipTable(self.table) as table:
+            return training_order(table.num_frames, self.variant, self.settings)
+
+    def read(self, step: int) -> Iterator[dict[str, np.ndarray]]:
+        row = VARIANTS[self.variant]
+        training = self.settings.for_variant(self.variant).training
+        kinds = conditions_of(row, self.settings)
+        for micro in range(training.accumulation):
+            planned = micro_batch(self.order, training, step, micro, self.rank, self.num_ranks)
+            columns = self.files.columns(planned, row, row.num_frames(self.settings.window), kinds)
+            yield {**columns, **window_ids(planned)}
+
+
+@dataclass(frozen=True)
+class PictureReader:
+    """Single pictures, for the auto-encoder."""
+
+    table: str
+    settings: Settings
+    rank: int
+    num_ranks: int
+
+    @cached_property
+    def pictures(self) -> TablePictures:
+        return TablePictures(ClipTable(self.table, keep=64), self.settings)
+
+    def read(self, step: int) -> Iterator[dict[str, np.ndarray]]:
+        batch = self.pictures.batch(step, self.rank, self.num_ranks)
+        yield {"pictures": batch.pictures, "numbers": batch.numbers}
+
+
+class ReadSteps:
+    """The actor: steps to rows."""
+
+    def __init__(self, reader: Reader):
+        self.reader = reader
+
+    def __call__(self, batch: pa.Table) -> Iterator[dict[str, np.ndarray]]:
+        for step in batch.column("step").to_pylist():
+            yield from self.reader.read(step)
+
+
+def window_ids(planned: Sequence[PlannedWindow]) -> dict[str, np.ndarray]:
+    """Which windows rows hold, as columns of numbers."""
+    return {
+        "clip": np.array([clip_hash(window.id.clip_id) for window in planned], np.int64),
+        "start": np.array([window.id.start_frame for window in planned], np.int32),
+        "epoch": np.array([window.epoch for window in planned], np.int32),
+    }
+
+
+def micro_batches(reader: Reader, steps: range, rows: int, readers: int) -> Iterator[dict[str, np.ndarray]]:
+    """A rank's micro-batches of `rows` rows each, step after step, read ahead by Ray Data's workers."""
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    context.execution_options.locality_with_output = False
+    context.target_max_block_size, context.target_min_block_size = _BLOCK_BYTES, 1
+    size = max(1, -(-len(steps) // _MOST_BLOCKS))
+    numbers = list(steps)
+    blocks = [pa.table({"step": numbers[i : i + size]}) for i in range(0, len(numbers), size)]
+    data = ray.data.from_arrow(blocks).map_batches(
+        ReadSteps,
+        fn_constructor_args=(reader,),
+        compute=ray.data.ActorPoolStrategy(size=readers, max_tasks_in_flight_per_actor=4),
+        num_cpus=READER_CPUS,
+        batch_size=1,
+        batch_format="pyarrow",
+    )
+    yield from data.iter_batches(batch_size=rows, batch_format="numpy", prefetch_batches=4)

@@ -1,0 +1,538 @@
+"""The driver: components one after the other, each a training on the cluster, into a pipeline folder in storage.
+
+<storage>/runs/<name>/<component>/    checkpoints, settings, metrics, what it came to
+<storage>/runs/<name>/pipeline/       what has been trained, and taken over, so far
+<storage>/latents, <storage>/lips     shared by all runs on the same clips and auto-encoder
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from tccp.clip import ClipTable
+from tccp.config import (
+    DeepSpeedSettings,
+    Settings,
+    TccpError,
+    VariantName,
+    settings_from_json,
+    settings_to_json,
+)
+from tccp.files import Folder
+from tccp.models.autoencoder import PictureAutoencoder
+from tccp.pipeline import MANIFEST, check_settings, export, has_component, read_manifest, save_component, verified
+from tccp.progress import progress
+from tccp.training.autoencoder import autoencoder_training, fit_latent_statistics, pretrained_autoencoder
+from tccp.training.engine import deepspeed_config
+from tccp.training.latents import LatentCache
+from tccp.training.launcher.cluster import check_storage, connected, could_have, num_nodes, spread_over
+from tccp.training.launcher.job import AUTOENCODER, ComponentJob, Latents, Spread, train_rank
+from tccp.training.launcher.rank import EXPORT, RESULT, Validate, mistake_of
+from tccp.training.lips import LipPlace, lip_place, liplet_folder, train_liplets_once
+from tccp.training.reading import LIPS, conditions_of
+from tccp.training.recipe import COMPONENTS, recipe
+from tccp.training.run import SETTINGS_FILE, check_same_settings, run_record
+from tccp.training.tracking import Tracker, tracking_place
+from tccp.variants import VARIANTS
+
+RUNS = "runs"
+PIPELINE = "pipeline"
+RUN_RECORD = "run.json"
+TRACKING = "mlflow.json"
+NO_TRACKING = "none"
+STARTS_TRIED = 20
+"""How often a group of workers that does not come up is tried anew, for want of machines, before it is given up."""
+START_TIMEOUT_S = 120
+
+
+@dataclass(frozen=True)
+class Request:
+    """A training as a user asks for it.
+
+    components: what to train; what they need is trained before them, unless it is there or can be taken over.
+    table: gives the place of the clip table, which it may make; called once Ray runs and all else has been checked.
+    take_from: pipeline folders that lend what they have of what is needed, if their settings fit; the first that has
+        it. must_take: raises if they do not fit.
+    """
+
+    components: tuple[str, ...]
+    settings: Settings
+    table: Callable[[], str]
+    storage: Folder
+    name: str
+    resume: bool = False
+    workers: int | None = None
+    device: str = "auto"
+    parallel: DeepSpeedSettings = field(default_factory=DeepSpeedSettings)
+    latents: Latents = "ahead"
+    readers: int | None = None
+    compiled: bool = False
+    timeout_s: float = 1800.0
+    max_failures: int = 8
+    keep: int = 2
+    keep_best: bool = False
+    take_from: tuple[Folder, ...] = ()
+    must_take: tuple[Folder, ...] = ()
+    control_from: Folder | None = None
+    pretrained_autoencoder: Path | None = None
+    lip_weights: Path | None = None
+    tracking: str | None = None
+    register_as: str | None = None
+    command: str | None = None
+
+
+@dataclass(frozen=True)
+class Launched:
+    """pipeline: where it is. trained, taken: names of components; those that were there already are in neither."""
+
+    pipeline: str
+    trained: tuple[str, ...]
+    taken: tuple[str, ...]
+    workers: int
+
+
+def launch(request: Request, validate: Validate | None = None, note: Any = print) -> Launched:
+    """Trains what is asked for, and what it needs, on the cluster of RAY_ADDRESS or of the job, else on this machine.
+
+    validate: measures networks in the midst of training; it travels to rank 0. note: is told what is done, in lines.
+    Raises TccpError for a user's mistake, before anything is trained wherever that can be known.
+    """
+    with connected():
+        spread = spread_over(
+            could_have(),
+            workers=request.workers,
+            device=request.device,
+            parallel=request.parallel,
+            readers=request.readers,
+            timeout_s=request.timeout_s,
+            max_failures=request.max_failures,
+            compiled=request.compiled,
+            keep=request.keep,
+            keep_best=request.keep_best,
+        )
+        _check(request, spread)
+        with ExitStack() as stack:
+            return _Launch(request, spread, validate, note, stack).run()
+
+
+def _check(request: Request, spread: Spread) -> None:
+    for name in request.components:
+        if name not in COMPONENTS:
+            raise TccpError(f"unknown component {name!r}: choose of {', '.join(COMPONENTS)}")
+        if name == AUTOENCODER and request.pretrained_autoencoder is None:
+            deepspeed_config(autoencoder_training(request.settings), request.parallel, spread.workers, 1)
+        if name in VARIANTS:
+            deepspeed_config(request.settings.for_variant(name).training, request.parallel, spread.workers, 1)
+    if request.compiled and request.parallel.zero_stage == 3:
+        raise TccpError("--compile does not go with ZeRO stage 3, which takes the network apart: give stage 2 or less")
+    if not request.name or "/" in request.name or request.name.startswith("."):
+        raise TccpError(f"--name {request.name!r}: give a name without / that does not begin with a dot")
+    check_storage(request.storage, num_nodes())
+    folder = Folder(request.storage.path(f"{RUNS}/{request.name}"))
+    if folder.exists(RUN_RECORD) and not request.resume:
+        raise TccpError(f"{folder} holds a run already: give --resume to go on with it, or another --name")
+
+
+class _Launch:
+    def __init__(self, request: Request, spread: Spread, validate: Validate | None, note: Any, stack: ExitStack):
+        self.request, self.spread, self.validate, self.note = request, spread, validate, note
+        self.id = uuid.uuid4().hex
+        self.settings = request.settings
+        self.folder = Folder(request.storage.path(f"{RUNS}/{request.name}"))
+        self.place = request.table()
+        self.table = stack.enter_context(ClipTable(self.place))
+        self.data_hash = hashlib.blake2b(" ".join(self.table.ids).encode(), digest_size=8).hexdigest()
+        self.tracking: str | None = None
+        if request.tracking != NO_TRACKING:
+            self.tracking = tracking_place(request.tracking, request.storage, num_nodes())
+        self.remote = Folder(self.folder.path(PIPELINE))
+        self.pipeline = stack.enter_context(self.remote.here())  # of a URL, a copy
+        self.taken: list[str] = []
+        self.trained: list[str] = []
+
+    def run(self) -> Launched:
+        check_settings(self.pipeline, self.settings)
+        if not self.folder.exists(RUN_RECORD):
+            self.folder.write(RUN_RECORD, run_record().encode())
+        for group in recipe(self.settings, self._needed()):
+            for name in group:
+                self._train(name)
+        return Launched(str(self.remote), tuple(self.trained), tuple(self.taken), self.spread.workers)
+
+    def _needed(self) -> list[str]:
+        """What is to be trained: what is asked for, and what that needs and nobody lends; the rest is taken over."""
+        asked = [name for name in self.request.components if not has_component(self.pipeline, name)]
+        needed = [AUTOENCODER]
+        if any("lips" in conditions_of(VARIANTS[name], self.settings) for name in asked if name in VARIANTS):
+            needed.append(LIPS)
+        lent = [name for name in COMPONENTS if name not in asked and not has_component(self.pipeline, name)]
+        for must, folder in [(True, one) for one in self.request.must_take] + [
+            (False, one) for one in self.request.take_from
+        ]:
+            with folder.here() as place:
+                if not (place / MANIFEST).exists() and not must:
+                    continue
+                has = [name for name in lent if name in read_manifest(place)["components"]]
+                # An asked-for auto-encoder is trained anew: networks that were trained on another one do not fit it.
+                if AUTOENCODER in asked:
+                    has = []
+                try:
+                    check_settings(place, self.settings)
+                except TccpError:
+                    if must:
+                        raise
+                    continue
+                if has:
+                    export(place, self.pipeline, has)
+                    self._push()
+                    self.taken += has
+                    lent = [name for name in lent if name not in has]
+                    self.note(f"taken over from {_shown(folder)}: {', '.join(has)}")
+        missing = [name for name in needed if name not in asked and not has_component(self.pipeline, name)]
+        for name in asked:
+            first = [one for one in _needs(name, self.settings) if one not in asked]
+            missing += [one for one in first if not has_component(self.pipeline, one) and one not in missing]
+        if missing:
+            self.note(f"not there, so trained first: {', '.join(missing)}")
+        return [*missing, *asked]
+
+    def _push(self, *names: str) -> None:
+        """Components of the pipeline, and last its manifest, to storage; all of them by default."""
+        if self.remote.local is not None:
+            return
+        for name in names or sorted(path.name for path in self.pipeline.iterdir() if path.is_dir()):
+            self.remote.upload(self.pipeline / name, name)
+        self.remote.write(MANIFEST, (self.pipeline / MANIFEST).read_bytes())
+
+    def _train(self, name: str) -> None:
+        if name == LIPS:
+            self._train_lips()
+        elif name == AUTOENCODER:
+            self._train_autoencoder()
+        else:
+            self._train_variant(name)  # type: ignore[arg-type]
+        self._push(name)
+        self.trained.append(name)
+        self.note(f"trained {name}: {self.remote}")
+
+    def _job(self, name: str, **more: Any) -> ComponentJob:
+        run = Folder(self.folder.path(name))
+        if run.exists(SETTINGS_FILE):
+            then = settings_from_json(run.read(SETTINGS_FILE).decode())
+            check_same_settings(then, self.settings, name, str(run))
+        else:
+            run.write(SETTINGS_FILE, settings_to_json(self.settings).encode())
+        return ComponentJob(
+            name, self.settings, self.place, self.remote, run, self.spread, self.id, self.request.latents, **more
+        )
+
+    def _train_autoencoder(self) -> None:
+        device = torch.device("cpu")
+        if self.request.pretrained_autoencoder is not None:
+            autoencoder = pretrained_autoencoder(self.settings, self.request.pretrained_autoencoder)
+            record: dict[str, Any] = {"steps": 0}
+        else:
+            job = self._job(AUTOENCODER)
+            record = {"steps": self.settings.autoencoder.max_steps, **fit_on_cluster(job, None, self._tracked(job))}
+            with job.run.here(EXPORT) as place:
+                autoencoder = PictureAutoencoder.load(place)
+        fit_latent_statistics(autoencoder.to(device).eval(), self.table, self.settings)
+        self._save(AUTOENCODER, autoencoder.save, record)
+
+    def _train_lips(self) -> None:
+        lips = self.settings.lips
+        if lips.source == "liplet":
+            name = liplet_folder(self.data_hash, self.settings.seed, lips)
+            place = LipPlace(lips, Folder(self.request.storage.path(name)), to_train=True)
+            seconds = self._liplets(place)
+            record: dict[str, Any] = {"steps": lips.liplet_steps, "seconds": round(seconds, 1)}
+        else:
+            found = lip_place(
+                self.settings, self.pipeline, self.data_hash, self.request.storage, self.request.lip_weights
+            )
+            if found is None:
+                raise TccpError("lips.source is none: there is no lip source to train")
+            place, record = found, {"steps": 0}
+        self._save(LIPS, place.open().for_new_footage.save, record)
+
+    def _liplets(self, place: LipPlace) -> float:
+        import ray
+
+        gpus = 1 if self.spread.use_gpu else 0
+        task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=3)(_liplet_task)
+        return float(ray.get(task.remote(self.place, self.settings, place, gpus)))
+
+    def _train_variant(self, name: VariantName) -> None:
+        cache = self._cache(name)
+        if self.request.latents == "ahead":
+            self._encode(cache, name)
+        elif cache.lips is not None:
+            self._encode(cache, name, lips_alone=True)
+        job = self._job(
+            name,
+            files=cache.files if self.request.latents == "ahead" else None,
+            lips=cache.files.lips,
+            control_from=self.request.control_from,
+        )
+        record = {
+            "steps": self.settings.for_variant(name).training.max_steps,
+            **fit_on_cluster(job, self.validate, self._tracked(job)),
+        }
+        with job.run.here(EXPORT) as place:
+            self._save(name, lambda target: shutil.copytree(place, target, dirs_exist_ok=True), record)
+        if self.request.register_as and job.component in self.request.components[-1:]:
+            self._register(job)
+
+    def _encoder(self, name: VariantName) -> ClipEncoder:
+        lips = None
+        if "lips" in conditions_of(VARIANTS[name], self.settings):
+            lips = lip_place(
+                self.settings, self.pipeline, self.data_hash, self.request.storage, self.request.lip_weights
+            )
+            if lips is not None and lips.to_train:
+                self._liplets(lips)
+            elif lips is not None and lips.folder.local is not None and self.remote.local is None:
+                lips = replace(lips, folder=Folder(self.remote.path(LIPS)))  # not the driver's own copy
+        return ClipEncoder(self.request.storage, self.place, self.settings, self.remote, lips, name)
+
+    def _cache(self, name: VariantName) -> LatentCache:
+        return self._encoder(name).cache("cpu")
+
+    def _encode(self, cache: LatentCache, name: VariantName, lips_alone: bool = False) -> None:
+        """Encodes what is not there yet, on all of the cluster: no rank is at work now."""
+        missing = [clip_id for clip_id in self.table.ids if cache.lacks(clip_id, lips_alone)]
+        if not missing:
+            return
+        with progress() as bar:
+            task = bar.add_task("encoding clips", total=len(missing))
+            for _ in encoded(self._encoder(name), missing, lips_alone, self.spread):
+                bar.advance(task)
+
+    def _save(self, name: str, write: Any, record: dict[str, Any]) -> None:
+        provenance = {
+            **record,
+            "clips": len(self.table),
+            "frames": sum(self.table.num_frames.values()),
+            "data_hash": self.data_hash,
+            "seed": self.settings.seed,
+            "device": "cuda" if self.spread.use_gpu else "cpu",
+            "zero_stage": self.spread.parallel.zero_stage,
+            "machine": f"{platform.system()} {platform.machine()}, torch {torch.__version__}, Ray",
+            "command": self.request.command,
+        }
+        save_component(self.pipeline, name, self.settings, write, provenance)
+
+    def _tracked(self, job: ComponentJob) -> tuple[str, str] | None:
+        """URI and id of the MLflow run of a component's training: the one it had, where it is resumed."""
+        if self.tracking is None:
+            return None
+        run_id = json.loads(job.run.read(TRACKING))["run_id"] if job.run.exists(TRACKING) else None
+        own = self.settings.for_variant(job.component) if job.component in VARIANTS else self.settings
+        params = {
+            "component": job.component,
+            "preset": own.preset,
+            "workers": self.spread.workers,
+            "device": "cuda" if self.spread.use_gpu else "cpu",
+            **{f"deepspeed.{key}": value for key, value in self.spread.parallel.model_dump().items()},
+            **_flat(own.model_dump(include={"seed", "picture_px", "window", "training", "network", "diffusion"})),
+            "clips": len(self.table),
+            "data_hash": self.data_hash,
+        }
+        local = self.request.storage.local
+        artifacts = None if local is None else (local.absolute() / "mlflow-artifacts").as_uri()
+        name = f"{self.request.name}/{job.component}"
+        tracker = Tracker.start(self.tracking, name, params, artifacts, run_id)
+        if run_id is None:
+            job.run.write(TRACKING, json.dumps({"run_id": tracker.run_id, "uri": self.tracking}).encode())
+        return self.tracking, tracker.run_id
+
+    def _register(self, job: ComponentJob) -> None:
+        if self.tracking is not None and self.request.register_as:
+            run_id = json.loads(job.run.read(TRACKING))["run_id"]
+            Tracker(self.tracking, run_id).register(self.pipeline, self.request.register_as, "latest")
+
+
+def _needs(name: str, settings: Settings) -> list[str]:
+    from tccp.training.variant import needs_first
+    from tccp.variants import FIRST_OF
+
+    return [FIRST_OF[name]] if name in FIRST_OF and needs_first(name, settings) else []
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _shown(folder: Folder) -> str:
+    from tccp.pipeline import TOY_WEIGHTS
+
+    return "the packaged weights" if folder.local == TOY_WEIGHTS else str(folder)
+
+
+def _liplet_task(table: str, settings: Settings, place: LipPlace, gpus: int) -> float:
+    with ClipTable(table, keep=64) as opened, _written(place.folder) as out:
+        return train_liplets_once(opened, settings, out, "cuda" if gpus else "cpu")
+
+
+@contextmanager
+def _written(folder: Folder) -> Iterator[Path]:
+    """A folder of this machine for what lies, and will lie, in a folder anywhere."""
+    if folder.local is not None:
+        yield folder.local
+        return
+    with tempfile.TemporaryDirectory(prefix="tccp-") as place:
+        for name in folder.tree():
+            target = Path(place) / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            folder.download(name, target)
+        yield Path(place)
+        folder.upload(Path(place), "")
+
+
+# Encoding ahead
+
+
+@dataclass(frozen=True)
+class ClipEncoder:
+    """How the clips of a table are encoded for a variant: what each worker makes its `LatentCache` from."""
+
+    storage: Folder
+    table: str
+    settings: Settings
+    pipeline: Folder
+    lips: LipPlace | None
+    variant: VariantName
+
+    def cache(self, device: str) -> LatentCache:
+        with self.pipeline.here() as place:
+            autoencoder = PictureAutoencoder.load(verified(place, AUTOENCODER)).to(device).eval()
+        sources = self.lips.open(device) if self.lips else None
+        table = ClipTable(self.table)
+        return LatentCache(self.storage, table, self.settings, autoencoder, sources, [self.variant])
+
+
+class EncodeClips:
+    """The actor: ids of clips in, the same out once their latents and lips are in storage."""
+
+    def __init__(self, encoder: ClipEncoder, lips_alone: bool):
+        self.lips_alone = lips_alone
+        self.cache = encoder.cache("cuda" if torch.cuda.is_available() else "cpu")
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        for clip_id in batch.column("clip_id").to_pylist():
+            self.cache.build_clip(clip_id, self.lips_alone)
+        return batch
+
+
+def encoded(encoder: ClipEncoder, clip_ids: Sequence[str], lips_alone: bool, spread: Spread) -> Iterable[Any]:
+    """Rows as clips are done. As many actors as there will be ranks, or as there are CPUs."""
+    import ray
+
+    cpus = int(ray.cluster_resources().get("CPU", 1))
+    size = spread.workers if spread.use_gpu else max(1, min(cpus, len(clip_ids)))
+    step = max(1, -(-len(clip_ids) // 2000))
+    blocks = [pa.table({"clip_id": list(clip_ids[i : i + step])}) for i in range(0, len(clip_ids), step)]
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    data = ray.data.from_arrow(blocks).map_batches(
+        EncodeClips,
+        fn_constructor_args=(encoder, lips_alone),
+        compute=ray.data.ActorPoolStrategy(size=size),
+        num_cpus=0.5,
+        num_gpus=1 if spread.use_gpu else 0,
+        batch_size=1,
+        batch_format="pyarrow",
+    )
+    return data.iter_rows()
+
+
+# Ray Train
+
+
+def fit_on_cluster(
+    job: ComponentJob, validate: Validate | None, tracked: tuple[str, str] | None = None
+) -> dict[str, Any]:
+    """Trains a component with Ray Train, from its newest checkpoint if it has one; returns `result.json`.
+
+    Raises TccpError for a user's mistake and for a loss that is not finite; Ray's TrainingFailedError for the rest.
+    """
+    if job.run.exists(RESULT):
+        return dict(json.loads(job.run.read(RESULT)))
+    from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    spread = job.spread
+    os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(spread.timeout_s)
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_TIMEOUT_S))
+    if tracked is not None:
+        job = replace(job, tracking_uri=tracked[0], tracking_run=tracked[1])
+    tidy(job.run)
+    filesystem, path = Folder(job.run.place.rsplit("/", 1)[0]).arrow()
+    best = {"checkpoint_score_attribute": "validation_loss", "checkpoint_score_order": "min"}
+    trainer = TorchTrainer(
+        train_rank,
+        train_loop_config={"job": job, "validate": validate},
+        torch_config=TorchConfig(backend="nccl" if spread.use_gpu else "gloo", timeout_s=int(spread.timeout_s)),
+        scaling_config=ScalingConfig(
+            num_workers=spread.workers,
+            use_gpu=spread.use_gpu,
+            resources_per_worker={"CPU": spread.cpus_per_worker, **({"GPU": 1} if spread.use_gpu else {})},
+        ),
+        run_config=RunConfig(
+            name=job.component,
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(max_failures=spread.max_failures, controller_failure_limit=STARTS_TRIED),
+            checkpoint_config=CheckpointConfig(num_to_keep=spread.keep, **(best if spread.keep_best else {})),
+            logging_config=LoggingConfig(log_level="WARNING"),
+        ),
+    )
+    tracker = Tracker(*tracked) if tracked else None
+    status = "FAILED"
+    try:
+        trainer.fit()
+        mistake = mistake_of(job)
+        if mistake is not None:
+            raise TccpError(mistake)
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    except TccpError:
+        raise
+    except Exception:
+        mistake = mistake_of(job)
+        if mistake is not None:
+            raise TccpError(mistake) from None
+        raise
+    finally:
+        if tracker:
+            tracker.ended(status)
+    tidy(job.run)
+    return dict(json.loads(job.run.read(RESULT)))
+
+
+def tidy(run: Folder) -> None:
+    """Removes checkpoints that were never finished: those that Ray Train has no record of."""
+    kept = ""
+    if run.exists("checkpoint_manager_snapshot.json"):
+        kept = run.read("checkpoint_manager_snapshot.json").decode()
+    for name in run.subfolders():
+        if name.startswith("step-") and f'"{name}"' not in kept:
+            run.remove(name)

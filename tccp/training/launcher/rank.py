@@ -1,0 +1,273 @@
+"""What runs on every training worker: one rank's part of the training of a component."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+import uuid
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tccp.clip import ClipTable
+from tccp.config import Settings, TccpError, TrainingSettings, VariantName
+from tccp.models.autoencoder import PictureAutoencoder
+from tccp.models.mvcontrolnet import MVControlNet
+from tccp.pipeline import load_network, verified
+from tccp.training.autoencoder import autoencoder_training, fit_autoencoder
+from tccp.training.engine import DeepSpeedEngine, Engine
+from tccp.training.launcher.ingest import PictureReader, Reader, WindowReader, micro_batches
+from tccp.training.launcher.job import AUTOENCODER, ComponentJob
+from tccp.training.launcher.streams import StreamedPictures, StreamedWindows
+from tccp.training.loop import PROGRESS_FILE, FitResult
+from tccp.training.reading import PictureFiles
+from tccp.training.run import METRICS_FILE, append_metrics, cut_metrics
+from tccp.training.tracking import Tracker
+from tccp.training.variant import needs_first, train_variant, with_weights
+from tccp.variants import FIRST_OF
+
+EXPORT = "export"
+MISTAKE = "mistake.json"
+RESULT = "result.json"
+
+Validate = Callable[[ComponentJob, int, MVControlNet, Path], Mapping[str, float]]
+"""validate(job, step, network, folder): measures, and leaves pictures or films of what it saw in the folder."""
+
+
+class RayRun:
+    """`tccp.training.run.Run` on a rank of Ray Train. Checkpoints go to storage while training goes on."""
+
+    def __init__(self, job: ComponentJob, device: torch.device):
+        import ray.train
+
+        context = ray.train.get_context()
+        self.rank, self.num_ranks = context.get_world_rank(), context.get_world_size()
+        self.job, self.device = job, device
+        self._open = ExitStack()
+        self._here = Path(self._open.enter_context(tempfile.TemporaryDirectory(prefix="tccp-run-")))
+        self._start = self._downloaded(ray.train.get_checkpoint())
+        self._latest = None if self._start is None else _steps(self._start)
+        self._preempted = False
+        self.tracker: Tracker | None = None
+        if self.rank == 0 and job.tracking_uri and job.tracking_run:
+            self.tracker = Tracker(job.tracking_uri, job.tracking_run)
+
+    def _downloaded(self, checkpoint: Any) -> Path | None:
+        return None if checkpoint is None else Path(self._open.enter_context(checkpoint.as_directory()))
+
+    def close(self) -> None:
+        self._open.close()
+
+    @property
+    def metrics(self) -> Path:
+        return self._here / METRICS_FILE
+
+    def newest(self) -> Path | None:
+        return self._start
+
+    def latest(self) -> int | None:
+        return self._latest
+
+    @contextmanager
+    def saving(self, step: int, metrics: Mapping[str, float | int]) -> Iterator[Path]:
+        import ray.train
+
+        folder = Path(tempfile.mkdtemp(prefix="tccp-checkpoint-"))  # Ray removes it, once it is uploaded
+        try:
+            yield folder
+            if self.rank == 0 and self.metrics.exists():
+                shutil.copyfile(self.metrics, folder / METRICS_FILE)
+            mode = ray.train.CheckpointUploadMode
+            # A name of its own for each attempt: what an attempt that died has left under it is never mixed in.
+            ray.train.report(
+                {"steps": step, **metrics},
+                checkpoint=ray.train.Checkpoint.from_directory(folder),
+                checkpoint_dir_name=f"step-{step:07d}-{uuid.uuid4().hex[:6]}",
+                checkpoint_upload_mode=mode.SYNC if self._preempted else mode.ASYNC,
+                delete_local_checkpoint_after_upload=True,
+            )
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        self._latest = step
+        if self.tracker:
+            self.tracker.metrics(step, metrics)
+
+    def asked_to_save(self) -> bool:
+        import ray.train
+
+        notice = ray.train.get_preemption_info()  # a meeting of all ranks: every one is here once a step
+        first, self._preempted = notice is not None and not self._preempted, notice is not None
+        return first
+
+    def mean(self, value: Tensor) -> float:
+        shared = value.to(self.device) / self.num_ranks
+        torch.distributed.all_reduce(shared)
+        return float(shared)
+
+    def record(self, values: Mapping[str, float | int]) -> None:
+        if self.rank == 0:
+            append_metrics(self.metrics, values)
+            if self.tracker:
+                self.tracker.metrics(int(values["step"]), self._figures(values))
+
+    def _figures(self, values: Mapping[str, float | int]) -> dict[str, float | int]:
+        figures = {name: value for name, value in values.items() if name not in ("step", "seconds")}
+        if self.job.spread.use_gpu:
+            figures["gpu_hours"] = values["seconds"] * self.num_ranks / 3600
+        return figures
+
+    def forget_after(self, done: int) -> None:
+        if self.rank == 0 and self._start is not None and (self._start / METRICS_FILE).exists():
+            shutil.copyfile(self._start / METRICS_FILE, self.metrics)
+            cut_metrics(self.metrics, done)
+
+
+def _steps(checkpoint: Path) -> int:
+    return int(json.loads((checkpoint / PROGRESS_FILE).read_text())["steps"])
+
+
+def train(job: ComponentJob, validate: Validate | None) -> None:
+    """One rank's part, from the newest checkpoint if there is one.
+
+    A user's mistake is the same at every attempt: it is written down, and the next attempt ends at once.
+    """
+    if mistake_of(job) is not None:
+        return
+    try:
+        _train(job, validate)
+    except TccpError as error:
+        record = {"launch": job.launch_id, "message": str(error)}
+        job.run.write(MISTAKE, (json.dumps(record) + "\n").encode())
+        raise
+
+
+def mistake_of(job: ComponentJob) -> str | None:
+    """What ended this launch of the training, if a mistake did."""
+    if not job.run.exists(MISTAKE):
+        return None
+    record = json.loads(job.run.read(MISTAKE))
+    return str(record["message"]) if record["launch"] == job.launch_id else None
+
+
+def _train(job: ComponentJob, validate: Validate | None) -> None:
+    warnings.simplefilter("ignore", FutureWarning)  # of other packages; no news to a user
+    device = _device(job)
+    run = RayRun(job, device)
+    try:
+        started = 0 if run.newest() is None else _steps(run.newest())  # type: ignore[arg-type]
+        if job.component == AUTOENCODER:
+            autoencoder, result = fit_autoencoder(
+                job.settings, _pictures(job, run, started), run, device=device, engine_of=_engine_of(job, run)
+            )
+            write = autoencoder.save if autoencoder is not None else None
+        else:
+            network, result = _train_variant(job, run, started, device, validate)
+            write = network.save_pretrained if network is not None else None
+        if write is not None:
+            _publish(job, run, write, result)
+    finally:
+        run.close()
+
+
+def _device(job: ComponentJob) -> torch.device:
+    if job.spread.use_gpu:
+        import ray.train.torch
+
+        return ray.train.torch.get_device()
+    torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
+    return torch.device("cpu")
+
+
+def _engine_of(job: ComponentJob, run: RayRun) -> Callable[[nn.Module, TrainingSettings], Engine]:
+    def engine(module: nn.Module, training: TrainingSettings) -> Engine:
+        return DeepSpeedEngine(module, training, job.spread.parallel, resume_from=run.newest())
+
+    return engine
+
+
+def _stream(job: ComponentJob, reader: Reader, training: TrainingSettings, run: RayRun, started: int) -> Iterator[Any]:
+    rows = training.batch_size // (training.accumulation * run.num_ranks)
+    return micro_batches(reader, range(started, training.max_steps), rows, job.spread.readers)
+
+
+def _pictures(job: ComponentJob, run: RayRun, started: int) -> StreamedPictures:
+    assert job.table is not None
+    reader = PictureReader(job.table, job.settings, run.rank, run.num_ranks)
+    training = autoencoder_training(job.settings)
+    return StreamedPictures(_stream(job, reader, training, run, started), training.batch_size)
+
+
+def _train_variant(
+    job: ComponentJob, run: RayRun, started: int, device: torch.device, validate: Validate | None
+) -> tuple[MVControlNet | None, FitResult]:
+    assert job.table is not None
+    name: VariantName = job.component  # type: ignore[assignment]
+    settings = job.settings
+    first = start_from = encoder = None
+    if needs_first(name, settings):
+        with job.pipeline.here() as place:
+            first = load_network(place, FIRST_OF[name], device)
+    if job.control_from is not None:
+        with job.control_from.here() as place:
+            start_from = load_network(place, name)
+    if job.latents == "in-step":
+        with job.pipeline.here() as place:
+            encoder = PictureAutoencoder.load(verified(place, AUTOENCODER)).to(device).eval()
+    files = job.files or PictureFiles(settings, job.table, job.lips)
+    reader = WindowReader(job.table, name, settings, files, run.rank, run.num_ranks)
+    with ClipTable(job.table) as table:
+        lengths = dict(table.num_frames)
+    stream = _stream(job, reader, settings.for_variant(name).training, run, started)
+    return train_variant(
+        name,
+        settings,
+        StreamedWindows(stream, lengths, settings, encoder),
+        run,
+        first=first,
+        start_from=start_from,
+        device=device,
+        engine_of=_engine_of(job, run),
+        validate=_validation(job, run, settings, name, validate) if validate and run.rank == 0 else None,
+        compiled=job.spread.compiled,
+    )
+
+
+def _validation(
+    job: ComponentJob, run: RayRun, settings: Settings, name: VariantName, validate: Validate
+) -> Callable[[int, list[Tensor]], Mapping[str, float]]:
+    def measured(step: int, weights: list[Tensor]) -> Mapping[str, float]:
+        with tempfile.TemporaryDirectory(prefix="tccp-validation-") as place:
+            network = with_weights(MVControlNet.from_settings(settings, name), weights)
+            figures = validate(job, step, network, Path(place))
+            for path in sorted(Path(place).iterdir()):
+                if run.tracker:
+                    run.tracker.artifact(path, f"validation/step-{step:07d}")
+            return figures
+
+    return measured
+
+
+def _publish(job: ComponentJob, run: RayRun, write: Callable[[Path], object], result: FitResult) -> None:
+    """What the training has come to, into the run's folder; the record comes last, and says that it is whole."""
+    with tempfile.TemporaryDirectory(prefix="tccp-export-") as place:
+        write(Path(place))
+        job.run.upload(Path(place), EXPORT)
+    if run.metrics.exists():
+        job.run.write(METRICS_FILE, run.metrics.read_bytes())
+    last = result.losses[-50:]
+    record = {
+        "seconds": result.seconds,
+        "last_losses": round(sum(last) / len(last), 5) if last else None,
+        "workers": run.num_ranks,
+        "ended": time.time(),
+    }
+    job.run.write(RESULT, (json.dumps(record) + "\n").encode())

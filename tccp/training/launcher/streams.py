@@ -1,0 +1,64 @@
+"""The other end of a rank's stream: its rows as what the losses take, each checked against the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from tccp.config import Settings
+from tccp.data import PlannedWindow
+from tccp.models.autoencoder import PictureAutoencoder
+from tccp.training.latents import TrainingBatch, encode_columns, to_batch
+from tccp.training.launcher.ingest import window_ids
+from tccp.training.reading import PictureBatch
+from tccp.variants import ConditionKind, Variant
+
+
+def _checked(columns: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> None:
+    for name, values in expected.items():
+        if not np.array_equal(columns[name], values):
+            raise RuntimeError(
+                f"Ray Data gave {name} {columns[name].tolist()[:4]}... where the plan has {values.tolist()[:4]}..."
+            )
+
+
+class StreamedWindows:
+    """`Windows` out of a rank's stream."""
+
+    def __init__(
+        self,
+        stream: Iterator[dict[str, np.ndarray]],
+        lengths: Mapping[str, int],
+        settings: Settings,
+        encoder: PictureAutoencoder | None = None,
+    ):
+        """encoder: encodes pictures, where the stream has pictures in place of latents."""
+        self.stream, self._lengths, self.settings, self.encoder = stream, lengths, settings, encoder
+
+    @property
+    def lengths(self) -> Mapping[str, int]:
+        return self._lengths
+
+    def batch(
+        self, planned: Sequence[PlannedWindow], row: Variant, num_frames: int, kinds: Sequence[ConditionKind] = ()
+    ) -> TrainingBatch:
+        columns = next(self.stream)
+        _checked(columns, window_ids(planned))
+        if self.encoder is not None:
+            columns = encode_columns(columns, self.encoder, row, self.settings)
+        return to_batch(columns)
+
+
+class StreamedPictures:
+    """`Pictures` out of a rank's stream."""
+
+    def __init__(self, stream: Iterator[dict[str, np.ndarray]], batch_size: int):
+        self.stream, self.batch_size = stream, batch_size
+
+    def batch(self, step: int, rank: int, num_ranks: int) -> PictureBatch:
+        columns = next(self.stream)
+        share = self.batch_size // num_ranks
+        first = step * self.batch_size + rank * share
+        _checked(columns, {"numbers": np.arange(first, first + share, dtype=np.int64)})
+        return PictureBatch(np.array(columns["pictures"]), columns["numbers"])
