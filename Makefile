@@ -2,7 +2,7 @@
 # Needed beforehand: Python 3.11 with pip (Debian: python3 python3-pip), make, git.
 
 PYTHON  ?= $(firstword $(shell command -v python3.11 python3))
-EXTRAS  ?= preprocess,evaluate,dev
+EXTRAS  ?= preprocess,evaluate,train,dev
 WORKERS ?= 2
 PYTEST_ARGS ?=
 
@@ -17,7 +17,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENCV_
 PYTEST     := $(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak check clean setup toy-weights ablation-weights
+.PHONY: help demo test soak check mlflow clean setup toy-weights ablation-weights
 MAKEFLAGS += --no-print-directory
 
 help:  ## this list
@@ -32,6 +32,11 @@ test: $(READY)  ## the whole test suite, on two cores; PYTEST_ARGS=... goes to p
 soak: $(READY)  ## the long proofs, an hour or so; goes on where it was stopped: docs/soak/*.json
 	@$(ONE_THREAD) $(BIN)/python benchmarks/kills.py --trials 10 --out docs/soak/kills.json
 	@$(ONE_THREAD) $(BIN)/python benchmarks/mutated_media.py --count 300 --out docs/soak/mutated_media.json
+	@$(ONE_THREAD) $(BIN)/python benchmarks/training_kills.py --trials 10 --out docs/soak/training_kills.json
+
+mlflow: $(READY)  ## look at training runs in a browser: those noted in the storage (TCCP_STORAGE, else ~/.tccp)
+	@MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow ui --host 127.0.0.1 --port $(or $(PORT),5000) \
+		--backend-store-uri sqlite:///$(or $(TCCP_STORAGE),$(HOME)/.tccp)/mlflow.db
 
 check: $(READY)  ## lint, format, types, layers and the fast tests
 	@$(BIN)/ruff check .

@@ -9,23 +9,16 @@ stopped and started. Two hours of one core; `--only` shares them out.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from tccp import landmarks
 from tccp.clip import atomic_path
 from tccp.config import Settings, VariantName, override
-from tccp.diffusion import NoiseSchedule
 from tccp.evaluation.clips import EvaluationClip, clip_seeds, make_clip
-from tccp.evaluation.figures import correlation, psnr
-from tccp.evaluation.probe import load_probe, read_faces
-from tccp.evaluation.rows import Models, Shard
-from tccp.pipeline import Pipeline, load_network, read_settings
-from tccp.sampling import FrameInputs, Stage
+from tccp.evaluation.validation import validate_network, with_network
+from tccp.pipeline import load_network, read_settings
 from tccp.training.recipe import Trainer
 from tccp.training.variant import train_variant
 from tccp.variants import FIRST_OF
@@ -104,84 +97,10 @@ def trial(
     companions = (FIRST_OF[variant],) if variant in FIRST_OF else ()
     first = load_network(arguments.weights, companions[0]) if companions else None
     network, _ = train_variant(variant, settings, cache, None, first=first)
-    whole = Pipeline.load(arguments.weights, companions)
-    networks = {**whole.networks, variant: network}
-    pipeline = Pipeline(settings, whole.autoencoder, networks, whole.lips, whole.device)
-    with torch.inference_mode():
-        figures = FIGURES[variant](pipeline, clips)
-    return {name: round(float(value), 4) for name, value in figures.items()}
-
-
-def landmark_first_figures(pipeline: Pipeline, clips: list[EvaluationClip]) -> dict[str, float]:
-    """Landmarks of single frames: mouth correlation of all together, yaw error, share of heads on the right side."""
-    stage = _single(pipeline, "landmark_first")
-    shard = Shard(Models(pipeline, {}, {}, None), clips)  # type: ignore[arg-type]
-    points, true = [], []
-    for clip, control, mel, identity in zip(
-        clips, shard.control(pipeline), shard.mel(clips), shard.identities, strict=True
-    ):
-        inputs = [FrameInputs(control[k], mel[k]) for k in range(0, FRAMES, EVERY)]
-        latents = stage.each_frame(inputs, identity, clip.truth.seed)
-        points.append(landmarks.read(shard.decode(latents, "landmark"))[0])
-        true.append(clip.points[::EVERY])
-    read, truth = np.concatenate(points), np.concatenate(true)
-    yaw, true_yaw = np.nan_to_num(landmarks.yaw_deg(read)), landmarks.yaw_deg(truth)
-    turned = np.abs(true_yaw) > 10
-    return {
-        "mouth_corr": correlation(landmarks.mouth_opening(read), landmarks.mouth_opening(truth)),
-        "yaw_mae_deg": np.abs(yaw - true_yaw).mean(),
-        "side_accuracy": (np.sign(yaw) == np.sign(true_yaw))[turned].mean(),
-        "unread": np.isnan(read).any(axis=(1, 2)).mean(),
-    }
-
-
-def face_first_figures(pipeline: Pipeline, clips: list[EvaluationClip]) -> dict[str, float]:
-    """Single faces from true landmarks: mouth correlation by the probe, PSNR, and how far mean colours are off."""
-    stage, probe = _single(pipeline, "face_first"), load_probe()
-    shard = Shard(Models(pipeline, {}, {}, probe), clips)
-    told = zip(shard.face_inputs(pipeline, shard.true_landmark_latents, clips), shard.identities, clips, strict=True)
-    made = [stage.each_frame(inputs[::EVERY], identity, clip.truth.seed) for inputs, identity, clip in told]
-    faces = np.concatenate([shard.decode(latents, "face") for latents in made])
-    true = np.concatenate([clip.faces[::EVERY] for clip in clips])
-    opening = np.concatenate([clip.truth.mouth_opening[::EVERY] for clip in clips])
-    off = np.abs(faces.mean(axis=(1, 2)) - true.mean(axis=(1, 2))).mean() / 255
-    return {
-        "mouth_corr_face": correlation(read_faces(probe, faces).opening, opening),
-        "psnr": float(np.mean([psnr(a[None], b[None]) for a, b in zip(faces, true, strict=True)])),
-        "colour_off_percent": 100 * float(off),
-    }
-
-
-def face_sequence_figures(pipeline: Pipeline, clips: list[EvaluationClip]) -> dict[str, float]:
-    """Faces from true landmarks, five windows chained: mouth by the probe, PSNR of the first window and of the last."""
-    probe = load_probe()
-    shard = Shard(Models(pipeline, {}, {}, probe), clips)
-    made = shard.stage_two(pipeline, shard.true_landmark_latents, clips)
-    faces = [shard.decode(latents, "face") for latents in made]
-    corr = [
-        correlation(read_faces(probe, shown).opening, clip.truth.mouth_opening)
-        for shown, clip in zip(faces, clips, strict=True)
-    ]
-    shown, true = np.stack(faces), np.stack([clip.faces for clip in clips])
-    return {
-        "mouth_corr_face": float(np.mean(corr)),
-        "psnr_window_1": float(np.mean([psnr(a[1:8], b[1:8]) for a, b in zip(shown, true, strict=True)])),
-        "psnr_window_5": float(np.mean([psnr(a[-7:], b[-7:]) for a, b in zip(shown, true, strict=True)])),
-    }
-
-
-FIGURES = {
-    "landmark_first": landmark_first_figures,
-    "face_first": face_first_figures,
-    "face_sequence": face_sequence_figures,
-}
-
-
-def _single(pipeline: Pipeline, variant: VariantName) -> Stage:
-    """A stage of which only the first-frame network is used."""
-    network = pipeline.networks[variant]
-    settings = pipeline.settings.for_variant(variant)
-    return Stage(network, network, NoiseSchedule.from_settings(settings.diffusion), *[settings.sampling] * 2)
+    assert network is not None
+    pipeline = dataclasses.replace(with_network(arguments.weights, variant, network), settings=settings)
+    figures = validate_network(pipeline, variant, clips)
+    return {name: value for name, value in figures.items() if name != "score"}
 
 
 if __name__ == "__main__":

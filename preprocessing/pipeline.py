@@ -24,6 +24,7 @@ from tccp.clip import ClipTable
 from tccp.config import Settings, TccpError
 from tccp.data import windows
 from tccp.files import is_url
+from tccp.processes import importable_in_children
 
 # In this process
 
@@ -109,6 +110,7 @@ def ray_running(workers: int | None) -> Iterator[None]:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=False)
     else:
+        importable_in_children()
         cpus = max(os.cpu_count() or 1, workers or 1)
         os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")  # our progress and report say it all
         ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
@@ -210,6 +212,27 @@ def window_dataset(clips: Any, settings: Settings, window: int, stride: int, dra
     """Training windows (`tccp.data.windows`) of a Dataset of clip rows, from film or from a table, in its order."""
     arguments = {"settings": settings, "window": window, "stride": stride, "seed": settings.seed, "draws": draws}
     return clips.map_batches(windows, fn_kwargs=arguments, batch_size=1, batch_format="pyarrow")
+
+
+def film_windows(
+    epoch: int,
+    listing: pa.Table,
+    plan: Plan,
+    settings: Settings,
+    window: int,
+    lips: LipWork | None,
+    workers: int | None,
+) -> Iterator[dict[str, Any]]:
+    """The training windows of an epoch straight from film, one at a time, in the order of the films.
+
+    Each epoch shows the next of the jitter draws. Ray must be running. Nothing is stored.
+    """
+    with in_order():
+        clips = clip_dataset(listing, plan, workers)
+        if lips is not None:
+            clips = with_lips(clips, lips)
+        draws = (epoch % settings.headbox.draws,)
+        yield from window_dataset(clips, settings, window, stride=1, draws=draws).iter_rows()
 
 
 def _graph(listing: pa.Table, work: Work, workers: int | None, last: type[CutClips]) -> Any:

@@ -19,10 +19,10 @@ from tyro.conf import Positional, arg
 
 from tccp.cli import one_line_errors
 from tccp.cli.options import Json, Preset, emit, note
-from tccp.config import FPS, DeepSpeedSettings, Settings, TccpError, load_settings, storage_root
+from tccp.config import FPS, DeepSpeedSettings, Settings, TccpError, VariantName, load_settings, storage_root
 from tccp.files import Folder, is_url
 from tccp.progress import progress
-from tccp.variants import variant
+from tccp.variants import FIRST_OF, VARIANTS, variant
 
 Stage = Literal["autoencoder", "stage1", "stage2"]
 DEFAULT: dict[Stage, tuple[str, ...]] = {
@@ -46,6 +46,8 @@ def train(
     preset: Preset = "toy",
     max_steps: int | None = None,
     data: str | None = None,
+    stream: tuple[str, ...] = (),
+    backend: Literal["mediapipe", "fan", "truth"] = "mediapipe",
     storage: str | None = None,
     name: str | None = None,
     resume: bool = False,
@@ -66,6 +68,7 @@ def train(
     timeout_s: float = 1800.0,
     keep: int = 2,
     keep_best: bool = False,
+    validate_every: int = 1000,
     mlflow: str | None = None,
     register: str | None = None,
     json: Json = False,
@@ -77,6 +80,9 @@ def train(
     Args:
         max_steps: optimiser steps of each network, in place of the preset's.
         data: clip table, a folder or URL (default: RoundTable, drawn into the storage).
+        stream: films (files, folders, patterns, manifests, URLs) to train on straight away, in place of a clip table:
+            preprocessed on the cluster's CPUs while training goes on, anew in each epoch, and not kept.
+        backend: with --stream, where landmarks come from, as for `tccp preprocess`.
         storage: folder or URL for everything that is kept; on several machines a URL, or file:///... for a folder that
             all of them share (default: TCCP_STORAGE, else ~/.tccp).
         name: of the run, a folder in STORAGE/runs (default: the job's name and the preset's).
@@ -99,13 +105,17 @@ def train(
         max_failures: how often workers may die, other than with a machine that is taken away, before it is given up.
         timeout_s: longest that workers wait for each other.
         keep: checkpoints kept of each network.
-        keep_best: keep those of the lowest validation loss, beside the newest.
+        keep_best: keep those that did best in validation, beside the newest.
+        validate_every: steps between looks at what a network can do, on RoundTable clips that are the same every time:
+            figures and a film, in MLflow. At the end, too; taken at the next checkpoint. 0: never.
         mlflow: address of an MLflow server, or none (default: a database in the storage, on one machine).
         register: name under which the pipeline is registered with MLflow at the end, with the alias `latest`.
     """
     from tccp.pipeline import TOY_WEIGHTS
     from tccp.training.launcher.launch import Request, launch
 
+    if stream and data is not None:
+        raise TccpError("--stream and --data: give one of them")
     settings = _settings(preset, overrides, max_steps)
     place = Folder(storage if storage and is_url(storage) else storage_root(storage).absolute())
     take = {"stage1": stage1, "autoencoder": autoencoder}
@@ -118,7 +128,8 @@ def train(
     request = Request(
         components=components,
         settings=settings,
-        table=partial(_roundtable, settings, place) if data is None else lambda: data,
+        table=None if stream else partial(_roundtable, settings, place) if data is None else lambda: data,
+        films=_films(stream, backend, settings) if stream else None,
         storage=place,
         name=name or f"{stage}-{preset}",
         resume=resume,
@@ -132,6 +143,7 @@ def train(
         max_failures=max_failures,
         keep=keep,
         keep_best=keep_best,
+        validate_every=validate_every,
         take_from=(Folder(TOY_WEIGHTS),),
         must_take=tuple(_pipeline(place, given) for given in take.values() if given is not None),
         control_from=None if control_from is None else _pipeline(place, control_from),
@@ -141,10 +153,25 @@ def train(
         register_as=register,
         command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     )
-    done = launch(request, note=note)
+    done = launch(request, validate, note)
     record = {"pipeline": done.pipeline, "trained": done.trained, "taken": done.taken, "workers": done.workers}
     trained = ", ".join(done.trained) or "nothing: all is there"
     emit(json, record, f"trained {trained}; pipeline: {done.pipeline}")
+
+
+VALIDATION_CLIPS = 4
+
+
+def validate(job: Any, step: int, network: Any, folder: Path) -> dict[str, float]:
+    """`tccp.training.launcher.rank.Validate`; imports are inside, for it travels to where nothing is measured."""
+    from tccp.evaluation.validation import validate_network, validation_clips, with_network
+    from tccp.pipeline import has_component
+
+    with job.pipeline.here() as place:
+        if job.component in FIRST_OF and not has_component(place, FIRST_OF[job.component]):
+            return {}  # it continues from frames of a network that is not there yet
+        pipeline = with_network(place, job.component, network, "cuda" if job.spread.use_gpu else "cpu")
+        return validate_network(pipeline, job.component, validation_clips(job.settings, VALIDATION_CLIPS), folder)
 
 
 def _settings(preset: str, overrides: Sequence[str], max_steps: int | None) -> Settings:
@@ -176,6 +203,27 @@ def _pipeline(storage: Folder, given: str) -> Folder:
     if not folder.exists("manifest.json"):
         raise TccpError(f"{given} is neither a run in {storage} nor a pipeline folder with manifest.json")
     return folder
+
+
+def _films(sources: Sequence[str], backend: str, settings: Settings) -> Callable[[VariantName, Path], Any]:
+    """Windows straight from film, for the launcher. Raises TccpError for sources that are not there."""
+    from preprocessing.lips import lip_work
+    from preprocessing.listing import list_sources
+    from preprocessing.pipeline import film_windows
+    from preprocessing.plan import make_plan
+
+    listing, plan = list_sources(list(sources)), make_plan(settings.picture_px, backend, None)
+
+    def windows_of(name: VariantName, pipeline: Path) -> Any:
+        row = VARIANTS[name]
+        shown = "lips" in row.conditions_with(settings.lips.source)
+        lips = lip_work(settings.lips, pipeline / "lips") if shown else None
+        window = row.num_frames(settings.window)
+        return partial(
+            film_windows, listing=listing, plan=plan, settings=settings, window=window, lips=lips, workers=None
+        )
+
+    return windows_of
 
 
 FILMS, SECONDS, SEED = 72, 3.0, 1

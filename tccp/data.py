@@ -273,9 +273,9 @@ def windows(
     """Training windows of a batch of clip rows: every window of every clip, once per jitter draw.
 
     Columns, n windows of f = `window` frames, s = picture_px: face, landmark_pictures, masked_scene uint8 (n f s s 3);
-    landmarks float32 (n f 68 2); mel float32 (n f 80 16); identity uint8 (n s s 3); clip_hash int64, start_frame and
-    draw int32 (n), draw -1 standing for None; and lips uint8 (n f l l 3), l = lips.size_px, if the rows have a column
-    `lips`. A pure function: Ray Data calls it unchanged through
+    landmarks float32 (n f 68 2); mask_box float32 (n f 4), pixels of the scene; mel float32 (n f 80 16); identity uint8
+    (n s s 3); clip_hash int64, start_frame and draw int32 (n), draw -1 standing for None; and lips uint8 (n f l l 3),
+    l = lips.size_px, if the rows have a column `lips`. A pure function: Ray Data calls it unchanged through
     `map_batches(windows, fn_kwargs=..., batch_format="pyarrow")`, and shapes are fixed even where n is 0.
     """
     size = settings.picture_px
@@ -285,6 +285,7 @@ def windows(
         "landmark_pictures": pictures,
         "masked_scene": pictures,
         "landmarks": ((window, 68, 2), np.float32),
+        "mask_box": ((window, 4), np.float32),
         "mel": ((window, 80, 16), np.float32),
         "identity": ((size, size, 3), np.uint8),
         "clip_hash": ((), np.int64),
@@ -308,7 +309,7 @@ def windows(
             for start in starts:
                 if lips is not None:
                     columns["lips"].append(lips[start : start + window])
-                for name in ("face", "landmark_pictures", "masked_scene", "landmarks", "mel"):
+                for name in ("face", "landmark_pictures", "masked_scene", "landmarks", "mask_box", "mel"):
                     columns[name].append(getattr(whole, name)[start : start + window])
                 columns["identity"].append(whole.identity)
                 columns["clip_hash"].append(clip_hash(clip.clip_id))

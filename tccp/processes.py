@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
+from pathlib import Path
 
 
 def end_with_parent() -> None:
@@ -21,3 +22,14 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def importable_in_children() -> None:
+    """Processes started from now on find this very package, whatever lies in the folder they are started in.
+
+    A folder named `tccp` there, such as a clone, would hide an editable install from Ray's workers.
+    """
+    root = str(Path(__file__).resolve().parent.parent)
+    known = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if root not in known:
+        os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, known)])

@@ -83,6 +83,14 @@ class Windows(Protocol):
         """
 
 
+@runtime_checkable
+class Unplanned(Protocol):
+    """Where windows come from that cannot be listed beforehand: straight from film."""
+
+    def take(self, row: Variant) -> tuple[list[PlannedWindow], TrainingBatch]:
+        """The rank's next micro-batch, and which windows it holds."""
+
+
 def encode_clip(
     clip: Clip, settings: Settings, draw: int, seed: int, autoencoder: PictureAutoencoder, kinds: Iterable[FileKind]
 ) -> dict[FileKind, dict[str, np.ndarray]]:

@@ -19,7 +19,7 @@ from tccp.models.conditions import Conditions
 from tccp.models.mvcontrolnet import MVControlNet
 from tccp.sampling import advance, start_window
 from tccp.training.engine import Engine, TorchEngine
-from tccp.training.latents import TrainingBatch, Windows
+from tccp.training.latents import TrainingBatch, Unplanned, Windows
 from tccp.training.loop import FitResult, fit
 from tccp.training.precision import arithmetic
 from tccp.training.reading import micro_batch, training_order
@@ -93,7 +93,7 @@ class VariantLoss:
         model: MVControlNet,
         variant: VariantName,
         settings: Settings,
-        windows: Windows,
+        windows: Windows | Unplanned,
         first: MVControlNet | None = None,
         rank: int = 0,
         num_ranks: int = 1,
@@ -108,19 +108,25 @@ class VariantLoss:
         self.forward: Callable[..., Any] = self.module  # or the engine's
         self.device = next(model.parameters()).device
         self.num_frames = self.row.num_frames(settings.window)
-        self.order = training_order(windows.lengths, variant, self.settings)
+        self.order = training_order(windows.lengths, variant, self.settings) if isinstance(windows, Windows) else None
+        self.taken: list[PlannedWindow] = []
         self.rank, self.num_ranks = rank, num_ranks
         self.waited_s = 0.0  # for windows, since the start
 
     def describe_step(self, step: int) -> list[str]:
-        """The windows of a step, those of all ranks."""
-        planned = self.order.step(step, self.settings.training.batch_size)
+        """The windows of a step, those of all ranks; where there is no plan, the last ones that this rank took."""
+        planned = self.order.step(step, self.settings.training.batch_size) if self.order else self.taken
         return [f"{clip_id[:12]}:{start}" for _, (clip_id, start) in planned]
 
     def __call__(self, step: int, micro: int) -> Tensor:
-        planned = micro_batch(self.order, self.settings.training, step, micro, self.rank, self.num_ranks)
         asked = time.monotonic()
-        batch = self.windows.batch(planned, self.row, self.num_frames)
+        if self.order is not None and isinstance(self.windows, Windows):
+            planned = micro_batch(self.order, self.settings.training, step, micro, self.rank, self.num_ranks)
+            batch = self.windows.batch(planned, self.row, self.num_frames)
+        else:
+            assert isinstance(self.windows, Unplanned)
+            planned, batch = self.windows.take(self.row)
+            self.taken = planned
         self.waited_s += time.monotonic() - asked
         return self.loss(planned, batch).mean()
 
@@ -250,7 +256,7 @@ def new_network(
 def train_variant(
     variant: VariantName,
     settings: Settings,
-    windows: Windows,
+    windows: Windows | Unplanned,
     run: Run | None,
     *,
     first: MVControlNet | None = None,

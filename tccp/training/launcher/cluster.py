@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from tccp.config import DeepSpeedSettings, TccpError
 from tccp.files import Folder
+from tccp.processes import importable_in_children
 from tccp.training.launcher.ingest import READER_CPUS
 from tccp.training.launcher.job import Spread
 
@@ -31,6 +32,7 @@ def connected() -> Iterator[None]:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(logging_level="ERROR")
     else:
+        importable_in_children()
         cpus = max(2, os.cpu_count() or 1)
         # Without a dashboard Ray Train complains all the time that it cannot ask it.
         ray.init("local", num_cpus=cpus, include_dashboard=True, logging_level="ERROR")

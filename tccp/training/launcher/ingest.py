@@ -6,10 +6,12 @@ split, so nothing depends on how Ray deals out blocks; what comes is checked aga
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import queue
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +30,7 @@ from tccp.training.reading import (
 from tccp.variants import VARIANTS
 
 READER_CPUS = 0.25
+_Item = TypeVar("_Item")
 _MOST_BLOCKS = 2000
 _BLOCK_BYTES = 16 << 20
 
@@ -104,8 +107,13 @@ def window_ids(planned: Sequence[PlannedWindow]) -> dict[str, np.ndarray]:
     }
 
 
-def micro_batches(reader: Reader, steps: range, rows: int, readers: int) -> Iterator[dict[str, np.ndarray]]:
-    """A rank's micro-batches of `rows` rows each, step after step, read ahead by Ray Data's workers."""
+def micro_batches(
+    reader: Reader, steps: range, rows: int, readers: int, timeout_s: float
+) -> Iterator[dict[str, np.ndarray]]:
+    """A rank's micro-batches of `rows` rows each, step after step, read ahead by Ray Data's workers.
+
+    Raises TimeoutError if the next one does not come in time: Ray Data waits for ever where no CPU is left for it.
+    """
     import ray.data
 
     context = ray.data.DataContext.get_current()
@@ -124,4 +132,31 @@ def micro_batches(reader: Reader, steps: range, rows: int, readers: int) -> Iter
         batch_size=1,
         batch_format="pyarrow",
     )
-    yield from data.iter_batches(batch_size=rows, batch_format="numpy", prefetch_batches=4)
+    yield from _in_time(data.iter_batches(batch_size=rows, batch_format="numpy", prefetch_batches=4), timeout_s)
+
+
+def _in_time(items: Iterable[_Item], timeout_s: float) -> Iterator[_Item]:
+    """The items, taken by a thread that is at most one ahead."""
+    ready: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=1)
+
+    def take() -> None:
+        try:
+            for item in items:
+                ready.put(("item", item))
+            ready.put(("end", None))
+        except BaseException as error:
+            ready.put(("error", error))
+
+    threading.Thread(target=take, daemon=True, name="windows").start()
+    while True:
+        try:
+            kind, value = ready.get(timeout=timeout_s)
+        except queue.Empty:
+            raise TimeoutError(
+                f"no windows for {timeout_s:g} s: has the cluster CPUs left to read them? See `ray status`"
+            ) from None
+        if kind == "error":
+            raise value
+        if kind == "end":
+            return
+        yield value

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from tccp.config import DeepSpeedSettings, Settings
 from tccp.files import Folder
+from tccp.training.launcher.film_order import FilmWindows
 from tccp.training.reading import LatentFiles, LipFiles
 
 Latents = Literal["ahead", "in-step"]
@@ -32,6 +33,7 @@ class Spread:
     compiled: bool = False
     keep: int = 2
     keep_best: bool = False
+    validate_every: int = 0  # steps; 0: never
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class ComponentJob:
     latents: Latents = "ahead"
     files: LatentFiles | None = None  # with latents ahead
     lips: LipFiles | None = None  # with latents in step
+    films: FilmWindows | None = None  # where windows come straight from film
     control_from: Folder | None = None
     tracking_uri: str | None = None
     tracking_run: str | None = None

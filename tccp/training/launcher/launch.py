@@ -40,6 +40,7 @@ from tccp.training.autoencoder import autoencoder_training, fit_latent_statistic
 from tccp.training.engine import deepspeed_config
 from tccp.training.latents import LatentCache
 from tccp.training.launcher.cluster import check_storage, connected, could_have, num_nodes, spread_over
+from tccp.training.launcher.film_order import FilmWindows
 from tccp.training.launcher.job import AUTOENCODER, ComponentJob, Latents, Spread, train_rank
 from tccp.training.launcher.rank import EXPORT, RESULT, Validate, mistake_of
 from tccp.training.lips import LipPlace, lip_place, liplet_folder, train_liplets_once
@@ -65,13 +66,14 @@ class Request:
 
     components: what to train; what they need is trained before them, unless it is there or can be taken over.
     table: gives the place of the clip table, which it may make; called once Ray runs and all else has been checked.
+    films: in place of a table, gives the windows of a variant straight from film; its second argument is the pipeline.
     take_from: pipeline folders that lend what they have of what is needed, if their settings fit; the first that has
         it. must_take: raises if they do not fit.
     """
 
     components: tuple[str, ...]
     settings: Settings
-    table: Callable[[], str]
+    table: Callable[[], str] | None
     storage: Folder
     name: str
     resume: bool = False
@@ -85,6 +87,7 @@ class Request:
     max_failures: int = 8
     keep: int = 2
     keep_best: bool = False
+    validate_every: int = 0
     take_from: tuple[Folder, ...] = ()
     must_take: tuple[Folder, ...] = ()
     control_from: Folder | None = None
@@ -93,6 +96,7 @@ class Request:
     tracking: str | None = None
     register_as: str | None = None
     command: str | None = None
+    films: Callable[[VariantName, Path], FilmWindows] | None = None
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,7 @@ def launch(request: Request, validate: Validate | None = None, note: Any = print
             compiled=request.compiled,
             keep=request.keep,
             keep_best=request.keep_best,
+            validate_every=request.validate_every,
         )
         _check(request, spread)
         with ExitStack() as stack:
@@ -137,6 +142,8 @@ def _check(request: Request, spread: Spread) -> None:
             deepspeed_config(autoencoder_training(request.settings), request.parallel, spread.workers, 1)
         if name in VARIANTS:
             deepspeed_config(request.settings.for_variant(name).training, request.parallel, spread.workers, 1)
+    if request.keep_best and not request.validate_every:
+        raise TccpError("--keep-best goes by what validation measures: give --validate-every, too")
     if request.compiled and request.parallel.zero_stage == 3:
         raise TccpError("--compile does not go with ZeRO stage 3, which takes the network apart: give stage 2 or less")
     if not request.name or "/" in request.name or request.name.startswith("."):
@@ -153,9 +160,10 @@ class _Launch:
         self.id = uuid.uuid4().hex
         self.settings = request.settings
         self.folder = Folder(request.storage.path(f"{RUNS}/{request.name}"))
-        self.place = request.table()
-        self.table = stack.enter_context(ClipTable(self.place))
-        self.data_hash = hashlib.blake2b(" ".join(self.table.ids).encode(), digest_size=8).hexdigest()
+        self.place = request.table() if request.table else None
+        self._table = stack.enter_context(ClipTable(self.place)) if self.place else None
+        ids = self._table.ids if self._table else []
+        self.data_hash = hashlib.blake2b(" ".join(ids).encode(), digest_size=8).hexdigest()
         self.tracking: str | None = None
         if request.tracking != NO_TRACKING:
             self.tracking = tracking_place(request.tracking, request.storage, num_nodes())
@@ -163,6 +171,20 @@ class _Launch:
         self.pipeline = stack.enter_context(self.remote.here())  # of a URL, a copy
         self.taken: list[str] = []
         self.trained: list[str] = []
+
+    @property
+    def table(self) -> ClipTable:
+        if self._table is None:
+            raise TccpError(
+                "auto-encoder and lips are trained on a clip table, not straight from film: take over a pipeline that "
+                "has them (--stage1, --autoencoder), or preprocess the films and give --data"
+            )
+        return self._table
+
+    @property
+    def table_place(self) -> str:
+        assert self.table and self.place
+        return self.place
 
     def run(self) -> Launched:
         check_settings(self.pipeline, self.settings)
@@ -236,9 +258,8 @@ class _Launch:
             check_same_settings(then, self.settings, name, str(run))
         else:
             run.write(SETTINGS_FILE, settings_to_json(self.settings).encode())
-        return ComponentJob(
-            name, self.settings, self.place, self.remote, run, self.spread, self.id, self.request.latents, **more
-        )
+        latents: Latents = self.request.latents if self.place else "in-step"
+        return ComponentJob(name, self.settings, self.place, self.remote, run, self.spread, self.id, latents, **more)
 
     def _train_autoencoder(self) -> None:
         device = torch.device("cpu")
@@ -274,9 +295,12 @@ class _Launch:
 
         gpus = 1 if self.spread.use_gpu else 0
         task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=3)(_liplet_task)
-        return float(ray.get(task.remote(self.place, self.settings, place, gpus)))
+        return float(ray.get(task.remote(self.table_place, self.settings, place, gpus)))
 
     def _train_variant(self, name: VariantName) -> None:
+        if self.request.films is not None:
+            self._train_on(name, self._job(name, films=self.request.films(name, self.pipeline)))
+            return
         cache = self._cache(name)
         if self.request.latents == "ahead":
             self._encode(cache, name)
@@ -286,8 +310,11 @@ class _Launch:
             name,
             files=cache.files if self.request.latents == "ahead" else None,
             lips=cache.files.lips,
-            control_from=self.request.control_from,
         )
+        self._train_on(name, job)
+
+    def _train_on(self, name: VariantName, job: ComponentJob) -> None:
+        job = replace(job, control_from=self.request.control_from)
         record = {
             "steps": self.settings.for_variant(name).training.max_steps,
             **fit_on_cluster(job, self.validate, self._tracked(job)),
@@ -307,7 +334,7 @@ class _Launch:
                 self._liplets(lips)
             elif lips is not None and lips.folder.local is not None and self.remote.local is None:
                 lips = replace(lips, folder=Folder(self.remote.path(LIPS)))  # not the driver's own copy
-        return ClipEncoder(self.request.storage, self.place, self.settings, self.remote, lips, name)
+        return ClipEncoder(self.request.storage, self.table_place, self.settings, self.remote, lips, name)
 
     def _cache(self, name: VariantName) -> LatentCache:
         return self._encoder(name).cache("cpu")
@@ -325,9 +352,7 @@ class _Launch:
     def _save(self, name: str, write: Any, record: dict[str, Any]) -> None:
         provenance = {
             **record,
-            "clips": len(self.table),
-            "frames": sum(self.table.num_frames.values()),
-            "data_hash": self.data_hash,
+            **self._footage(),
             "seed": self.settings.seed,
             "device": "cuda" if self.spread.use_gpu else "cpu",
             "zero_stage": self.spread.parallel.zero_stage,
@@ -349,8 +374,7 @@ class _Launch:
             "device": "cuda" if self.spread.use_gpu else "cpu",
             **{f"deepspeed.{key}": value for key, value in self.spread.parallel.model_dump().items()},
             **_flat(own.model_dump(include={"seed", "picture_px", "window", "training", "network", "diffusion"})),
-            "clips": len(self.table),
-            "data_hash": self.data_hash,
+            **self._footage(),
         }
         local = self.request.storage.local
         artifacts = None if local is None else (local.absolute() / "mlflow-artifacts").as_uri()
@@ -359,6 +383,12 @@ class _Launch:
         if run_id is None:
             job.run.write(TRACKING, json.dumps({"run_id": tracker.run_id, "uri": self.tracking}).encode())
         return self.tracking, tracker.run_id
+
+    def _footage(self) -> dict[str, object]:
+        if self._table is None:
+            return {"footage": "straight from film"}
+        frames = sum(self._table.num_frames.values())
+        return {"clips": len(self._table), "frames": frames, "data_hash": self.data_hash}
 
     def _register(self, job: ComponentJob) -> None:
         if self.tracking is not None and self.request.register_as:
@@ -484,7 +514,7 @@ def fit_on_cluster(
         job = replace(job, tracking_uri=tracked[0], tracking_run=tracked[1])
     tidy(job.run)
     filesystem, path = Folder(job.run.place.rsplit("/", 1)[0]).arrow()
-    best = {"checkpoint_score_attribute": "validation_loss", "checkpoint_score_order": "min"}
+    best = {"checkpoint_score_attribute": "score", "checkpoint_score_order": "max"}
     trainer = TorchTrainer(
         train_rank,
         train_loop_config={"job": job, "validate": validate},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -24,9 +25,11 @@ from tccp.models.mvcontrolnet import MVControlNet
 from tccp.pipeline import load_network, verified
 from tccp.training.autoencoder import autoencoder_training, fit_autoencoder
 from tccp.training.engine import DeepSpeedEngine, Engine
+from tccp.training.latents import Unplanned, Windows
+from tccp.training.launcher.film_order import FilmOrder
 from tccp.training.launcher.ingest import PictureReader, Reader, WindowReader, micro_batches
 from tccp.training.launcher.job import AUTOENCODER, ComponentJob
-from tccp.training.launcher.streams import StreamedPictures, StreamedWindows
+from tccp.training.launcher.streams import FilmStream, StreamedPictures, StreamedWindows
 from tccp.training.loop import PROGRESS_FILE, FitResult
 from tccp.training.reading import PictureFiles
 from tccp.training.run import METRICS_FILE, append_metrics, cut_metrics
@@ -160,6 +163,8 @@ def mistake_of(job: ComponentJob) -> str | None:
 
 def _train(job: ComponentJob, validate: Validate | None) -> None:
     warnings.simplefilter("ignore", FutureWarning)  # of other packages; no news to a user
+    for name in ("ray.train", "ray.data"):  # each rank would tell of each of its checkpoints and streams
+        logging.getLogger(name).setLevel(logging.WARNING)
     device = _device(job)
     run = RayRun(job, device)
     try:
@@ -196,7 +201,7 @@ def _engine_of(job: ComponentJob, run: RayRun) -> Callable[[nn.Module, TrainingS
 
 def _stream(job: ComponentJob, reader: Reader, training: TrainingSettings, run: RayRun, started: int) -> Iterator[Any]:
     rows = training.batch_size // (training.accumulation * run.num_ranks)
-    return micro_batches(reader, range(started, training.max_steps), rows, job.spread.readers)
+    return micro_batches(reader, range(started, training.max_steps), rows, job.spread.readers, job.spread.timeout_s)
 
 
 def _pictures(job: ComponentJob, run: RayRun, started: int) -> StreamedPictures:
@@ -209,7 +214,6 @@ def _pictures(job: ComponentJob, run: RayRun, started: int) -> StreamedPictures:
 def _train_variant(
     job: ComponentJob, run: RayRun, started: int, device: torch.device, validate: Validate | None
 ) -> tuple[MVControlNet | None, FitResult]:
-    assert job.table is not None
     name: VariantName = job.component  # type: ignore[assignment]
     settings = job.settings
     first = start_from = encoder = None
@@ -222,29 +226,56 @@ def _train_variant(
     if job.latents == "in-step":
         with job.pipeline.here() as place:
             encoder = PictureAutoencoder.load(verified(place, AUTOENCODER)).to(device).eval()
-    files = job.files or PictureFiles(settings, job.table, job.lips)
-    reader = WindowReader(job.table, name, settings, files, run.rank, run.num_ranks)
-    with ClipTable(job.table) as table:
-        lengths = dict(table.num_frames)
-    stream = _stream(job, reader, settings.for_variant(name).training, run, started)
     return train_variant(
         name,
         settings,
-        StreamedWindows(stream, lengths, settings, encoder),
+        _windows(job, run, name, started, encoder),
         run,
         first=first,
         start_from=start_from,
         device=device,
         engine_of=_engine_of(job, run),
-        validate=_validation(job, run, settings, name, validate) if validate and run.rank == 0 else None,
+        validate=_validation(job, run, settings, name, validate) if validate and job.spread.validate_every else None,
         compiled=job.spread.compiled,
     )
+
+
+def _windows(
+    job: ComponentJob, run: RayRun, name: VariantName, started: int, encoder: PictureAutoencoder | None
+) -> Windows | Unplanned:
+    settings, timeout_s = job.settings, job.spread.timeout_s
+    if job.films is not None:
+        assert encoder is not None
+        return FilmStream(_film_order(job, run, name, started), run.rank, settings, encoder, timeout_s)
+    assert job.table is not None
+    files = job.files or PictureFiles(settings, job.table, job.lips)
+    reader = WindowReader(job.table, name, settings, files, run.rank, run.num_ranks)
+    with ClipTable(job.table) as table:
+        lengths = dict(table.num_frames)
+    stream = _stream(job, reader, settings.for_variant(name).training, run, started)
+    return StreamedWindows(stream, lengths, settings, encoder)
+
+
+def _film_order(job: ComponentJob, run: RayRun, name: VariantName, started: int) -> Any:
+    """The actor that all ranks take windows from: rank 0's, so that it goes where the ranks go."""
+    import ray
+    from ray.train.collective import broadcast_from_rank_zero
+
+    order = None
+    if run.rank == 0:
+        actor = ray.remote(FilmOrder).options(num_cpus=0, max_concurrency=run.num_ranks + 1)
+        order = actor.remote(job.films, job.settings, name, run.num_ranks, started, job.run)
+    return broadcast_from_rank_zero(order)
 
 
 def _validation(
     job: ComponentJob, run: RayRun, settings: Settings, name: VariantName, validate: Validate
 ) -> Callable[[int, list[Tensor]], Mapping[str, float]]:
+    every, last = job.spread.validate_every, settings.for_variant(name).training.max_steps
+
     def measured(step: int, weights: list[Tensor]) -> Mapping[str, float]:
+        if step % every and step != last:
+            return {}
         with tempfile.TemporaryDirectory(prefix="tccp-validation-") as place:
             network = with_weights(MVControlNet.from_settings(settings, name), weights)
             figures = validate(job, step, network, Path(place))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from tccp.config import Settings
-from tccp.data import PlannedWindow
+from tccp.data import PlannedWindow, WindowId
 from tccp.models.autoencoder import PictureAutoencoder
 from tccp.training.latents import TrainingBatch, encode_columns, to_batch
 from tccp.training.launcher.ingest import window_ids
@@ -62,3 +63,23 @@ class StreamedPictures:
         first = step * self.batch_size + rank * share
         _checked(columns, {"numbers": np.arange(first, first + share, dtype=np.int64)})
         return PictureBatch(np.array(columns["pictures"]), columns["numbers"])
+
+
+class FilmStream:
+    """`Unplanned` out of a `FilmOrder`, the next micro-batch being fetched while this one is trained on."""
+
+    def __init__(self, order: Any, rank: int, settings: Settings, encoder: PictureAutoencoder, timeout_s: float):
+        self.order, self.rank, self.settings, self.encoder, self.timeout_s = order, rank, settings, encoder, timeout_s
+        self.next = order.take.remote(rank)
+
+    def take(self, row: Variant) -> tuple[list[PlannedWindow], TrainingBatch]:
+        import ray
+
+        columns = ray.get(self.next, timeout=self.timeout_s)
+        self.next = self.order.take.remote(self.rank)
+        # A window is known by the hash of its clip: the clip's own id did not travel with it.
+        planned = [
+            PlannedWindow(int(epoch), WindowId(str(clip), int(start)))
+            for epoch, clip, start in zip(columns["epoch"], columns["clip"], columns["start"], strict=True)
+        ]
+        return planned, to_batch(encode_columns(columns, self.encoder, row, self.settings))

@@ -1,0 +1,125 @@
+"""Does a training on Ray that is killed come to what one that is not comes to?
+
+`python benchmarks/training_kills.py --trials 10 --out docs/soak/training_kills.json`: so many trials of each kind: a
+training worker is killed; the raylet of the machine that the workers are on (a Ray cluster of a head and two, all on
+this machine); the driver, and the Ray it started. All with SIGKILL, at a random step. Losses of every step are compared
+with those of an uninterrupted training on Ray, bit for bit, and by plain torch, to 1e-4. Restartable: trials that are
+in the output are not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, get_args
+
+import psutil
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+import trainings
+from trainings import Kill, assert_same_trace, command, run_folder, trace
+
+from tccp.files import atomic_path
+
+COMPONENT = "landmark_first"
+LATEST = trainings.STEPS - trainings.EVERY
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=10)
+    parser.add_argument("--out", type=Path, default=Path("docs/soak/training_kills.json"))
+    parser.add_argument("--minutes", type=float, help="begin no further trial after so long; go on another time")
+    arguments = parser.parse_args()
+    record: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"trials": {}}
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="tccp-kills-") as place:
+        root = Path(place)
+        data, untrained = trainings.make_data(root)
+        options = ["--variants", COMPONENT, "--autoencoder", str(untrained)]
+        plain = trainings.plain_trace(data, untrained, root / "plain")
+        process = trainings.start(command("stage1", data, root / "whole", *options), root / "whole.log")
+        if process.wait():
+            raise SystemExit((root / "whole.log").read_text()[-4000:])
+        whole = trace(run_folder(root / "whole", COMPONENT))
+        assert_same_trace(whole, plain)
+        for number in range(arguments.trials):
+            for kind in get_args(Kill):
+                name = f"{kind}-{number}"
+                late = arguments.minutes is not None and time.monotonic() - started > 60 * arguments.minutes
+                if name in record["trials"] or late:
+                    continue
+                found = trial(kind, number, data, options, root)
+                found["same_as_uninterrupted"] = found.pop("trace") == whole
+                record["trials"][name] = found
+                record["summary"] = summary(record["trials"])
+                with atomic_path(arguments.out) as path:
+                    path.write_text(json.dumps(record, indent=1) + "\n")
+                print(name, found, flush=True)
+                shutil.rmtree(root / "storage")
+    print(json.dumps(record.get("summary"), indent=1))
+
+
+def summary(trials: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    kinds = {kind: [found for name, found in trials.items() if name.startswith(kind)] for kind in get_args(Kill)}
+    return {
+        kind: {"trials": len(found), "same_as_uninterrupted": sum(one["same_as_uninterrupted"] for one in found)}
+        for kind, found in kinds.items()
+    }
+
+
+def trial(kind: Kill, number: int, data: Path, options: list[str], root: Path) -> dict[str, Any]:
+    rng = random.Random(f"{kind} {number}")
+    after = rng.randrange(1, LATEST // trainings.EVERY) * trainings.EVERY
+    run, log = run_folder(root / "storage", COMPONENT), root / f"{kind}-{number}.log"
+    started = time.monotonic()
+    if kind == "raylet":
+        committed = kill_a_raylet(data, options, root, log, after, rng)
+    else:
+        arguments = command("stage1", data, root / "storage", *options)
+        process = trainings.start(arguments, log)
+        at_work = trainings.wait_for(run, after, process)
+        time.sleep(rng.random())
+        committed = trainings.committed(run)
+        assert at_work, log.read_text()[-4000:]
+        if kind == "rank":
+            trainings.kill_rank(process.pid, rng)
+        else:
+            trainings.kill_driver(process)
+            process = trainings.start([*arguments, "--resume"], log)
+        assert process.wait(600) == 0, log.read_text()[-4000:]
+    return {"killed_after_step": committed, "seconds": round(time.monotonic() - started, 1), "trace": trace(run)}
+
+
+def kill_a_raylet(data: Path, options: list[str], root: Path, log: Path, after: int, rng: random.Random) -> int:
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": True})
+    try:
+        for _ in range(2):
+            cluster.add_node(num_cpus=2)
+        arguments = command("stage1", data, f"file://{root}/storage", *options)
+        process = trainings.start(arguments, log, RAY_ADDRESS=cluster.address)
+        run = run_folder(root / "storage", COMPONENT)
+        assert trainings.wait_for(run, after, process), log.read_text()[-4000:]
+        time.sleep(rng.random())
+        committed = trainings.committed(run)
+        trainings.kill_raylet(cluster)
+        assert process.wait(600) == 0, log.read_text()[-4000:]
+        return committed
+    finally:
+        below = psutil.Process(os.getpid()).children(recursive=True)
+        cluster.shutdown()
+        trainings.end(below)
+
+
+if __name__ == "__main__":
+    main()

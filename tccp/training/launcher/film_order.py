@@ -1,0 +1,101 @@
+"""Windows straight from film, dealt out to ranks: one stream for all of them, in an order that does not depend on them.
+
+No list of windows is there to plan by, so steps take them in the order of the films, shuffled within a buffer
+(`tccp.data.shuffled`). Nothing is stored; every epoch reads the films anew.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import queue
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from tccp import headbox
+from tccp.config import Settings, TccpError, VariantName
+from tccp.data import shuffled
+from tccp.files import Folder
+from tccp.training.reading import PICTURES, conditions_of, shows_surround
+from tccp.variants import VARIANTS, ConditionKind
+
+SHUFFLE_WINDOWS = 512
+AHEAD = 4
+RECORD = "stream.json"
+
+FilmWindows = Callable[[int], Iterator[Mapping[str, np.ndarray]]]
+"""Epoch to its windows, in order: rows of `tccp.data.windows`, one at a time. It travels to where it is called."""
+_CONDITIONS: dict[ConditionKind, str] = {"audio": "mel", "identity": "identity", "lips": "lips"}
+
+
+class FilmOrder:
+    """An actor: `take(rank)` gives a rank its micro-batches, one after the other, from step `start` on."""
+
+    def __init__(
+        self, windows: FilmWindows, settings: Settings, variant: VariantName, num_ranks: int, start: int, run: Folder
+    ):
+        """run: keeps how many windows an epoch has, once that is known: a resumed run skips whole epochs by it."""
+        self.windows, self.settings, self.run = windows, settings, run
+        self.row = VARIANTS[variant]
+        self.training = settings.for_variant(variant).training
+        self.kinds = conditions_of(self.row, settings)
+        self.start, self.num_ranks = start, num_ranks
+        ahead = AHEAD * self.training.accumulation
+        self.ready: list[queue.Queue[Any]] = [queue.Queue(maxsize=ahead) for _ in range(num_ranks)]
+        threading.Thread(target=self._produce, daemon=True).start()
+
+    def take(self, rank: int) -> dict[str, np.ndarray]:
+        """Columns as of `PictureFiles.columns`, with `clip`, `start` and `epoch`. Raises what reading films raises."""
+        item = self.ready[rank].get()
+        if isinstance(item, BaseException):
+            raise item
+        return dict(item)
+
+    def _produce(self) -> None:
+        try:
+            windows = self._in_order()
+            size = self.training.batch_size // (self.training.accumulation * self.num_ranks)
+            while True:
+                step = [next(windows) for _ in range(self.training.batch_size)]
+                shares = [step[i : i + size] for i in range(0, len(step), size)]
+                # As in a plan: of each rank's contiguous part, micro-batch by micro-batch.
+                for number, share in enumerate(shares):
+                    self.ready[number // self.training.accumulation].put(self._columns(share))
+        except BaseException as error:
+            for waiting in self.ready:
+                waiting.put(error)
+
+    def _in_order(self) -> Iterator[tuple[int, Mapping[str, np.ndarray]]]:
+        skipped = self.start * self.training.batch_size
+        first = 0
+        if self.run.exists(RECORD):
+            first, skipped = divmod(skipped, int(json.loads(self.run.read(RECORD))["windows"]))
+        for epoch in itertools.count(first):
+            count = 0
+            for row in shuffled(self.windows(epoch), self.settings.seed, epoch, SHUFFLE_WINDOWS):
+                count += 1
+                if skipped:
+                    skipped -= 1
+                else:
+                    yield epoch, row
+            if not count:
+                raise TccpError("the films give no training windows: every clip is shorter than the window")
+            self.run.write(RECORD, json.dumps({"windows": count}).encode())
+
+    def _columns(self, share: list[tuple[int, Mapping[str, np.ndarray]]]) -> dict[str, np.ndarray]:
+        rows = [row for _, row in share]
+        columns = {
+            "latents": np.stack([row[PICTURES[self.row.generates]] for row in rows]),
+            "control": np.stack([row[PICTURES[self.row.control]] for row in rows]),
+            "clip": np.array([row["clip_hash"] for row in rows], np.int64),
+            "start": np.array([row["start_frame"] for row in rows], np.int32),
+            "epoch": np.array([epoch for epoch, _ in share], np.int32),
+        }
+        if shows_surround(self.row, self.settings):
+            columns["surround"] = np.stack([headbox.surround(row["masked_scene"], row["mask_box"]) for row in rows])
+        for kind in self.kinds:
+            columns[kind] = np.stack([row[_CONDITIONS[kind]] for row in rows])
+        return columns

@@ -1,0 +1,108 @@
+"""cluster.yaml and the manifests in deploy/, by Ray's own checks and against what the code asks of a cluster."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tccp.training.launcher.cluster import GPU_WORKER_CPUS, spread_over
+from tccp.training.launcher.job import Spread
+
+pytest.importorskip("ray")
+pytestmark = pytest.mark.cluster
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def load(name: str) -> Any:
+    return yaml.safe_load((ROOT / name).read_text())
+
+
+def largest(text: str) -> dict[str, float]:
+    """What TCCP_CLUSTER_MAX promises."""
+    (found,) = re.findall(r"(?:TCCP_CLUSTER_MAX=|TCCP_CLUSTER_MAX, value: \")CPU=(\d+),GPU=(\d+)", text)
+    return {"CPU": float(found[0]), "GPU": float(found[1])}
+
+
+def sum_of(kinds: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
+    return {name: float(sum(count * has.get(name, 0) for count, has in kinds)) for name in ("CPU", "GPU")}
+
+
+def fits_training(resources: dict[str, float]) -> Spread:
+    from tccp.config import DeepSpeedSettings
+
+    return spread_over(resources, workers=None, device="auto", parallel=DeepSpeedSettings())
+
+
+def test_the_cluster_file_passes_rays_checks_and_promises_what_it_can_grow_to() -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    config = load("cluster.yaml")
+    validate_config(prepare_config(config))
+    kinds = config["available_node_types"]
+    assert kinds["head"]["resources"]["CPU"] == 0, "the head does no work"
+    pools = {name: (kind["max_workers"], kind["resources"]) for name, kind in kinds.items() if name != "head"}
+    assert largest((ROOT / "cluster.yaml").read_text()) == sum_of(list(pools.values()))
+    assert sum(most for most, _ in pools.values()) == config["max_workers"]
+    _, train = pools["train"]
+    assert train["CPU"] == train["GPU"] * GPU_WORKER_CPUS, "no room for data work beside the training workers"
+    assert "GPU" not in pools["data"][1]
+    spread = fits_training(largest((ROOT / "cluster.yaml").read_text()))
+    assert (spread.use_gpu, spread.workers) == (True, 8)
+    commands = " ".join(config["head_start_ray_commands"] + config["worker_start_ray_commands"])
+    assert commands.count("RAY_AUTH_MODE=token") == 2
+
+
+@pytest.mark.parametrize("name", ["rayjob", "rayservice"])
+def test_manifests_give_clusters_that_rays_kubernetes_autoscaler_understands(name: str) -> None:
+    from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
+    from ray.autoscaler._private.util import validate_config
+
+    manifest = load(f"deploy/{name}.yaml")
+    assert manifest["apiVersion"] == "ray.io/v1"
+    spec = manifest["spec"].get("rayClusterSpec") or manifest["spec"]["rayClusterConfig"]
+    cluster = {"metadata": {"name": "tccp", "namespace": "default"}, "spec": spec}
+    config = _derive_autoscaling_config_from_ray_cr(cluster)
+    validate_config(config)
+    kinds = config["available_node_types"]
+    assert kinds["headgroup"]["resources"]["CPU"] == 0
+    containers = [
+        container
+        for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])
+        for container in group["template"]["spec"]["containers"]
+    ]
+    for container in containers:
+        environment = {item["name"]: item for item in container["env"]}
+        assert environment["RAY_AUTH_MODE"]["value"] == "token"
+        assert environment["RAY_AUTH_TOKEN"]["valueFrom"]["secretKeyRef"]["name"] == "tccp-ray-token"
+    if name == "rayjob":
+        groups = [kind for key, kind in kinds.items() if key != "headgroup"]
+        most = sum_of([(kind["max_workers"], kind["resources"]) for kind in groups])
+        text = (ROOT / "deploy" / "rayjob.yaml").read_text()
+        assert largest(text) == most
+        assert fits_training(most).workers == 8
+        train = kinds["train"]["resources"]
+        assert train["CPU"] == train["GPU"] * GPU_WORKER_CPUS
+        assert manifest["spec"]["backoffLimit"] == 3
+        assert "--resume" in manifest["spec"]["entrypoint"], "a second attempt would be refused"
+
+
+def test_the_services_configuration_is_one_that_serve_reads() -> None:
+    schema = pytest.importorskip("ray.serve.schema")
+    spec = load("deploy/rayservice.yaml")["spec"]
+    config = schema.ServeDeploySchema.parse_obj(yaml.safe_load(spec["serveConfigV2"]))
+    assert [one.import_path for one in config.applications] == ["tccp.serving:app"]
+
+
+def test_versions_agree() -> None:
+    pins = (ROOT / "constraints.txt").read_text()
+    (ray,) = re.findall(r"^ray==(\S+)", pins, re.M)
+    for name in ("rayjob", "rayservice"):
+        spec = load(f"deploy/{name}.yaml")["spec"]
+        assert (spec.get("rayClusterSpec") or spec["rayClusterConfig"])["rayVersion"] == ray
+    libraries = set(re.findall(r'"(lib[\w.-]+)",?$', (ROOT / ".ci" / "system_libraries.py").read_text(), re.M))
+    packages = set((ROOT / "deploy" / "Dockerfile").read_text().split())
+    assert libraries and libraries <= packages

@@ -1,0 +1,175 @@
+"""Trainings on Ray clusters: submitted as jobs, killed in all their parts, and always the one training they are."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import tiny
+import trainings
+from trainings import ROOT, assert_same_trace, command, committed, run_folder, trace
+
+from tccp.pipeline import read_manifest
+from tccp.roundtable import identity_path
+
+pytest_plugins = ["tiny_fixtures"]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return trainings.make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def plain(data: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, float, float]]:
+    """What every training of landmark_first here has to come to, whatever becomes of it on the way."""
+    return trainings.plain_trace(*data, tmp_path_factory.mktemp("plain"))
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+@pytest.fixture
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A cluster of two CPUs as `ray start --head` makes it; the environment that commands need to speak to it."""
+    home = tmp_path_factory.mktemp("home")
+    address = f"http://127.0.0.1:{free_port()}"
+    environment = {
+        "HOME": str(home),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_API_SERVER_ADDRESS": address,
+        "OMP_NUM_THREADS": "1",
+    }
+    options = ["--num-cpus=2", f"--port={free_port()}", f"--dashboard-port={address.rpartition(':')[2]}"]
+    run = subprocess.run(
+        [str(Path(sys.executable).parent / "ray"), "get-auth-token", "--generate"],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    with (home / "ray.log").open("w") as log:
+        process = subprocess.Popen(
+            [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--disable-usage-stats", *options],
+            env={**os.environ, **environment},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + 120
+        while "Ray runtime started" not in (home / "ray.log").read_text() and time.monotonic() < deadline:
+            assert process.poll() is None, (home / "ray.log").read_text()
+            time.sleep(0.2)
+        yield environment
+    finally:
+        below = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        process.wait()
+        trainings.end(below)
+
+
+def submit(environment: dict[str, str], arguments: list[str], log: Path) -> subprocess.Popen[str]:
+    job = [str(Path(sys.executable).parent / "ray"), "job", "submit", "--working-dir", str(ROOT), "--", "python"]
+    relative = [str(Path(arguments[1]).relative_to(ROOT)), *arguments[2:]]
+    return trainings.start([*job, *relative], log, **environment)
+
+
+def test_jobs_submitted_to_a_cluster_train_a_pipeline_although_their_driver_is_killed(
+    data: tuple[Path, Path],
+    plain: list[tuple[int, float, float]],
+    head: dict[str, str],
+    film: Path,
+    tmp_path: Path,
+) -> None:
+    clips, untrained = data
+    storage, log = tmp_path / "storage", tmp_path / "log"
+    run = run_folder(storage, "landmark_first")
+    stage1 = command("stage1", clips, storage, "--autoencoder", str(untrained))
+    stage1[stage1.index("--mlflow") :] = stage1[stage1.index("--mlflow") + 2 :]  # with a database in the storage
+    job = submit(head, stage1, log)
+    assert trainings.wait_for(run, 8, job), log.read_text()
+    (driver,) = (one for one in psutil.process_iter() if is_driver(one, storage))
+    driver.kill()
+    assert job.wait(120) != 0
+    assert 8 <= committed(run) < trainings.STEPS
+    assert submit(head, stage1, log).wait(300) != 0
+    assert "holds a run already: give --resume" in log.read_text()
+    assert submit(head, [*stage1, "--resume"], log).wait(600) == 0, log.read_text()
+    assert_same_trace(trace(run), plain)
+    assert json.loads((run / "result.json").read_text())["workers"] == 2
+    checkpoint = next(run.glob(f"step-{trainings.STEPS:07d}-*"))
+    assert len(list((checkpoint / "deepspeed").glob("zero_pp_rank_*_optim_states.pt"))) == 2
+
+    stage2 = command("stage2", clips, storage, "--stage1", "run", "--name", "whole")
+    assert submit(head, stage2, log).wait(900) == 0, log.read_text()
+    pipeline = storage / "runs" / "whole" / "pipeline"
+    assert set(read_manifest(pipeline)["components"]) == {
+        *("autoencoder", "lips", "landmark_first", "landmark_sequence", "face_first", "face_sequence")
+    }
+    out = tmp_path / "out.mp4"
+    options = [
+        "--scene",
+        film,
+        "--audio",
+        film,
+        "--identity",
+        identity_path(film),
+        "--identity-box",
+        "whole",
+        "--truth",
+    ]
+    made = tiny.tccp("generate", *options, "--weights", pipeline, "--out", out)
+    assert made.returncode == 0, made.stderr
+    assert len(tiny.pictures(out)) == 25
+
+
+def is_driver(process: psutil.Process, storage: Path) -> bool:
+    """The job itself, and neither the command that submitted it nor the shell that it runs in."""
+    with contextlib.suppress(psutil.Error):
+        line = process.cmdline()
+        return str(storage) in line and line[1].endswith("train_stage1.py")
+    return False
+
+
+def test_a_training_survives_its_workers_and_machines(
+    data: tuple[Path, Path], plain: list[tuple[int, float, float]], tmp_path: Path
+) -> None:
+    from ray.cluster_utils import Cluster
+
+    clips, untrained = data
+    log, run = tmp_path / "log", run_folder(tmp_path / "storage", "landmark_first")
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": True})
+    try:
+        for _ in range(2):
+            cluster.add_node(num_cpus=2)
+        options = ["--variants", "landmark_first", "--autoencoder", str(untrained)]
+        arguments = command("stage1", clips, f"file://{tmp_path}/storage", *options)
+        process = trainings.start(arguments, log, RAY_ADDRESS=cluster.address)
+        assert trainings.wait_for(run, 4, process), log.read_text()
+        trainings.kill_rank(os.getpid(), random.Random(0))
+        assert trainings.wait_for(run, 12, process), log.read_text()
+        trainings.kill_raylet(cluster)
+        assert process.wait(400) == 0, log.read_text()
+    finally:
+        below = psutil.Process().children(recursive=True)
+        cluster.shutdown()
+        trainings.end([one for one in below if one.is_running() and "ray" in " ".join(one.cmdline())])
+    assert_same_trace(trace(run), plain)
+    assert len(list(run.glob("step-*"))) == 2  # what attempts have left unfinished is gone
