@@ -20,16 +20,15 @@ import time
 from pathlib import Path
 from typing import Any, get_args
 
-import psutil
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import trainings
 from trainings import Kill, assert_same_trace, command, run_folder, trace
 
+from tccp.config import VariantName
 from tccp.files import atomic_path
 
-COMPONENT = "landmark_first"
+COMPONENT: VariantName = "landmark_first"
 LATEST = trainings.STEPS - trainings.EVERY
 
 
@@ -45,7 +44,7 @@ def main() -> None:
         root = Path(place)
         data, untrained = trainings.make_data(root)
         options = ["--variants", COMPONENT, "--autoencoder", str(untrained)]
-        plain = trainings.plain_trace(data, untrained, root / "plain")
+        plain = trainings.plain_trace(COMPONENT, data, untrained, root / "plain")
         process = trainings.start(command("stage1", data, root / "whole", *options), root / "whole.log")
         if process.wait():
             raise SystemExit((root / "whole.log").read_text()[-4000:])
@@ -116,7 +115,7 @@ def kill_a_raylet(data: Path, options: list[str], root: Path, log: Path, after: 
         assert process.wait(600) == 0, log.read_text()[-4000:]
         return committed
     finally:
-        below = psutil.Process(os.getpid()).children(recursive=True)
+        below = trainings.ray_below(os.getpid())
         cluster.shutdown()
         trainings.end(below)
 

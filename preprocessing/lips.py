@@ -34,28 +34,28 @@ class LipWork:
 
     def open(self) -> Any:
         """The `tccp.training.lips.LipSources`. Raises TccpError if this machine has other weights, or none."""
-        from tccp.training.lips import open_lip_sources
+        from tccp.training.lips import LipPlace
 
-        sources = open_lip_sources(self.settings, self.weights)
-        if sources is None or sources.hash != self.hash:
-            found = None if sources is None else sources.hash
+        sources = LipPlace(self.settings, Folder(self.weights)).open()
+        if sources.hash != self.hash:
             raise TccpError(
-                f"lip weights {self.weights} on {platform.node()} are {found}, the run began with {self.hash}: give "
-                "every machine the same weights"
+                f"lip weights {self.weights} on {platform.node()} are {sources.hash}, the run began with {self.hash}: "
+                "give every machine the same weights"
             )
         return sources
 
 
 def lip_work(settings: LipSettings, weights: Path) -> LipWork:
-    """weights: the published Wav2Lip checkpoint or the folder of cross-fitted Liplets, as `settings.source` says.
+    """weights: the published Wav2Lip checkpoint, the folder of cross-fitted Liplets, or the lips of a pipeline that was
+    trained on other footage, as `settings.source` says.
 
     Raises TccpError if they cannot be loaded, or if the settings have no lips.
     """
-    from tccp.training.lips import open_lip_sources
+    from tccp.training.lips import LipPlace
 
-    sources = open_lip_sources(settings, weights)
-    if sources is None:
+    if settings.source == "none":
         raise TccpError("lip weights are given, but lips.source=none: choose a source (--set lips.source=wav2lip)")
+    sources = LipPlace(settings, Folder(weights)).open()
     return LipWork(settings, weights.resolve(), sources.hash)
 
 

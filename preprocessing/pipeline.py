@@ -25,6 +25,7 @@ from tccp.config import Settings, TccpError
 from tccp.data import windows
 from tccp.files import is_url
 from tccp.processes import importable_in_children
+from tccp.training.launcher.cluster import could_have
 
 # In this process
 
@@ -187,9 +188,7 @@ def draw_lips(
     if not clip_ids:
         return
     if on_ray:
-        import ray
-
-        size = pools_for(ray.cluster_resources(), workers, on_gpu=False).look
+        size = pools_for(could_have(), workers, on_gpu=False).look
         with _data_context(in_order=False):
             yield from _map_actors(_batches(clip_ids), DrawLips, (work, table), size, Pools.LIPS_CPUS).iter_rows()
         return
@@ -238,7 +237,7 @@ def film_windows(
 def _graph(listing: pa.Table, work: Work, workers: int | None, last: type[CutClips]) -> Any:
     import ray
 
-    pools = pools_for(ray.cluster_resources(), workers, work.plan.backend == "fan")
+    pools = pools_for(could_have(), workers, work.plan.backend == "fan")
     step = -(-listing.num_rows // _MOST_BLOCKS)
     blocks = [listing.slice(row, step) for row in range(0, listing.num_rows, step)]
     data = ray.data.from_arrow(blocks)

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+import trainings
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def together(num_ranks: int, arguments: dict[str, Any], out: Path) -> Any:
     """Runs this module on so many ranks with these arguments, and returns what rank 0 has written."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
+    port = trainings.free_port()
     given = {
         "WORLD_SIZE": str(num_ranks),
         "MASTER_ADDR": "127.0.0.1",

@@ -6,12 +6,12 @@ import contextlib
 import json
 import os
 import random
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -24,6 +24,7 @@ from tccp.roundtable import identity_path
 
 pytest_plugins = ["tiny_fixtures"]
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+JOB_STEPS = 8
 
 
 @pytest.fixture(scope="module")
@@ -31,23 +32,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return trainings.make_data(tmp_path_factory.mktemp("data"))
 
 
-@pytest.fixture(scope="module")
-def plain(data: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, float, float]]:
-    """What every training of landmark_first here has to come to, whatever becomes of it on the way."""
-    return trainings.plain_trace(*data, tmp_path_factory.mktemp("plain"))
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
-
-
 @pytest.fixture
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """A cluster of two CPUs as `ray start --head` makes it; the environment that commands need to speak to it."""
     home = tmp_path_factory.mktemp("home")
-    address = f"http://127.0.0.1:{free_port()}"
+    address = f"http://127.0.0.1:{trainings.free_port()}"
     environment = {
         "HOME": str(home),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -55,7 +44,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         "RAY_API_SERVER_ADDRESS": address,
         "OMP_NUM_THREADS": "1",
     }
-    options = ["--num-cpus=2", f"--port={free_port()}", f"--dashboard-port={address.rpartition(':')[2]}"]
+    options = ["--num-cpus=2", f"--port={trainings.free_port()}", f"--dashboard-port={address.rpartition(':')[2]}"]
     run = subprocess.run(
         [str(Path(sys.executable).parent / "ray"), "get-auth-token", "--generate"],
         env={**os.environ, **environment},
@@ -93,31 +82,42 @@ def submit(environment: dict[str, str], arguments: list[str], log: Path) -> subp
 
 def test_jobs_submitted_to_a_cluster_train_a_pipeline_although_their_driver_is_killed(
     data: tuple[Path, Path],
-    plain: list[tuple[int, float, float]],
     head: dict[str, str],
     film: Path,
     tmp_path: Path,
 ) -> None:
     clips, untrained = data
     storage, log = tmp_path / "storage", tmp_path / "log"
-    run = run_folder(storage, "landmark_first")
-    stage1 = command("stage1", clips, storage, "--autoencoder", str(untrained))
+    first = run_folder(storage, "landmark_sequence")  # the longest is trained first
+    stage1 = command("stage1", clips, storage, "--autoencoder", str(untrained), steps=JOB_STEPS)
     stage1[stage1.index("--mlflow") :] = stage1[stage1.index("--mlflow") + 2 :]  # with a database in the storage
     job = submit(head, stage1, log)
-    assert trainings.wait_for(run, 8, job), log.read_text()
+    assert trainings.wait_for(first, 4, job), log.read_text()
     (driver,) = (one for one in psutil.process_iter() if is_driver(one, storage))
     driver.kill()
     assert job.wait(120) != 0
-    assert 8 <= committed(run) < trainings.STEPS
+    assert 4 <= committed(first) < JOB_STEPS
     assert submit(head, stage1, log).wait(300) != 0
     assert "holds a run already: give --resume" in log.read_text()
     assert submit(head, [*stage1, "--resume"], log).wait(600) == 0, log.read_text()
-    assert_same_trace(trace(run), plain)
-    assert json.loads((run / "result.json").read_text())["workers"] == 2
-    checkpoint = next(run.glob(f"step-{trainings.STEPS:07d}-*"))
-    assert len(list((checkpoint / "deepspeed").glob("zero_pp_rank_*_optim_states.pt"))) == 2
+    plain = trainings.plain_trace("landmark_sequence", clips, untrained, tmp_path / "plain", JOB_STEPS)
+    assert_same_trace(trace(first), plain)
+    for run in (first, run_folder(storage, "landmark_first")):
+        assert json.loads((run / "result.json").read_text())["workers"] == 2
+        checkpoint = next(run.glob(f"step-{JOB_STEPS:07d}-*"))
+        assert len(list((checkpoint / "deepspeed").glob("zero_pp_rank_*_optim_states.pt"))) == 2
 
-    stage2 = command("stage2", clips, storage, "--stage1", "run", "--name", "whole")
+    runs = mlflow_runs(storage)
+    assert {run["name"] for run in runs} == {
+        "run/landmark_first",
+        "run/landmark_sequence",
+    }  # one each, driver killed or not
+    for run in runs:
+        assert run["status"] == "FINISHED"
+        assert run["loss_steps"] == list(range(JOB_STEPS))
+        assert {"grad_norm", "windows_per_s", "data_wait", "cpu_use", "memory_mib", "learning_rate"} <= run["metrics"]
+
+    stage2 = command("stage2", clips, storage, "--stage1", "run", "--name", "whole", steps=4)
     assert submit(head, stage2, log).wait(900) == 0, log.read_text()
     pipeline = storage / "runs" / "whole" / "pipeline"
     assert set(read_manifest(pipeline)["components"]) == {
@@ -140,6 +140,24 @@ def test_jobs_submitted_to_a_cluster_train_a_pipeline_although_their_driver_is_k
     assert len(tiny.pictures(out)) == 25
 
 
+def mlflow_runs(storage: Path) -> list[dict[str, Any]]:
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{storage}/mlflow.db")
+    (experiment,) = (one for one in client.search_experiments() if one.name == "tccp")
+    return [
+        {
+            "name": run.info.run_name,
+            "status": run.info.status,
+            "metrics": set(run.data.metrics),
+            "loss_steps": sorted(
+                {one.step for one in client.get_metric_history(run.info.run_id, "loss")} - {JOB_STEPS}
+            ),
+        }
+        for run in client.search_runs([experiment.experiment_id])
+    ]
+
+
 def is_driver(process: psutil.Process, storage: Path) -> bool:
     """The job itself, and neither the command that submitted it nor the shell that it runs in."""
     with contextlib.suppress(psutil.Error):
@@ -148,9 +166,7 @@ def is_driver(process: psutil.Process, storage: Path) -> bool:
     return False
 
 
-def test_a_training_survives_its_workers_and_machines(
-    data: tuple[Path, Path], plain: list[tuple[int, float, float]], tmp_path: Path
-) -> None:
+def test_a_training_survives_its_workers_and_machines(data: tuple[Path, Path], tmp_path: Path) -> None:
     from ray.cluster_utils import Cluster
 
     clips, untrained = data
@@ -168,8 +184,8 @@ def test_a_training_survives_its_workers_and_machines(
         trainings.kill_raylet(cluster)
         assert process.wait(400) == 0, log.read_text()
     finally:
-        below = psutil.Process().children(recursive=True)
+        below = trainings.ray_below(os.getpid())
         cluster.shutdown()
-        trainings.end([one for one in below if one.is_running() and "ray" in " ".join(one.cmdline())])
-    assert_same_trace(trace(run), plain)
+        trainings.end(below)
+    assert_same_trace(trace(run), trainings.plain_trace("landmark_first", clips, untrained, tmp_path / "plain"))
     assert len(list(run.glob("step-*"))) == 2  # what attempts have left unfinished is gone

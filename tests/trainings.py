@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import psutil
+
+from tccp.config import VariantName
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, EVERY = 24, 4
@@ -50,14 +53,27 @@ def make_data(folder: Path) -> tuple[Path, Path]:
     from preprocessing.plan import make_plan
     from preprocessing.run import preprocess
     from tccp.config import load_settings
-    from tccp.pipeline import write_untrained
     from tccp.roundtable import write_clips
 
     settings = load_settings("toy", OVERRIDES)
     write_clips(folder / "films", 4, 1.0, seed=3)
     preprocess([folder / "films"], folder / "clips", make_plan(settings.picture_px, "truth"))
-    write_untrained(folder / "untrained", settings, ())
-    return folder / "clips", folder / "untrained"
+    return folder / "clips", write_untrained_pipeline(folder / "untrained")
+
+
+def write_untrained_pipeline(folder: Path) -> Path:
+    """Auto-encoder and lips for OVERRIDES."""
+    from tccp.config import load_settings
+    from tccp.pipeline import write_untrained
+
+    write_untrained(folder, load_settings("toy", OVERRIDES), ())
+    return folder
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
 
 
 def command(
@@ -104,7 +120,7 @@ def ranks_below(pid: int) -> list[psutil.Process]:
     """Training workers among the processes that one has started, and those have."""
     found = []
     for one in psutil.Process(pid).children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
+        with contextlib.suppress(psutil.Error):
             if any("RayTrainWorker" in part for part in one.cmdline()):
                 found.append(one)
     return found
@@ -133,8 +149,10 @@ def kill_raylet(cluster: Any) -> None:
     raise AssertionError("no node but the head has training workers")
 
 
-def plain_trace(data: Path, untrained: Path, storage: Path, steps: int = STEPS) -> list[tuple[int, float, float]]:
-    """The same training of landmark_first in this process, by plain torch, uninterrupted."""
+def plain_trace(
+    component: VariantName, data: Path, untrained: Path, storage: Path, steps: int = STEPS
+) -> list[tuple[int, float, float]]:
+    """The same training of stage 1's component in this process, by plain torch, uninterrupted."""
     from tccp.clip import ClipTable
     from tccp.config import load_settings
     from tccp.models.autoencoder import PictureAutoencoder
@@ -144,10 +162,10 @@ def plain_trace(data: Path, untrained: Path, storage: Path, steps: int = STEPS) 
 
     settings = load_settings("toy", [*OVERRIDES, f"training.max_steps={steps}", f"autoencoder.max_steps={steps}"])
     autoencoder = PictureAutoencoder.load(untrained / "autoencoder").eval()
-    cache = LatentCache(storage, ClipTable(data), settings, autoencoder, None, ["landmark_first"])
+    cache = LatentCache(storage, ClipTable(data), settings, autoencoder, None, [component])
     cache.build()
-    run = RunFolder.open(storage / "plain", settings, "landmark_first", resume=False)
-    train_variant("landmark_first", settings, cache, run)
+    run = RunFolder.open(storage / "plain", settings, component, resume=False)
+    train_variant(component, settings, cache, run)
     return trace(run.path)
 
 
@@ -165,6 +183,16 @@ def kill_driver(process: subprocess.Popen[str]) -> None:
     process.kill()
     process.wait()
     end(below)
+
+
+def ray_below(pid: int) -> list[psutil.Process]:
+    """Ray's processes among those that one has started, and those have."""
+    found = []
+    for one in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "ray" in " ".join(one.cmdline()):
+                found.append(one)
+    return found
 
 
 def end(processes: list[psutil.Process]) -> None:

@@ -198,7 +198,8 @@ class LipPlace:
     def open(self, device: str | torch.device = "cpu") -> LipSources:
         """Raises TccpError if what should be there is not, or is not whole."""
         with self.folder.here() as place:
-            if self.settings.source == "liplet" and not (place / FOLDS_RECORD).exists():
+            alone = (place / "config.json").exists() and not (place / FOLDS_RECORD).exists()
+            if self.settings.source == "liplet" and alone:
                 source = open_lip_source(self.settings, place, device)
                 assert source is not None
                 return LipSources((source,))

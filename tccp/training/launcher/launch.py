@@ -475,7 +475,7 @@ def encoded(encoder: ClipEncoder, clip_ids: Sequence[str], lips_alone: bool, spr
     """Rows as clips are done. As many actors as there will be ranks, or as there are CPUs."""
     import ray
 
-    cpus = int(ray.cluster_resources().get("CPU", 1))
+    cpus = int(could_have().get("CPU", 1))
     size = spread.workers if spread.use_gpu else max(1, min(cpus, len(clip_ids)))
     step = max(1, -(-len(clip_ids) // 2000))
     blocks = [pa.table({"clip_id": list(clip_ids[i : i + step])}) for i in range(0, len(clip_ids), step)]
