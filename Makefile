@@ -2,7 +2,7 @@
 # Needed beforehand: Python 3.11 with pip (Debian: python3 python3-pip), make, git.
 
 PYTHON  ?= $(firstword $(shell command -v python3.11 python3))
-EXTRAS  ?= preprocess,evaluate,train,dev
+EXTRAS  ?= preprocess,evaluate,train,serve,dev
 WORKERS ?= 2
 PYTEST_ARGS ?=
 

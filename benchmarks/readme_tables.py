@@ -1,11 +1,14 @@
-"""Puts the tables of docs/roundtable.json and docs/toy_recipe.json into README: `python benchmarks/readme_tables.py`"""
+"""Puts the tables of docs/roundtable.json, toy_recipe.json and training.json into README:
+`python benchmarks/readme_tables.py`
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from tccp.evaluation.report import markdown_table
 
@@ -34,10 +37,37 @@ def recipe_table(record: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str
     return "\n\n".join(parts) + "\n"
 
 
+_RUNS = {
+    "plain_torch": "plain torch, one process",
+    "ray_1_worker": "Ray and DeepSpeed, 1 worker, ZeRO 1",
+    "ray_1_worker_checkpointing": "the same, with gradient checkpointing",
+    "ray_1_worker_compiled": "the same, with torch.compile",
+    **{f"ray_2_workers_zero_{stage}": f"2 workers, ZeRO {stage}" for stage in range(4)},
+}
+
+
+def training_table(record: Mapping[str, Any]) -> str:
+    """A table in Markdown of docs/training.json: a line per run."""
+    lines = [["", "seconds a step", "waiting for data", "peak memory of a worker"], [":--", "--:", "--:", "--:"]]
+    for name, label in _RUNS.items():
+        if name in record["runs"]:
+            run = record["runs"][name]
+            figures = [f"{run['step_s']:.2f}", f"{100 * run['data_wait']:.1f}%", f"{run['memory_mib']:,.0f} MiB"]
+            lines.append([label, *figures])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+TABLES: dict[str, Callable[[Any], str]] = {
+    "roundtable": markdown_table,
+    "toy_recipe": recipe_table,
+    "training": training_table,
+}
+
+
 def main() -> None:
     readme = ROOT / "README.md"
     text = readme.read_text()
-    for place, table in {"roundtable": markdown_table, "toy_recipe": recipe_table}.items():
+    for place, table in TABLES.items():
         text = _replaced(text, place, table(json.loads((ROOT / "docs" / f"{place}.json").read_text())))
     readme.write_text(text)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def test_windows_that_are_not_the_plans_are_refused(cache: LatentCache) -> None:
     batch = right.batch(planned, row, SETTINGS.window)
     assert torch.equal(batch.latents, cache.batch(planned, row, SETTINGS.window).latents)
     wrong = StreamedWindows(reader(cache).read(4), cache.lengths, SETTINGS)
-    with pytest.raises(RuntimeError, match="Ray Data gave .* where the plan has"):
+    with pytest.raises(RuntimeError, match=r"Ray Data gave .* where the plan has"):
         wrong.batch(planned, row, SETTINGS.window)
 
 
@@ -107,29 +108,27 @@ def test_ranks_read_the_auto_encoders_pictures_between_them(cache: LatentCache, 
 
 
 def test_windows_that_do_not_come_are_not_waited_for_for_ever() -> None:
+    end = threading.Event()
+
     def slow() -> Iterator[int]:
         yield 1
-        threading_wait.wait(20)
-        yield 2
+        end.wait(20)
 
-    import threading
-
-    threading_wait = threading.Event()
     items = ingest._in_time(slow(), 0.3)
     assert next(items) == 1
     with pytest.raises(TimeoutError, match="has the cluster CPUs left"):
         next(items)
-    threading_wait.set()
+    end.set()
 
     def broken() -> Iterator[int]:
         yield 1
         raise KeyError("of the reading")
 
-    items = ingest._in_time(broken(), 5)
+    items = ingest._in_time(broken(), 5.0)
     assert next(items) == 1
     with pytest.raises(KeyError, match="of the reading"):
         next(items)
-    assert list(ingest._in_time(iter([1, 2, 3]), 5)) == [1, 2, 3]
+    assert list(ingest._in_time(iter([1, 2, 3]), 5.0)) == [1, 2, 3]
 
 
 def film_windows_of(cache: LatentCache) -> Any:

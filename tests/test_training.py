@@ -18,6 +18,7 @@ from tccp.models.autoencoder import PictureAutoencoder, to_model
 from tccp.models.mvcontrolnet import MVControlNet
 from tccp.roundtable import write_clips
 from tccp.sampling import run_windows, start_window
+from tccp.training import precision as precision_module
 from tccp.training.autoencoder import fit_latent_statistics, train_autoencoder
 from tccp.training.engine import TorchEngine, learning_rate_factor
 from tccp.training.latents import PICTURES, LatentCache
@@ -128,7 +129,9 @@ def test_resumed_training_is_the_same_run_bit_for_bit(cache, tmp_path, accumulat
     assert logged(whole_run) == logged(resumed_run)
 
 
-def test_bf16_arithmetic_gives_nearly_the_same_loss_and_gradients(cache):
+def test_bf16_arithmetic_gives_nearly_the_same_loss_and_gradients(cache, monkeypatch):
+    monkeypatch.setattr(precision_module, "has_bf16", lambda device_type: True)  # imitated, if need be
+
     def measured(precision):
         settings = small(**{"training.precision": precision})
         torch.manual_seed(0)
@@ -144,6 +147,17 @@ def test_bf16_arithmetic_gives_nearly_the_same_loss_and_gradients(cache):
     assert not torch.equal(full, reduced)
     assert abs(full - reduced) < 0.02 * full
     assert torch.cosine_similarity(full_gradient, reduced_gradient, dim=0) > 0.99
+
+
+def test_bf16_is_not_imitated_by_processors_that_do_not_have_it(cache, monkeypatch):
+    def loss(precision):
+        settings = small(**{"training.precision": precision})
+        torch.manual_seed(0)
+        model = MVControlNet.from_settings(settings, "landmark_first")
+        return VariantLoss(model, "landmark_first", settings, with_settings(cache, settings))(0, 0)
+
+    monkeypatch.setattr(precision_module, "has_bf16", lambda device_type: False)
+    assert torch.equal(loss("bf16"), loss("fp32"))
 
 
 def test_a_blind_network_is_shown_no_scene_and_the_others_their_control(cache):

@@ -1,0 +1,156 @@
+"""What a training on a cluster refuses before it begins, and how it is spread where it fits."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ray_jobs import training
+from tccp.config import DeepSpeedSettings, TccpError, load_settings, storage_root
+from tccp.files import Folder, fetched
+from tccp.training.launcher.cluster import CLUSTER_MAX, READER_CPUS, check_storage, could_have, spread_over
+from tccp.training.tracking import tracking_place
+
+spread = functools.partial(spread_over, workers=None, device="auto", parallel=DeepSpeedSettings())
+
+
+@pytest.mark.parametrize(
+    ("resources", "workers", "gpu"),
+    [
+        ({"CPU": 1}, 1, False),
+        ({"CPU": 2}, 2, False),
+        ({"CPU": 64}, 2, False),
+        ({"CPU": 16, "GPU": 1}, 1, True),
+        ({"CPU": 136, "GPU": 8}, 8, True),
+    ],
+)
+def test_defaults_fit_and_leave_cpus_to_read_with(resources: dict[str, float], workers: int, gpu: bool) -> None:
+    found = spread(resources)
+    assert (found.workers, found.use_gpu) == (workers, gpu)
+    left = resources["CPU"] - found.workers * found.cpus_per_worker
+    assert found.workers * found.readers * READER_CPUS <= left
+    assert resources["CPU"] < 2 or left >= 1
+    assert 1 <= found.readers <= 4
+
+
+@pytest.mark.parametrize(
+    ("resources", "asked", "message"),
+    [
+        (
+            {"CPU": 2},
+            {"workers": 4},
+            r"4 workers and their readers need 3 CPUs, .* has, or can grow to, 2: give --workers 2",
+        ),
+        ({"CPU": 0.5}, {}, r"training needs 0.75 CPUs, and the cluster has 0.5: start Ray with more"),
+        ({"CPU": 8, "GPU": 1}, {"workers": 2, "device": "cuda"}, r"2 workers need 2 GPUs, .* 1: give fewer --workers"),
+        ({"CPU": 8}, {"device": "cuda"}, r"1 workers need 1 GPUs, and the cluster has, or can grow to, 0"),
+        ({"CPU": 8}, {"workers": 0}, r"--workers 0: give at least 1"),
+        ({"CPU": 8}, {"device": "tpu"}, r"--device tpu: give auto, cpu or cuda"),
+    ],
+)
+def test_what_cannot_be_placed_is_refused_in_one_line(
+    resources: dict[str, float], asked: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(TccpError, match=message) as error:
+        spread(resources, **asked)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.cluster
+def test_what_the_autoscaler_may_add_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    assert could_have() == {"CPU": 2.0}
+    monkeypatch.setenv(CLUSTER_MAX, "CPU=136,GPU=8")
+    assert could_have() == {"CPU": 136.0, "GPU": 8.0}
+    monkeypatch.setenv(CLUSTER_MAX, "many")
+    with pytest.raises(TccpError, match="TCCP_CLUSTER_MAX=many: write it as CPU=64,GPU=8"):
+        could_have()
+
+
+def test_a_folder_of_one_machine_is_no_storage_for_several(tmp_path: Path) -> None:
+    check_storage(Folder(tmp_path / "here"), 1)
+    check_storage(Folder(f"file://{tmp_path}/shared"), 3)
+    with pytest.raises(TccpError, match=r"a folder of one machine, and the cluster has 3: give --storage a URL"):
+        check_storage(Folder(tmp_path / "here"), 3)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TccpError, match="cannot write"):
+        check_storage(Folder(tmp_path / "file"), 1)
+
+
+def test_a_database_of_one_machine_notes_no_training_of_several(tmp_path: Path) -> None:
+    storage = Folder(tmp_path)
+    assert tracking_place(None, storage, 1) == f"sqlite:///{tmp_path}/mlflow.db"
+    assert tracking_place(str(tmp_path / "x.db"), storage, 1) == f"sqlite:///{tmp_path}/x.db"
+    assert tracking_place("http://head:5000", storage, 5) == "http://head:5000"
+    for given in (None, str(tmp_path / "x.db"), f"sqlite:///{tmp_path}/x.db"):
+        with pytest.raises(
+            TccpError, match=r"can be written by one machine only, and the cluster has 2: give --mlflow http"
+        ):
+            tracking_place(given, storage, 2)
+    with pytest.raises(TccpError, match="is no folder of this machine: give --mlflow"):
+        tracking_place(None, Folder("memory://bucket/x"), 1)
+
+
+def refused(capsys: pytest.CaptureFixture[str], stage: training.Stage, *arguments: str) -> str:
+    """The one line that a job ends with."""
+    with pytest.raises(SystemExit) as ended:
+        training.run(stage, list(arguments))
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
+def test_mistakes_on_a_jobs_command_line_end_in_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    say = functools.partial(refused, capsys, "stage2")
+    storage = ("--storage", str(tmp_path))
+    assert "unknown setting 'trainin.seed'" in say("trainin.seed=1", *storage)
+    assert "unknown preset 'huge': choose one of paper, toy" in say("--preset", "huge", *storage)
+    assert "unknown variant 'face': choose one of landmark_first" in say("--variants", "face", *storage)
+    assert f"nothing is neither a run in {tmp_path} nor a pipeline folder" in say("--stage1", "nothing", *storage)
+    assert "--stream and --data: give one of them" in say("--stream", "x.mp4", "--data", "y", *storage)
+    assert "offload=parameters needs zero_stage 3" in say("--offload", "parameters", *storage)
+    assert "give a file of DeepSpeed settings as JSON" in say("--deepspeed", str(tmp_path / "none.json"), *storage)
+
+
+def test_steps_of_a_job_hold_for_all_that_it_trains() -> None:
+    settings = training._settings("toy", ["training.batch_size=8"], 7)
+    assert settings.autoencoder.max_steps == 7
+    for name in settings.variant_overrides:
+        own = settings.for_variant(name).training
+        assert (own.max_steps, own.batch_size) == (7, 8)
+    assert training._settings("toy", [], None) == load_settings("toy")
+
+
+def test_storage_of_the_command_line_stays_a_folder(tmp_path: Path) -> None:
+    assert storage_root(tmp_path) == tmp_path
+    with pytest.raises(TccpError, match="is a URL"):
+        storage_root("s3://bucket/x")
+
+
+def test_folders_at_urls_are_read_and_written_as_folders_here_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TCCP_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "tree" / "a").mkdir(parents=True)
+    (tmp_path / "tree" / "a" / "one").write_text("1")
+    (tmp_path / "tree" / "two").write_text("2")
+    for place in (str(tmp_path / "copy"), "memory://tccp-tests/copy"):
+        folder = Folder(place)
+        folder.upload(tmp_path / "tree", "b")
+        assert folder.tree("b") == ["two", "a/one"]
+        with folder.here("b") as here:
+            assert (here / "a" / "one").read_text() == "1"
+        assert fetched(folder, "b/two").read_text() == "2"
+        with pytest.raises(FileNotFoundError):
+            fetched(folder, "b/three").read_text()
+        filesystem, path = folder.arrow()
+        assert (filesystem is None) == (folder.local is not None)
+        assert path.endswith("copy")
+        folder.remove("b")
+        assert folder.tree() == []
+    assert not [path for path in (tmp_path / "cache").rglob(".*") if path.is_file()]
