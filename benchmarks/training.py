@@ -19,14 +19,16 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-SKIPPED = 4
-"""Steps at the start that are not counted: they warm caches, and compile."""
+SKIPPED = 0.4
+"""Share of the steps, at the start, that is not counted: caches are cold, and Ray is still starting processes."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("docs/training.json"))
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--only", nargs="*", help="of the runs with Ray, these alone")
+    parser.add_argument("--storage", type=Path, help="keep clips and latents here, for another time")
     parser.add_argument("--preset", default="toy")
     parser.add_argument("--variant", default="landmark_first")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -40,7 +42,7 @@ def main() -> None:
         plain(arguments)
         return
     with tempfile.TemporaryDirectory(prefix="tccp-bench-") as place:
-        record = measure(arguments, Path(place))
+        record = measure(arguments, arguments.storage or Path(place))
     arguments.out.write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(record, indent=1))
 
@@ -61,9 +63,12 @@ def measure(arguments: argparse.Namespace, place: Path) -> dict[str, Any]:
     runs: dict[str, dict[str, float]] = {}
 
     def ray(name: str, workers: int, *options: str, settings: tuple[str, ...] = ()) -> None:
+        if arguments.only and name not in arguments.only:
+            return
         command = [sys.executable, str(ROOT / "ray_jobs" / "train_stage1.py"), *overrides(arguments), *settings]
         command += ["--variants", arguments.variant, "--workers", str(workers), "--device", arguments.device]
         command += ["--storage", str(place), "--name", name, "--mlflow", "none", "--preset", arguments.preset]
+        command += ["--validate-every", "0"]
         run([*command, *options])
         runs[name] = figures(place / "runs" / name / arguments.variant / "metrics.jsonl")
         print(name, runs[name], file=sys.stderr, flush=True)
@@ -84,7 +89,7 @@ def measure(arguments: argparse.Namespace, place: Path) -> dict[str, Any]:
         "preset": arguments.preset,
         "variant": arguments.variant,
         "batch_size": arguments.batch_size,
-        "steps": arguments.steps - SKIPPED,
+        "steps": round(arguments.steps * (1 - SKIPPED)),
         "runs": runs,
         "ray_and_deepspeed_to_plain_torch": runs["ray_1_worker"]["step_s"] / runs["plain_torch"]["step_s"],
     }
@@ -110,8 +115,9 @@ def run(command: list[str]) -> None:
 def figures(metrics: Path) -> dict[str, float]:
     """step_s: median; data_wait: share of the time; memory_mib: peak of rank 0 (of its GPU, where it has one)."""
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
-    counted = records[SKIPPED:]
-    times = [b["seconds"] - a["seconds"] for a, b in zip(records[SKIPPED - 1 :], counted, strict=False)]
+    skipped = max(1, round(len(records) * SKIPPED))
+    counted = records[skipped:]
+    times = [b["seconds"] - a["seconds"] for a, b in zip(records[skipped - 1 :], counted, strict=False)]
     waited = sum(record["data_wait"] * time for record, time in zip(counted, times, strict=True))
     memory = max(record.get("gpu_memory_mib", record["memory_mib"]) for record in records)
     return {

@@ -27,7 +27,7 @@ spread = functools.partial(spread_over, workers=None, device="auto", parallel=De
         ({"CPU": 136, "GPU": 8}, 8, True),
     ],
 )
-def test_defaults_fit_and_leave_cpus_to_read_with(resources: dict[str, float], workers: int, gpu: bool) -> None:
+def test_defaults_fit_and_leave_cpus_to_read_with(resources: dict[str, Any], workers: int, gpu: bool) -> None:
     found = spread(resources)
     assert (found.workers, found.use_gpu) == (workers, gpu)
     left = resources["CPU"] - found.workers * found.cpus_per_worker
@@ -52,7 +52,7 @@ def test_defaults_fit_and_leave_cpus_to_read_with(resources: dict[str, float], w
     ],
 )
 def test_what_cannot_be_placed_is_refused_in_one_line(
-    resources: dict[str, float], asked: dict[str, Any], message: str
+    resources: dict[str, Any], asked: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(TccpError, match=message) as error:
         spread(resources, **asked)

@@ -68,7 +68,7 @@ def could_have() -> dict[str, float]:
 
 
 def spread_over(
-    resources: Mapping[str, float],
+    resources: Mapping[str, float | int],
     *,
     workers: int | None,
     device: str,
