@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import pydantic
 import tyro
 from tyro.conf import Positional, arg
 
@@ -190,10 +191,9 @@ def _parallel(zero_stage: int, offload: str, config: Path | None) -> DeepSpeedSe
             raise TccpError(f"--deepspeed {config}: {error}; give a file of DeepSpeed settings as JSON") from None
     try:
         return DeepSpeedSettings(**values)
-    except ValueError as error:
-        raise TccpError(
-            f"--zero-stage {zero_stage} --offload {offload}: {str(error).splitlines()[2].strip()}"
-        ) from None
+    except pydantic.ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise TccpError(f"--zero-stage {zero_stage} --offload {offload}: {reason}") from None
 
 
 def _pipeline(storage: Folder, given: str) -> Folder:

@@ -93,7 +93,7 @@ def test_manifests_give_clusters_that_rays_kubernetes_autoscaler_understands(nam
 def test_the_services_configuration_is_one_that_serve_reads() -> None:
     schema = pytest.importorskip("ray.serve.schema")
     spec = load("deploy/rayservice.yaml")["spec"]
-    config = schema.ServeDeploySchema.parse_obj(yaml.safe_load(spec["serveConfigV2"]))
+    config = schema.ServeDeploySchema.model_validate(yaml.safe_load(spec["serveConfigV2"]))
     assert [one.import_path for one in config.applications] == ["tccp.serving:app"]
 
 
