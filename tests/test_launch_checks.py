@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 
 from ray_jobs import training
-from tccp.config import DeepSpeedSettings, TccpError, load_settings, storage_root
+from tccp.config import DeepSpeedSettings, TccpError, load_settings, override, storage_root
 from tccp.files import Folder, fetched
+from tccp.pipeline import export, write_untrained
 from tccp.training.launcher.cluster import CLUSTER_MAX, READER_CPUS, check_storage, could_have, spread_over
+from tccp.training.launcher.lending import fits, lendable
 from tccp.training.tracking import tracking_place
 
 spread = functools.partial(spread_over, workers=None, device="auto", parallel=DeepSpeedSettings())
@@ -75,7 +78,7 @@ def test_what_the_autoscaler_may_add_counts(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_folder_of_one_machine_is_no_storage_for_several(tmp_path: Path) -> None:
     check_storage(Folder(tmp_path / "here"), 1)
     check_storage(Folder(f"file://{tmp_path}/shared"), 3)
-    with pytest.raises(TccpError, match=r"a folder of one machine, and the cluster has 3: give --storage a URL"):
+    with pytest.raises(TccpError, match=r"a folder of one machine, and the cluster has 3: give a URL"):
         check_storage(Folder(tmp_path / "here"), 3)
     (tmp_path / "file").write_text("")
     with pytest.raises(TccpError, match="cannot write"):
@@ -154,3 +157,28 @@ def test_folders_at_urls_are_read_and_written_as_folders_here_are(
         folder.remove("b")
         assert folder.tree() == []
     assert not [path for path in (tmp_path / "cache").rglob(".*") if path.is_file()]
+
+
+def test_networks_are_lent_only_with_what_they_were_trained_on(tmp_path: Path) -> None:
+    settings, other = tiny.SETTINGS, override(tiny.SETTINGS, {"seed": 1})
+    lender, mine = tmp_path / "lender", tmp_path / "mine"
+    write_untrained(lender, settings, ("landmark_first", "face_first"))
+    everything = ["autoencoder", "lips", "landmark_first", "face_first"]
+    assert fits(lender, settings) and not fits(tmp_path / "none", settings)
+    assert not fits(lender, override(settings, {"picture_px": 64}))
+    assert fits(
+        lender, override(settings, {"autoencoder.max_steps": 7, "lips.liplet_steps": 7, "training.max_steps": 1})
+    )
+    assert lendable(lender, mine, settings, []) == everything
+    assert lendable(lender, mine, settings, ["landmark_first"]) == ["autoencoder", "lips", "face_first"]
+    assert lendable(lender, mine, settings, ["autoencoder"]) == ["lips"]
+    export(lender, mine, ["autoencoder"])
+    assert lendable(lender, mine, settings, []) == ["lips", "landmark_first", "face_first"]
+    stranger = tmp_path / "stranger"
+    write_untrained(stranger, other, ())
+    export(stranger, mine, ["autoencoder"])
+    assert lendable(lender, mine, settings, []) == ["lips"], "networks of another auto-encoder's latents"
+    own_lips = tmp_path / "own_lips"
+    export(lender, own_lips, ["autoencoder"])
+    export(stranger, own_lips, ["lips"])
+    assert lendable(lender, own_lips, settings, []) == ["landmark_first"], "face networks of other lips"

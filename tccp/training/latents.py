@@ -216,12 +216,17 @@ class LatentCache:
         if self.lips:
             self.lips.write(self.table, clip_ids=[clip_id])
 
-    def lacks(self, clip_id: str, lips_alone: bool = False) -> bool:
-        """Whether anything of a clip is missing."""
+    def missing_clips(self, lips_alone: bool = False) -> list[str]:
+        """Clips of which anything is missing, found with one listing of each folder."""
+        there = set() if lips_alone else self.folder.names()
+        drawn = self.lips.pictures.names() if self.lips else set()
         draws = () if lips_alone else range(self.settings.headbox.draws)
-        return any(self._missing(clip_id, draw) for draw in draws) or (
-            self.lips is not None and clip_id not in self.lips
-        )
+        return [
+            clip_id
+            for clip_id in self.table.ids
+            if any(latent_name(clip_id, draw, kind) not in there for draw in draws for kind in self.kinds)
+            or (self.lips is not None and f"{clip_id}.npy" not in drawn)
+        ]
 
     def _encode(self, clip_id: str, draw: int) -> None:
         kinds = self._missing(clip_id, draw)  # another training may have been here meanwhile

@@ -84,6 +84,10 @@ class LipFiles:
     def name(self, clip_id: str) -> str:
         return f"{self.hash}/{clip_id}.npy"
 
+    def names(self) -> set[str]:
+        """Names of the files that are there, in any of the folders."""
+        return set().union(*(folder.names(self.hash) for folder in self.folders))
+
     def __contains__(self, clip_id: str) -> bool:
         return any(folder.exists(self.name(clip_id)) for folder in self.folders)
 

@@ -112,10 +112,15 @@ def spread_over(
 
 def check_storage(storage: Folder, nodes: int) -> None:
     """Raises TccpError for a folder of one machine where the cluster has several, and if it cannot be written."""
-    shared = storage.local is None or storage.place.startswith(("file://", "local://"))
+    check_shared("storage", storage, nodes)
+    storage.write(".tccp", b"")
+
+
+def check_shared(what: str, folder: Folder, nodes: int) -> None:
+    """Raises TccpError for a folder of one machine where the cluster has several."""
+    shared = folder.local is None or folder.place.startswith(("file://", "local://"))
     if nodes > 1 and not shared:
         raise TccpError(
-            f"storage {storage} is a folder of one machine, and the cluster has {nodes}: give --storage a URL "
-            "(s3://..., gs://...), or file:///... for a folder that all of them share"
+            f"{what} {folder} is a folder of one machine, and the cluster has {nodes}: give a URL (s3://..., "
+            "gs://...), or file:///... for a folder that all of them share"
         )
-    storage.write(".tccp", b"")

@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import torch
 
 from tccp.clip import ClipTable
@@ -34,30 +32,38 @@ from tccp.config import (
 )
 from tccp.files import Folder
 from tccp.models.autoencoder import PictureAutoencoder
-from tccp.pipeline import MANIFEST, check_settings, export, has_component, read_manifest, save_component, verified
+from tccp.pipeline import (
+    MANIFEST,
+    TOY_WEIGHTS,
+    check_settings,
+    export,
+    has_component,
+    save_component,
+)
 from tccp.progress import progress
 from tccp.training.autoencoder import autoencoder_training, fit_latent_statistics, pretrained_autoencoder
 from tccp.training.engine import deepspeed_config
 from tccp.training.latents import LatentCache
-from tccp.training.launcher.cluster import check_storage, connected, could_have, num_nodes, spread_over
+from tccp.training.launcher.cluster import check_shared, check_storage, connected, could_have, num_nodes, spread_over
+from tccp.training.launcher.encode import ClipEncoder, encoded
 from tccp.training.launcher.film_order import FilmWindows
-from tccp.training.launcher.job import AUTOENCODER, ComponentJob, Latents, Spread, train_rank
-from tccp.training.launcher.rank import EXPORT, RESULT, Validate, mistake_of
+from tccp.training.launcher.fit import fit_on_cluster
+from tccp.training.launcher.job import AUTOENCODER, ComponentJob, Latents, Spread
+from tccp.training.launcher.lending import fits, lendable
+from tccp.training.launcher.rank import EXPORT, Validate
 from tccp.training.lips import LipPlace, lip_place, liplet_folder, train_liplets_once
 from tccp.training.reading import LIPS, conditions_of
 from tccp.training.recipe import COMPONENTS, recipe
 from tccp.training.run import SETTINGS_FILE, check_same_settings, run_record
 from tccp.training.tracking import Tracker, tracking_place
-from tccp.variants import VARIANTS
+from tccp.training.variant import needs_first
+from tccp.variants import FIRST_OF, VARIANTS
 
 RUNS = "runs"
 PIPELINE = "pipeline"
 RUN_RECORD = "run.json"
 TRACKING = "mlflow.json"
 NO_TRACKING = "none"
-STARTS_TRIED = 20
-"""How often a group of workers that does not come up is tried anew, for want of machines, before it is given up."""
-START_TIMEOUT_S = 120
 
 
 @dataclass(frozen=True)
@@ -109,7 +115,7 @@ class Launched:
     workers: int
 
 
-def launch(request: Request, validate: Validate | None = None, note: Any = print) -> Launched:
+def launch(request: Request, validate: Validate | None = None, note: Callable[[str], None] = print) -> Launched:
     """Trains what is asked for, and what it needs, on the cluster of RAY_ADDRESS or of the job, else on this machine.
 
     validate: measures networks in the midst of training; it travels to rank 0. note: is told what is done, in lines.
@@ -155,12 +161,16 @@ def _check(request: Request, spread: Spread) -> None:
 
 
 class _Launch:
-    def __init__(self, request: Request, spread: Spread, validate: Validate | None, note: Any, stack: ExitStack):
+    def __init__(
+        self, request: Request, spread: Spread, validate: Validate | None, note: Callable[[str], None], stack: ExitStack
+    ):
         self.request, self.spread, self.validate, self.note = request, spread, validate, note
         self.id = uuid.uuid4().hex
         self.settings = request.settings
         self.folder = Folder(request.storage.path(f"{RUNS}/{request.name}"))
         self.place = request.table() if request.table else None
+        if self.place is not None:
+            check_shared("clip table", Folder(self.place), num_nodes())
         self._table = stack.enter_context(ClipTable(self.place)) if self.place else None
         ids = self._table.ids if self._table else []
         self.data_hash = hashlib.blake2b(" ".join(ids).encode(), digest_size=8).hexdigest()
@@ -198,39 +208,32 @@ class _Launch:
     def _needed(self) -> list[str]:
         """What is to be trained: what is asked for, and what that needs and nobody lends; the rest is taken over."""
         asked = [name for name in self.request.components if not has_component(self.pipeline, name)]
+        self._take_over(asked)
+        networks = [name for name in asked if name in VARIANTS]
         needed = [AUTOENCODER]
-        if any("lips" in conditions_of(VARIANTS[name], self.settings) for name in asked if name in VARIANTS):
+        if any("lips" in conditions_of(VARIANTS[name], self.settings) for name in networks):
             needed.append(LIPS)
-        lent = [name for name in COMPONENTS if name not in asked and not has_component(self.pipeline, name)]
-        for must, folder in [(True, one) for one in self.request.must_take] + [
-            (False, one) for one in self.request.take_from
-        ]:
-            with folder.here() as place:
-                if not (place / MANIFEST).exists() and not must:
-                    continue
-                has = [name for name in lent if name in read_manifest(place)["components"]]
-                # An asked-for auto-encoder is trained anew: networks that were trained on another one do not fit it.
-                if AUTOENCODER in asked:
-                    has = []
-                try:
-                    check_settings(place, self.settings)
-                except TccpError:
-                    if must:
-                        raise
-                    continue
-                if has:
-                    export(place, self.pipeline, has)
-                    self._push()
-                    self.taken += has
-                    lent = [name for name in lent if name not in has]
-                    self.note(f"taken over from {_shown(folder)}: {', '.join(has)}")
+        needed += [FIRST_OF[name] for name in networks if needs_first(name, self.settings)]
         missing = [name for name in needed if name not in asked and not has_component(self.pipeline, name)]
-        for name in asked:
-            first = [one for one in _needs(name, self.settings) if one not in asked]
-            missing += [one for one in first if not has_component(self.pipeline, one) and one not in missing]
         if missing:
             self.note(f"not there, so trained first: {', '.join(missing)}")
         return [*missing, *asked]
+
+    def _take_over(self, asked: Sequence[str]) -> None:
+        """Copies what others have, the packaged weights among them, of all that is not there and not asked for."""
+        request = self.request
+        for folder in (*request.must_take, *request.take_from):
+            with folder.here() as place:
+                if folder in request.must_take:
+                    check_settings(place, self.settings)
+                elif not fits(place, self.settings):
+                    continue
+                names = lendable(place, self.pipeline, self.settings, asked)
+                if names:
+                    export(place, self.pipeline, names)
+                    self._push()
+                    self.taken += names
+                    self.note(f"taken over from {_shown(folder)}: {', '.join(names)}")
 
     def _push(self, *names: str) -> None:
         """Components of the pipeline, and last its manifest, to storage; all of them by default."""
@@ -341,7 +344,7 @@ class _Launch:
 
     def _encode(self, cache: LatentCache, name: VariantName, lips_alone: bool = False) -> None:
         """Encodes what is not there yet, on all of the cluster: no rank is at work now."""
-        missing = [clip_id for clip_id in self.table.ids if cache.lacks(clip_id, lips_alone)]
+        missing = cache.missing_clips(lips_alone)
         if not missing:
             return
         with progress() as bar:
@@ -396,13 +399,6 @@ class _Launch:
             Tracker(self.tracking, run_id).register(self.pipeline, self.request.register_as, "latest")
 
 
-def _needs(name: str, settings: Settings) -> list[str]:
-    from tccp.training.variant import needs_first
-    from tccp.variants import FIRST_OF
-
-    return [FIRST_OF[name]] if name in FIRST_OF and needs_first(name, settings) else []
-
-
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, object]:
     flat: dict[str, object] = {}
     for key, value in values.items():
@@ -411,8 +407,6 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, object]:
 
 
 def _shown(folder: Folder) -> str:
-    from tccp.pipeline import TOY_WEIGHTS
-
     return "the packaged weights" if folder.local == TOY_WEIGHTS else str(folder)
 
 
@@ -434,135 +428,3 @@ def _written(folder: Folder) -> Iterator[Path]:
             folder.download(name, target)
         yield Path(place)
         folder.upload(Path(place), "")
-
-
-# Encoding ahead
-
-
-@dataclass(frozen=True)
-class ClipEncoder:
-    """How the clips of a table are encoded for a variant: what each worker makes its `LatentCache` from."""
-
-    storage: Folder
-    table: str
-    settings: Settings
-    pipeline: Folder
-    lips: LipPlace | None
-    variant: VariantName
-
-    def cache(self, device: str) -> LatentCache:
-        with self.pipeline.here() as place:
-            autoencoder = PictureAutoencoder.load(verified(place, AUTOENCODER)).to(device).eval()
-        sources = self.lips.open(device) if self.lips else None
-        table = ClipTable(self.table)
-        return LatentCache(self.storage, table, self.settings, autoencoder, sources, [self.variant])
-
-
-class EncodeClips:
-    """The actor: ids of clips in, the same out once their latents and lips are in storage."""
-
-    def __init__(self, encoder: ClipEncoder, lips_alone: bool):
-        self.lips_alone = lips_alone
-        self.cache = encoder.cache("cuda" if torch.cuda.is_available() else "cpu")
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        for clip_id in batch.column("clip_id").to_pylist():
-            self.cache.build_clip(clip_id, self.lips_alone)
-        return batch
-
-
-def encoded(encoder: ClipEncoder, clip_ids: Sequence[str], lips_alone: bool, spread: Spread) -> Iterable[Any]:
-    """Rows as clips are done. As many actors as there will be ranks, or as there are CPUs."""
-    import ray
-
-    cpus = int(could_have().get("CPU", 1))
-    size = spread.workers if spread.use_gpu else max(1, min(cpus, len(clip_ids)))
-    step = max(1, -(-len(clip_ids) // 2000))
-    blocks = [pa.table({"clip_id": list(clip_ids[i : i + step])}) for i in range(0, len(clip_ids), step)]
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    data = ray.data.from_arrow(blocks).map_batches(
-        EncodeClips,
-        fn_constructor_args=(encoder, lips_alone),
-        compute=ray.data.ActorPoolStrategy(size=size),
-        num_cpus=0.5,
-        num_gpus=1 if spread.use_gpu else 0,
-        batch_size=1,
-        batch_format="pyarrow",
-    )
-    return data.iter_rows()
-
-
-# Ray Train
-
-
-def fit_on_cluster(
-    job: ComponentJob, validate: Validate | None, tracked: tuple[str, str] | None = None
-) -> dict[str, Any]:
-    """Trains a component with Ray Train, from its newest checkpoint if it has one; returns `result.json`.
-
-    Raises TccpError for a user's mistake and for a loss that is not finite; Ray's TrainingFailedError for the rest.
-    """
-    if job.run.exists(RESULT):
-        return dict(json.loads(job.run.read(RESULT)))
-    from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    spread = job.spread
-    os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(spread.timeout_s)
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_TIMEOUT_S))
-    if tracked is not None:
-        job = replace(job, tracking_uri=tracked[0], tracking_run=tracked[1])
-    tidy(job.run)
-    filesystem, path = Folder(job.run.place.rsplit("/", 1)[0]).arrow()
-    best = {"checkpoint_score_attribute": "score", "checkpoint_score_order": "max"}
-    trainer = TorchTrainer(
-        train_rank,
-        train_loop_config={"job": job, "validate": validate},
-        torch_config=TorchConfig(backend="nccl" if spread.use_gpu else "gloo", timeout_s=int(spread.timeout_s)),
-        scaling_config=ScalingConfig(
-            num_workers=spread.workers,
-            use_gpu=spread.use_gpu,
-            resources_per_worker={"CPU": spread.cpus_per_worker, **({"GPU": 1} if spread.use_gpu else {})},
-        ),
-        run_config=RunConfig(
-            name=job.component,
-            storage_path=path,
-            storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=spread.max_failures, controller_failure_limit=STARTS_TRIED),
-            checkpoint_config=CheckpointConfig(num_to_keep=spread.keep, **(best if spread.keep_best else {})),
-            logging_config=LoggingConfig(log_level="WARNING"),
-        ),
-    )
-    tracker = Tracker(*tracked) if tracked else None
-    status = "FAILED"
-    try:
-        trainer.fit()
-        mistake = mistake_of(job)
-        if mistake is not None:
-            raise TccpError(mistake)
-        status = "FINISHED"
-    except KeyboardInterrupt:
-        status = "KILLED"
-        raise
-    except TccpError:
-        raise
-    except Exception:
-        mistake = mistake_of(job)
-        if mistake is not None:
-            raise TccpError(mistake) from None
-        raise
-    finally:
-        if tracker:
-            tracker.ended(status)
-    tidy(job.run)
-    return dict(json.loads(job.run.read(RESULT)))
-
-
-def tidy(run: Folder) -> None:
-    """Removes checkpoints that were never finished: those that Ray Train has no record of."""
-    kept = ""
-    if run.exists("checkpoint_manager_snapshot.json"):
-        kept = run.read("checkpoint_manager_snapshot.json").decode()
-    for name in run.subfolders():
-        if name.startswith("step-") and f'"{name}"' not in kept:
-            run.remove(name)

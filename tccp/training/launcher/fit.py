@@ -1,0 +1,102 @@
+"""Ray Train's part: a group of workers for one component, brought up again where it dies."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from typing import Any
+
+from tccp.config import TccpError
+from tccp.files import Folder
+from tccp.training.launcher.job import ComponentJob, train_rank
+from tccp.training.launcher.rank import RESULT, Validate, mistake_of
+from tccp.training.tracking import Tracker
+
+STARTS_TRIED = 20
+"""How often a group of workers that does not come up is tried anew, for want of machines, before it is given up."""
+START_TIMEOUT_S = 120
+RAYS_RECORD = "checkpoint_manager_snapshot.json"
+"""Ray Train's own record of the checkpoints that are whole."""
+
+
+def fit_on_cluster(
+    job: ComponentJob, validate: Validate | None, tracked: tuple[str, str] | None = None
+) -> dict[str, Any]:
+    """Trains a component with Ray Train, from its newest checkpoint if it has one; returns `result.json`.
+
+    Raises TccpError for a user's mistake, for a loss that is not finite, and where it is given up after failures.
+    """
+    if job.run.exists(RESULT):
+        return dict(json.loads(job.run.read(RESULT)))
+    from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    spread = job.spread
+    os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(spread.timeout_s)
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_TIMEOUT_S))
+    if tracked is not None:
+        job = replace(job, tracking_uri=tracked[0], tracking_run=tracked[1])
+    tidy(job.run)
+    filesystem, path = Folder(job.run.place.rsplit("/", 1)[0]).arrow()
+    best = {"checkpoint_score_attribute": "score", "checkpoint_score_order": "max"}
+    trainer = TorchTrainer(
+        train_rank,
+        train_loop_config={"job": job, "validate": validate},
+        torch_config=TorchConfig(backend="nccl" if spread.use_gpu else "gloo", timeout_s=int(spread.timeout_s)),
+        scaling_config=ScalingConfig(
+            num_workers=spread.workers,
+            use_gpu=spread.use_gpu,
+            resources_per_worker={"CPU": spread.cpus_per_worker, **({"GPU": 1} if spread.use_gpu else {})},
+        ),
+        run_config=RunConfig(
+            name=job.component,
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(max_failures=spread.max_failures, controller_failure_limit=STARTS_TRIED),
+            checkpoint_config=CheckpointConfig(num_to_keep=spread.keep, **(best if spread.keep_best else {})),
+            logging_config=LoggingConfig(log_level="WARNING"),
+        ),
+    )
+    tracker = Tracker(*tracked) if tracked else None
+    status = "FAILED"
+    try:
+        trainer.fit()
+        mistake = mistake_of(job)
+        if mistake is not None:
+            raise TccpError(mistake)
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    except TccpError:
+        raise
+    except TrainingFailedError as error:
+        mistake = mistake_of(job)
+        if mistake is not None:
+            raise TccpError(mistake) from None
+        raise TccpError(
+            f"the training of {job.component} is given up after {spread.max_failures} failures that it recovered from; "
+            f"the last one: {_last_line(error)}; what was trained is kept in {job.run}: --resume goes on from there"
+        ) from error
+    finally:
+        if tracker:
+            tracker.ended(status)
+    tidy(job.run)
+    return dict(json.loads(job.run.read(RESULT)))
+
+
+def _last_line(error: Exception) -> str:
+    """Of the traceback in Ray's error: what was raised."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[-1] if lines else type(error).__name__)[:300]
+
+
+def tidy(run: Folder) -> None:
+    """Removes checkpoints that were never finished: those that Ray Train has no record of."""
+    kept = ""
+    if run.exists(RAYS_RECORD):
+        kept = run.read(RAYS_RECORD).decode()
+    for name in run.subfolders():
+        if name.startswith("step-") and f'"{name}"' not in kept:
+            run.remove(name)
