@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -78,15 +79,31 @@ def test_two_ranks_of_every_zero_stage_train_as_plain_torch_does(
     assert [round(results[stage]["held"], 1) for stage in "0123"] == [1, 1, 1, 0.5]
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_a_training_goes_on_with_another_number_of_ranks(
-    given: dict[str, Any], plain: tuple[list[float], list[float]], tmp_path: Path, stage: int
+@pytest.mark.parametrize(("before", "after"), [((1, 2), (1, 1)), ((3, 2), (3, 1)), ((1, 2), (2, 2))])
+def test_a_training_goes_on_with_another_number_of_ranks_or_another_stage(
+    given: dict[str, Any],
+    plain: tuple[list[float], list[float]],
+    tmp_path: Path,
+    before: tuple[int, int],
+    after: tuple[int, int],
 ) -> None:
-    arguments = {**given, "stages": [stage], "runs": str(tmp_path)}
-    before = ranks.together(2, {**arguments, "stop_at": 10}, tmp_path / "before.json")[str(stage)]
-    after = ranks.together(1, {**arguments, "stop_at": 20}, tmp_path / "after.json")[str(stage)]
-    losses, _ = plain
-    assert worst(before["losses"] + after["losses"], losses[:20]) < 1e-4
+    losses: list[float] = []
+    for number, (stage, num_ranks) in enumerate((before, after), 1):
+        arguments = {**given, "stages": [stage], "runs": str(tmp_path), "stop_at": 10 * number}
+        losses += ranks.together(num_ranks, arguments, tmp_path / f"{number}.json")[str(stage)]["losses"]
+        if before[0] != after[0] and number == 1:
+            shutil.copytree(tmp_path / str(before[0]), tmp_path / str(after[0]))
+    assert worst(losses, plain[0][:20]) < 1e-4
+
+
+def test_a_stage_that_cannot_read_a_checkpoint_says_which_can(given: dict[str, Any], tmp_path: Path) -> None:
+    arguments = {**given, "stages": [0], "runs": str(tmp_path), "stop_at": 2}
+    ranks.together(1, arguments, tmp_path / "out.json")
+    shutil.copytree(tmp_path / "0", tmp_path / "3")
+    with pytest.raises(
+        AssertionError, match=r"written by ZeRO stage 0 and cannot be taken up by stage 3: give --zero-stage 0"
+    ):
+        ranks.together(1, {**arguments, "stages": [3]}, tmp_path / "out.json")
 
 
 def test_all_ranks_stop_together_at_a_loss_that_is_not_a_number_and_name_the_windows(

@@ -229,7 +229,7 @@ class DeepSpeedEngine:
         if layout["zero_stage"] != self.stage and {layout["zero_stage"], self.stage} != {1, 2}:
             raise TccpError(
                 f"the checkpoint was written by ZeRO stage {layout['zero_stage']} and cannot be taken up by stage "
-                f"{self.stage}: give --deepspeed.zero-stage {layout['zero_stage']}"
+                f"{self.stage}: give --zero-stage {layout['zero_stage']}"
             )
         return self.stage > 0 and layout["num_ranks"] != self.num_ranks
 
