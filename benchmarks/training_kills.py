@@ -105,7 +105,7 @@ def kill_a_raylet(data: Path, options: list[str], root: Path, log: Path, after: 
     try:
         for _ in range(2):
             cluster.add_node(num_cpus=2)
-        arguments = command("stage1", data, f"file://{root}/storage", *options)
+        arguments = command("stage1", f"file://{data}", f"file://{root}/storage", *options)
         process = trainings.start(arguments, log, RAY_ADDRESS=cluster.address)
         run = run_folder(root / "storage", COMPONENT)
         assert trainings.wait_for(run, after, process), log.read_text()[-4000:]

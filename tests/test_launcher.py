@@ -176,7 +176,7 @@ def test_a_training_survives_its_workers_and_machines(data: tuple[Path, Path], t
         for _ in range(2):
             cluster.add_node(num_cpus=2)
         options = ["--variants", "landmark_first", "--autoencoder", str(untrained)]
-        arguments = command("stage1", clips, f"file://{tmp_path}/storage", *options)
+        arguments = command("stage1", f"file://{clips}", f"file://{tmp_path}/storage", *options)
         process = trainings.start(arguments, log, RAY_ADDRESS=cluster.address)
         assert trainings.wait_for(run, 4, process), log.read_text()
         trainings.kill_rank(os.getpid(), random.Random(0))

@@ -77,7 +77,7 @@ def free_port() -> int:
 
 
 def command(
-    job: str, data: Path, storage: Path | str, *options: str, steps: int = STEPS, every: int = EVERY
+    job: str, data: Path | str, storage: Path | str, *options: str, steps: int = STEPS, every: int = EVERY
 ) -> list[str]:
     """A job's command line, on two workers, without MLflow."""
     overrides = [*OVERRIDES, f"training.checkpoint_every={every}"]
