@@ -40,6 +40,8 @@ from tccp.variants import FIRST_OF
 EXPORT = "export"
 MISTAKE = "mistake.json"
 RESULT = "result.json"
+ASK_EVERY_S = 2.0
+"""How often, about, ranks ask whether a machine is about to be taken away: Ray's watcher looks every five seconds."""
 
 Validate = Callable[[ComponentJob, int, MVControlNet, Path], Mapping[str, float]]
 """validate(job, step, network, folder): measures, and leaves pictures or films of what it saw in the folder."""
@@ -59,6 +61,7 @@ class RayRun:
         self._start = self._downloaded(ray.train.get_checkpoint())
         self._latest = None if self._start is None else _steps(self._start)
         self._preempted = False
+        self._ask, self._asked = False, 0.0
         self.tracker: Tracker | None = None
         if self.rank == 0 and job.tracking_uri and job.tracking_run:
             self.tracker = Tracker(job.tracking_uri, job.tracking_run)
@@ -107,14 +110,20 @@ class RayRun:
     def asked_to_save(self) -> bool:
         import ray.train
 
-        notice = ray.train.get_preemption_info()  # a meeting of all ranks: every one is here once a step
+        if not self._ask:
+            return False
+        self._asked = time.monotonic()
+        notice = ray.train.get_preemption_info()  # a meeting of all ranks
         first, self._preempted = notice is not None and not self._preempted, notice is not None
         return first
 
     def mean(self, value: Tensor) -> float:
-        shared = value.to(self.device) / self.num_ranks
+        # Along with the value goes whether it is time to ask for notices: so all ranks ask at the same steps.
+        due = float(self.rank == 0 and time.monotonic() - self._asked >= ASK_EVERY_S)
+        shared = torch.stack([value.to(self.device), torch.tensor(due, device=self.device)]) / self.num_ranks
         torch.distributed.all_reduce(shared)
-        return float(shared)
+        self._ask = bool(shared[1] > 0)
+        return float(shared[0])
 
     def record(self, values: Mapping[str, float | int]) -> None:
         if self.rank == 0:
