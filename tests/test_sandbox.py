@@ -620,7 +620,13 @@ def test_in_a_ray_actor(films: dict[str, Path], tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # its default is deprecated, and says so
     root = str(Path(__file__).resolve().parent.parent)
-    ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": root}})
+    ray.init(
+        "local",
+        num_cpus=1,
+        include_dashboard=False,
+        log_to_driver=False,
+        runtime_env={"env_vars": {"PYTHONPATH": root}},
+    )
     try:
         actor = ray.remote(Actor).remote()
         frames, sound_frames, child = ray.get(actor.decode.remote(films["mp4"]))
