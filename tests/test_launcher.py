@@ -95,11 +95,11 @@ def test_jobs_submitted_to_a_cluster_train_a_pipeline_although_their_driver_is_k
     assert trainings.wait_for(first, 4, job), log.read_text()
     (driver,) = (one for one in psutil.process_iter() if is_driver(one, storage))
     driver.kill()
-    assert job.wait(120) != 0
+    assert job.wait(300) != 0
     assert 4 <= committed(first) < JOB_STEPS
     assert submit(head, stage1, log).wait(300) != 0
     assert "holds a run already: give --resume" in log.read_text()
-    assert submit(head, [*stage1, "--resume"], log).wait(600) == 0, log.read_text()
+    assert submit(head, [*stage1, "--resume"], log).wait(900) == 0, log.read_text()
     plain = trainings.plain_trace("landmark_sequence", clips, untrained, tmp_path / "plain", JOB_STEPS)
     assert_same_trace(trace(first), plain)
     for run in (first, run_folder(storage, "landmark_first")):
@@ -182,7 +182,7 @@ def test_a_training_survives_its_workers_and_machines(data: tuple[Path, Path], t
         trainings.kill_rank(os.getpid(), random.Random(0))
         assert trainings.wait_for(run, 12, process), log.read_text()
         trainings.kill_raylet(cluster)
-        assert process.wait(400) == 0, log.read_text()
+        assert process.wait(900) == 0, log.read_text()
     finally:
         below = trainings.ray_below(os.getpid())
         cluster.shutdown()

@@ -108,7 +108,7 @@ def trace(run: Path) -> list[tuple[int, float, float]]:
     return [(record["step"], record["loss"], record["grad_norm"]) for record in records]
 
 
-def wait_for(run: Path, steps: int, process: subprocess.Popen[str], timeout_s: float = 240) -> bool:
+def wait_for(run: Path, steps: int, process: subprocess.Popen[str], timeout_s: float = 600) -> bool:
     """Until so many steps are on record; whether the process was still at work then."""
     deadline = time.monotonic() + timeout_s
     while committed(run) < steps and process.poll() is None and time.monotonic() < deadline:
