@@ -17,7 +17,7 @@ from tccp.clip import ClipTable
 from tccp.config import AutoencoderSettings, Settings, TccpError, TrainingSettings
 from tccp.data import rng_seed, view
 from tccp.models.autoencoder import PictureAutoencoder, to_model
-from tccp.training.engine import Engine, TorchEngine
+from tccp.training.engine import Engine, TorchEngine, with_weights
 from tccp.training.loop import FitResult, fit
 from tccp.training.precision import arithmetic
 from tccp.training.reading import PICTURES, PictureBatch, TablePictures
@@ -172,13 +172,7 @@ def fit_autoencoder(
         waited_s=lambda: losses.waited_s,
     )
     weights = engine.gather(ema.shadow_params)
-    if run.rank:
-        return None, result
-    autoencoder = new_autoencoder(settings)
-    with torch.no_grad():
-        for parameter, value in zip(autoencoder.parameters(), weights, strict=True):
-            parameter.copy_(value)
-    return autoencoder.eval(), result
+    return (with_weights(new_autoencoder(settings), weights) if run.rank == 0 else None), result
 
 
 def train_autoencoder(

@@ -12,7 +12,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 import torch.distributed
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tccp.config import DeepSpeedSettings, TccpError, TrainingSettings
 
+_Module = TypeVar("_Module", bound=nn.Module)
 OPTIMISER_FILE = "optimizer.pt"
 DEEPSPEED_TAG = "deepspeed"
 LAYOUT_FILE = "layout.json"
@@ -295,6 +296,14 @@ class DeepSpeedEngine:
             part[: mine.numel()] = mine.to(part)
             parts.append(part)
         return parts
+
+
+def with_weights(module: _Module, weights: Sequence[Tensor]) -> _Module:
+    """The module with these values of its parameters, in their order, ready for use."""
+    with torch.no_grad():
+        for parameter, value in zip(module.parameters(), weights, strict=True):
+            parameter.copy_(value)
+    return module.eval()
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from tccp.diffusion import NoiseSchedule, window_loss
 from tccp.models.conditions import Conditions
 from tccp.models.mvcontrolnet import MVControlNet
 from tccp.sampling import advance, start_window
-from tccp.training.engine import Engine, TorchEngine
+from tccp.training.engine import Engine, TorchEngine, with_weights
 from tccp.training.latents import TrainingBatch, Unplanned, Windows
 from tccp.training.loop import FitResult, fit
 from tccp.training.precision import arithmetic
@@ -296,11 +296,3 @@ def train_variant(
     )
     weights = engine.gather(ema.shadow_params)
     return (with_weights(MVControlNet.from_settings(resolved, variant), weights) if run.rank == 0 else None), result
-
-
-def with_weights(model: MVControlNet, weights: Sequence[Tensor]) -> MVControlNet:
-    """The network with these values of its parameters, in their order, ready for use."""
-    with torch.no_grad():
-        for parameter, value in zip(model.parameters(), weights, strict=True):
-            parameter.copy_(value)
-    return model.eval()

@@ -11,7 +11,6 @@ import hashlib
 import json
 import platform
 import shutil
-import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -418,13 +417,7 @@ def _liplet_task(table: str, settings: Settings, place: LipPlace, gpus: int) -> 
 @contextmanager
 def _written(folder: Folder) -> Iterator[Path]:
     """A folder of this machine for what lies, and will lie, in a folder anywhere."""
-    if folder.local is not None:
-        yield folder.local
-        return
-    with tempfile.TemporaryDirectory(prefix="tccp-") as place:
-        for name in folder.tree():
-            target = Path(place) / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            folder.download(name, target)
-        yield Path(place)
-        folder.upload(Path(place), "")
+    with folder.here() as place:
+        yield place
+        if folder.local is None:
+            folder.upload(place, "")

@@ -24,7 +24,7 @@ from tccp.models.autoencoder import PictureAutoencoder
 from tccp.models.mvcontrolnet import MVControlNet
 from tccp.pipeline import load_network, verified
 from tccp.training.autoencoder import autoencoder_training, fit_autoencoder
-from tccp.training.engine import DeepSpeedEngine, Engine
+from tccp.training.engine import DeepSpeedEngine, Engine, with_weights
 from tccp.training.latents import Unplanned, Windows
 from tccp.training.launcher.film_order import FilmOrder
 from tccp.training.launcher.ingest import PictureReader, Reader, WindowReader, micro_batches
@@ -34,7 +34,7 @@ from tccp.training.loop import PROGRESS_FILE, FitResult
 from tccp.training.reading import PictureFiles
 from tccp.training.run import METRICS_FILE, append_metrics, cut_metrics
 from tccp.training.tracking import Tracker
-from tccp.training.variant import needs_first, train_variant, with_weights
+from tccp.training.variant import needs_first, train_variant
 from tccp.variants import FIRST_OF
 
 EXPORT = "export"
