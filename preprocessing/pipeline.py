@@ -66,28 +66,35 @@ class Pools:
     look: int
     cut: int
     look_gpus: float = 0.0
+    scale: float = 1.0  # of what each actor asks for
 
     FIND_CPUS = 0.25
     LOOK_CPUS = 0.5
     CUT_CPUS = 0.25
     LIPS_CPUS = 0.5
+    WINDOWS_CPUS = 0.25
 
 
-def pools_for(resources: Mapping[str, float], workers: int | None, on_gpu: bool) -> Pools:
+def pools_for(
+    resources: Mapping[str, float], workers: int | None, on_gpu: bool, held: float = 0.0, later: float = 0.0
+) -> Pools:
     """Pools that fit a cluster of these resources, two CPUs included. workers: how many look at films at once.
 
-    on_gpu: the detector runs on GPUs where there are any, one each. Raises TccpError if the cluster has no CPU for it.
+    on_gpu: the detector runs on GPUs where there are any, one each. held: CPUs that a training's ranks have taken; in
+    what they leave, everything fits, as actors then ask for less. later: CPUs that further steps ask for.
+    Raises TccpError if the cluster has no CPU for it.
     """
-    cpus, gpus = float(resources.get("CPU", 0)), int(resources.get("GPU", 0))
+    cpus, gpus = float(resources.get("CPU", 0)) - held, int(resources.get("GPU", 0))
     least = Pools.FIND_CPUS + Pools.LOOK_CPUS + Pools.CUT_CPUS
-    if cpus < least:
+    scale = min(1.0, max(cpus, 0.1) / (least + later)) if held else 1.0
+    if cpus < least * scale:
         raise TccpError(f"the Ray cluster has {cpus:g} CPUs, preprocessing needs {least:g}: start Ray with more")
     look = max(1, int(cpus)) if workers is None else workers
     if on_gpu and gpus:
         look = min(look, gpus)
-    while look > 1 and _cpus(look) > cpus:
+    while look > 1 and (_cpus(look) + later) * scale > cpus:
         look -= 1
-    return Pools(max(1, look // 4), look, max(1, look // 2), 1.0 if on_gpu and gpus else 0.0)
+    return Pools(max(1, look // 4), look, max(1, look // 2), 1.0 if on_gpu and gpus else 0.0, scale)
 
 
 def _cpus(look: int) -> float:
@@ -145,7 +152,8 @@ def on_ray_data(listing: pa.Table, work: Work, workers: int | None) -> Iterator[
     with ray_running(workers):
         _check_nodes(work)
         with _data_context(in_order=False):
-            yield from _graph(listing, work, workers, CutClips).iter_rows()
+            pools = pools_for(could_have(), workers, _uses_gpus(work))
+            yield from _graph(listing, work, pools, CutClips).iter_rows()
 
 
 def clip_dataset(listing: pa.Table, plan: Plan, workers: int | None = None) -> Any:
@@ -153,7 +161,8 @@ def clip_dataset(listing: pa.Table, plan: Plan, workers: int | None = None) -> A
 
     Ray must be running. Nothing is stored but what Ray has in flight.
     """
-    return _graph(listing, Work(plan, None), workers, ClipRows)
+    work = Work(plan, None)
+    return _graph(listing, work, pools_for(could_have(), workers, _uses_gpus(work)), ClipRows)
 
 
 def table_dataset(table: str | Path) -> Any:
@@ -168,7 +177,7 @@ def _batches(clip_ids: Sequence[str]) -> Any:
 
     step = -(-len(clip_ids) // _MOST_BLOCKS)
     blocks = [pa.table({"clip_id": clip_ids[row : row + step]}) for row in range(0, len(clip_ids), step)]
-    return ray.data.from_arrow(blocks)
+    return ray.data.from_blocks(blocks)
 
 
 def _rows_of(batch: pa.Table, table: str) -> pa.Table:
@@ -176,9 +185,11 @@ def _rows_of(batch: pa.Table, table: str) -> pa.Table:
         return opened.rows(batch.column("clip_id").to_pylist())
 
 
-def with_lips(clips: Any, work: LipWork, table: str | Path | None = None, workers: int = 1) -> Any:
+def with_lips(
+    clips: Any, work: LipWork, table: str | Path | None = None, workers: int = 1, cpus: float = Pools.LIPS_CPUS
+) -> Any:
     """A Dataset of clip rows with their lips (`AddLips`), by as many workers. table: where lips may be already."""
-    return _map_actors(clips, AddLips, (work, None if table is None else str(table)), workers, Pools.LIPS_CPUS)
+    return _map_actors(clips, AddLips, (work, None if table is None else str(table)), workers, cpus)
 
 
 def draw_lips(
@@ -207,10 +218,17 @@ def in_order() -> Iterator[None]:
         yield
 
 
-def window_dataset(clips: Any, settings: Settings, window: int, stride: int, draws: Sequence[int | None] = (0,)) -> Any:
+def window_dataset(
+    clips: Any,
+    settings: Settings,
+    window: int,
+    stride: int,
+    draws: Sequence[int | None] = (0,),
+    cpus: float = Pools.WINDOWS_CPUS,
+) -> Any:
     """Training windows (`tccp.data.windows`) of a Dataset of clip rows, from film or from a table, in its order."""
     arguments = {"settings": settings, "window": window, "stride": stride, "seed": settings.seed, "draws": draws}
-    return clips.map_batches(windows, fn_kwargs=arguments, batch_size=1, batch_format="pyarrow")
+    return clips.map_batches(windows, fn_kwargs=arguments, batch_size=1, batch_format="pyarrow", num_cpus=cpus)
 
 
 def film_windows(
@@ -220,33 +238,41 @@ def film_windows(
     settings: Settings,
     window: int,
     lips: LipWork | None,
-    workers: int | None,
+    held: float,
 ) -> Iterator[dict[str, Any]]:
     """The training windows of an epoch straight from film, one at a time, in the order of the films.
 
-    Each epoch shows the next of the jitter draws. Ray must be running. Nothing is stored.
+    Each epoch shows the next of the jitter draws. held: CPUs of the cluster that the training itself has taken. Ray
+    must be running. Nothing is stored.
     """
+    work = Work(plan, None)
+    later = Pools.WINDOWS_CPUS + (Pools.LIPS_CPUS if lips is not None else 0.0)
+    pools = pools_for(could_have(), None, _uses_gpus(work), held, later)
     with in_order():
-        clips = clip_dataset(listing, plan, workers)
+        clips = _graph(listing, work, pools, ClipRows)
         if lips is not None:
-            clips = with_lips(clips, lips)
+            clips = with_lips(clips, lips, cpus=Pools.LIPS_CPUS * pools.scale)
         draws = (epoch % settings.headbox.draws,)
-        yield from window_dataset(clips, settings, window, stride=1, draws=draws).iter_rows()
+        cpus = Pools.WINDOWS_CPUS * pools.scale
+        yield from window_dataset(clips, settings, window, stride=1, draws=draws, cpus=cpus).iter_rows()
 
 
-def _graph(listing: pa.Table, work: Work, workers: int | None, last: type[CutClips]) -> Any:
+def _uses_gpus(work: Work) -> bool:
+    return work.plan.backend == "fan"
+
+
+def _graph(listing: pa.Table, work: Work, pools: Pools, last: type[CutClips]) -> Any:
     import ray
 
-    pools = pools_for(could_have(), workers, work.plan.backend == "fan")
     step = -(-listing.num_rows // _MOST_BLOCKS)
     blocks = [listing.slice(row, step) for row in range(0, listing.num_rows, step)]
-    data = ray.data.from_arrow(blocks)
+    data = ray.data.from_blocks(blocks)
     for kind, size, cpus, gpus in (
         (FindReels, pools.find, Pools.FIND_CPUS, 0.0),
         (Look, pools.look, Pools.LOOK_CPUS, pools.look_gpus),
         (last, pools.cut, Pools.CUT_CPUS, 0.0),
     ):
-        data = _map_actors(data, kind, (work,), size, cpus, gpus)
+        data = _map_actors(data, kind, (work,), size, cpus * pools.scale, gpus)
     return data
 
 

@@ -205,7 +205,7 @@ def _pipeline(storage: Folder, given: str) -> Folder:
     return folder
 
 
-def _films(sources: Sequence[str], backend: str, settings: Settings) -> Callable[[VariantName, Path], Any]:
+def _films(sources: Sequence[str], backend: str, settings: Settings) -> Callable[[VariantName, Path, float], Any]:
     """Windows straight from film, for the launcher. Raises TccpError for sources that are not there."""
     from preprocessing.lips import lip_work
     from preprocessing.listing import list_sources
@@ -214,13 +214,13 @@ def _films(sources: Sequence[str], backend: str, settings: Settings) -> Callable
 
     listing, plan = list_sources(list(sources)), make_plan(settings.picture_px, backend, None)
 
-    def windows_of(name: VariantName, pipeline: Path) -> Any:
+    def windows_of(name: VariantName, pipeline: Path, held: float) -> Any:
         row = VARIANTS[name]
         shown = "lips" in row.conditions_with(settings.lips.source)
         lips = lip_work(settings.lips, pipeline / "lips") if shown else None
         window = row.num_frames(settings.window)
         return partial(
-            film_windows, listing=listing, plan=plan, settings=settings, window=window, lips=lips, workers=None
+            film_windows, listing=listing, plan=plan, settings=settings, window=window, lips=lips, held=held
         )
 
     return windows_of

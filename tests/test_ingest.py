@@ -114,7 +114,7 @@ def test_windows_that_do_not_come_are_not_waited_for_for_ever() -> None:
         yield 1
         end.wait(20)
 
-    items = ingest._in_time(slow(), 0.3)
+    items = ingest._in_time(slow, 0.3)
     assert next(items) == 1
     with pytest.raises(TimeoutError, match="has the cluster CPUs left"):
         next(items)
@@ -124,11 +124,11 @@ def test_windows_that_do_not_come_are_not_waited_for_for_ever() -> None:
         yield 1
         raise KeyError("of the reading")
 
-    items = ingest._in_time(broken(), 5.0)
+    items = ingest._in_time(broken, 5.0)
     assert next(items) == 1
     with pytest.raises(KeyError, match="of the reading"):
         next(items)
-    assert list(ingest._in_time(iter([1, 2, 3]), 5.0)) == [1, 2, 3]
+    assert list(ingest._in_time(lambda: [1, 2, 3], 5.0)) == [1, 2, 3]
 
 
 def film_windows_of(cache: LatentCache) -> Any:
@@ -182,3 +182,20 @@ def test_a_mistake_in_reading_films_reaches_the_ranks(tmp_path: Path) -> None:
     for rank in range(2):
         with pytest.raises(TccpError, match="the films give no training windows"):
             order.take(rank)
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_windows_come_although_no_whole_cpu_is_free(cache: LatentCache) -> None:
+    """As where ranks and their readers hold all others: a task of one CPU would never be run."""
+    import ray
+
+    ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        holder = ray.remote(threading.Event).options(num_cpus=0.7).remote()
+        ray.get(holder.is_set.remote())
+        stream = ingest.micro_batches(reader(cache), range(5, 8), 4, readers=3, timeout_s=60.0)
+        found = [item["start"].tolist() for item in stream]
+    finally:
+        ray.shutdown()
+    assert found == [item["start"].tolist() for step in range(5, 8) for item in reader(cache).read(step)]

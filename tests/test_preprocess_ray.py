@@ -18,7 +18,7 @@ import pytest
 
 from preprocessing.lips import AddLips, LipWork, lip_work
 from preprocessing.listing import list_sources
-from preprocessing.pipeline import clip_rows, pools_for
+from preprocessing.pipeline import Pools, clip_rows, pools_for
 from preprocessing.plan import make_plan
 from preprocessing.run import preprocess
 from tccp import roundtable
@@ -237,6 +237,9 @@ def test_pools_fit_two_cpus_and_grow_with_the_cluster() -> None:
     gpus = pools_for({"CPU": 64.0, "GPU": 4.0}, None, on_gpu=True)
     assert gpus.look == 4 and gpus.look_gpus == 1
     assert pools_for({"CPU": 1.0}, 8, on_gpu=False).look == 1
+    beside = pools_for({"CPU": 2.0}, None, on_gpu=False, held=1.0, later=0.75)  # two ranks, then lips and windows
+    assert (beside.find, beside.look, beside.cut) == (1, 1, 1)
+    assert beside.scale * (Pools.FIND_CPUS + Pools.LOOK_CPUS + Pools.CUT_CPUS + 0.75) == pytest.approx(1)
     with pytest.raises(TccpError, match=r"has 0\.5 CPUs, preprocessing needs 1: start Ray with more"):
         pools_for({"CPU": 0.5}, None, on_gpu=False)
 

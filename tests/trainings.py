@@ -116,6 +116,13 @@ def wait_for(run: Path, steps: int, process: subprocess.Popen[str], timeout_s: f
     return process.poll() is None
 
 
+def ended(process: subprocess.Popen[str], timeout_s: float = 600) -> int | None:
+    """Its exit status, or None if it did not end in time."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return process.wait(timeout_s)
+    return None
+
+
 def ranks_below(pid: int) -> list[psutil.Process]:
     """Training workers among the processes that one has started, and those have."""
     found = []

@@ -29,6 +29,7 @@ def connected() -> Iterator[None]:
         yield
         return
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("RAY_DATA_USAGE_DISABLED", "1")
     if os.environ.get("RAY_ADDRESS"):
         ray.init(logging_level="ERROR")
     else:
@@ -108,6 +109,14 @@ def spread_over(
     if readers is None:
         readers = min(MOST_READERS, max(1, int(left / least / 2)))
     return Spread(workers, use_gpu, per_worker, readers, parallel, **more)  # type: ignore[arg-type]
+
+
+def readers_now(spread: Spread) -> int:
+    """Readers of each rank for which the cluster has CPUs now: fewer than planned after it has lost machines."""
+    import ray
+
+    left = float(ray.cluster_resources().get("CPU", 0)) - spread.workers * spread.cpus_per_worker
+    return max(1, min(spread.readers, int(left / READER_CPUS / spread.workers)))
 
 
 def check_storage(storage: Folder, nodes: int) -> None:

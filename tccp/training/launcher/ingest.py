@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -110,10 +110,14 @@ def window_ids(planned: Sequence[PlannedWindow]) -> dict[str, np.ndarray]:
 def micro_batches(
     reader: Reader, steps: range, rows: int, readers: int, timeout_s: float
 ) -> Iterator[dict[str, np.ndarray]]:
-    """A rank's micro-batches of `rows` rows each, step after step, read ahead by Ray Data's workers.
+    """A rank's micro-batches of `rows` rows each, step after step, read ahead by at most so many Ray Data workers.
 
     Raises TimeoutError if the next one does not come in time: Ray Data waits for ever where no CPU is left for it.
     """
+    yield from _in_time(lambda: _read(reader, steps, rows, readers), timeout_s)
+
+
+def _read(reader: Reader, steps: range, rows: int, readers: int) -> Iterable[dict[str, np.ndarray]]:
     import ray.data
 
     context = ray.data.DataContext.get_current()
@@ -123,25 +127,26 @@ def micro_batches(
     context.target_max_block_size, context.target_min_block_size = _BLOCK_BYTES, 1
     size = max(1, -(-len(steps) // _MOST_BLOCKS))
     numbers = list(steps)
+    # Not from_arrow, here or anywhere that ranks may be at work: it waits for tasks that want a whole CPU each.
     blocks = [pa.table({"step": numbers[i : i + size]}) for i in range(0, len(numbers), size)]
-    data = ray.data.from_arrow(blocks).map_batches(
+    data = ray.data.from_blocks(blocks).map_batches(
         ReadSteps,
         fn_constructor_args=(reader,),
-        compute=ray.data.ActorPoolStrategy(size=readers, max_tasks_in_flight_per_actor=4),
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=readers, max_tasks_in_flight_per_actor=4),
         num_cpus=READER_CPUS,
         batch_size=1,
         batch_format="pyarrow",
     )
-    yield from _in_time(data.iter_batches(batch_size=rows, batch_format="numpy", prefetch_batches=4), timeout_s)
+    return data.iter_batches(batch_size=rows, batch_format="numpy", prefetch_batches=4)  # type: ignore[no-any-return]
 
 
-def _in_time(items: Iterable[_Item], timeout_s: float) -> Iterator[_Item]:
-    """The items, taken by a thread that is at most one ahead."""
+def _in_time(items: Callable[[], Iterable[_Item]], timeout_s: float) -> Iterator[_Item]:
+    """The items, asked for and taken by a thread that is at most one ahead."""
     ready: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=1)
 
     def take() -> None:
         try:
-            for item in items:
+            for item in items():
                 ready.put(("item", item))
             ready.put(("end", None))
         except BaseException as error:

@@ -5,6 +5,7 @@ Ray Train's controller imports this module too: nothing here needs torch.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -58,6 +59,7 @@ class ComponentJob:
 
 def train_rank(config: dict[str, Any]) -> None:
     """The function that Ray Train runs on every worker: see `tccp.training.launcher.rank.train`."""
+    os.environ.setdefault("RAY_DATA_USAGE_DISABLED", "1")  # an actor more, and pinned to one machine
     from tccp.training.launcher.rank import train
 
     train(config["job"], config["validate"])

@@ -71,7 +71,8 @@ class Request:
 
     components: what to train; what they need is trained before them, unless it is there or can be taken over.
     table: gives the place of the clip table, which it may make; called once Ray runs and all else has been checked.
-    films: in place of a table, gives the windows of a variant straight from film; its second argument is the pipeline.
+    films: in place of a table, gives the windows of a variant straight from film; it is told the variant, the pipeline,
+        and how many of the cluster's CPUs the ranks take.
     take_from: pipeline folders that lend what they have of what is needed, if their settings fit; the first that has
         it. must_take: raises if they do not fit.
     """
@@ -101,7 +102,7 @@ class Request:
     tracking: str | None = None
     register_as: str | None = None
     command: str | None = None
-    films: Callable[[VariantName, Path], FilmWindows] | None = None
+    films: Callable[[VariantName, Path, float], FilmWindows] | None = None
 
 
 @dataclass(frozen=True)
@@ -301,7 +302,8 @@ class _Launch:
 
     def _train_variant(self, name: VariantName) -> None:
         if self.request.films is not None:
-            self._train_on(name, self._job(name, films=self.request.films(name, self.pipeline)))
+            held = self.spread.workers * self.spread.cpus_per_worker
+            self._train_on(name, self._job(name, films=self.request.films(name, self.pipeline, held)))
             return
         cache = self._cache(name)
         if self.request.latents == "ahead":

@@ -26,6 +26,7 @@ from tccp.pipeline import load_network, verified
 from tccp.training.autoencoder import autoencoder_training, fit_autoencoder
 from tccp.training.engine import DeepSpeedEngine, Engine, with_weights
 from tccp.training.latents import Unplanned, Windows
+from tccp.training.launcher.cluster import readers_now
 from tccp.training.launcher.film_order import FilmOrder
 from tccp.training.launcher.ingest import PictureReader, Reader, WindowReader, micro_batches
 from tccp.training.launcher.job import AUTOENCODER, ComponentJob
@@ -210,7 +211,8 @@ def _engine_of(job: ComponentJob, run: RayRun) -> Callable[[nn.Module, TrainingS
 
 def _stream(job: ComponentJob, reader: Reader, training: TrainingSettings, run: RayRun, started: int) -> Iterator[Any]:
     rows = training.batch_size // (training.accumulation * run.num_ranks)
-    return micro_batches(reader, range(started, training.max_steps), rows, job.spread.readers, job.spread.timeout_s)
+    steps = range(started, training.max_steps)
+    return micro_batches(reader, steps, rows, readers_now(job.spread), job.spread.timeout_s)
 
 
 def _pictures(job: ComponentJob, run: RayRun, started: int) -> StreamedPictures:
