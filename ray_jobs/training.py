@@ -219,9 +219,7 @@ def _films(sources: Sequence[str], backend: str, settings: Settings) -> Callable
         shown = "lips" in row.conditions_with(settings.lips.source)
         lips = lip_work(settings.lips, pipeline / "lips") if shown else None
         window = row.num_frames(settings.window)
-        return partial(
-            film_windows, listing=listing, plan=plan, settings=settings, window=window, lips=lips, held=held
-        )
+        return partial(film_windows, listing=listing, plan=plan, settings=settings, window=window, lips=lips, held=held)
 
     return windows_of
 

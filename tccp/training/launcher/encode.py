@@ -64,7 +64,7 @@ def encoded(encoder: ClipEncoder, clip_ids: Sequence[str], lips_alone: bool, spr
     data = ray.data.from_blocks(blocks).map_batches(
         EncodeClips,
         fn_constructor_args=(encoder, lips_alone),
-        compute=ray.data.ActorPoolStrategy(size=size),
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=size),
         num_cpus=0.5,
         num_gpus=1 if spread.use_gpu else 0,
         batch_size=1,
