@@ -137,7 +137,7 @@ def _read(reader: Reader, steps: range, rows: int, readers: int) -> Iterable[dic
         batch_size=1,
         batch_format="pyarrow",
     )
-    return data.iter_batches(batch_size=rows, batch_format="numpy", prefetch_batches=4)  # type: ignore[no-any-return]
+    return data.iter_batches(batch_size=rows, batch_format="numpy", prefetch_batches=4)
 
 
 def _in_time(items: Callable[[], Iterable[_Item]], timeout_s: float) -> Iterator[_Item]:
