@@ -10,7 +10,7 @@ from tccp.config import DeepSpeedSettings, TccpError
 from tccp.files import Folder
 from tccp.processes import importable_in_children
 from tccp.training.launcher.ingest import READER_CPUS
-from tccp.training.launcher.job import Spread
+from tccp.training.launcher.job import QUIET_RAY, Spread
 
 WORKER_CPUS = 0.5
 """CPUs that a rank without a GPU asks for. They are logical: what it uses is decided by its threads."""
@@ -28,8 +28,8 @@ def connected() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
-    os.environ.setdefault("RAY_DATA_USAGE_DISABLED", "1")
+    for name, value in QUIET_RAY.items():
+        os.environ.setdefault(name, value)
     if os.environ.get("RAY_ADDRESS"):
         ray.init(logging_level="ERROR")
     else:

@@ -19,6 +19,12 @@ Latents = Literal["ahead", "in-step"]
 
 AUTOENCODER = "autoencoder"
 
+QUIET_RAY = {
+    "RAY_DATA_LOG_LEVEL": "ERROR",
+    "RAY_DATA_USAGE_DISABLED": "1",  # else an actor more, pinned to one machine
+}
+"""Environment of what speaks to users, set before Ray starts."""
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -59,7 +65,8 @@ class ComponentJob:
 
 def train_rank(config: dict[str, Any]) -> None:
     """The function that Ray Train runs on every worker: see `tccp.training.launcher.rank.train`."""
-    os.environ.setdefault("RAY_DATA_USAGE_DISABLED", "1")  # an actor more, and pinned to one machine
+    for name, value in QUIET_RAY.items():
+        os.environ.setdefault(name, value)
     from tccp.training.launcher.rank import train
 
     train(config["job"], config["validate"])

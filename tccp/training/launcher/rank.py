@@ -173,8 +173,10 @@ def mistake_of(job: ComponentJob) -> str | None:
 
 def _train(job: ComponentJob, validate: Validate | None) -> None:
     warnings.simplefilter("ignore", FutureWarning)  # of other packages; no news to a user
-    for name in ("ray.train", "ray.data"):  # each rank would tell of each of its checkpoints and streams
+    # Each rank would tell of each of its checkpoints and streams. Some of Ray Train's loggers have their files' names.
+    for name in ("ray.train", *(name for name in logging.root.manager.loggerDict if "/ray/train/" in name)):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     device = _device(job)
     run = RayRun(job, device)
     try:
