@@ -30,6 +30,7 @@ test: $(READY)  ## the whole test suite, on two cores; PYTEST_ARGS=... goes to p
 	@$(PYTEST) --durations 15 $(PYTEST_ARGS)
 
 soak: $(READY)  ## the long proofs, an hour or so; goes on where it was stopped: docs/soak/*.json
+	@$(PYTEST) -q -m soak
 	@$(ONE_THREAD) $(BIN)/python benchmarks/kills.py --trials 10 --out docs/soak/kills.json
 	@$(ONE_THREAD) $(BIN)/python benchmarks/mutated_media.py --count 300 --out docs/soak/mutated_media.json
 	@$(ONE_THREAD) $(BIN)/python benchmarks/training_kills.py --trials 10 --out docs/soak/training_kills.json
@@ -43,7 +44,7 @@ check: $(READY)  ## lint, format, types, layers and the fast tests
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy $(SOURCES)
 	@$(BIN)/lint-imports
-	@$(PYTEST) -q -m 'not slow' $(PYTEST_ARGS)
+	@$(PYTEST) -q -m 'not slow and not soak' $(PYTEST_ARGS)
 
 # The packaged weights, by the project's own commands. What is done is not done again; what was cut goes on.
 # Films long enough for a change of listener, for all networks; and for stage 1 many short parts of conversations, each

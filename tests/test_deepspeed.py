@@ -79,7 +79,14 @@ def test_two_ranks_of_every_zero_stage_train_as_plain_torch_does(
     assert [round(results[stage]["held"], 1) for stage in "0123"] == [1, 1, 1, 0.5]
 
 
-@pytest.mark.parametrize(("before", "after"), [((1, 2), (1, 1)), ((3, 2), (3, 1)), ((1, 2), (2, 2))])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ((1, 2), (1, 1)),
+        pytest.param((3, 2), (3, 1), marks=pytest.mark.soak),
+        pytest.param((1, 2), (2, 2), marks=pytest.mark.soak),
+    ],
+)
 def test_a_training_goes_on_with_another_number_of_ranks_or_another_stage(
     given: dict[str, Any],
     plain: tuple[list[float], list[float]],

@@ -171,6 +171,8 @@ def test_a_training_survives_its_workers_and_machines(data: tuple[Path, Path], t
 
     clips, untrained = data
     log, run = tmp_path / "log", run_folder(tmp_path / "storage", "landmark_first")
+    # In the same storage, where the training on Ray finds what it has encoded.
+    plain = trainings.plain_trace("landmark_first", clips, untrained, tmp_path / "storage")
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": True})
     try:
         for _ in range(2):
@@ -187,5 +189,5 @@ def test_a_training_survives_its_workers_and_machines(data: tuple[Path, Path], t
         below = trainings.ray_below(os.getpid())
         cluster.shutdown()
         trainings.end(below)
-    assert_same_trace(trace(run), trainings.plain_trace("landmark_first", clips, untrained, tmp_path / "plain"))
+    assert_same_trace(trace(run), plain)
     assert len(list(run.glob("step-*"))) == 2  # what attempts have left unfinished is gone

@@ -53,7 +53,9 @@ def test_a_network_comes_after_what_it_needs():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{}, AS_TOY], ids=["plain", "as toy"])
+@pytest.mark.parametrize(
+    "changes", [pytest.param({}, id="plain"), pytest.param(AS_TOY, id="as toy", marks=pytest.mark.soak)]
+)
 def test_side_by_side_gives_the_same_weights(data, tmp_path, changes):
     settings = small(**SHORT, **changes)
     one = Trainer(data, tmp_path / "one", settings, tmp_path / "storage1")

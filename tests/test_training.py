@@ -260,8 +260,15 @@ def test_times_and_dropout_follow_the_settings(cache):
     assert abs(float(draws.noise.mean())) < 0.1
 
 
+OVERFIT = [
+    pytest.param(name, marks=() if name in ("landmark_first", "face_sequence") else pytest.mark.soak)
+    for name in VARIANTS
+]
+"""One of each form in the suite, a still and a sequence."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", OVERFIT)
 def test_overfit(cache, name):
     """Each variant's loss on four windows, at fixed noise and times, falls below 5% of what it was."""
     single = not VARIANTS[name].continues
