@@ -26,7 +26,7 @@ help:  ## this list
 demo: $(READY)  ## generate a talking head into a scene: out/demo.mp4, .png, .json; TRAIN=1 trains small weights first
 	@$(BIN)/tccp demo --out out $(if $(TRAIN),--train)
 
-test: $(READY)  ## the whole test suite, on two cores; PYTEST_ARGS=... goes to pytest
+test: $(READY)  ## the test suite, on two cores (make soak has more of its kind); PYTEST_ARGS=... goes to pytest
 	@$(PYTEST) --durations 15 $(PYTEST_ARGS)
 
 soak: $(READY)  ## the long proofs, an hour or so; goes on where it was stopped: docs/soak/*.json

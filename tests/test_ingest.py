@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from tccp.files import Folder
 from tccp.models.autoencoder import PictureAutoencoder
 from tccp.training.latents import LatentCache, encode_columns, to_batch
 from tccp.training.launcher import ingest
+from tccp.training.launcher.cluster import readers_now
 from tccp.training.launcher.film_order import RECORD, FilmOrder
 from tccp.training.launcher.ingest import PictureReader, WindowReader
+from tccp.training.launcher.job import Spread
 from tccp.training.launcher.streams import StreamedPictures, StreamedWindows
 from tccp.training.reading import PictureFiles, TablePictures, conditions_of, micro_batch, training_order
 from tccp.variants import VARIANTS
@@ -196,6 +199,8 @@ def test_windows_come_although_no_whole_cpu_is_free(cache: LatentCache) -> None:
         ray.get(holder.is_set.remote())
         stream = ingest.micro_batches(reader(cache), range(5, 8), 4, readers=3, timeout_s=60.0)
         found = [item["start"].tolist() for item in stream]
+        ranks = Spread(workers=1, use_gpu=False, cpus_per_worker=0.5, readers=3)  # planned for more machines
+        assert (readers_now(ranks), readers_now(replace(ranks, workers=3))) == (2, 1)
     finally:
         ray.shutdown()
     assert found == [item["start"].tolist() for step in range(5, 8) for item in reader(cache).read(step)]

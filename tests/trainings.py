@@ -116,11 +116,14 @@ def wait_for(run: Path, steps: int, process: subprocess.Popen[str], timeout_s: f
     return process.poll() is None
 
 
-def ended(process: subprocess.Popen[str], timeout_s: float = 600) -> int | None:
-    """Its exit status, or None if it did not end in time."""
-    with contextlib.suppress(subprocess.TimeoutExpired):
+def ended(process: subprocess.Popen[str], timeout_s: float = 900) -> int | None:
+    """Its exit status, or None if it did not end in time and was killed."""
+    try:
         return process.wait(timeout_s)
-    return None
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        return None
 
 
 def ranks_below(pid: int) -> list[psutil.Process]:
