@@ -318,7 +318,8 @@ _OPEN_FILES = 16
 class ClipTable:
     """Random access to a clip table: a folder with an index and parts, or one Parquet file (`clips.parquet`).
 
-    Only ids, and the clips used last, are in memory. A folder may be a path or a URL.
+    Only ids, and the clips used last, are in memory. A folder may be a path or a URL. For one thread: a Parquet file
+    read by two at once can make both wait for ever.
     Raises TccpError if it is absent, not a clip table, or of a version that cannot be read; KeyError for an unknown id.
     """
 

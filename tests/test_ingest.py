@@ -138,8 +138,9 @@ def film_windows_of(cache: LatentCache) -> Any:
     """As films would give them, from a table."""
 
     def rows(epoch: int) -> Iterator[dict[str, np.ndarray]]:
-        for clip_id in cache.table.ids:
-            columns = windows(cache.table.rows([clip_id]), SETTINGS, SETTINGS.window, 3, draws=(epoch % 2,))
+        table = ClipTable(cache.table.folder.place)  # its own: an earlier order's thread may still be reading
+        for clip_id in table.ids:
+            columns = windows(table.rows([clip_id]), SETTINGS, SETTINGS.window, 3, draws=(epoch % 2,))
             for row in range(len(columns["start_frame"])):
                 yield {name: values[row] for name, values in columns.items()}
 
