@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -138,9 +139,8 @@ def film_windows_of(cache: LatentCache) -> Any:
     """As films would give them, from a table."""
 
     def rows(epoch: int) -> Iterator[dict[str, np.ndarray]]:
-        table = ClipTable(cache.table.folder.place)  # its own: an earlier order's thread may still be reading
-        for clip_id in table.ids:
-            columns = windows(table.rows([clip_id]), SETTINGS, SETTINGS.window, 3, draws=(epoch % 2,))
+        for clip_id in cache.table.ids:
+            columns = windows(cache.table.rows([clip_id]), SETTINGS, SETTINGS.window, 3, draws=(epoch % 2,))
             for row in range(len(columns["start_frame"])):
                 yield {name: values[row] for name, values in columns.items()}
 
@@ -149,10 +149,10 @@ def film_windows_of(cache: LatentCache) -> Any:
 
 def taken(cache: LatentCache, num_ranks: int, start: int, steps: int, run: Path) -> list[list[tuple[int, int, int]]]:
     """Windows of each step, over all ranks in order, as (epoch, clip, start)."""
-    order = FilmOrder(film_windows_of(cache), SETTINGS, NAME, num_ranks, start, Folder(run))
     found = []
-    for _ in range(steps):
-        parts = [order.take(rank) for rank in range(num_ranks) for _ in range(2)]
+    with closing(FilmOrder(film_windows_of(cache), SETTINGS, NAME, num_ranks, start, Folder(run))) as order:
+        steps_of_all = [[order.take(rank) for rank in range(num_ranks) for _ in range(2)] for _ in range(steps)]
+    for parts in steps_of_all:
         found.append(
             [
                 one

@@ -6,6 +6,7 @@ No list of windows is there to plan by, so steps take them in the order of the f
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import queue
@@ -45,7 +46,14 @@ class FilmOrder:
         self.start, self.num_ranks = start, num_ranks
         ahead = AHEAD * self.training.accumulation
         self.ready: list[queue.Queue[Any]] = [queue.Queue(maxsize=ahead) for _ in range(num_ranks)]
-        threading.Thread(target=self._produce, daemon=True).start()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._produce, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stops reading films, and waits until that is so: a thread that reads as its process ends makes that abort."""
+        self._closed.set()
+        self._thread.join()
 
     def take(self, rank: int) -> dict[str, np.ndarray]:
         """Columns as of `PictureFiles.columns`, with `clip`, `start` and `epoch`. Raises what reading films raises."""
@@ -58,15 +66,21 @@ class FilmOrder:
         try:
             windows = self._in_order()
             size = self.training.batch_size // (self.training.accumulation * self.num_ranks)
-            while True:
+            while not self._closed.is_set():
                 step = [next(windows) for _ in range(self.training.batch_size)]
                 shares = [step[i : i + size] for i in range(0, len(step), size)]
                 # As in a plan: of each rank's contiguous part, micro-batch by micro-batch.
                 for number, share in enumerate(shares):
-                    self.ready[number // self.training.accumulation].put(self._columns(share))
+                    self._put(number // self.training.accumulation, self._columns(share))
         except BaseException as error:
-            for waiting in self.ready:
-                waiting.put(error)
+            for rank in range(self.num_ranks):
+                self._put(rank, error)
+
+    def _put(self, rank: int, item: Any) -> None:
+        while not self._closed.is_set():
+            with contextlib.suppress(queue.Full):
+                self.ready[rank].put(item, timeout=0.2)
+                return
 
     def _in_order(self) -> Iterator[tuple[int, Mapping[str, np.ndarray]]]:
         skipped = self.start * self.training.batch_size
