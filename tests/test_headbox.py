@@ -5,7 +5,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jaxtyping import Float, UInt8
 from sklearn.ensemble import RandomForestRegressor
@@ -277,6 +277,7 @@ def places(box: Float[np.ndarray, "4"], size: int) -> Float[np.ndarray, "s s 2"]
 
 
 @settings(max_examples=40)
+@example(5.0, 5.0, 64.0, 32)
 @given(st.floats(5, 60), st.floats(5, 60), st.floats(20, 170), st.sampled_from([32, 64, 96, 128]))
 def test_crop_shows_exactly_what_the_box_covers(x, y, side, size):
     """Down, up and sub-pixel: the gradient's colour is the place, to the rounding of 8 bits."""
@@ -284,8 +285,12 @@ def test_crop_shows_exactly_what_the_box_covers(x, y, side, size):
     picture = headbox.crop(gradient(240, 240), box, size).astype(float)
     inner = np.s_[2:-2, 2:-2]
     np.testing.assert_allclose(picture[..., :2][inner], places(box, size)[inner], atol=1.01)
-    # A shift by half a pixel, the usual slip, would show as half a level (the rest is rounding, at even steps).
-    assert abs((picture[..., :2] - places(box, size))[inner].mean()) < 0.3
+    # A shift by half a pixel, the usual slip, would show as half a level. Where the place is half a level, too, either
+    # rounding is right; at even steps that is so of all pixels.
+    place = places(box, size)
+    decided = np.abs(place % 1 - 0.5)[inner] > 0.02
+    differences = (picture[..., :2] - np.rint(place))[inner][decided]
+    assert not len(differences) or abs(differences.mean()) < 0.1
 
 
 def test_crop_at_native_size_is_a_copy():
