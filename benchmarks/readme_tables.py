@@ -1,4 +1,4 @@
-"""Puts the tables of docs/roundtable.json, toy_recipe.json and training.json into README:
+"""Puts the tables of docs/roundtable.json, toy_recipe.json, training.json and training_gpu.json into README:
 `python benchmarks/readme_tables.py`
 """
 
@@ -39,21 +39,33 @@ def recipe_table(record: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str
 
 _RUNS = {
     "plain_torch": "plain torch, one process",
-    "ray_1_worker": "Ray and DeepSpeed, 1 worker, ZeRO 1",
-    "ray_1_worker_checkpointing": "the same, with gradient checkpointing",
-    "ray_1_worker_compiled": "the same, with torch.compile",
+    "plain_torch_compiled": "the same, with torch.compile",
+    "ray_1_worker": "Ray and DeepSpeed, 1 worker",
+    "ray_1_worker_zero_1": "the same, ZeRO 1",
+    "ray_1_worker_checkpointing": "the same without ZeRO, gradient checkpointing",
+    "ray_1_worker_compiled": "the same without ZeRO, torch.compile",
+    "ray_1_worker_in_step": "the same without ZeRO, latents in step",
+    "ray_1_worker_offload_optimizer": "ZeRO 1, optimiser in the CPU's memory",
+    "ray_1_worker_offload_parameters": "ZeRO 3, optimiser and parameters in the CPU's memory",
     **{f"ray_2_workers_zero_{stage}": f"2 workers, ZeRO {stage}" for stage in range(4)},
 }
 
 
 def training_table(record: Mapping[str, Any]) -> str:
     """A table in Markdown of docs/training.json: a line per run."""
-    lines = [["", "seconds a step", "waiting for data", "peak memory of a worker"], [":--", "--:", "--:", "--:"]]
-    for name, label in _RUNS.items():
-        if name in record["runs"]:
-            run = record["runs"][name]
-            figures = [f"{run['step_s']:.2f}", f"{100 * run['data_wait']:.1f}%", f"{run['memory_mib']:,.0f} MiB"]
-            lines.append([label, *figures])
+    lines = [
+        ["", "seconds a step", "windows a second", "waiting for data", "peak memory of a worker"],
+        [":--", *["--:"] * 4],
+    ]
+    runs = {name: record["runs"][name] for name in _RUNS if name in record["runs"]}
+    used = any("utilisation" in run for run in runs.values())
+    if used:
+        lines[0].append("of the GPU's peak")
+        lines[1].append("--:")
+    for name, run in runs.items():
+        figures = [f"{run['step_s']:.2f}", f"{run['clips_s']:.0f}", f"{100 * run['data_wait']:.1f}%"]
+        figures += [f"{run['memory_mib']:,.0f} MiB", *([f"{100 * run['utilisation']:.1f}%"] if used else [])]
+        lines.append([_RUNS[name], *figures])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
@@ -61,6 +73,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "roundtable": markdown_table,
     "toy_recipe": recipe_table,
     "training": training_table,
+    "training_gpu": training_table,
 }
 
 

@@ -1,8 +1,12 @@
 """What Ray and DeepSpeed cost, and what they save: step times, waiting for data, memory.
 
 `python benchmarks/training.py --out docs/training.json`: one variant of the preset toy on RoundTable, latents encoded
-before, one thread to a worker; medians over steps, all in one run on one machine. On a GPU: `--device cuda --preset
-paper`, which also measures torch.compile and the share of the GPU's arithmetic that is put to use (`--peak-tflops`).
+before, one thread to a worker. All runs are made one after the other, `--rounds` times over; what counts of each is
+the lower quartile of the times of its steps in all rounds, for other work on a shared machine only ever adds. Networks
+start untrained, which costs the same.
+
+`python benchmarks/training.py --device cuda --preset paper --out docs/training_gpu.json --peak-tflops 989`: every
+network of the preset on one GPU, also checkpointed and compiled, and the share of the GPU's arithmetic put to use.
 """
 
 from __future__ import annotations
@@ -11,134 +15,232 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 SKIPPED = 0.4
 """Share of the steps, at the start, that is not counted: caches are cold, and Ray is still starting processes."""
+FILMS, SECONDS = 16, 3.0
+Records = list[dict[str, float]]
+VARIANTS = ["landmark_first", "landmark_sequence", "face_first", "face_sequence"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run. workers: 0 is plain torch in one process, without Ray and DeepSpeed."""
+
+    name: str
+    variant: str
+    workers: int = 0
+    zero_stage: int = 0
+    checkpointing: bool = False
+    compiled: bool = False
+    in_step: bool = False
+    offload: str = "none"
+
+
+def cases(device: str, variant: str) -> Iterator[Case]:
+    if device == "cpu":
+        yield Case("plain_torch", variant)
+        yield Case("ray_1_worker", variant, 1, 0)
+        yield Case("ray_1_worker_zero_1", variant, 1, 1)
+        yield Case("ray_1_worker_checkpointing", variant, 1, 0, checkpointing=True)
+        for stage in range(4):
+            yield Case(f"ray_2_workers_zero_{stage}", variant, 2, stage)
+        return
+    for each in [variant, *(other for other in VARIANTS if other != variant)]:
+        name = "plain_torch" if each == variant else f"plain_torch_{each}"
+        yield Case(name, each)
+        yield Case(f"{name}_compiled", each, compiled=True)
+        if each == variant:
+            yield Case("ray_1_worker", variant, 1, 0)
+            yield Case("ray_1_worker_compiled", variant, 1, 0, compiled=True)
+            yield Case("ray_1_worker_zero_1", variant, 1, 1)
+            yield Case("ray_1_worker_checkpointing", variant, 1, 0, checkpointing=True)
+            yield Case("ray_1_worker_in_step", variant, 1, 0, in_step=True)
+            yield Case("ray_1_worker_offload_optimizer", variant, 1, 1, offload="optimizer")
+            yield Case("ray_1_worker_offload_parameters", variant, 1, 3, offload="parameters")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("docs/training.json"))
-    parser.add_argument("--steps", type=int, default=80)
-    parser.add_argument("--only", nargs="*", help="of the runs with Ray, these alone")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--only", nargs="*", help="of the runs, these alone; the others stay in --out as they are")
     parser.add_argument("--storage", type=Path, help="keep clips and latents here, for another time")
     parser.add_argument("--preset", default="toy")
     parser.add_argument("--variant", default="landmark_first")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--batch-size", type=int, help="default: the preset's own")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings to change")
     parser.add_argument(
         "--peak-tflops", type=float, help="of the GPU, in the precision trained in, for its utilisation"
     )
-    parser.add_argument("--plain", type=Path, help=argparse.SUPPRESS)  # a run of plain torch, in a process of its own
+    parser.add_argument("--case", help=argparse.SUPPRESS)  # a run of plain torch, in a process of its own
     arguments = parser.parse_args()
-    if arguments.plain is not None:
-        plain(arguments)
+    if arguments.case is not None:
+        plain(arguments, Case(**json.loads(arguments.case)))
         return
     with tempfile.TemporaryDirectory(prefix="tccp-bench-") as place:
-        record = measure(arguments, arguments.storage or Path(place))
-    arguments.out.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record, indent=1))
+        measure(arguments, (arguments.storage or Path(place)).absolute())
+    print(arguments.out.read_text())
 
 
-def overrides(arguments: argparse.Namespace) -> list[str]:
+def overrides(arguments: argparse.Namespace, case: Case | None = None) -> list[str]:
     return [
-        f"training.batch_size={arguments.batch_size}",
         f"training.max_steps={arguments.steps}",
         "training.log_every=1",
         "training.checkpoint_every=1000000",
         "training.initial_frames=truth",
         "training.start_from_first=false",
-        *(["training.precision=fp32"] if arguments.device == "cpu" else ["training.precision=bf16"]),
+        f"training.precision={'fp32' if arguments.device == 'cpu' else 'bf16'}",
+        *([f"training.batch_size={arguments.batch_size}"] if arguments.batch_size else []),
+        *(["network.gradient_checkpointing=true"] if case and case.checkpointing else []),
+        *arguments.set,
     ]
 
 
-def measure(arguments: argparse.Namespace, place: Path) -> dict[str, Any]:
-    runs: dict[str, dict[str, float]] = {}
+def measure(arguments: argparse.Namespace, place: Path) -> None:
+    prepare(arguments, place)
+    record: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.only and arguments.out.exists() else {}
+    every = list(cases(arguments.device, arguments.variant))
+    chosen = [one for one in every if one.name in (arguments.only or [case.name for case in every])]
+    runs = dict(record.get("runs", {}))
+    for case in chosen:
+        runs.pop(case.name, None)
+    failed: set[str] = set()
+    records: dict[str, list[Records]] = {}
+    for _ in range(arguments.rounds):
+        for case in chosen:
+            metrics = train(arguments, case, place)
+            if metrics is None:
+                failed.add(case.name)
+                continue
+            records.setdefault(case.name, []).append([json.loads(line) for line in metrics.read_text().splitlines()])
+            runs[case.name] = figures(records[case.name], arguments, case)
+            print(case.name, runs[case.name], file=sys.stderr, flush=True)
+            arguments.out.write_text(json.dumps(summary(arguments, runs), indent=1) + "\n")
+    if failed:
+        raise SystemExit(f"failed: {', '.join(sorted(failed))}; the others are in {arguments.out}")
 
-    def ray(name: str, workers: int, *options: str, settings: tuple[str, ...] = ()) -> None:
-        if arguments.only and name not in arguments.only:
-            return
-        command = [sys.executable, str(ROOT / "ray_jobs" / "train_stage1.py"), *overrides(arguments), *settings]
-        command += ["--variants", arguments.variant, "--workers", str(workers), "--device", arguments.device]
-        command += ["--storage", str(place), "--name", name, "--mlflow", "none", "--preset", arguments.preset]
-        command += ["--validate-every", "0"]
-        run([*command, *options])
-        runs[name] = figures(place / "runs" / name / arguments.variant / "metrics.jsonl")
-        print(name, runs[name], file=sys.stderr, flush=True)
 
-    stages = ["0", "1", "2", "3"]
-    ray("ray_1_worker", 1, "--zero-stage", "1")  # makes the data and encodes it, too
-    run([sys.executable, __file__, *given(arguments), "--plain", str(place)])
-    runs["plain_torch"] = figures(place / "plain" / "metrics.jsonl")
-    print("plain_torch", runs["plain_torch"], file=sys.stderr, flush=True)
-    ray("ray_1_worker_checkpointing", 1, "--zero-stage", "1", settings=("network.gradient_checkpointing=true",))
-    if arguments.device == "cuda":
-        ray("ray_1_worker_compiled", 1, "--zero-stage", "1", "--compile")
-    else:
-        for stage in stages:
-            ray(f"ray_2_workers_zero_{stage}", 2, "--zero-stage", stage)
+def summary(arguments: argparse.Namespace, runs: dict[str, dict[str, float]]) -> dict[str, Any]:
     record: dict[str, Any] = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, one thread to a worker",
+        "machine": machine(arguments.device),
         "preset": arguments.preset,
         "variant": arguments.variant,
-        "batch_size": arguments.batch_size,
-        "steps": round(arguments.steps * (1 - SKIPPED)),
         "runs": runs,
-        "ray_and_deepspeed_to_plain_torch": runs["ray_1_worker"]["step_s"] / runs["plain_torch"]["step_s"],
     }
-    if "ray_2_workers_zero_1" in runs:
-        record["two_workers_to_one"] = runs["ray_1_worker"]["step_s"] / runs["ray_2_workers_zero_1"]["step_s"]
-    if arguments.peak_tflops:
-        record["utilisation"] = utilisation(arguments, runs)
+    ratios = {
+        "ray_and_deepspeed_to_plain_torch": ("ray_1_worker", "plain_torch"),
+        "two_workers_to_one": ("ray_1_worker", "ray_2_workers_zero_1"),
+    }
+    for name, (over, under) in ratios.items():
+        if over in runs and under in runs:
+            record[name] = round(runs[over]["step_s"] / runs[under]["step_s"], 3)
     return record
 
 
-def given(arguments: argparse.Namespace) -> list[str]:
-    names = ("steps", "preset", "variant", "device", "batch_size")
-    return [item for name in names for item in (f"--{name.replace('_', '-')}", str(getattr(arguments, name)))]
+def machine(device: str) -> str:
+    if device == "cpu":
+        return f"{platform.machine()}, {os.cpu_count()} cores, one thread to a worker"
+    import torch
+
+    return f"{torch.cuda.get_device_name()}, {os.cpu_count()} CPU cores, torch {torch.__version__}, bf16"
 
 
-def run(command: list[str]) -> None:
+def prepare(arguments: argparse.Namespace, place: Path) -> None:
+    """Clips and an untrained pipeline, unless they are there."""
+    from preprocessing.plan import make_plan
+    from preprocessing.run import preprocess
+    from tccp.clip import INDEX
+    from tccp.config import load_settings
+    from tccp.pipeline import MANIFEST, write_untrained
+    from tccp.roundtable import write_clips
+
+    settings = load_settings(arguments.preset, overrides(arguments))
+    if not (place / "clips" / INDEX).exists():
+        write_clips(place / "films", FILMS, SECONDS, seed=1)
+        preprocess([place / "films"], place / "clips", make_plan(settings.picture_px, "truth"))
+    if not (place / "untrained" / MANIFEST).exists():
+        write_untrained(place / "untrained", settings, ())
+
+
+def train(arguments: argparse.Namespace, case: Case, place: Path) -> Path | None:
+    """Runs it, in a process of its own; returns where its metrics are, or None if it failed."""
+    name = f"{case.name}-{time.time_ns()}"
+    if case.workers:
+        command = [sys.executable, str(ROOT / "ray_jobs" / "train_stage1.py"), *overrides(arguments, case)]
+        command += ["--variants", case.variant, "--workers", str(case.workers), "--zero-stage", str(case.zero_stage)]
+        command += ["--device", arguments.device, "--preset", arguments.preset, "--data", str(place / "clips")]
+        command += ["--storage", str(place), "--name", name, "--autoencoder", str(place / "untrained")]
+        command += ["--mlflow", "none", "--validate-every", "0", *(["--compile"] if case.compiled else [])]
+        command += ["--latents", "in-step"] if case.in_step else []
+        command += ["--offload", case.offload]
+        metrics = place / "runs" / name / case.variant / "metrics.jsonl"
+    else:
+        given = [f"--{key.replace('_', '-')}={getattr(arguments, key)}" for key in ("steps", "preset", "device")]
+        given += [f"--batch-size={arguments.batch_size}"] if arguments.batch_size else []
+        given += ["--set", *arguments.set] if arguments.set else []
+        given += ["--storage", str(place), "--out", name, "--case", json.dumps(vars(case))]
+        command = [sys.executable, __file__, *given]
+        metrics = place / name / "metrics.jsonl"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise SystemExit(done.stdout[-2000:] + done.stderr[-4000:])
+        print(case.name, "failed:", done.stdout[-1000:], done.stderr[-4000:], file=sys.stderr, flush=True)
+        return None
+    kept = place / f"{name}.jsonl"
+    shutil.copyfile(metrics, kept)
+    shutil.rmtree(place / "runs" / name if case.workers else place / name)
+    return kept
 
 
-def figures(metrics: Path) -> dict[str, float]:
-    """step_s: median; data_wait: share of the time; memory_mib: peak of rank 0 (of its GPU, where it has one)."""
-    records = [json.loads(line) for line in metrics.read_text().splitlines()]
-    skipped = max(1, round(len(records) * SKIPPED))
-    counted = records[skipped:]
-    times = [b["seconds"] - a["seconds"] for a, b in zip(records[skipped - 1 :], counted, strict=False)]
-    waited = sum(record["data_wait"] * time for record, time in zip(counted, times, strict=True))
-    memory = max(record.get("gpu_memory_mib", record["memory_mib"]) for record in records)
-    return {
-        "step_s": round(statistics.median(times), 4),
-        "data_wait": round(waited / sum(times), 4),
-        "memory_mib": round(memory),
-    }
-
-
-def utilisation(arguments: argparse.Namespace, runs: dict[str, dict[str, float]]) -> dict[str, float]:
-    """Share of the GPU's peak: a training step computes forward once and backward twice as much."""
+def figures(rounds: list[Records], arguments: argparse.Namespace, case: Case) -> dict[str, float]:
+    """step_s: lower quartile; clips_s: windows a second at that; data_wait: share of the time; memory_mib: peak of rank
+    0 (of its GPU, where it has one); utilisation: share of the GPU's peak, a step being one forward and two for the way
+    back, what checkpointing computes again not counted.
+    """
     from tccp.config import load_settings
     from tccp.describe import describe
 
-    rows = {row["variant"]: row for row in describe(load_settings(arguments.preset))}
-    work = 3 * rows[arguments.variant]["gflop_per_window"] * 1e9 * arguments.batch_size
-    peak = arguments.peak_tflops * 1e12
-    return {name: round(work / values["step_s"] / peak, 4) for name, values in runs.items()}
+    times, waited = [], 0.0
+    for records in rounds:
+        skipped = max(1, round(len(records) * SKIPPED))
+        for before, record in zip(records[skipped - 1 :], records[skipped:], strict=False):
+            times.append(record["seconds"] - before["seconds"])
+            waited += record["data_wait"] * times[-1]
+    memory = max(record.get("gpu_memory_mib", record["memory_mib"]) for records in rounds for record in records)
+    step_s = statistics.quantiles(times, n=4)[0]
+    settings = load_settings(arguments.preset, overrides(arguments, case))
+    batch = settings.for_variant(case.variant).training.batch_size  # type: ignore[arg-type]
+    found = {
+        "step_s": round(step_s, 4),
+        "median_s": round(statistics.median(times), 4),
+        "steps": len(times),
+        "batch_size": batch,
+        "clips_s": round(batch / step_s, 2),
+        "data_wait": round(waited / sum(times), 4),
+        "memory_mib": round(memory),
+    }
+    if arguments.peak_tflops:
+        rows = {row["variant"]: row for row in describe(settings)}
+        work = 3 * rows[case.variant]["gflop_per_window"] * 1e9 * batch
+        found["utilisation"] = round(work / step_s / arguments.peak_tflops / 1e12, 4)
+    return found
 
 
-def plain(arguments: argparse.Namespace) -> None:
+def plain(arguments: argparse.Namespace, case: Case) -> None:
     """The same training by the same loop, without Ray and DeepSpeed, on the latents that are there."""
     import torch
 
@@ -150,15 +252,13 @@ def plain(arguments: argparse.Namespace) -> None:
     from tccp.training.variant import train_variant
 
     torch.set_num_threads(1)
-    place = arguments.plain
-    settings = load_settings(arguments.preset, overrides(arguments))
-    table = ClipTable(place / "roundtable" / f"clips-{settings.picture_px}")
-    pipeline = place / "runs" / "ray_1_worker" / "pipeline"
-    autoencoder = PictureAutoencoder.load(pipeline / "autoencoder").eval()
-    cache = LatentCache(place, table, settings, autoencoder, None, [arguments.variant])
+    place = arguments.storage
+    settings = load_settings(arguments.preset, overrides(arguments, case))
+    autoencoder = PictureAutoencoder.load(place / "untrained" / "autoencoder").to(arguments.device).eval()
+    cache = LatentCache(place, ClipTable(place / "clips"), settings, autoencoder, None, [case.variant])
     cache.build()
-    folder = RunFolder.open(place / "plain", settings, arguments.variant, resume=False)
-    train_variant(arguments.variant, settings, cache, folder, device=arguments.device)
+    folder = RunFolder.open(place / arguments.out, settings, case.variant, resume=False)
+    train_variant(case.variant, settings, cache, folder, device=arguments.device, compiled=case.compiled)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def train(
     lip_weights: Path | None = None,
     workers: int | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
-    zero_stage: Literal[0, 1, 2, 3] = 1,
+    zero_stage: Literal[0, 1, 2, 3] | None = None,
     offload: Literal["none", "optimizer", "parameters"] = "none",
     deepspeed: Path | None = None,
     latents: Literal["ahead", "in-step"] = "ahead",
@@ -97,7 +97,8 @@ def train(
         lip_weights: the published Wav2Lip checkpoint, for lips.source=wav2lip.
         workers: training workers (default: one for each GPU; without GPUs two, or one on a single CPU).
         device: auto takes GPUs where there are any.
-        zero_stage: what DeepSpeed divides among workers: nothing, the optimiser's state, gradients too, parameters too.
+        zero_stage: what DeepSpeed divides among workers: nothing, the optimiser's state, gradients too, parameters too
+            (default: that of the run that is resumed; else 1, or 0 for a single worker, or what --offload needs).
         offload: what DeepSpeed keeps in the CPU's memory.
         deepspeed: a JSON file of DeepSpeed settings, laid over those derived.
         latents: ahead: all clips are encoded before training, and kept in the storage; in-step: by the workers.
@@ -113,7 +114,8 @@ def train(
         register: name under which the pipeline is registered with MLflow at the end, with the alias `latest`.
     """
     from tccp.pipeline import TOY_WEIGHTS
-    from tccp.training.launcher.launch import Request, launch
+    from tccp.training.launcher.launch import launch
+    from tccp.training.launcher.request import Request
 
     if stream and data is not None:
         raise TccpError("--stream and --data: give one of them")
@@ -182,7 +184,7 @@ def _settings(preset: str, overrides: Sequence[str], max_steps: int | None) -> S
     return load_settings(preset, given)
 
 
-def _parallel(zero_stage: int, offload: str, config: Path | None) -> DeepSpeedSettings:
+def _parallel(zero_stage: int | None, offload: str, config: Path | None) -> DeepSpeedSettings:
     values: dict[str, Any] = {"zero_stage": zero_stage, "offload": offload}
     if config is not None:
         try:

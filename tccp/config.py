@@ -148,16 +148,24 @@ class TrainingSettings(_Frozen):
 class DeepSpeedSettings(_Frozen):
     """How DeepSpeed spreads a training over its workers; it decides memory and speed, not results."""
 
-    zero_stage: Literal[0, 1, 2, 3] = 1  # what is divided: nothing, optimiser state, gradients too, parameters too
+    # What is divided: nothing, optimiser state, gradients too, parameters too. None: see `stage`.
+    zero_stage: Literal[0, 1, 2, 3] | None = None
     offload: Literal["none", "optimizer", "parameters"] = "none"  # to the CPU's memory; parameters takes both
     config: dict[str, Any] = Field(default_factory=dict)  # of DeepSpeed's own, laid over what is derived
 
     @model_validator(mode="after")
     def _offload_needs_a_stage(self) -> DeepSpeedSettings:
-        least = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
-        if self.zero_stage < least:
-            raise ValueError(f"offload={self.offload} needs zero_stage {least} or more, not {self.zero_stage}")
+        if self.zero_stage is not None and self.zero_stage < self._least:
+            raise ValueError(f"offload={self.offload} needs zero_stage {self._least} or more, not {self.zero_stage}")
         return self
+
+    @property
+    def _least(self) -> int:
+        return {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
+
+    def stage(self, num_workers: int) -> int:
+        """ZeRO stage for so many workers: by default several of them divide the optimiser's state."""
+        return max(self._least, min(1, num_workers - 1)) if self.zero_stage is None else self.zero_stage
 
 
 class SamplingSettings(_Frozen):

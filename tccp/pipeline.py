@@ -56,6 +56,7 @@ SHAPING = (
 HOW_TRAINED = {
     "autoencoder": ("kl_weight", "precision", "batch_size", "max_steps", "learning_rate"),
     "lips": ("liplet_steps", "liplet_batch_size", "liplet_learning_rate"),
+    "network": ("dropout", "gradient_checkpointing"),
 }
 """Settings inside those that do not bind: how long, and how, a component was trained."""
 
@@ -120,9 +121,13 @@ def _shaping(settings: Settings) -> dict[str, Any]:
     values["variant_overrides"] = {
         variant: shaping
         for variant, overrides in values["variant_overrides"].items()
-        if (shaping := {key: value for key, value in overrides.items() if key.split(".")[0] in SHAPING})
+        if (shaping := {key: value for key, value in overrides.items() if _shapes(*key.split(".", 1))})
     }
     return values
+
+
+def _shapes(name: str, key: str = "") -> bool:
+    return name in SHAPING and key not in HOW_TRAINED.get(name, ())
 
 
 def check_settings(folder: Path, settings: Settings) -> None:
@@ -132,10 +137,19 @@ def check_settings(folder: Path, settings: Settings) -> None:
     stored = _shaping(read_settings(folder))
     for name, value in _shaping(settings).items():
         if stored[name] != value:
+            key, there, here = _first_difference(name, stored[name], value)
             raise TccpError(
-                f"{folder} holds weights of other settings: {name} is {json.dumps(stored[name])[:100]} there and "
-                f"{json.dumps(value)[:100]} here; use that preset or another --weights folder"
+                f"{folder} holds weights of other settings: {key} is {json.dumps(there)[:100]} there and "
+                f"{json.dumps(here)[:100]} here; use that preset or another --weights folder"
             )
+
+
+def _first_difference(name: str, there: Any, here: Any) -> tuple[str, Any, Any]:
+    if isinstance(there, dict) and isinstance(here, dict):
+        for key in [*there, *(key for key in here if key not in there)]:
+            if there.get(key) != here.get(key):
+                return _first_difference(f"{name}.{key}", there.get(key), here.get(key))
+    return name, there, here
 
 
 def _forget_origin(config: Path) -> None:

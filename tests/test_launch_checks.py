@@ -13,8 +13,9 @@ from ray_jobs import training
 from tccp.config import DeepSpeedSettings, TccpError, load_settings, override, storage_root
 from tccp.files import Folder, fetched
 from tccp.pipeline import export, write_untrained
-from tccp.training.launcher.cluster import CLUSTER_MAX, READER_CPUS, check_storage, could_have, spread_over
+from tccp.training.launcher.cluster import CLUSTER_MAX, READER_CPUS, check_shared, could_have, spread_over
 from tccp.training.launcher.lending import fits, lendable
+from tccp.training.launcher.request import Request, resumed_parallel
 from tccp.training.tracking import tracking_place
 
 spread = functools.partial(spread_over, workers=None, device="auto", parallel=DeepSpeedSettings())
@@ -76,13 +77,10 @@ def test_what_the_autoscaler_may_add_counts(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_folder_of_one_machine_is_no_storage_for_several(tmp_path: Path) -> None:
-    check_storage(Folder(tmp_path / "here"), 1)
-    check_storage(Folder(f"file://{tmp_path}/shared"), 3)
+    check_shared("storage", Folder(tmp_path / "here"), 1)
+    check_shared("storage", Folder(f"file://{tmp_path}/shared"), 3)
     with pytest.raises(TccpError, match=r"a folder of one machine, and the cluster has 3: give a URL"):
-        check_storage(Folder(tmp_path / "here"), 3)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(TccpError, match="cannot write"):
-        check_storage(Folder(tmp_path / "file"), 1)
+        check_shared("storage", Folder(tmp_path / "here"), 3)
 
 
 def test_a_database_of_one_machine_notes_no_training_of_several(tmp_path: Path) -> None:
@@ -116,8 +114,49 @@ def test_mistakes_on_a_jobs_command_line_end_in_one_line(capsys: pytest.CaptureF
     assert "unknown variant 'face': choose one of landmark_first" in say("--variants", "face", *storage)
     assert f"nothing is neither a run in {tmp_path} nor a pipeline folder" in say("--stage1", "nothing", *storage)
     assert "--stream and --data: give one of them" in say("--stream", "x.mp4", "--data", "y", *storage)
-    assert "offload=parameters needs zero_stage 3" in say("--offload", "parameters", *storage)
+    assert "offload=parameters needs zero_stage 3" in say("--offload", "parameters", "--zero-stage", "1", *storage)
+    (tmp_path / "runs" / "there").mkdir(parents=True)
+    (tmp_path / "runs" / "there" / "run.json").write_text("{}")
+    assert "there holds a run already: give --resume to go on with it" in say("--name", "there", *storage)
+    assert "give a name without /" in say("--name", "a/b", *storage)
+    assert "--keep-best goes by what validation measures" in say("--keep-best", "--validate-every", "0", *storage)
+    (tmp_path / "file").write_text("")
+    assert "cannot write" in say("--storage", str(tmp_path / "file"))
     assert "give a file of DeepSpeed settings as JSON" in say("--deepspeed", str(tmp_path / "none.json"), *storage)
+
+
+@pytest.mark.parametrize(
+    ("given", "workers", "stage"),
+    [
+        ({}, 1, 0),
+        ({}, 2, 1),
+        ({}, 64, 1),
+        ({"offload": "optimizer"}, 1, 1),
+        ({"offload": "parameters"}, 2, 3),
+        ({"zero_stage": 0}, 8, 0),
+        ({"zero_stage": 2}, 1, 2),
+    ],
+)
+def test_a_zero_stage_that_is_not_given_is_the_least_that_serves(
+    given: dict[str, Any], workers: int, stage: int
+) -> None:
+    assert DeepSpeedSettings(**given).stage(workers) == stage
+
+
+def test_a_resumed_run_keeps_its_zero_stage_on_another_number_of_workers(tmp_path: Path) -> None:
+    def stage(workers: int, **given: Any) -> int:
+        parallel = DeepSpeedSettings(**{key: value for key, value in given.items() if key != "resume"})
+        request = Request(
+            (), tiny.SETTINGS, None, Folder(tmp_path), "run", given.get("resume", True), parallel=parallel
+        )
+        return resumed_parallel(request).stage(workers)
+
+    assert (stage(1), stage(2)) == (0, 1), "nothing is there yet"
+    Folder(tmp_path).write("runs/run/run.json", b'{"zero_stage": 1}')
+    assert (stage(1), stage(2)) == (1, 1)
+    assert (stage(1, zero_stage=2), stage(1, resume=False)) == (2, 0)
+    Folder(tmp_path).write("runs/run/run.json", b"{}")
+    assert (stage(1), stage(2)) == (0, 1), "of an earlier version"
 
 
 def test_steps_of_a_job_hold_for_all_that_it_trains() -> None:

@@ -115,7 +115,12 @@ def test_unknown_components_and_weights_of_other_settings_are_refused(data, tmp_
         Trainer(data, tmp_path / "w", small(**SHORT, window=5), tmp_path / "storage")
     longer, wider = {"training.max_steps": 9}, {"network.first_frame_channels": True}
     Trainer(data, tmp_path / "w", small(**SHORT, **{"variant_overrides.face_first": longer}), tmp_path / "storage")
-    with pytest.raises(TccpError, match="holds weights of other settings: variant_overrides"):
+    sparing = {"network.gradient_checkpointing": True, "network.dropout": 0.2}
+    Trainer(data, tmp_path / "w", small(**SHORT, **sparing), tmp_path / "storage")
+    Trainer(data, tmp_path / "w", small(**SHORT, **{"variant_overrides.face_first": sparing}), tmp_path / "storage")
+    with pytest.raises(TccpError, match=r"of other settings: network\.base_channels is \d+ there and 48 here"):
+        Trainer(data, tmp_path / "w", small(**SHORT, **{"network.base_channels": 48}), tmp_path / "storage")
+    with pytest.raises(TccpError, match=r"holds weights of other settings: variant_overrides\.face_first"):
         Trainer(data, tmp_path / "w", small(**SHORT, **{"variant_overrides.face_first": wider}), tmp_path / "storage")
 
 

@@ -25,7 +25,7 @@ from tccp.training.latents import PICTURES, LatentCache
 from tccp.training.lips import open_lip_sources, train_liplets
 from tccp.training.loop import NonFiniteLoss, fit
 from tccp.training.run import RunFolder
-from tccp.training.variant import VariantLoss, draw, train_variant
+from tccp.training.variant import VariantLoss, _DrawsAhead, draw, train_variant
 from tccp.variants import VARIANTS
 
 SMALL = {
@@ -318,6 +318,18 @@ def test_overfit(cache, name):
     after = measured()
     print(f"{name}: {before:.4f} -> {after:.4f} ({after / before:.1%})")
     assert after < 0.05 * before
+
+
+def test_random_numbers_drawn_ahead_are_those_drawn_at_once():
+    settings, shape = small(), (4, 4, 4, 4)
+    planned = [
+        [PlannedWindow(epoch, WindowId("a", epoch)), PlannedWindow(epoch, WindowId("b", 0))] for epoch in range(3)
+    ]
+    ahead = _DrawsAhead(settings, 1000)
+    for k, following in ((0, planned[1]), (1, planned[2]), (0, planned[1]), (2, ())):  # the third was foreseen wrongly
+        drawn, plain = ahead.of(planned[k], shape, following), draw(planned[k], shape, settings, 1000)
+        assert all(torch.equal(getattr(drawn, name), getattr(plain, name)) for name in vars(plain))
+        assert (ahead.next is None) == (not following)
 
 
 def test_frozen_video_branch_is_not_trained(cache):

@@ -45,7 +45,8 @@ OVERRIDES = [
     "training.precision=fp32",
     "training.log_every=1",
 ]
-Kill = Literal["rank", "raylet", "driver"]
+Kill = Literal["rank", "raylet", "driver", "notice"]
+"""notice: nothing is killed yet; a machine is said to be taken away soon."""
 
 
 def make_data(folder: Path) -> tuple[Path, Path]:
@@ -155,6 +156,18 @@ def kill_raylet(cluster: Any) -> None:
         raylet = node.all_processes["raylet"][0].process.pid
         if ranks_below(raylet):
             node.kill_raylet()
+            return
+    raise AssertionError("no node but the head has training workers")
+
+
+def give_notice(cluster: Any, seconds: int = 60) -> None:
+    """That a node with training workers will be taken away, as clouds do with spot machines."""
+    for node in cluster.worker_nodes:
+        if ranks_below(node.all_processes["raylet"][0].process.pid):
+            command = [str(Path(sys.executable).parent / "ray"), "drain-node", "--address", cluster.address]
+            command += ["--node-id", node.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
+            command += ["--reason-message", "a trial", "--deadline-remaining-seconds", str(seconds)]
+            subprocess.run(command, check=True, capture_output=True)
             return
     raise AssertionError("no node but the head has training workers")
 

@@ -59,6 +59,7 @@ class MVControlNet(ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
+    _repeated_blocks = ("BasicBlock",)  # for compile_repeated_blocks
 
     @register_to_config
     def __init__(
@@ -221,6 +222,11 @@ class MVControlNet(ModelMixin, ConfigMixin):
         except RuntimeError as error:
             reason = str(error).splitlines()[1].strip()
             raise ValueError(f"the first-frame network has another shape: {reason}") from None
+
+    def compile_blocks(self) -> None:
+        """Lets torch.compile translate the blocks, one for each shape: the whole network takes many times as long."""
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # one for each shape
+        self.compile_repeated_blocks(dynamic=False)
 
     def freeze_video_branch(self) -> None:
         """Only the control branch is trained from now on: "the video diffusion branch can be reused" (section 4.3)."""

@@ -159,7 +159,7 @@ def fit_autoencoder(
     losses = AutoencoderLoss(new_autoencoder(settings).to(device), settings, pictures, run.rank, run.num_ranks)
     engine = engine_of(losses.module, training)
     losses.forward = engine.forward
-    ema = EMAModel(engine.local_parameters(), decay=training.ema_decay)
+    ema = EMAModel(engine.local_parameters(), decay=training.ema_decay, foreach=True)
     result = fit(
         engine,
         losses,

@@ -151,8 +151,9 @@ def deepspeed_config(
             f"training.batch_size {training.batch_size} cannot be divided among {num_ranks} workers x "
             f"{training.accumulation} micro-batches: make it a multiple of {parts}, or change the number of workers"
         )
+    stage = parallel.stage(num_ranks)
     bucket = max(1, min(500_000_000, num_parameters))  # DeepSpeed sets so much memory aside, however small the network
-    zero: dict[str, Any] = {"stage": parallel.zero_stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     if parallel.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if parallel.offload == "parameters":
@@ -209,8 +210,8 @@ class DeepSpeedEngine:
         device = next(module.parameters()).device
         deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
         self.training = training
-        self.stage = parallel.zero_stage
         self.rank, self.num_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self.stage = parallel.stage(self.num_ranks)
         self.wholes = [tuple(p.shape) for p in module.parameters()]
         config = deepspeed_config(training, parallel, self.num_ranks, sum(p.numel() for p in module.parameters()))
         self.universal = resume_from is not None and self._written_by_others(resume_from)

@@ -184,6 +184,7 @@ def _deciding(settings: Settings, component: str) -> dict[str, Any]:
     """Settings that the training of a component depends on: not those of others, nor how it will be sampled."""
     own = settings.for_variant(component) if component in VARIANTS else settings
     values: dict[str, Any] = json.loads(own.model_dump_json(exclude={"sampling", "variant_overrides"}))
+    del values["network"]["gradient_checkpointing"]  # decides memory, not results
     if own.training.initial_frames in ("generated", "mix") and component in FIRST_OF:
         first = settings.for_variant(FIRST_OF[component])
         values["sampling"] = json.loads(first.sampling.model_dump_json())

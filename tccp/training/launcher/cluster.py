@@ -119,9 +119,8 @@ def readers_now(spread: Spread) -> int:
     return max(1, min(spread.readers, int(left / READER_CPUS / spread.workers)))
 
 
-def check_storage(storage: Folder, nodes: int) -> None:
-    """Raises TccpError for a folder of one machine where the cluster has several, and if it cannot be written."""
-    check_shared("storage", storage, nodes)
+def check_storage(storage: Folder) -> None:
+    """Raises TccpError if it cannot be written."""
     storage.write(".tccp", b"")
 
 

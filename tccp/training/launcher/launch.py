@@ -14,7 +14,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ import torch
 
 from tccp.clip import ClipTable
 from tccp.config import (
-    DeepSpeedSettings,
     Settings,
     TccpError,
     VariantName,
@@ -40,69 +39,26 @@ from tccp.pipeline import (
     save_component,
 )
 from tccp.progress import progress
-from tccp.training.autoencoder import autoencoder_training, fit_latent_statistics, pretrained_autoencoder
-from tccp.training.engine import deepspeed_config
+from tccp.training.autoencoder import fit_latent_statistics, pretrained_autoencoder
 from tccp.training.latents import LatentCache
-from tccp.training.launcher.cluster import check_shared, check_storage, connected, could_have, num_nodes, spread_over
+from tccp.training.launcher.cluster import check_shared, connected, could_have, num_nodes, spread_over
 from tccp.training.launcher.encode import ClipEncoder, encoded
-from tccp.training.launcher.film_order import FilmWindows
 from tccp.training.launcher.fit import fit_on_cluster
 from tccp.training.launcher.job import AUTOENCODER, ComponentJob, Latents, Spread
 from tccp.training.launcher.lending import fits, lendable
 from tccp.training.launcher.rank import EXPORT, Validate
+from tccp.training.launcher.request import RUN_RECORD, Request, check_fit, check_request, resumed_parallel
 from tccp.training.lips import LipPlace, lip_place, liplet_folder, train_liplets_once
 from tccp.training.reading import LIPS, conditions_of
-from tccp.training.recipe import COMPONENTS, recipe
+from tccp.training.recipe import recipe
 from tccp.training.run import SETTINGS_FILE, check_same_settings, run_record
 from tccp.training.tracking import Tracker, tracking_place
 from tccp.training.variant import needs_first
 from tccp.variants import FIRST_OF, VARIANTS
 
-RUNS = "runs"
 PIPELINE = "pipeline"
-RUN_RECORD = "run.json"
 TRACKING = "mlflow.json"
 NO_TRACKING = "none"
-
-
-@dataclass(frozen=True)
-class Request:
-    """A training as a user asks for it.
-
-    components: what to train; what they need is trained before them, unless it is there or can be taken over.
-    table: gives the place of the clip table, which it may make; called once Ray runs and all else has been checked.
-    films: in place of a table, gives the windows of a variant straight from film; it is told the variant, the pipeline,
-        and how many of the cluster's CPUs the ranks take.
-    take_from: pipeline folders that lend what they have of what is needed, if their settings fit; the first that has
-        it. must_take: raises if they do not fit.
-    """
-
-    components: tuple[str, ...]
-    settings: Settings
-    table: Callable[[], str] | None
-    storage: Folder
-    name: str
-    resume: bool = False
-    workers: int | None = None
-    device: str = "auto"
-    parallel: DeepSpeedSettings = field(default_factory=DeepSpeedSettings)
-    latents: Latents = "ahead"
-    readers: int | None = None
-    compiled: bool = False
-    timeout_s: float = 1800.0
-    max_failures: int = 8
-    keep: int = 2
-    keep_best: bool = False
-    validate_every: int = 0
-    take_from: tuple[Folder, ...] = ()
-    must_take: tuple[Folder, ...] = ()
-    control_from: Folder | None = None
-    pretrained_autoencoder: Path | None = None
-    lip_weights: Path | None = None
-    tracking: str | None = None
-    register_as: str | None = None
-    command: str | None = None
-    films: Callable[[VariantName, Path, float], FilmWindows] | None = None
 
 
 @dataclass(frozen=True)
@@ -121,12 +77,13 @@ def launch(request: Request, validate: Validate | None = None, note: Callable[[s
     validate: measures networks in the midst of training; it travels to rank 0. note: is told what is done, in lines.
     Raises TccpError for a user's mistake, before anything is trained wherever that can be known.
     """
+    check_request(request)
     with connected():
         spread = spread_over(
             could_have(),
             workers=request.workers,
             device=request.device,
-            parallel=request.parallel,
+            parallel=resumed_parallel(request),
             readers=request.readers,
             timeout_s=request.timeout_s,
             max_failures=request.max_failures,
@@ -135,29 +92,9 @@ def launch(request: Request, validate: Validate | None = None, note: Callable[[s
             keep_best=request.keep_best,
             validate_every=request.validate_every,
         )
-        _check(request, spread)
+        check_fit(request, spread)
         with ExitStack() as stack:
             return _Launch(request, spread, validate, note, stack).run()
-
-
-def _check(request: Request, spread: Spread) -> None:
-    for name in request.components:
-        if name not in COMPONENTS:
-            raise TccpError(f"unknown component {name!r}: choose of {', '.join(COMPONENTS)}")
-        if name == AUTOENCODER and request.pretrained_autoencoder is None:
-            deepspeed_config(autoencoder_training(request.settings), request.parallel, spread.workers, 1)
-        if name in VARIANTS:
-            deepspeed_config(request.settings.for_variant(name).training, request.parallel, spread.workers, 1)
-    if request.keep_best and not request.validate_every:
-        raise TccpError("--keep-best goes by what validation measures: give --validate-every, too")
-    if request.compiled and request.parallel.zero_stage == 3:
-        raise TccpError("--compile does not go with ZeRO stage 3, which takes the network apart: give stage 2 or less")
-    if not request.name or "/" in request.name or request.name.startswith("."):
-        raise TccpError(f"--name {request.name!r}: give a name without / that does not begin with a dot")
-    check_storage(request.storage, num_nodes())
-    folder = Folder(request.storage.path(f"{RUNS}/{request.name}"))
-    if folder.exists(RUN_RECORD) and not request.resume:
-        raise TccpError(f"{folder} holds a run already: give --resume to go on with it, or another --name")
 
 
 class _Launch:
@@ -167,7 +104,7 @@ class _Launch:
         self.request, self.spread, self.validate, self.note = request, spread, validate, note
         self.id = uuid.uuid4().hex
         self.settings = request.settings
-        self.folder = Folder(request.storage.path(f"{RUNS}/{request.name}"))
+        self.folder = request.folder
         self.place = request.table() if request.table else None
         if self.place is not None:
             check_shared("clip table", Folder(self.place), num_nodes())
@@ -181,6 +118,10 @@ class _Launch:
         self.pipeline = stack.enter_context(self.remote.here())  # of a URL, a copy
         self.taken: list[str] = []
         self.trained: list[str] = []
+
+    @property
+    def _zero_stage(self) -> int:
+        return self.spread.parallel.stage(self.spread.workers)
 
     @property
     def table(self) -> ClipTable:
@@ -199,7 +140,8 @@ class _Launch:
     def run(self) -> Launched:
         check_settings(self.pipeline, self.settings)
         if not self.folder.exists(RUN_RECORD):
-            self.folder.write(RUN_RECORD, run_record().encode())
+            record = {**json.loads(run_record()), "zero_stage": self._zero_stage}
+            self.folder.write(RUN_RECORD, (json.dumps(record, indent=1) + "\n").encode())
         for group in recipe(self.settings, self._needed()):
             for name in group:
                 self._train(name)
@@ -359,7 +301,7 @@ class _Launch:
             **self._footage(),
             "seed": self.settings.seed,
             "device": "cuda" if self.spread.use_gpu else "cpu",
-            "zero_stage": self.spread.parallel.zero_stage,
+            "zero_stage": self._zero_stage,
             "machine": f"{platform.system()} {platform.machine()}, torch {torch.__version__}, Ray",
             "command": self.request.command,
         }
@@ -376,7 +318,7 @@ class _Launch:
             "preset": own.preset,
             "workers": self.spread.workers,
             "device": "cuda" if self.spread.use_gpu else "cpu",
-            **{f"deepspeed.{key}": value for key, value in self.spread.parallel.model_dump().items()},
+            **_flat({"deepspeed": {**self.spread.parallel.model_dump(), "zero_stage": self._zero_stage}}),
             **_flat(own.model_dump(include={"seed", "picture_px", "window", "training", "network", "diffusion"})),
             **self._footage(),
         }
