@@ -111,7 +111,7 @@ def train(
         validate_every: steps between looks at what a network can do, on RoundTable clips that are the same every time:
             figures and a film, in MLflow. At the end, too; taken at the next checkpoint. 0: never.
         mlflow: address of an MLflow server, or none (default: a database in the storage, on one machine).
-        register: name under which the pipeline is registered with MLflow at the end, with the alias `latest`.
+        register: name under which the pipeline is registered with MLflow at the end, with the alias `newest`.
     """
     from tccp.pipeline import TOY_WEIGHTS
     from tccp.training.launcher.launch import launch

@@ -119,6 +119,7 @@ def test_mistakes_on_a_jobs_command_line_end_in_one_line(capsys: pytest.CaptureF
     (tmp_path / "runs" / "there" / "run.json").write_text("{}")
     assert "there holds a run already: give --resume to go on with it" in say("--name", "there", *storage)
     assert "give a name without /" in say("--name", "a/b", *storage)
+    assert "--register takes the pipeline to MLflow" in say("--register", "m", "--mlflow", "none", *storage)
     assert "--keep-best goes by what validation measures" in say("--keep-best", "--validate-every", "0", *storage)
     (tmp_path / "file").write_text("")
     assert "cannot write" in say("--storage", str(tmp_path / "file"))

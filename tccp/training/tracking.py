@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import time
 from collections.abc import Mapping
@@ -43,6 +44,7 @@ def _client(uri: str) -> Any:
         raise TccpError(
             "tracking needs MLflow: pip install -c constraints.txt -e '.[train]', or give --mlflow none"
         ) from None
+    logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of each table that it makes
     return mlflow.MlflowClient(tracking_uri=uri)
 
 

@@ -47,7 +47,7 @@ from tccp.training.launcher.fit import fit_on_cluster
 from tccp.training.launcher.job import AUTOENCODER, ComponentJob, Latents, Spread
 from tccp.training.launcher.lending import fits, lendable
 from tccp.training.launcher.rank import EXPORT, Validate
-from tccp.training.launcher.request import RUN_RECORD, Request, check_fit, check_request, resumed_parallel
+from tccp.training.launcher.request import NO_TRACKING, RUN_RECORD, Request, check_fit, check_request, resumed_parallel
 from tccp.training.lips import LipPlace, lip_place, liplet_folder, train_liplets_once
 from tccp.training.reading import LIPS, conditions_of
 from tccp.training.recipe import recipe
@@ -58,7 +58,8 @@ from tccp.variants import FIRST_OF, VARIANTS
 
 PIPELINE = "pipeline"
 TRACKING = "mlflow.json"
-NO_TRACKING = "none"
+NEWEST = "newest"
+"""Alias of the version of a registered pipeline that was trained last; MLflow keeps `latest` to itself."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,8 @@ class _Launch:
         for group in recipe(self.settings, self._needed()):
             for name in group:
                 self._train(name)
+        if self.request.register_as:
+            self._register(self.request.register_as)
         return Launched(str(self.remote), tuple(self.trained), tuple(self.taken), self.spread.workers)
 
     def _needed(self) -> list[str]:
@@ -267,8 +270,6 @@ class _Launch:
         }
         with job.run.here(EXPORT) as place:
             self._save(name, lambda target: shutil.copytree(place, target, dirs_exist_ok=True), record)
-        if self.request.register_as and job.component in self.request.components[-1:]:
-            self._register(job)
 
     def _encoder(self, name: VariantName) -> ClipEncoder:
         lips = None
@@ -336,10 +337,15 @@ class _Launch:
         frames = sum(self._table.num_frames.values())
         return {"clips": len(self._table), "frames": frames, "data_hash": self.data_hash}
 
-    def _register(self, job: ComponentJob) -> None:
-        if self.tracking is not None and self.request.register_as:
-            run_id = json.loads(job.run.read(TRACKING))["run_id"]
-            Tracker(self.tracking, run_id).register(self.pipeline, self.request.register_as, "latest")
+    def _register(self, model: str) -> None:
+        """The whole pipeline, with the MLflow run of what was asked for last."""
+        for name in reversed(self.request.components):
+            run = Folder(self.folder.path(name))
+            if self.tracking is not None and run.exists(TRACKING):
+                tracker = Tracker(self.tracking, json.loads(run.read(TRACKING))["run_id"])
+                tracker.register(self.pipeline, model, NEWEST)
+                self.note(f"registered with MLflow as {model}, alias {NEWEST}")
+                return
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, object]:

@@ -19,6 +19,7 @@ from tccp.variants import VARIANTS
 
 RUNS = "runs"
 RUN_RECORD = "run.json"
+NO_TRACKING = "none"
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,8 @@ def check_request(request: Request) -> None:
             raise TccpError(f"unknown component {name!r}: choose of {', '.join(COMPONENTS)}")
     if request.keep_best and not request.validate_every:
         raise TccpError("--keep-best goes by what validation measures: give --validate-every, too")
+    if request.register_as and request.tracking == NO_TRACKING:
+        raise TccpError("--register takes the pipeline to MLflow: leave --mlflow none out, or give its address")
     if not request.name or "/" in request.name or request.name.startswith("."):
         raise TccpError(f"--name {request.name!r}: give a name without / that does not begin with a dot")
     check_storage(request.storage)

@@ -1,0 +1,40 @@
+"""What is noted in MLflow, in a database as one machine has it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tccp.config import TccpError
+from tccp.training.launcher.launch import NEWEST
+from tccp.training.tracking import Tracker
+
+
+def test_a_run_is_taken_up_again_and_a_pipeline_is_registered_once_for_each_training(tmp_path: Path) -> None:
+    uri, artifacts = f"sqlite:///{tmp_path}/mlflow.db", (tmp_path / "artifacts").as_uri()
+    (tmp_path / "pipeline" / "autoencoder").mkdir(parents=True)
+    (tmp_path / "pipeline" / "autoencoder" / "config.json").write_text("{}")
+    first = Tracker.start(uri, "a", {"workers": 2}, artifacts)
+    first.metrics(3, {"loss": 0.5})
+    first.ended("FAILED")
+    again = Tracker.start(uri, "a", {"workers": 2}, artifacts, first.run_id)
+    again.metrics(4, {"loss": 0.25})
+    again.register(tmp_path / "pipeline", "talker", NEWEST)
+    again.register(tmp_path / "pipeline", "talker", NEWEST)
+    again.ended("FINISHED")
+    client = again.client
+    (run,) = client.search_runs([client.get_experiment_by_name("tccp").experiment_id])
+    assert (run.info.run_id, run.info.status, run.data.params) == (first.run_id, "FINISHED", {"workers": "2"})
+    noted = [(one.step, one.value) for one in client.get_metric_history(run.info.run_id, "loss")]
+    assert noted == [(3, 0.5), (4, 0.25)]
+    newest = client.get_model_version_by_alias("talker", NEWEST)
+    assert (int(newest.version), newest.run_id) == (2, first.run_id)
+    (config,) = (tmp_path / "artifacts").rglob("config.json")
+    assert config.parent.name == "autoencoder"
+
+
+def test_a_database_that_cannot_be_used_is_said_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TccpError, match=r"MLflow at sqlite:.* cannot be used .*: check the address, or --mlflow none"):
+        Tracker.start(f"sqlite:///{tmp_path}/file/mlflow.db", "a", {})
