@@ -88,7 +88,7 @@ def test_jobs_submitted_to_a_cluster_train_a_pipeline_although_their_driver_is_k
 ) -> None:
     clips, untrained = data
     storage, log = tmp_path / "storage", tmp_path / "log"
-    first = run_folder(storage, "landmark_sequence")  # the longest is trained first
+    first = run_folder(storage, "landmark_first")
     stage1 = command("stage1", clips, storage, "--autoencoder", str(untrained), steps=JOB_STEPS)
     stage1[stage1.index("--mlflow") :] = stage1[stage1.index("--mlflow") + 2 :]  # with a database in the storage
     job = submit(head, stage1, log)
@@ -98,9 +98,9 @@ def test_jobs_submitted_to_a_cluster_train_a_pipeline_although_their_driver_is_k
     assert trainings.ended(job) not in (0, None), log.read_text()
     assert 4 <= committed(first) < JOB_STEPS
     assert trainings.ended(submit(head, [*stage1, "--resume"], log)) == 0, log.read_text()
-    plain = trainings.plain_trace("landmark_sequence", clips, untrained, tmp_path / "plain", JOB_STEPS)
+    plain = trainings.plain_trace("landmark_first", clips, untrained, tmp_path / "plain", JOB_STEPS)
     assert_same_trace(trace(first), plain)
-    for run in (first, run_folder(storage, "landmark_first")):
+    for run in (first, run_folder(storage, "landmark_sequence")):
         assert json.loads((run / "result.json").read_text())["workers"] == 2
         checkpoint = next(run.glob(f"step-{JOB_STEPS:07d}-*"))
         assert len(list((checkpoint / "deepspeed").glob("zero_pp_rank_*_optim_states.pt"))) == 2

@@ -62,8 +62,8 @@ class Tracker:
 
         Raises TccpError if the server or database cannot be used.
         """
-        client = _client(uri)
         try:
+            client = _client(uri)
             if run_id is not None:
                 client.update_run(run_id, status="RUNNING")
                 return cls(uri, run_id)

@@ -50,7 +50,7 @@ from tccp.training.launcher.rank import EXPORT, Validate
 from tccp.training.launcher.request import NO_TRACKING, RUN_RECORD, Request, check_fit, check_request, resumed_parallel
 from tccp.training.lips import LipPlace, lip_place, liplet_folder, train_liplets_once
 from tccp.training.reading import LIPS, conditions_of
-from tccp.training.recipe import recipe
+from tccp.training.recipe import COMPONENTS, recipe
 from tccp.training.run import SETTINGS_FILE, check_same_settings, run_record
 from tccp.training.tracking import Tracker, tracking_place
 from tccp.training.variant import needs_first
@@ -144,7 +144,9 @@ class _Launch:
             record = {**json.loads(run_record()), "zero_stage": self._zero_stage}
             self.folder.write(RUN_RECORD, (json.dumps(record, indent=1) + "\n").encode())
         for group in recipe(self.settings, self._needed()):
-            for name in group:
+            for name in sorted(
+                group, key=COMPONENTS.index
+            ):  # sequence networks are validated on the first ones' frames
                 self._train(name)
         if self.request.register_as:
             self._register(self.request.register_as)
@@ -179,6 +181,9 @@ class _Launch:
                     self._push()
                     self.taken += names
                     self.note(f"taken over from {_shown(folder)}: {', '.join(names)}")
+
+    def _there(self) -> list[str]:
+        return [name for name in COMPONENTS if has_component(self.pipeline, name)]
 
     def _push(self, *names: str) -> None:
         """Components of the pipeline, and last its manifest, to storage; all of them by default."""
@@ -264,6 +269,8 @@ class _Launch:
 
     def _train_on(self, name: VariantName, job: ComponentJob) -> None:
         job = replace(job, control_from=self.request.control_from)
+        if self.validate and self.spread.validate_every and FIRST_OF.get(name, AUTOENCODER) not in self._there():
+            self.note(f"{name} is not validated: it continues from frames of {FIRST_OF[name]}, which is not there")
         record = {
             "steps": self.settings.for_variant(name).training.max_steps,
             **fit_on_cluster(job, self.validate, self._tracked(job)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -95,7 +96,7 @@ class RayRun:
             mode = ray.train.CheckpointUploadMode
             # A name of its own for each attempt: what an attempt that died has left under it is never mixed in.
             ray.train.report(
-                {"steps": step, **metrics},
+                {"steps": step, **({"score": -math.inf} if self.job.spread.keep_best else {}), **metrics},
                 checkpoint=ray.train.Checkpoint.from_directory(folder),
                 checkpoint_dir_name=f"step-{step:07d}-{uuid.uuid4().hex[:6]}",
                 checkpoint_upload_mode=mode.SYNC if self._preempted else mode.ASYNC,
