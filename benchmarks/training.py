@@ -27,6 +27,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+RATIOS = {
+    "ray_and_deepspeed_to_plain_torch": ("ray_1_worker", "plain_torch"),
+    "two_workers_to_one": ("ray_1_worker", "ray_2_workers_zero_1"),
+}
+"""Of step times that were measured in one call: shared machines are faster at one time than at another."""
 SKIPPED = 0.4
 """Share of the steps, at the start, that is not counted: caches are cold, and Ray is still starting processes."""
 FILMS, SECONDS = 16, 3.0
@@ -120,6 +125,7 @@ def measure(arguments: argparse.Namespace, place: Path) -> None:
         runs.pop(case.name, None)
     failed: set[str] = set()
     records: dict[str, list[Records]] = {}
+    before = {name: record[name] for name in RATIOS if name in record}
     for _ in range(arguments.rounds):
         for case in chosen:
             metrics = train(arguments, case, place)
@@ -129,24 +135,24 @@ def measure(arguments: argparse.Namespace, place: Path) -> None:
             records.setdefault(case.name, []).append([json.loads(line) for line in metrics.read_text().splitlines()])
             runs[case.name] = figures(records[case.name], arguments, case)
             print(case.name, runs[case.name], file=sys.stderr, flush=True)
-            arguments.out.write_text(json.dumps(summary(arguments, runs), indent=1) + "\n")
+            arguments.out.write_text(json.dumps(summary(arguments, runs, set(records), before), indent=1) + "\n")
     if failed:
         raise SystemExit(f"failed: {', '.join(sorted(failed))}; the others are in {arguments.out}")
 
 
-def summary(arguments: argparse.Namespace, runs: dict[str, dict[str, float]]) -> dict[str, Any]:
+def summary(
+    arguments: argparse.Namespace, runs: dict[str, dict[str, float]], measured: set[str], before: dict[str, float]
+) -> dict[str, Any]:
+    """measured: runs of this call; before: ratios of earlier calls, which stand where this one has none."""
     record: dict[str, Any] = {
         "machine": machine(arguments.device),
         "preset": arguments.preset,
         "variant": arguments.variant,
         "runs": runs,
+        **before,
     }
-    ratios = {
-        "ray_and_deepspeed_to_plain_torch": ("ray_1_worker", "plain_torch"),
-        "two_workers_to_one": ("ray_1_worker", "ray_2_workers_zero_1"),
-    }
-    for name, (over, under) in ratios.items():
-        if over in runs and under in runs:
+    for name, (over, under) in RATIOS.items():
+        if {over, under} <= measured:
             record[name] = round(runs[over]["step_s"] / runs[under]["step_s"], 3)
     return record
 
