@@ -189,3 +189,45 @@ def test_a_training_survives_its_workers_and_machines(data: tuple[Path, Path], t
         trainings.end(below)
     assert_same_trace(trace(run), plain)
     assert len(list(run.glob("step-*"))) == 2  # what attempts have left unfinished is gone
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--latents", "in-step"],
+        ["--offload", "optimizer"],
+        ["--offload", "parameters"],
+        ["--workers", "1"],
+        ["--compile"],
+        ["network.gradient_checkpointing=true"],
+        ["training.accumulation=2"],
+    ],
+    ids=lambda options: "_".join(options).strip("-"),
+)
+def test_every_way_to_train_is_the_same_training(data: tuple[Path, Path], tmp_path: Path, options: list[str]) -> None:
+    clips, untrained = data
+    arguments = command("stage1", clips, tmp_path, "--variants", "landmark_first", "--autoencoder", str(untrained))
+    overrides = [one for one in options if "=" in one]
+    arguments[2:2] = overrides
+    process = trainings.start([*arguments, *(one for one in options if "=" not in one)], tmp_path / "log")
+    assert trainings.ended(process) == 0, (tmp_path / "log").read_text()
+    plain = trainings.plain_trace("landmark_first", clips, untrained, tmp_path / "plain")
+    assert_same_trace(trace(run_folder(tmp_path, "landmark_first")), plain)
+
+
+@pytest.mark.soak
+def test_a_control_branch_is_trained_alone_on_anothers_video_branch(data: tuple[Path, Path], tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    clips, untrained = data
+    log = tmp_path / "log"
+    options = ["--variants", "one_stage_first", "--autoencoder", str(untrained)]
+    first = command("stage1", clips, tmp_path, *options, steps=4)
+    assert trainings.ended(trainings.start(first, log)) == 0, log.read_text()
+    again = command("stage1", clips, tmp_path, *options, "--control-from", "run", "--name", "control", steps=4)
+    again.insert(2, "training.freeze_video_branch=true")
+    assert trainings.ended(trainings.start(again, log)) == 0, log.read_text()
+    weights = "pipeline/one_stage_first/diffusion_pytorch_model.safetensors"
+    before, after = (load_file(tmp_path / "runs" / name / weights) for name in ("run", "control"))
+    assert {name.split(".")[0] for name in before if not before[name].equal(after[name])} == {"control"}
