@@ -28,6 +28,8 @@ from trainings import ROOT
 from tccp.roundtable import write_clips
 
 IDLE_MINUTES = 0.25
+HEAD = "ray.head.default"
+"""What Ray's fake machines want the head's kind to be called."""
 SIZES = {"head": 0, "data": 2, "train": 2}
 
 
@@ -38,16 +40,25 @@ def fake_cluster() -> dict[str, Any]:
         name: {"resources": {"CPU": SIZES[name]}, "node_config": {}, "min_workers": 0, "max_workers": 1}
         for name in config["available_node_types"]
     }
-    kinds["head"]["max_workers"] = 0
-    kept = {key: config[key] for key in ("cluster_name", "upscaling_speed", "head_node_type")}
+    kinds[HEAD] = {**kinds.pop("head"), "max_workers": 0}
+    kept = {key: config[key] for key in ("cluster_name", "upscaling_speed")}
     return {
         **kept,
         "max_workers": 2,
         "idle_timeout_minutes": IDLE_MINUTES,
         "provider": {"type": "fake_multinode"},
         "available_node_types": kinds,
+        "head_node_type": HEAD,
+        # Nothing is copied or run there, but Ray's autoscaler looks for all of these.
+        "auth": {},
+        "file_mounts": {},
+        "file_mounts_sync_continuously": False,
+        "cluster_synced_files": [],
+        **{f"{where}_setup_commands": [] for where in ("head", "worker")},
+        **{f"{where}_start_ray_commands": [] for where in ("head", "worker")},
+        "initialization_commands": [],
         "setup_commands": [],
-        "head_start_ray_commands": [],
+        "docker": {},
     }
 
 
@@ -97,6 +108,7 @@ def measure(place: Path) -> dict[str, Any]:
         "HOME": str(place),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "RAY_FAKE_CLUSTER": "1",
+        "AUTOSCALER_UPDATE_INTERVAL_S": "1",
         "RAY_AUTH_MODE": "disabled",
         "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
         "TCCP_CLUSTER_MAX": f"CPU={sum(SIZES.values())},GPU=0",

@@ -35,7 +35,8 @@ class Folder:
             import fsspec
 
             try:
-                self._fs, self._root = fsspec.core.url_to_fs(self.place)
+                # Without remembered listings: other machines write here, too.
+                self._fs, self._root = fsspec.core.url_to_fs(self.place, use_listings_cache=False)
             except (ImportError, ValueError, OSError) as error:
                 reason = str(error).splitlines()[0]
                 raise TccpError(

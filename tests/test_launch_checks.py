@@ -14,6 +14,7 @@ from tccp.config import DeepSpeedSettings, TccpError, load_settings, override, s
 from tccp.files import Folder, fetched
 from tccp.pipeline import export, write_untrained
 from tccp.training.launcher.cluster import CLUSTER_MAX, READER_CPUS, check_shared, could_have, spread_over
+from tccp.training.launcher.fit import tidy
 from tccp.training.launcher.lending import fits, lendable
 from tccp.training.launcher.request import Request, resumed_parallel
 from tccp.training.tracking import tracking_place
@@ -222,3 +223,15 @@ def test_networks_are_lent_only_with_what_they_were_trained_on(tmp_path: Path) -
     export(lender, own_lips, ["autoencoder"])
     export(stranger, own_lips, ["lips"])
     assert lendable(lender, own_lips, settings, []) == ["landmark_first"], "face networks of other lips"
+
+
+@pytest.mark.parametrize("place", ["here", "memory://tccp-tests/tidy"])
+def test_checkpoints_that_are_on_record_stay_and_so_do_all_without_a_record(tmp_path: Path, place: str) -> None:
+    run = Folder(place if "://" in place else tmp_path / place)
+    for name in ("step-0000004-aaaaaa", "step-0000008-bbbbbb", "export"):
+        run.write(f"{name}/file", b"")
+    tidy(run)
+    assert len(run.subfolders()) == 3
+    run.write("checkpoint_manager_snapshot.json", b'[{"checkpoint_dir_name": "step-0000004-aaaaaa"}]')
+    tidy(run)
+    assert run.subfolders() == {"step-0000004-aaaaaa", "export"}

@@ -93,10 +93,10 @@ def _last_line(error: Exception) -> str:
 
 
 def tidy(run: Folder) -> None:
-    """Removes checkpoints that were never finished: those that Ray Train has no record of."""
-    kept = ""
-    if run.exists(RAYS_RECORD):
-        kept = run.read(RAYS_RECORD).decode()
+    """Removes checkpoints that were never finished: those that Ray Train has no record of; none without a record."""
+    if not run.exists(RAYS_RECORD):
+        return
+    kept = run.read(RAYS_RECORD).decode()
     for name in run.subfolders():
         if name.startswith("step-") and f'"{name}"' not in kept:
             run.remove(name)
