@@ -86,8 +86,8 @@ class Folder:
         return open(self.local / name, "rb") if self.local is not None else self._fs.open(f"{self._root}/{name}", "rb")
 
     def read(self, name: str) -> bytes:
-        with self.open(name) as file:
-            return file.read()
+        """Raises FileNotFoundError."""
+        return (self.local / name).read_bytes() if self.local else bytes(self._fs.cat_file(f"{self._root}/{name}"))
 
     def download(self, name: str, to: Path) -> None:
         """Copies a file of it, at a URL, to a path of this machine. Raises FileNotFoundError."""
