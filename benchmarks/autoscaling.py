@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import ray.util
 import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
@@ -33,7 +34,7 @@ HEAD = "ray.head.default"
 SIZES = {"head": 0, "data": 2, "train": 2}
 
 
-def fake_cluster() -> dict[str, Any]:
+def fake_cluster(port: int) -> dict[str, Any]:
     """`cluster.yaml` with machines of these sizes that are processes here."""
     config = yaml.safe_load((ROOT / "cluster.yaml").read_text())
     kinds = {
@@ -46,7 +47,7 @@ def fake_cluster() -> dict[str, Any]:
         **kept,
         "max_workers": 2,
         "idle_timeout_minutes": IDLE_MINUTES,
-        "provider": {"type": "fake_multinode"},
+        "provider": {"type": "fake_multinode", "gcs_address": f"{ray.util.get_node_ip_address()}:{port}"},
         "available_node_types": kinds,
         "head_node_type": HEAD,
         # Nothing is copied or run there, but Ray's autoscaler looks for all of these.
@@ -99,10 +100,10 @@ def main() -> None:
 
 
 def measure(place: Path) -> dict[str, Any]:
-    config = place / "cluster.yaml"
-    config.write_text(yaml.safe_dump(fake_cluster()))
-    write_clips(place / "films", 4, 1.0, seed=3)
     port, dashboard = trainings.free_port(), trainings.free_port()
+    config = place / "cluster.yaml"
+    config.write_text(yaml.safe_dump(fake_cluster(port)))
+    write_clips(place / "films", 4, 1.0, seed=3)
     environment = {
         **os.environ,
         "HOME": str(place),
@@ -114,11 +115,11 @@ def measure(place: Path) -> dict[str, Any]:
         "TCCP_CLUSTER_MAX": f"CPU={sum(SIZES.values())},GPU=0",
         "OMP_NUM_THREADS": "1",
     }
-    ray = str(Path(sys.executable).parent / "ray")
+    program = str(Path(sys.executable).parent / "ray")
     options = ["--num-cpus=0", f"--port={port}", f"--dashboard-port={dashboard}", f"--autoscaling-config={config}"]
     with (place / "ray.log").open("w") as log:
         head = subprocess.Popen(
-            [ray, "start", "--head", "--block", "--disable-usage-stats", *options],
+            [program, "start", "--head", "--block", "--disable-usage-stats", *options],
             env=environment,
             stdout=log,
             stderr=log,
@@ -143,7 +144,7 @@ def measure(place: Path) -> dict[str, Any]:
         phases["before"] = settled(watch, 1)
         for name, job in (("preprocessing", preprocess), ("training", train)):
             began = len(watch.seen)
-            submit = [ray, "job", "submit", "--working-dir", str(ROOT), "--", "python", *job]
+            submit = [program, "job", "submit", "--working-dir", str(ROOT), "--", "python", *job]
             done = subprocess.run(submit, env=environment, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise SystemExit(done.stdout[-5000:] + done.stderr[-2000:])
