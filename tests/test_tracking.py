@@ -10,6 +10,8 @@ from tccp.config import TccpError
 from tccp.training.launcher.launch import NEWEST
 from tccp.training.tracking import Tracker
 
+pytestmark = pytest.mark.slow  # MLflow makes some fifty tables
+
 
 def test_a_run_is_taken_up_again_and_a_pipeline_is_registered_once_for_each_training(tmp_path: Path) -> None:
     uri, artifacts = f"sqlite:///{tmp_path}/mlflow.db", (tmp_path / "artifacts").as_uri()
