@@ -35,7 +35,14 @@ def together(num_ranks: int, arguments: dict[str, Any], out: Path) -> Any:
         )
         for rank in range(num_ranks)
     ]
-    said = [rank.communicate(timeout=600)[0] for rank in ranks]
+    try:
+        said = [rank.communicate(timeout=1800)[0] for rank in ranks]  # ends a hang, not a slow machine
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+            assert rank.stdout is not None
+            rank.stdout.close()
     assert [rank.returncode for rank in ranks] == [0] * num_ranks, "\n".join(text[-3000:] for text in said)
     return json.loads(out.read_text())
 
