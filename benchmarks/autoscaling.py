@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 import ray.util
 import yaml
+from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
@@ -47,7 +48,12 @@ def fake_cluster(port: int) -> dict[str, Any]:
         **kept,
         "max_workers": 2,
         "idle_timeout_minutes": IDLE_MINUTES,
-        "provider": {"type": "fake_multinode", "gcs_address": f"{ray.util.get_node_ip_address()}:{port}"},
+        "provider": {
+            "type": "fake_multinode",
+            "gcs_address": f"{ray.util.get_node_ip_address()}:{port}",
+            "use_node_id_as_ip": True,  # they all have the same
+            "disable_node_updaters": True,  # they are not reached by SSH
+        },
         "available_node_types": kinds,
         "head_node_type": HEAD,
         # Nothing is copied or run there, but Ray's autoscaler looks for all of these.
@@ -109,6 +115,7 @@ def measure(place: Path) -> dict[str, Any]:
         "HOME": str(place),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "RAY_FAKE_CLUSTER": "1",
+        "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,  # by which the autoscaler knows the head
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
         "RAY_AUTH_MODE": "disabled",
         "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
@@ -139,12 +146,13 @@ def measure(place: Path) -> dict[str, Any]:
         size = [item for item in trainings.OVERRIDES if item.startswith("picture_px")]
         preprocess = ["ray_jobs/preprocess.py", str(place / "films"), data, "--backend", "truth", "--set", *size]
         train = trainings.command("stage1", Path("DATA"), storage, "--autoencoder", str(untrained))[1:]
-        train = [str(Path(train[0]).relative_to(ROOT)), *(data if item == "DATA" else item for item in train[1:])]
+        train = [data if item == "DATA" else item for item in train]
         phases = {}
         phases["before"] = settled(watch, 1)
         for name, job in (("preprocessing", preprocess), ("training", train)):
             began = len(watch.seen)
-            submit = [program, "job", "submit", "--working-dir", str(ROOT), "--", "python", *job]
+            # No `--working-dir`: the machines share this one's copy of it, which the first one taken away would remove.
+            submit = [program, "job", "submit", "--", "python", str(ROOT / job[0]), *job[1:]]
             done = subprocess.run(submit, env=environment, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise SystemExit(done.stdout[-5000:] + done.stderr[-2000:])
