@@ -1,16 +1,18 @@
-"""Does a training on Ray that is killed come to what one that is not comes to?
+"""Does a training on Ray that is killed, again and again, come to what one that is not comes to?
 
-`python benchmarks/training_kills.py --trials 10 --out docs/soak/training_kills.json`: so many trials of each kind: a
-training worker is killed; the raylet of the machine that the workers are on (a Ray cluster of a head and two, all on
-this machine); the driver, and the Ray it started: with SIGKILL, at a random step; and notice is given, on such a
-cluster, that the workers' machine will be taken away (a longer training, for Ray looks for that every five seconds).
-Losses of every step are compared with those of an uninterrupted training on Ray, bit for bit, and by plain torch, to
-1e-4. Restartable: trials that are in the output are not done again.
+`python benchmarks/training_kills.py --kills 10 --out docs/soak/training_kills.json`: at least so many kills of each
+kind, several to a training, each with SIGKILL at a random moment after a checkpoint: of a training worker; of the
+machine that workers are on (a Ray cluster of a head and two, all on this machine; another takes its place); of the
+driver, and the Ray it started. And a training is given notice, on such a cluster, that its machine will be taken away
+(a longer one, for Ray looks for that every five seconds). Losses of every step are compared with those of an
+uninterrupted training on Ray, bit for bit, and that one's with plain torch's, to 1e-4. Restartable: trainings that are
+in the output are not done again.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -18,7 +20,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -32,43 +34,60 @@ from tccp.files import atomic_path
 
 Trace = list[tuple[int, float, float]]
 COMPONENT: VariantName = "landmark_first"
-LATEST = trainings.STEPS - trainings.EVERY
 NOTICE = {"steps": 240, "every": 80}
 """Of trainings that are given notice: they save when they hear of it, between two of these checkpoints."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=10)
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--notices", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("docs/soak/training_kills.json"))
-    parser.add_argument("--minutes", type=float, help="begin no further trial after so long; go on another time")
+    parser.add_argument("--minutes", type=float, help="begin no further training after so long; go on another time")
     arguments = parser.parse_args()
-    record: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"trials": {}}
+    record: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"trainings": {}}
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="tccp-kills-") as place:
         root = Path(place)
         data, untrained = trainings.make_data(root)
         options = ["--variants", COMPONENT, "--autoencoder", str(untrained)]
         wholes: dict[int, Trace] = {}
-        for number in range(arguments.trials):
-            for kind in get_args(Kill):
-                name = f"{kind}-{number}"
-                late = arguments.minutes is not None and time.monotonic() - started > 60 * arguments.minutes
-                if name in record["trials"] or late:
-                    continue
-                length = NOTICE if kind == "notice" else {}
-                steps = length.get("steps", trainings.STEPS)
-                if steps not in wholes:
-                    wholes[steps] = uninterrupted(data, untrained, options, root, length)
-                found = trial(kind, number, data, options, root)
-                found["same_as_uninterrupted"] = found.pop("trace") == wholes[steps]
-                record["trials"][name] = found
-                record["summary"] = summary(record["trials"])
-                with atomic_path(arguments.out) as path:
-                    path.write_text(json.dumps(record, indent=1) + "\n")
-                print(name, found, flush=True)
-                shutil.rmtree(root / "storage")
+        while kind := wanting(record["trainings"], arguments.kills, arguments.notices):
+            if arguments.minutes is not None and time.monotonic() - started > 60 * arguments.minutes:
+                break
+            length = NOTICE if kind == "notice" else {}
+            steps = length.get("steps", trainings.STEPS)
+            if steps not in wholes:
+                wholes[steps] = uninterrupted(data, untrained, options, root, length)
+            name = f"{kind}-{sum(one.startswith(kind) for one in record['trainings'])}"
+            found = training(kind, name, data, options, root, length)
+            found["same_as_uninterrupted"] = found.pop("trace") == wholes[steps]
+            record["trainings"][name] = found
+            record["summary"] = summary(record["trainings"])
+            with atomic_path(arguments.out) as path:
+                path.write_text(json.dumps(record, indent=1) + "\n")
+            print(name, found, flush=True)
+            shutil.rmtree(root / "storage")
     print(json.dumps(record.get("summary"), indent=1))
+
+
+def wanting(done: dict[str, dict[str, Any]], kills: int, notices: int) -> Kill | None:
+    """The kind that most is missing of; None if nothing is."""
+    missing = {kind: (notices if kind == "notice" else kills) - found["kills"] for kind, found in summary(done).items()}
+    most = max(missing, key=lambda kind: missing[kind])
+    return most if missing[most] > 0 else None
+
+
+def summary(done: dict[str, dict[str, Any]]) -> dict[Kill, dict[str, int]]:
+    kinds = {kind: [found for name, found in done.items() if name.startswith(kind)] for kind in get_args(Kill)}
+    return {
+        kind: {
+            "trainings": len(found),
+            "kills": sum(len(one["killed_after_step"]) for one in found),
+            "same_as_uninterrupted": sum(one["same_as_uninterrupted"] for one in found),
+        }
+        for kind, found in kinds.items()
+    }
 
 
 def uninterrupted(data: Path, untrained: Path, options: list[str], root: Path, length: dict[str, int]) -> Trace:
@@ -82,64 +101,51 @@ def uninterrupted(data: Path, untrained: Path, options: list[str], root: Path, l
     return whole
 
 
-def summary(trials: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    kinds = {kind: [found for name, found in trials.items() if name.startswith(kind)] for kind in get_args(Kill)}
-    return {
-        kind: {"trials": len(found), "same_as_uninterrupted": sum(one["same_as_uninterrupted"] for one in found)}
-        for kind, found in kinds.items()
-    }
-
-
-def trial(kind: Kill, number: int, data: Path, options: list[str], root: Path) -> dict[str, Any]:
-    rng = random.Random(f"{kind} {number}")
-    after = rng.randrange(1, LATEST // trainings.EVERY) * trainings.EVERY
-    run, log = run_folder(root / "storage", COMPONENT), root / f"{kind}-{number}.log"
+def training(
+    kind: Kill, name: str, data: Path, options: list[str], root: Path, length: dict[str, int]
+) -> dict[str, Any]:
+    """One training that is struck after each of its checkpoints but the last, if it has got so far by then."""
+    rng = random.Random(name)
+    steps, every = length.get("steps", trainings.STEPS), length.get("every", trainings.EVERY)
+    run, log = run_folder(root / "storage", COMPONENT), root / f"{name}.log"
+    killed: list[int] = []
     started = time.monotonic()
-    if kind == "raylet":
-        committed = on_a_cluster(trainings.kill_raylet, data, options, root, log, after, rng)
-    elif kind == "notice":
-        committed = on_a_cluster(trainings.give_notice, data, options, root, log, NOTICE["every"], rng, **NOTICE)
-    else:
-        arguments = command("stage1", data, root / "storage", *options)
-        process = trainings.start(arguments, log)
-        at_work = trainings.wait_for(run, after, process)
-        time.sleep(rng.random())
-        committed = trainings.committed(run)
-        assert at_work, log.read_text()[-4000:]
-        if kind == "rank":
-            trainings.kill_rank(process.pid, rng)
-        else:
-            trainings.kill_driver(process)
-            process = trainings.start([*arguments, "--resume"], log)
-        assert process.wait(600) == 0, log.read_text()[-4000:]
-    return {"killed_after_step": committed, "seconds": round(time.monotonic() - started, 1), "trace": trace(run)}
+    with cluster_for(kind) as cluster:
+        places = (data, root / "storage") if cluster is None else (f"file://{data}", f"file://{root}/storage")
+        environment = {} if cluster is None else {"RAY_ADDRESS": cluster.address}
+        arguments = command("stage1", *places, *options, **length)
+        process = trainings.start(arguments, log, **environment)
+        while (after := max([0, *killed]) // every * every + every) < steps and not (kind == "notice" and killed):
+            assert trainings.wait_for(run, after, process), log.read_text()[-4000:]
+            time.sleep(2 * rng.random())
+            killed.append(trainings.committed(run))
+            if kind == "rank":
+                trainings.kill_rank(process.pid, rng)
+            elif kind == "raylet":
+                trainings.kill_raylet(cluster)
+                cluster.add_node(num_cpus=2)
+            elif kind == "notice":
+                trainings.give_notice(cluster)
+            else:
+                trainings.kill_driver(process)
+                process = trainings.start([*arguments, "--resume"], log)
+        assert process.wait(900) == 0, log.read_text()[-4000:]
+    return {"killed_after_step": killed, "seconds": round(time.monotonic() - started, 1), "trace": trace(run)}
 
 
-def on_a_cluster(
-    strike: Callable[[Any], None],
-    data: Path,
-    options: list[str],
-    root: Path,
-    log: Path,
-    after: int,
-    rng: random.Random,
-    **length: int,
-) -> int:
+@contextlib.contextmanager
+def cluster_for(kind: Kill) -> Iterator[Any]:
+    """A head without work and two machines, where machines are to die; else None: a training starts its own."""
+    if kind in ("rank", "driver"):
+        yield None
+        return
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": True})
     try:
         for _ in range(2):
             cluster.add_node(num_cpus=2)
-        arguments = command("stage1", f"file://{data}", f"file://{root}/storage", *options, **length)
-        process = trainings.start(arguments, log, RAY_ADDRESS=cluster.address)
-        run = run_folder(root / "storage", COMPONENT)
-        assert trainings.wait_for(run, after, process), log.read_text()[-4000:]
-        time.sleep(rng.random())
-        committed = trainings.committed(run)
-        strike(cluster)
-        assert process.wait(600) == 0, log.read_text()[-4000:]
-        return committed
+        yield cluster
     finally:
         below = trainings.ray_below(os.getpid())
         cluster.shutdown()

@@ -151,11 +151,11 @@ def kill_rank(pid: int, rng: random.Random) -> None:
 
 
 def kill_raylet(cluster: Any) -> None:
-    """Of a node of a `ray.cluster_utils.Cluster`, other than the head, that has training workers."""
+    """Of a node of a `ray.cluster_utils.Cluster`, other than the head, that has training workers; the node is gone."""
     for node in cluster.worker_nodes:
-        raylet = node.all_processes["raylet"][0].process.pid
-        if ranks_below(raylet):
+        if ranks_below(node.all_processes["raylet"][0].process.pid):
             node.kill_raylet()
+            cluster.remove_node(node, allow_graceful=False)
             return
     raise AssertionError("no node but the head has training workers")
 

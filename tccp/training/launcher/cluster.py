@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from tccp.config import DeepSpeedSettings, TccpError
 from tccp.files import Folder
@@ -15,6 +16,7 @@ from tccp.training.launcher.job import QUIET_RAY, Spread
 WORKER_CPUS = 0.5
 """CPUs that a rank without a GPU asks for. They are logical: what it uses is decided by its threads."""
 GPU_WORKER_CPUS = 1.0
+API_SERVER = "RAY_API_SERVER_ADDRESS"
 MOST_READERS = 4
 
 
@@ -30,17 +32,34 @@ def connected() -> Iterator[None]:
         return
     for name, value in QUIET_RAY.items():
         os.environ.setdefault(name, value)
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level="ERROR")
-    else:
-        importable_in_children()
-        cpus = max(2, os.cpu_count() or 1)
-        # Without a dashboard Ray Train complains all the time that it cannot ask it.
-        ray.init("local", num_cpus=cpus, include_dashboard=True, logging_level="ERROR")
-    try:
+    with ExitStack() as undo:
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(logging_level="ERROR")
+        else:
+            importable_in_children()
+            cpus = max(2, os.cpu_count() or 1)
+            # Ray Train asks the dashboard whether its controller lives, and ends the training if not. Told nothing, it
+            # asks whichever cluster it finds on this machine.
+            port = undo.enter_context(_own_dashboard())
+            ray.init("local", num_cpus=cpus, include_dashboard=True, dashboard_port=port, logging_level="ERROR")
+        undo.callback(ray.shutdown)
         yield
+
+
+@contextmanager
+def _own_dashboard() -> Iterator[int]:
+    """A port that is free, which processes started in the context take for that of Ray's dashboard."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = int(one.getsockname()[1])
+    before = os.environ.get(API_SERVER)
+    os.environ[API_SERVER] = f"http://127.0.0.1:{port}"
+    try:
+        yield port
     finally:
-        ray.shutdown()
+        os.environ.pop(API_SERVER)
+        if before is not None:
+            os.environ[API_SERVER] = before
 
 
 def num_nodes() -> int:
