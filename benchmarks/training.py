@@ -6,7 +6,8 @@ the lower quartile of the times of its steps in all rounds, for other work on a 
 start untrained, which costs the same.
 
 `python benchmarks/training.py --device cuda --preset paper --out docs/training_gpu.json --peak-tflops 989`: every
-network of the preset on one GPU, also checkpointed and compiled, and the share of the GPU's arithmetic put to use.
+network of the preset on one GPU, also compiled, and the share of the GPU's arithmetic put to use; the one chosen by
+`--variant` also under Ray and DeepSpeed, checkpointed, offloaded and with latents encoded in step.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ class Case:
 def cases(device: str, variant: str) -> Iterator[Case]:
     if device == "cpu":
         yield Case("plain_torch", variant)
+        yield Case("plain_torch_compiled", variant, compiled=True)
         yield Case("ray_1_worker", variant, 1, 0)
         yield Case("ray_1_worker_zero_1", variant, 1, 1)
         yield Case("ray_1_worker_checkpointing", variant, 1, 0, checkpointing=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from ray_jobs import training
 from tccp.config import DeepSpeedSettings, TccpError, load_settings, override, storage_root
 from tccp.files import Folder, fetched
 from tccp.pipeline import export, write_untrained
-from tccp.training.launcher.cluster import CLUSTER_MAX, READER_CPUS, check_shared, could_have, spread_over
+from tccp.training.launcher.cluster import CLUSTER_MAX, READER_CPUS, check_shared, connected, could_have, spread_over
 from tccp.training.launcher.fit import tidy
 from tccp.training.launcher.lending import fits, lendable
 from tccp.training.launcher.request import Request, resumed_parallel
@@ -75,6 +77,23 @@ def test_what_the_autoscaler_may_add_counts(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv(CLUSTER_MAX, "many")
     with pytest.raises(TccpError, match="TCCP_CLUSTER_MAX=many: write it as CPU=64,GPU=8"):
         could_have()
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_a_cluster_of_ones_own_is_asked_about_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the one that somebody has named, or runs, on the same machine: see `connected`."""
+    import ray
+    from ray.util.state import get_actor
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")
+    with connected():
+        there = ray.remote(threading.Event).remote()
+        ray.get(there.is_set.remote())
+        state = ray.get(ray.remote(get_actor).remote(there._actor_id.hex(), timeout=60))
+        assert state is not None and state.state == "ALIVE"
+    assert os.environ["RAY_API_SERVER_ADDRESS"] == "http://127.0.0.1:1"
 
 
 def test_a_folder_of_one_machine_is_no_storage_for_several(tmp_path: Path) -> None:

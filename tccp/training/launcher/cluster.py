@@ -38,8 +38,8 @@ def connected() -> Iterator[None]:
         else:
             importable_in_children()
             cpus = max(2, os.cpu_count() or 1)
-            # Ray Train asks the dashboard whether its controller lives, and ends the training if not. Told nothing, it
-            # asks whichever cluster it finds on this machine.
+            # An actor of Ray Train asks the dashboard whether the training's controller lives, and frees its place if
+            # not. Told nothing, it asks whichever cluster it finds on this machine.
             port = undo.enter_context(_own_dashboard())
             ray.init("local", num_cpus=cpus, include_dashboard=True, dashboard_port=port, logging_level="ERROR")
         undo.callback(ray.shutdown)

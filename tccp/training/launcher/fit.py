@@ -76,8 +76,9 @@ def fit_on_cluster(
         if mistake is not None:
             raise TccpError(mistake) from None
         raise TccpError(
-            f"the training of {job.component} is given up after {spread.max_failures} failures that it recovered from; "
-            f"the last one: {_last_line(error)}; what was trained is kept in {job.run}: --resume goes on from there"
+            f"the training of {job.component} is given up: it failed more often than --max-failures "
+            f"{spread.max_failures} allows; the last failure: {_last_line(error)}; what was trained is kept in "
+            f"{job.run}: --resume goes on from there"
         ) from error
     finally:
         if tracker:
