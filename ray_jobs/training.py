@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json as json_format
+import os
 import shlex
 import sys
 import tempfile
@@ -102,7 +103,8 @@ def train(
         offload: what DeepSpeed keeps in the CPU's memory.
         deepspeed: a JSON file of DeepSpeed settings, laid over those derived.
         latents: ahead: all clips are encoded before training, and kept in the storage; in-step: by the workers.
-        readers: Ray Data workers that read for each training worker.
+        readers: Ray Data workers that read for each training worker; fewer if the cluster, when training starts, has
+            CPUs for fewer.
         compile: let torch.compile translate the networks; takes minutes at the start.
         max_failures: how often workers may die, other than with a machine that is taken away, before it is given up.
         timeout_s: longest that workers wait for each other.
@@ -120,7 +122,8 @@ def train(
     if stream and data is not None:
         raise TccpError("--stream and --data: give one of them")
     settings = _settings(preset, overrides, max_steps)
-    place = Folder(storage if storage and is_url(storage) else storage_root(storage).absolute())
+    kept = storage or os.environ.get("TCCP_STORAGE")
+    place = Folder(kept if kept and is_url(kept) else storage_root(kept).absolute())
     take = {"stage1": stage1, "autoencoder": autoencoder}
     pretrained = None
     if autoencoder is not None and (Path(autoencoder) / "config.json").is_file():

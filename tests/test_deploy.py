@@ -23,7 +23,7 @@ def load(name: str) -> Any:
 
 def largest(text: str) -> dict[str, float]:
     """What TCCP_CLUSTER_MAX promises."""
-    (found,) = re.findall(r"(?:TCCP_CLUSTER_MAX=|TCCP_CLUSTER_MAX, value: \")CPU=(\d+),GPU=(\d+)", text)
+    (found,) = set(re.findall(r"(?:TCCP_CLUSTER_MAX=|TCCP_CLUSTER_MAX, value: \")CPU=(\d+),GPU=(\d+)", text))
     return {"CPU": float(found[0]), "GPU": float(found[1])}
 
 
@@ -54,6 +54,7 @@ def test_the_cluster_file_passes_rays_checks_and_promises_what_it_can_grow_to() 
     assert (spread.use_gpu, spread.workers) == (True, 8)
     commands = " ".join(config["head_start_ray_commands"] + config["worker_start_ray_commands"])
     assert commands.count("RAY_AUTH_MODE=token") == 2
+    assert commands.count("TCCP_CLUSTER_MAX=") == 2, "what runs beside the ranks asks, too"
 
 
 @pytest.mark.parametrize("name", ["rayjob", "rayservice"])
@@ -69,19 +70,12 @@ def test_manifests_give_clusters_that_rays_kubernetes_autoscaler_understands(nam
     validate_config(config)
     kinds = config["available_node_types"]
     assert kinds["headgroup"]["resources"]["CPU"] == 0
-    containers = [
-        container
-        for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])
-        for container in group["template"]["spec"]["containers"]
-    ]
-    for container in containers:
-        environment = {item["name"]: item for item in container["env"]}
-        assert environment["RAY_AUTH_MODE"]["value"] == "token"
-        assert environment["RAY_AUTH_TOKEN"]["valueFrom"]["secretKeyRef"]["name"] == "tccp-ray-token"
+    assert spec["authOptions"] == {"mode": "token"}, "whoever reaches the head runs what he likes"
     if name == "rayjob":
         groups = [kind for key, kind in kinds.items() if key != "headgroup"]
         most = sum_of([(kind["max_workers"], kind["resources"]) for kind in groups])
         text = (ROOT / "deploy" / "rayjob.yaml").read_text()
+        assert text.count("TCCP_CLUSTER_MAX,") == 1 + len(groups)
         assert largest(text) == most
         assert fits_training(most).workers == 8
         train = kinds["train"]["resources"]
@@ -106,3 +100,9 @@ def test_versions_agree() -> None:
     libraries = set(re.findall(r'"(lib[\w.-]+)",?$', (ROOT / ".ci" / "system_libraries.py").read_text(), re.M))
     packages = set((ROOT / "deploy" / "Dockerfile").read_text().split())
     assert libraries and libraries <= packages
+
+
+def test_what_the_cluster_starts_for_mlflow_it_starts_once() -> None:
+    """The line that looks whether the server runs must not find itself."""
+    (line,) = (one for one in load("cluster.yaml")["head_setup_commands"] if "mlflow" in one)
+    assert "pgrep" not in line and "/health" in line

@@ -96,8 +96,11 @@ class Tracker:
         """status: FINISHED, FAILED or KILLED."""
         self._tried(lambda: self.client.set_terminated(self.run_id, status))
 
-    def register(self, pipeline: Path, model: str, alias: str) -> None:
-        """The pipeline folder as an artifact, and a new version of a registered model that the alias then points to."""
+    def register(self, pipeline: Path, model: str, alias: str) -> bool:
+        """The pipeline folder as an artifact, and a new version of a registered model that the alias then points to.
+
+        Returns whether MLflow took it; if not, why is told.
+        """
         from mlflow.exceptions import MlflowException
 
         def register() -> None:
@@ -108,15 +111,17 @@ class Tracker:
             version = self.client.create_model_version(model, source, self.run_id)
             self.client.set_registered_model_alias(model, alias, version.version)
 
-        self._tried(register)
+        return self._tried(register)
 
     _told = False
 
-    def _tried(self, action: Any) -> None:
+    def _tried(self, action: Any) -> bool:
         try:
             action()
+            return True
         except Exception as error:  # of whatever the server, its database or the network may raise
             if not self._told:
                 self._told = True
                 reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-                print(f"tccp: MLflow cannot be written to, training goes on ({reason})", flush=True)
+                print(f"tccp: MLflow cannot be written to, which stops no training ({reason})", flush=True)
+            return False

@@ -48,7 +48,7 @@ from tccp.training.launcher.job import AUTOENCODER, ComponentJob, Latents, Sprea
 from tccp.training.launcher.lending import fits, lendable
 from tccp.training.launcher.rank import EXPORT, Validate
 from tccp.training.launcher.request import NO_TRACKING, RUN_RECORD, Request, check_fit, check_request, resumed_parallel
-from tccp.training.lips import LipPlace, lip_place, liplet_folder, train_liplets_once
+from tccp.training.lips import LipPlace, lip_place, liplet_folder, open_lip_sources, train_liplets_once
 from tccp.training.reading import LIPS, conditions_of
 from tccp.training.recipe import COMPONENTS, recipe
 from tccp.training.run import SETTINGS_FILE, check_same_settings, run_record
@@ -162,6 +162,8 @@ class _Launch:
             needed.append(LIPS)
         needed += [FIRST_OF[name] for name in networks if needs_first(name, self.settings)]
         missing = [name for name in needed if name not in asked and not has_component(self.pipeline, name)]
+        if LIPS in needed and LIPS not in self._there() and self.settings.lips.source == "wav2lip":
+            open_lip_sources(self.settings.lips, self.request.lip_weights, "cpu")  # raises now, not after days
         if missing:
             self.note(f"not there, so trained first: {', '.join(missing)}")
         return [*missing, *asked]
@@ -350,8 +352,9 @@ class _Launch:
             run = Folder(self.folder.path(name))
             if self.tracking is not None and run.exists(TRACKING):
                 tracker = Tracker(self.tracking, json.loads(run.read(TRACKING))["run_id"])
-                tracker.register(self.pipeline, model, NEWEST)
-                self.note(f"registered with MLflow as {model}, alias {NEWEST}")
+                done = tracker.register(self.pipeline, model, NEWEST)
+                told = f"registered with MLflow as {model}, alias {NEWEST}"
+                self.note(told if done else f"not {told}: MLflow did not take it; the pipeline is whole: {self.remote}")
                 return
 
 
