@@ -4,7 +4,7 @@
 kind, several to a training, each with SIGKILL at a random moment after a checkpoint: of a training worker; of the
 machine that workers are on (a Ray cluster of a head and two, all on this machine; another takes its place); of the
 driver, and the Ray it started. And a training is given notice, on such a cluster, that its machine will be taken away
-(a longer one, for Ray looks for that every five seconds). Losses of every step are compared with those of an
+(a longer one, for Ray looks for that every five seconds): it must save once, at once. Losses of every step are compared with those of an
 uninterrupted training on Ray, bit for bit, and that one's with plain torch's, to 1e-4. Restartable: trainings that are
 in the output are not done again.
 """
@@ -113,7 +113,7 @@ def training(
     with cluster_for(kind) as cluster:
         places = (data, root / "storage") if cluster is None else (f"file://{data}", f"file://{root}/storage")
         environment = {} if cluster is None else {"RAY_ADDRESS": cluster.address}
-        arguments = command("stage1", *places, *options, **length)
+        arguments = command("stage1", *places, *options, "--keep", str(steps // every + 2), **length)
         process = trainings.start(arguments, log, **environment)
         while (after := max([0, *killed]) // every * every + every) < steps and not (kind == "notice" and killed):
             assert trainings.wait_for(run, after, process), log.read_text()[-4000:]
@@ -130,7 +130,16 @@ def training(
                 trainings.kill_driver(process)
                 process = trainings.start([*arguments, "--resume"], log)
         assert process.wait(900) == 0, log.read_text()[-4000:]
-    return {"killed_after_step": killed, "seconds": round(time.monotonic() - started, 1), "trace": trace(run)}
+    between = [step for step in saved(run) if step % every]
+    if len(between) != (1 if kind == "notice" else 0):
+        raise SystemExit(f"{name}: checkpoints at steps {saved(run)}: {log.read_text()[-4000:]}")
+    found = {"killed_after_step": killed, "seconds": round(time.monotonic() - started, 1), "trace": trace(run)}
+    return {**found, "saved_at_step": between} if between else found
+
+
+def saved(run: Path) -> list[int]:
+    """Steps of all checkpoints that are there."""
+    return sorted(int(place.name.split("-")[1]) for place in run.glob("step-*"))
 
 
 @contextlib.contextmanager

@@ -143,6 +143,13 @@ def test_deepspeeds_settings_are_derived_from_ours_and_can_be_laid_over() -> Non
         TccpError, match="192 cannot be divided among 5 workers x 4 micro-batches: make it a multiple of 20"
     ):
         deepspeed_config(training, given, num_ranks=5, num_parameters=1000)
+    for config, ours in (
+        ({"train_batch_size": 8}, "training.batch_size"),
+        ({"zero_optimization": {"stage": 3}}, "zero_stage"),
+        ({"bf16": {"enabled": True}}, "training.precision"),
+    ):
+        with pytest.raises(TccpError, match=f"follows from {ours}: give that"):
+            deepspeed_config(training, DeepSpeedSettings(config=config), num_ranks=1, num_parameters=1000)
     with pytest.raises(ValueError, match="offload=parameters needs zero_stage 3"):
         DeepSpeedSettings(zero_stage=2, offload="parameters")
 

@@ -15,7 +15,7 @@ import torch
 import trainings
 
 from tccp.clip import ClipTable
-from tccp.config import TccpError, load_settings
+from tccp.config import TccpError, load_settings, override
 from tccp.data import windows
 from tccp.files import Folder
 from tccp.models.autoencoder import PictureAutoencoder
@@ -202,6 +202,11 @@ def test_windows_come_although_no_whole_cpu_is_free(cache: LatentCache) -> None:
         found = [item["start"].tolist() for item in stream]
         ranks = Spread(workers=1, use_gpu=False, cpus_per_worker=0.5, readers=3)  # planned for more machines
         assert (readers_now(ranks), readers_now(replace(ranks, workers=3))) == (2, 1)
+        other = override(SETTINGS, {"picture_px": 64})
+        wrong = PictureReader(table_of(cache), other, 0, 1)
+        with pytest.raises(TccpError) as refused:
+            next(ingest.micro_batches(wrong, range(1), 4, readers=1, timeout_s=60.0))
+        assert "\n" not in str(refused.value), "what a worker finds is told as what is found here"
     finally:
         ray.shutdown()
     assert found == [item["start"].tolist() for step in range(5, 8) for item in reader(cache).read(step)]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import json
 import os
 import threading
 from pathlib import Path
@@ -15,9 +17,18 @@ from ray_jobs import training
 from tccp.config import DeepSpeedSettings, TccpError, load_settings, override, storage_root
 from tccp.files import Folder, fetched
 from tccp.pipeline import export, write_untrained
-from tccp.training.launcher.cluster import CLUSTER_MAX, READER_CPUS, check_shared, connected, could_have, spread_over
-from tccp.training.launcher.fit import tidy
+from tccp.training.launcher.cluster import (
+    CLUSTER_MAX,
+    READER_CPUS,
+    check_shared,
+    connected,
+    could_have,
+    num_nodes,
+    spread_over,
+)
 from tccp.training.launcher.lending import fits, lendable
+from tccp.training.launcher.rank import due
+from tccp.training.launcher.records import COPY, RAYS_RECORD, keep_record, tidy
 from tccp.training.launcher.request import Request, resumed_parallel
 from tccp.training.tracking import tracking_place
 
@@ -71,9 +82,12 @@ def test_what_the_autoscaler_may_add_counts(monkeypatch: pytest.MonkeyPatch) -> 
     import ray
 
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True}, {"Alive": False}])
     assert could_have() == {"CPU": 2.0}
+    assert num_nodes() == 1
     monkeypatch.setenv(CLUSTER_MAX, "CPU=136,GPU=8")
     assert could_have() == {"CPU": 136.0, "GPU": 8.0}
+    assert num_nodes() == 2, "the others are not there yet"
     monkeypatch.setenv(CLUSTER_MAX, "many")
     with pytest.raises(TccpError, match="TCCP_CLUSTER_MAX=many: write it as CPU=64,GPU=8"):
         could_have()
@@ -99,7 +113,7 @@ def test_a_cluster_of_ones_own_is_asked_about_itself(monkeypatch: pytest.MonkeyP
 def test_a_folder_of_one_machine_is_no_storage_for_several(tmp_path: Path) -> None:
     check_shared("storage", Folder(tmp_path / "here"), 1)
     check_shared("storage", Folder(f"file://{tmp_path}/shared"), 3)
-    with pytest.raises(TccpError, match=r"a folder of one machine, and the cluster has 3: give a URL"):
+    with pytest.raises(TccpError, match=r"a folder of one machine, and the cluster has, or can grow to, 3: give a URL"):
         check_shared("storage", Folder(tmp_path / "here"), 3)
 
 
@@ -110,7 +124,8 @@ def test_a_database_of_one_machine_notes_no_training_of_several(tmp_path: Path) 
     assert tracking_place("http://head:5000", storage, 5) == "http://head:5000"
     for given in (None, str(tmp_path / "x.db"), f"sqlite:///{tmp_path}/x.db"):
         with pytest.raises(
-            TccpError, match=r"can be written by one machine only, and the cluster has 2: give --mlflow http"
+            TccpError,
+            match=r"can be written by one machine only, and the cluster has, or can grow to, 2: give --mlflow http",
         ):
             tracking_place(given, storage, 2)
     with pytest.raises(TccpError, match="is no folder of this machine: give --mlflow"):
@@ -140,6 +155,7 @@ def test_mistakes_on_a_jobs_command_line_end_in_one_line(capsys: pytest.CaptureF
     assert "there holds a run already: give --resume to go on with it" in say("--name", "there", *storage)
     assert "give a name without /" in say("--name", "a/b", *storage)
     assert "--register takes the pipeline to MLflow" in say("--register", "m", "--mlflow", "none", *storage)
+    assert "--keep 0: give at least 1" in say("--keep", "0", *storage)
     assert "--keep-best goes by what validation measures" in say("--keep-best", "--validate-every", "0", *storage)
     (tmp_path / "file").write_text("")
     assert "cannot write" in say("--storage", str(tmp_path / "file"))
@@ -176,6 +192,8 @@ def test_a_resumed_run_keeps_its_zero_stage_on_another_number_of_workers(tmp_pat
     Folder(tmp_path).write("runs/run/run.json", b'{"zero_stage": 1}')
     assert (stage(1), stage(2)) == (1, 1)
     assert (stage(1, zero_stage=2), stage(1, resume=False)) == (2, 0)
+    with pytest.raises(TccpError, match=r"--offload parameters does not go with ZeRO stage 1, in which .* was begun"):
+        stage(2, offload="parameters")
     Folder(tmp_path).write("runs/run/run.json", b"{}")
     assert (stage(1), stage(2)) == (0, 1), "of an earlier version"
 
@@ -251,6 +269,46 @@ def test_checkpoints_that_are_on_record_stay_and_so_do_all_without_a_record(tmp_
         run.write(f"{name}/file", b"")
     tidy(run)
     assert len(run.subfolders()) == 3
-    run.write("checkpoint_manager_snapshot.json", b'[{"checkpoint_dir_name": "step-0000004-aaaaaa"}]')
+    run.write(RAYS_RECORD, rays_record("step-0000004-aaaaaa"))
     tidy(run)
     assert run.subfolders() == {"step-0000004-aaaaaa", "export"}
+
+
+def rays_record(*names: str) -> bytes:
+    results = [{"checkpoint_dir_name": name, "metrics": {}} for name in names]
+    indices = list(range(len(names)))
+    record = {
+        "checkpoint_results": results,
+        "checkpoint_report_indices": indices,
+        "latest_checkpoint_result": results[-1],
+    }
+    return json.dumps(record).encode()
+
+
+def test_a_record_of_checkpoints_that_a_full_disk_has_cut_is_taken_from_its_copy(tmp_path: Path) -> None:
+    run, names = Folder(tmp_path), ["step-0000004-aaaaaa", "step-0000008-bbbbbb", "step-0000012-cccccc"]
+    for name in names:
+        run.write(f"{name}/file", b"")
+    run.write(RAYS_RECORD, b"")
+    keep_record(run)
+    with pytest.raises(TccpError, match=r"Ray's record of the checkpoints there, is damaged: remove that folder"):
+        tidy(run)
+    assert run.subfolders() == set(names), "nothing is removed on a guess"
+    run.write(RAYS_RECORD, rays_record(*names[:2]))
+    keep_record(run)
+    run.write(RAYS_RECORD, b'{"checkpoint_res')
+    keep_record(run)
+    run.remove(names[0])  # by Ray, which keeps so many
+    tidy(run)
+    assert json.loads(run.read(COPY)) == json.loads(rays_record(*names[:2]))
+    record = json.loads(run.read(RAYS_RECORD))
+    assert record["checkpoint_results"] == [record["latest_checkpoint_result"]]
+    assert record["latest_checkpoint_result"]["checkpoint_dir_name"] == names[1]
+    assert record["checkpoint_report_indices"] == [1]
+    assert run.subfolders() == {names[1]}
+
+
+def test_validation_comes_with_the_first_checkpoint_after_so_many_steps() -> None:
+    checkpoints = [0, 300, 600, 900, 1200, 1500, 1850, 2100, 2400]
+    looks = [step for before, step in itertools.pairwise(checkpoints) if due(step, before, 1000, 2400)]
+    assert looks == [1200, 2100, 2400]

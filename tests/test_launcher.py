@@ -148,9 +148,7 @@ def mlflow_runs(storage: Path) -> list[dict[str, Any]]:
             "name": run.info.run_name,
             "status": run.info.status,
             "metrics": set(run.data.metrics),
-            "loss_steps": sorted(
-                {one.step for one in client.get_metric_history(run.info.run_id, "loss")} - {JOB_STEPS}
-            ),
+            "loss_steps": sorted({one.step for one in client.get_metric_history(run.info.run_id, "loss")}),
         }
         for run in client.search_runs([experiment.experiment_id])
     ]

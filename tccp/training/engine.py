@@ -137,14 +137,37 @@ class TorchEngine:
         return list(wholes)
 
 
+OURS = {
+    "train_batch_size": "training.batch_size",
+    "train_micro_batch_size_per_gpu": "training.accumulation",
+    "gradient_accumulation_steps": "training.accumulation",
+    "gradient_clipping": "training.gradient_clip",
+    "optimizer": "training.learning_rate and training.adam_betas",
+    "scheduler": "training.schedule and training.warmup_steps",
+    "fp16": "training.precision",
+    "bf16": "training.precision",
+    "amp": "training.precision",
+    "zero_optimization.stage": "zero_stage",
+    "zero_optimization.offload_optimizer": "offload",
+    "zero_optimization.offload_param": "offload",
+}
+"""DeepSpeed's settings that follow from ours, and ours: the loop and the checkpoints go by these."""
+
+
 def deepspeed_config(
     training: TrainingSettings, parallel: DeepSpeedSettings, num_ranks: int, num_parameters: int
 ) -> dict[str, Any]:
     """DeepSpeed's configuration for these settings; `parallel.config` is laid over it, key by key.
 
     Weights stay in single precision and reduced precision is the module's own matter (autocast), so that every ZeRO
-    stage gives plain torch's numbers. Raises TccpError if the batch cannot be divided.
+    stage gives plain torch's numbers. Raises TccpError if the batch cannot be divided, or `parallel.config` says what
+    other settings decide.
     """
+    nested = parallel.config.get("zero_optimization")
+    given = [*parallel.config, *(f"zero_optimization.{key}" for key in (nested if isinstance(nested, dict) else ()))]
+    for key in given:
+        if key in OURS:
+            raise TccpError(f"DeepSpeed's setting {key} follows from {OURS[key]}: give that, and leave it out")
     parts = training.accumulation * num_ranks
     if training.batch_size % parts:
         raise TccpError(

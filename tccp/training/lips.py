@@ -86,8 +86,10 @@ def train_liplets(
     elif json.loads(path.read_text()) != record:
         raise TccpError(f"{out} holds liplets of other clips, settings or seed: give another folder or remove this one")
     for fold in range(FOLDS):
-        if (out / f"fold_{fold}").is_dir():
+        place = out / f"fold_{fold}"
+        if (place / "config.json").is_file() and any(place.glob("*.safetensors")):
             continue
+        shutil.rmtree(place, ignore_errors=True)  # part of one that was on its way to storage
         train_ids = [clip_id for clip_id in table.ids if folds[clip_id] != fold]
         samples = collect_samples(
             (table[clip_id] for clip_id in train_ids),
@@ -99,7 +101,7 @@ def train_liplets(
         partial = Path(tempfile.mkdtemp(prefix=f".fold_{fold}.", dir=out))
         try:
             network.save_pretrained(partial)
-            partial.rename(out / f"fold_{fold}")
+            partial.rename(place)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise

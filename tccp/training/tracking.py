@@ -25,8 +25,8 @@ def tracking_place(given: str | None, storage: Folder, num_nodes: int) -> str:
     local = given is None or not is_url(given) or given.startswith(("sqlite:", "file:"))
     if local and num_nodes > 1:
         raise TccpError(
-            f"MLflow's {given or 'database in a folder'} can be written by one machine only, and the cluster has "
-            f"{num_nodes}: give --mlflow http://HOST:PORT of an MLflow server, or --mlflow none"
+            f"MLflow's {given or 'database in a folder'} can be written by one machine only, and the cluster has, or "
+            f"can grow to, {num_nodes}: give --mlflow http://HOST:PORT of an MLflow server, or --mlflow none"
         )
     if given is not None:
         return given if is_url(given) else f"sqlite:///{Path(given).absolute()}"

@@ -138,9 +138,10 @@ class VariantLoss:
         self.waited_s = 0.0  # for windows, since the start
 
     def describe_step(self, step: int) -> list[str]:
-        """The windows of a step, those of all ranks; where there is no plan, the last ones that this rank took."""
+        """The windows of a step, those of all ranks; where there is no plan, those that this rank took for it."""
         planned = self.order.step(step, self.settings.training.batch_size) if self.order else self.taken
-        return [f"{clip_id[:12]}:{start}" for _, (clip_id, start) in planned]
+        shown = 12 if self.order else None  # a hash, where the clip's own id is not known
+        return [f"{clip_id[:shown]}:{start}" for _, (clip_id, start) in planned]
 
     def __call__(self, step: int, micro: int) -> Tensor:
         asked = time.monotonic()
@@ -154,7 +155,7 @@ class VariantLoss:
         else:
             assert isinstance(self.windows, Unplanned)
             planned, batch = self.windows.take(self.row)
-            self.taken = planned
+            self.taken = [*(self.taken if micro else ()), *planned]
         self.waited_s += time.monotonic() - asked
         return self.loss(planned, batch, following).mean()
 

@@ -63,10 +63,12 @@ def _own_dashboard() -> Iterator[int]:
 
 
 def num_nodes() -> int:
-    """Machines that are there now."""
+    """Machines that are there now; at least two where an autoscaler may bring more (see `could_have`)."""
     import ray
 
-    return sum(1 for node in ray.nodes() if node["Alive"])
+    there = ray.cluster_resources()
+    grows = any(most > there.get(name, 0) for name, most in could_have().items())
+    return max(sum(1 for node in ray.nodes() if node["Alive"]), 2 if grows else 1)
 
 
 CLUSTER_MAX = "TCCP_CLUSTER_MAX"
@@ -148,6 +150,6 @@ def check_shared(what: str, folder: Folder, nodes: int) -> None:
     shared = folder.local is None or folder.place.startswith(("file://", "local://"))
     if nodes > 1 and not shared:
         raise TccpError(
-            f"{what} {folder} is a folder of one machine, and the cluster has {nodes}: give a URL (s3://..., "
-            "gs://...), or file:///... for a folder that all of them share"
+            f"{what} {folder} is a folder of one machine, and the cluster has, or can grow to, {nodes}: give a URL "
+            "(s3://..., gs://...), or file:///... for a folder that all of them share"
         )

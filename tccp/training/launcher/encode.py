@@ -58,7 +58,9 @@ def encoded(encoder: ClipEncoder, clip_ids: Sequence[str], lips_alone: bool, spr
 
     cpus = int(could_have().get("CPU", 1))
     size = spread.workers if spread.use_gpu else max(1, min(cpus, len(clip_ids)))
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.raise_original_map_exception = True
     step = max(1, -(-len(clip_ids) // 2000))
     blocks = [pa.table({"clip_id": list(clip_ids[i : i + step])}) for i in range(0, len(clip_ids), step)]
     data = ray.data.from_blocks(blocks).map_batches(

@@ -11,13 +11,12 @@ from tccp.config import TccpError
 from tccp.files import Folder
 from tccp.training.launcher.job import ComponentJob, train_rank
 from tccp.training.launcher.rank import RESULT, Validate, mistake_of
+from tccp.training.launcher.records import tidy
 from tccp.training.tracking import Tracker
 
 STARTS_TRIED = 20
 """How often a group of workers that does not come up is tried anew, for want of machines, before it is given up."""
 START_TIMEOUT_S = 120
-RAYS_RECORD = "checkpoint_manager_snapshot.json"
-"""Ray Train's own record of the checkpoints that are whole."""
 
 
 def fit_on_cluster(
@@ -91,13 +90,3 @@ def _last_line(error: Exception) -> str:
     """Of the traceback in Ray's error: what was raised."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[-1] if lines else type(error).__name__)[:300]
-
-
-def tidy(run: Folder) -> None:
-    """Removes checkpoints that were never finished: those that Ray Train has no record of; none without a record."""
-    if not run.exists(RAYS_RECORD):
-        return
-    kept = run.read(RAYS_RECORD).decode()
-    for name in run.subfolders():
-        if name.startswith("step-") and f'"{name}"' not in kept:
-            run.remove(name)

@@ -19,6 +19,7 @@ import pyarrow as pa
 from tccp.clip import ClipTable
 from tccp.config import Settings, VariantName
 from tccp.data import PlannedWindow, TrainingOrder, clip_hash
+from tccp.training.launcher.errors import unwrapped
 from tccp.training.reading import (
     LatentFiles,
     PictureFiles,
@@ -122,6 +123,7 @@ def _read(reader: Reader, steps: range, rows: int, readers: int) -> Iterable[dic
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    context.raise_original_map_exception = True
     context.execution_options.preserve_order = True
     context.execution_options.locality_with_output = False
     context.target_max_block_size, context.target_min_block_size = _BLOCK_BYTES, 1
@@ -146,8 +148,9 @@ def _in_time(items: Callable[[], Iterable[_Item]], timeout_s: float) -> Iterator
 
     def take() -> None:
         try:
-            for item in items():
-                ready.put(("item", item))
+            with unwrapped():
+                for item in items():
+                    ready.put(("item", item))
             ready.put(("end", None))
         except BaseException as error:
             ready.put(("error", error))

@@ -20,7 +20,7 @@ Latents = Literal["ahead", "in-step"]
 AUTOENCODER = "autoencoder"
 
 QUIET_RAY = {
-    "RAY_DATA_LOG_LEVEL": "ERROR",
+    "RAY_DATA_LOG_LEVEL": "CRITICAL",  # errors are raised, too
     "RAY_DATA_USAGE_DISABLED": "1",  # else an actor more, pinned to one machine
 }
 """Environment of what speaks to users, set before Ray starts."""

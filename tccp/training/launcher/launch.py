@@ -43,10 +43,11 @@ from tccp.training.autoencoder import fit_latent_statistics, pretrained_autoenco
 from tccp.training.latents import LatentCache
 from tccp.training.launcher.cluster import check_shared, connected, could_have, num_nodes, spread_over
 from tccp.training.launcher.encode import ClipEncoder, encoded
+from tccp.training.launcher.errors import unwrapped
 from tccp.training.launcher.fit import fit_on_cluster
 from tccp.training.launcher.job import AUTOENCODER, ComponentJob, Latents, Spread
 from tccp.training.launcher.lending import fits, lendable
-from tccp.training.launcher.rank import EXPORT, Validate
+from tccp.training.launcher.rank import EXPORT, RESULT, Validate
 from tccp.training.launcher.request import NO_TRACKING, RUN_RECORD, Request, check_fit, check_request, resumed_parallel
 from tccp.training.lips import LipPlace, lip_place, liplet_folder, open_lip_sources, train_liplets_once
 from tccp.training.reading import LIPS, conditions_of
@@ -250,7 +251,8 @@ class _Launch:
 
         gpus = 1 if self.spread.use_gpu else 0
         task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=3)(_liplet_task)
-        return float(ray.get(task.remote(self.table_place, self.settings, place, gpus)))
+        with unwrapped():
+            return float(ray.get(task.remote(self.table_place, self.settings, place, gpus)))
 
     def _train_variant(self, name: VariantName) -> None:
         if self.request.films is not None:
@@ -300,7 +302,7 @@ class _Launch:
         missing = cache.missing_clips(lips_alone)
         if not missing:
             return
-        with progress() as bar:
+        with progress() as bar, unwrapped():
             task = bar.add_task("encoding clips", total=len(missing))
             for _ in encoded(self._encoder(name), missing, lips_alone, self.spread):
                 bar.advance(task)
@@ -319,7 +321,7 @@ class _Launch:
 
     def _tracked(self, job: ComponentJob) -> tuple[str, str] | None:
         """URI and id of the MLflow run of a component's training: the one it had, where it is resumed."""
-        if self.tracking is None:
+        if self.tracking is None or job.run.exists(RESULT):
             return None
         run_id = json.loads(job.run.read(TRACKING))["run_id"] if job.run.exists(TRACKING) else None
         own = self.settings.for_variant(job.component) if job.component in VARIANTS else self.settings
@@ -356,6 +358,7 @@ class _Launch:
                 told = f"registered with MLflow as {model}, alias {NEWEST}"
                 self.note(told if done else f"not {told}: MLflow did not take it; the pipeline is whole: {self.remote}")
                 return
+        self.note(f"not registered with MLflow as {model}: it has no run of {' or '.join(self.request.components)}")
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, object]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import shutil
 import tempfile
@@ -31,8 +30,9 @@ from tccp.training.launcher.cluster import readers_now
 from tccp.training.launcher.film_order import FilmOrder
 from tccp.training.launcher.ingest import PictureReader, Reader, WindowReader, micro_batches
 from tccp.training.launcher.job import AUTOENCODER, ComponentJob
+from tccp.training.launcher.records import keep_record
 from tccp.training.launcher.streams import FilmStream, StreamedPictures, StreamedWindows
-from tccp.training.loop import PROGRESS_FILE, FitResult
+from tccp.training.loop import PROGRESS_FILE, FitResult, NonFiniteLoss
 from tccp.training.reading import PictureFiles
 from tccp.training.run import METRICS_FILE, append_metrics, cut_metrics
 from tccp.training.tracking import Tracker
@@ -40,7 +40,9 @@ from tccp.training.variant import needs_first, train_variant
 from tccp.variants import FIRST_OF
 
 EXPORT = "export"
-MISTAKE = "mistake.json"
+MISTAKE = "mistake-{rank}.json"
+UNSEEN = -1e30
+"""Score of a checkpoint that was not validated. Finite, for Ray writes scores as JSON."""
 RESULT = "result.json"
 ASK_EVERY_S = 2.0
 """How often, about, ranks ask whether a machine is about to be taken away: Ray's watcher looks every five seconds."""
@@ -91,12 +93,14 @@ class RayRun:
         folder = Path(tempfile.mkdtemp(prefix="tccp-checkpoint-"))  # Ray removes it, once it is uploaded
         try:
             yield folder
-            if self.rank == 0 and self.metrics.exists():
-                shutil.copyfile(self.metrics, folder / METRICS_FILE)
+            if self.rank == 0:
+                if self.metrics.exists():
+                    shutil.copyfile(self.metrics, folder / METRICS_FILE)
+                keep_record(self.job.run)
             mode = ray.train.CheckpointUploadMode
             # A name of its own for each attempt: what an attempt that died has left under it is never mixed in.
             ray.train.report(
-                {"steps": step, **({"score": -math.inf} if self.job.spread.keep_best else {}), **metrics},
+                {"steps": step, **({"score": UNSEEN} if self.job.spread.keep_best else {}), **metrics},
                 checkpoint=ray.train.Checkpoint.from_directory(folder),
                 checkpoint_dir_name=f"step-{step:07d}-{uuid.uuid4().hex[:6]}",
                 checkpoint_upload_mode=mode.SYNC if self._preempted else mode.ASYNC,
@@ -107,7 +111,8 @@ class RayRun:
             raise
         self._latest = step
         if self.tracker:
-            self.tracker.metrics(step, metrics)
+            # The loss is that of the step before, which is noted already.
+            self.tracker.metrics(step, {name: value for name, value in metrics.items() if name != "loss"})
 
     def asked_to_save(self) -> bool:
         import ray.train
@@ -152,24 +157,31 @@ def _steps(checkpoint: Path) -> int:
 def train(job: ComponentJob, validate: Validate | None) -> None:
     """One rank's part, from the newest checkpoint if there is one.
 
-    A user's mistake is the same at every attempt: it is written down, and the next attempt ends at once.
+    A user's mistake is the same at every attempt: it is written down, and the next attempt ends at once. So is a loss
+    that is not finite, and then all ranks return, for Ray waits for checkpoints on their way only where they do.
     """
     if mistake_of(job) is not None:
         return
     try:
         _train(job, validate)
     except TccpError as error:
+        import ray.train
+
+        rank = ray.train.get_context().get_world_rank()
         record = {"launch": job.launch_id, "message": str(error)}
-        job.run.write(MISTAKE, (json.dumps(record) + "\n").encode())
-        raise
+        job.run.write(MISTAKE.format(rank=rank), (json.dumps(record) + "\n").encode())
+        if not isinstance(error, NonFiniteLoss):
+            raise
 
 
 def mistake_of(job: ComponentJob) -> str | None:
-    """What ended this launch of the training, if a mistake did."""
-    if not job.run.exists(MISTAKE):
-        return None
-    record = json.loads(job.run.read(MISTAKE))
-    return str(record["message"]) if record["launch"] == job.launch_id else None
+    """What ended this launch of the training, if a mistake did: of all ranks, where they do not say the same."""
+    records = []
+    for rank in range(job.spread.workers):
+        if job.run.exists(MISTAKE.format(rank=rank)):
+            records.append(json.loads(job.run.read(MISTAKE.format(rank=rank))))
+    found = [str(record["message"]) for record in records if record["launch"] == job.launch_id]
+    return "; ".join(dict.fromkeys(found)) or None
 
 
 def _train(job: ComponentJob, validate: Validate | None) -> None:
@@ -177,7 +189,7 @@ def _train(job: ComponentJob, validate: Validate | None) -> None:
     # Each rank would tell of each of its checkpoints and streams. Some of Ray Train's loggers have their files' names.
     for name in ("ray.train", *(name for name in logging.root.manager.loggerDict if "/ray/train/" in name)):
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     device = _device(job)
     run = RayRun(job, device)
     try:
@@ -249,7 +261,9 @@ def _train_variant(
         start_from=start_from,
         device=device,
         engine_of=_engine_of(job, run),
-        validate=_validation(job, run, settings, name, validate) if validate and job.spread.validate_every else None,
+        validate=_validation(job, run, settings, name, validate, started)
+        if validate and job.spread.validate_every
+        else None,
         compiled=job.spread.compiled,
     )
 
@@ -282,13 +296,23 @@ def _film_order(job: ComponentJob, run: RayRun, name: VariantName, started: int)
     return broadcast_from_rank_zero(order)
 
 
+def due(step: int, before: int, every: int, last: int) -> bool:
+    """Whether to validate at a checkpoint, the one before which was at step `before`: at the end, and at the first one
+    after every so many steps.
+    """
+    return step == last or step // every > before // every
+
+
 def _validation(
-    job: ComponentJob, run: RayRun, settings: Settings, name: VariantName, validate: Validate
+    job: ComponentJob, run: RayRun, settings: Settings, name: VariantName, validate: Validate, started: int
 ) -> Callable[[int, list[Tensor]], Mapping[str, float]]:
     every, last = job.spread.validate_every, settings.for_variant(name).training.max_steps
+    before = started  # of the checkpoint before
 
     def measured(step: int, weights: list[Tensor]) -> Mapping[str, float]:
-        if step % every and step != last:
+        nonlocal before
+        before, since = step, before
+        if not due(step, since, every, last):
             return {}
         with tempfile.TemporaryDirectory(prefix="tccp-validation-") as place:
             network = with_weights(MVControlNet.from_settings(settings, name), weights)

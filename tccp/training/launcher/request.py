@@ -72,6 +72,8 @@ def check_request(request: Request) -> None:
     for name in request.components:
         if name not in COMPONENTS:
             raise TccpError(f"unknown component {name!r}: choose of {', '.join(COMPONENTS)}")
+    if request.keep < 1:
+        raise TccpError(f"--keep {request.keep}: give at least 1")
     if request.keep_best and not request.validate_every:
         raise TccpError("--keep-best goes by what validation measures: give --validate-every, too")
     if request.register_as and request.tracking == NO_TRACKING:
@@ -100,5 +102,10 @@ def resumed_parallel(request: Request) -> DeepSpeedSettings:
     parallel = request.parallel
     if parallel.zero_stage is None and request.resume and request.folder.exists(RUN_RECORD):
         stage = json.loads(request.folder.read(RUN_RECORD)).get("zero_stage")
-        parallel = DeepSpeedSettings(**{**parallel.model_dump(), "zero_stage": stage})
+        try:
+            parallel = DeepSpeedSettings(**{**parallel.model_dump(), "zero_stage": stage})
+        except ValueError:
+            raise TccpError(
+                f"--offload {parallel.offload} does not go with ZeRO stage {stage}, in which {request.folder} was begun"
+            ) from None
     return parallel

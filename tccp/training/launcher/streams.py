@@ -11,6 +11,7 @@ from tccp.config import Settings
 from tccp.data import PlannedWindow, WindowId
 from tccp.models.autoencoder import PictureAutoencoder
 from tccp.training.latents import TrainingBatch, encode_columns, to_batch
+from tccp.training.launcher.errors import unwrapped
 from tccp.training.launcher.ingest import window_ids
 from tccp.training.reading import PictureBatch
 from tccp.variants import ConditionKind, Variant
@@ -75,7 +76,8 @@ class FilmStream:
     def take(self, row: Variant) -> tuple[list[PlannedWindow], TrainingBatch]:
         import ray
 
-        columns = ray.get(self.next, timeout=self.timeout_s)
+        with unwrapped():
+            columns = ray.get(self.next, timeout=self.timeout_s)
         self.next = self.order.take.remote(self.rank)
         # A window is known by the hash of its clip: the clip's own id did not travel with it.
         planned = [
