@@ -4,9 +4,9 @@
 kind, several to a training, each with SIGKILL at a random moment after a checkpoint: of a training worker; of the
 machine that workers are on (a Ray cluster of a head and two, all on this machine; another takes its place); of the
 driver, and the Ray it started. And a training is given notice, on such a cluster, that its machine will be taken away
-(a longer one, for Ray looks for that every five seconds): it must save once, at once. Losses of every step are compared with those of an
-uninterrupted training on Ray, bit for bit, and that one's with plain torch's, to 1e-4. Restartable: trainings that are
-in the output are not done again.
+(a longer one, for Ray looks for that every five seconds): it must save once, at once. Losses of every step are compared
+with those of an uninterrupted training on Ray, bit for bit, and that one's with plain torch's, to 1e-4. Restartable:
+trainings that are in the output are not done again.
 """
 
 from __future__ import annotations
