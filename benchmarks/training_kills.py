@@ -34,7 +34,7 @@ from tccp.files import atomic_path
 
 Trace = list[tuple[int, float, float]]
 COMPONENT: VariantName = "landmark_first"
-NOTICE = {"steps": 240, "every": 80}
+NOTICE = {"steps": 80, "every": 40}
 """Of trainings that are given notice: they save when they hear of it, between two of these checkpoints."""
 
 
