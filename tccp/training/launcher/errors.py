@@ -26,4 +26,5 @@ def unwrapped() -> Iterator[None]:
         mistake = _mistake(error)
         if mistake is None:
             raise
+        mistake.args = tuple(str(mistake).splitlines()[:1])  # Ray Data appends lines about its own settings
         raise mistake from None
