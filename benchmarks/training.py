@@ -5,6 +5,10 @@ before, one thread to a worker. All runs are made one after the other, `--rounds
 the lower quartile of the times of its steps in all rounds, for other work on a shared machine only ever adds. Networks
 start untrained, which costs the same.
 
+`python benchmarks/training.py --turns --steps 110`: the ratio alone of Ray with DeepSpeed to plain torch, of two
+trainings that run at the same time and take turns of ten seconds, one being stopped while the other runs: what a shared
+machine does from one minute to the next it then does to both. It goes into the same file.
+
 `python benchmarks/training.py --device cuda --preset paper --out docs/training_gpu.json --peak-tflops 989`: every
 network of the preset on one GPU, also compiled, and the share of the GPU's arithmetic put to use; the one chosen by
 `--variant` also under Ray and DeepSpeed, checkpointed, offloaded and with latents encoded in step.
@@ -13,29 +17,37 @@ network of the preset on one GPU, also compiled, and the share of the GPU's arit
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import math
 import os
 import platform
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 ROOT = Path(__file__).resolve().parent.parent
+PAIR = ("ray_1_worker", "plain_torch")
 RATIOS = {
-    "ray_and_deepspeed_to_plain_torch": ("ray_1_worker", "plain_torch"),
+    "ray_and_deepspeed_to_plain_torch": PAIR,
     "two_workers_to_one": ("ray_1_worker", "ray_2_workers_zero_1"),
 }
 """Of step times that were measured in one call: shared machines are faster at one time than at another."""
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 SKIPPED = 0.4
 """Share of the steps, at the start, that is not counted: caches are cold, and Ray is still starting processes."""
 FILMS, SECONDS = 16, 3.0
+TURN_S = 10.0
 Records = list[dict[str, float]]
 VARIANTS = ["landmark_first", "landmark_sequence", "face_first", "face_sequence"]
 
@@ -84,6 +96,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--only", nargs="*", help="of the runs, these alone; the others stay in --out as they are")
+    parser.add_argument("--turns", action="store_true", help="the ratio of Ray to plain torch alone, by turns")
     parser.add_argument("--storage", type=Path, help="keep clips and latents here, for another time")
     parser.add_argument("--preset", default="toy")
     parser.add_argument("--variant", default="landmark_first")
@@ -99,7 +112,7 @@ def main() -> None:
         plain(arguments, Case(**json.loads(arguments.case)))
         return
     with tempfile.TemporaryDirectory(prefix="tccp-bench-") as place:
-        measure(arguments, (arguments.storage or Path(place)).absolute())
+        (take_turns if arguments.turns else measure)(arguments, (arguments.storage or Path(place)).absolute())
     print(arguments.out.read_text())
 
 
@@ -187,6 +200,19 @@ def prepare(arguments: argparse.Namespace, place: Path) -> None:
 def train(arguments: argparse.Namespace, case: Case, place: Path) -> Path | None:
     """Runs it, in a process of its own; returns where its metrics are, or None if it failed."""
     name = f"{case.name}-{time.time_ns()}"
+    command, metrics = command_of(arguments, case, place, name)
+    done = subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(case.name, "failed:", done.stdout[-1000:], done.stderr[-4000:], file=sys.stderr, flush=True)
+        return None
+    kept = place / f"{name}.jsonl"
+    shutil.copyfile(metrics, kept)
+    shutil.rmtree(place / "runs" / name if case.workers else place / name)
+    return kept
+
+
+def command_of(arguments: argparse.Namespace, case: Case, place: Path, name: str) -> tuple[list[str], Path]:
+    """What runs it, and where its metrics will be."""
     if case.workers:
         command = [sys.executable, str(ROOT / "ray_jobs" / "train_stage1.py"), *overrides(arguments, case)]
         command += ["--variants", case.variant, "--workers", str(case.workers), "--zero-stage", str(case.zero_stage)]
@@ -203,21 +229,71 @@ def train(arguments: argparse.Namespace, case: Case, place: Path) -> Path | None
         given += ["--storage", str(place), "--out", name, "--case", json.dumps(vars(case))]
         command = [sys.executable, __file__, *given]
         metrics = place / name / "metrics.jsonl"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        print(case.name, "failed:", done.stdout[-1000:], done.stderr[-4000:], file=sys.stderr, flush=True)
-        return None
-    kept = place / f"{name}.jsonl"
-    shutil.copyfile(metrics, kept)
-    shutil.rmtree(place / "runs" / name if case.workers else place / name)
-    return kept
+    return command, metrics
 
 
-def figures(rounds: list[Records], arguments: argparse.Namespace, case: Case) -> dict[str, float]:
+def take_turns(arguments: argparse.Namespace, place: Path) -> None:
+    """The trainings of PAIR at the same time, one being stopped while the other runs."""
+    prepare(arguments, place)
+    found = {case.name: case for case in cases(arguments.device, arguments.variant)}
+    now = time.time_ns()
+    jobs = [command_of(arguments, found[name], place, f"{name}-{now}") for name in PAIR]
+    log = place / "turns.log"
+    with log.open("w") as file:
+        ray, plain = (
+            subprocess.Popen(command, env=ONE_THREAD, stdout=file, stderr=file, text=True) for command, _ in jobs
+        )
+        # A job of Ray starts for a minute, and what it starts cannot be stopped before it is there.
+        plain.send_signal(signal.SIGSTOP)
+        while ray.poll() is None and "loss" not in log.read_text():
+            time.sleep(0.5)
+        rays_turn = True
+        while ray.poll() is None and plain.poll() is None:
+            told(ranks_and_readers(ray.pid), signal.SIGCONT if rays_turn else signal.SIGSTOP)
+            told([psutil.Process(plain.pid)], signal.SIGSTOP if rays_turn else signal.SIGCONT)
+            deadline = time.monotonic() + TURN_S
+            while time.monotonic() < deadline and ray.poll() is None and plain.poll() is None:
+                time.sleep(0.1)
+            rays_turn = not rays_turn
+        if ray.poll() is None:
+            told(ranks_and_readers(ray.pid), signal.SIGCONT)
+        if plain.poll() is None:
+            plain.send_signal(signal.SIGCONT)
+        if ray.wait() or plain.wait():
+            raise SystemExit(log.read_text()[-4000:])
+    runs = {}
+    for name, (_, metrics) in zip(PAIR, jobs, strict=True):
+        records = [json.loads(line) for line in metrics.read_text().splitlines()]
+        runs[name] = figures([records], arguments, found[name], longest_s=TURN_S)
+        shutil.rmtree(metrics.parent.parent if found[name].workers else metrics.parent)
+    over, under = (runs[name] for name in PAIR)
+    record = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    record["by_turns"] = runs
+    record["ray_and_deepspeed_to_plain_torch"] = round(over["median_s"] / under["median_s"], 3)
+    arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def ranks_and_readers(pid: int) -> list[psutil.Process]:
+    found = []
+    for one in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if any(name in " ".join(one.cmdline()) for name in ("RayTrainWorker", "MapWorker")):
+                found.append(one)
+    return found
+
+
+def told(processes: Sequence[psutil.Process], what: signal.Signals) -> None:
+    for one in processes:
+        with contextlib.suppress(psutil.Error):
+            one.send_signal(what)
+
+
+def figures(
+    rounds: list[Records], arguments: argparse.Namespace, case: Case, longest_s: float = math.inf
+) -> dict[str, float]:
     """step_s: lower quartile; clips_s: windows a second at that; data_wait: share of the time; memory_mib: peak of rank
     0 (of its GPU, where it has one); utilisation: share of the GPU's peak, a step being one forward and two for the way
-    back, what checkpointing computes again not counted.
+    back, what checkpointing computes again not counted. longest_s: longer steps have been stopped, and do not count.
     """
     from tccp.config import load_settings
     from tccp.describe import describe
@@ -226,8 +302,10 @@ def figures(rounds: list[Records], arguments: argparse.Namespace, case: Case) ->
     for records in rounds:
         skipped = max(1, round(len(records) * SKIPPED))
         for before, record in zip(records[skipped - 1 :], records[skipped:], strict=False):
-            times.append(record["seconds"] - before["seconds"])
-            waited += record["data_wait"] * times[-1]
+            seconds = record["seconds"] - before["seconds"]
+            if seconds < longest_s:
+                times.append(seconds)
+                waited += record["data_wait"] * seconds
     memory = max(record.get("gpu_memory_mib", record["memory_mib"]) for records in rounds for record in records)
     step_s = statistics.quantiles(times, n=4)[0]
     settings = load_settings(arguments.preset, overrides(arguments, case))
