@@ -140,7 +140,7 @@ def measure(arguments: argparse.Namespace, place: Path) -> None:
         runs.pop(case.name, None)
     failed: set[str] = set()
     records: dict[str, list[Records]] = {}
-    before = {name: record[name] for name in (*RATIOS, BY_TURNS) if name in record}
+    before = {name: record[name] for name in (*RATIOS, BY_TURNS, "compiled") if name in record}
     for _ in range(arguments.rounds):
         for case in chosen:
             metrics = train(arguments, case, place)
