@@ -140,13 +140,11 @@ def measure(place: Path) -> dict[str, Any]:
         watch = Watch(f"127.0.0.1:{port}", environment)
         watch.start()
         storage = f"file://{place}/storage"
-        settings = place / "untrained"
-        data, untrained = f"file://{place}/clips", settings
+        data, untrained = f"file://{place}/clips", place / "untrained"
         trainings.write_untrained_pipeline(untrained)
         size = [item for item in trainings.OVERRIDES if item.startswith("picture_px")]
         preprocess = ["ray_jobs/preprocess.py", str(place / "films"), data, "--backend", "truth", "--set", *size]
-        train = trainings.command("stage1", Path("DATA"), storage, "--autoencoder", str(untrained))[1:]
-        train = [data if item == "DATA" else item for item in train]
+        train = trainings.command("stage1", data, storage, "--autoencoder", str(untrained))[1:]
         phases = {}
         phases["before"] = settled(watch, 1)
         for name, job in (("preprocessing", preprocess), ("training", train)):

@@ -40,6 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAIR = ("ray_1_worker", "plain_torch")
 RATIOS = {
     "ray_and_deepspeed_to_plain_torch": PAIR,
+    "compiled_to_plain_torch": ("plain_torch_compiled", "plain_torch"),
     "two_workers_to_one": ("ray_1_worker", "ray_2_workers_zero_1"),
 }
 """Of step times that were measured in one call: shared machines are faster at one time than at another."""
@@ -140,7 +141,7 @@ def measure(arguments: argparse.Namespace, place: Path) -> None:
         runs.pop(case.name, None)
     failed: set[str] = set()
     records: dict[str, list[Records]] = {}
-    before = {name: record[name] for name in (*RATIOS, BY_TURNS, "compiled") if name in record}
+    before = {name: record[name] for name in (*RATIOS, BY_TURNS) if name in record}
     for _ in range(arguments.rounds):
         for case in chosen:
             metrics = train(arguments, case, place)
@@ -167,7 +168,7 @@ def summary(
         **before,
     }
     for name, (over, under) in RATIOS.items():
-        if {over, under} <= measured and not ((over, under) == PAIR and BY_TURNS in before):
+        if {over, under} <= measured:
             record[name] = round(runs[over]["step_s"] / runs[under]["step_s"], 3)
     return record
 
@@ -243,24 +244,13 @@ def take_turns(arguments: argparse.Namespace, place: Path) -> None:
         ray, plain = (
             subprocess.Popen(command, env=ONE_THREAD, stdout=file, stderr=file, text=True) for command, _ in jobs
         )
-        # A job of Ray starts for a minute, and what it starts cannot be stopped before it is there.
-        plain.send_signal(signal.SIGSTOP)
-        while ray.poll() is None and "loss" not in log.read_text():
-            time.sleep(0.5)
-        rays_turn = True
-        while ray.poll() is None and plain.poll() is None:
-            told(ranks_and_readers(ray.pid), signal.SIGCONT if rays_turn else signal.SIGSTOP)
-            told([psutil.Process(plain.pid)], signal.SIGSTOP if rays_turn else signal.SIGCONT)
-            deadline = time.monotonic() + TURN_S
-            while time.monotonic() < deadline and ray.poll() is None and plain.poll() is None:
-                time.sleep(0.1)
-            rays_turn = not rays_turn
-        if ray.poll() is None:
-            told(ranks_and_readers(ray.pid), signal.SIGCONT)
-        if plain.poll() is None:
-            plain.send_signal(signal.SIGCONT)
-        if ray.wait() or plain.wait():
-            raise SystemExit(log.read_text()[-4000:])
+        try:
+            wait_by_turns(ray, plain, log)
+        finally:
+            ray.kill()  # which does nothing to one that has ended
+            plain.kill()
+    if ray.returncode or plain.returncode:
+        raise SystemExit(log.read_text()[-4000:])
     runs = {}
     for name, (_, metrics) in zip(PAIR, jobs, strict=True):
         records = [json.loads(line) for line in metrics.read_text().splitlines()]
@@ -268,9 +258,30 @@ def take_turns(arguments: argparse.Namespace, place: Path) -> None:
         shutil.rmtree(metrics.parent.parent if found[name].workers else metrics.parent)
     over, under = (runs[name] for name in PAIR)
     record = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
-    record[BY_TURNS] = runs
-    record["ray_and_deepspeed_to_plain_torch"] = round(over["median_s"] / under["median_s"], 3)
+    ratio = round(over["median_s"] / under["median_s"], 3)
+    record[BY_TURNS] = {"ray_and_deepspeed_to_plain_torch": ratio, "runs": runs}
     arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def wait_by_turns(ray: subprocess.Popen[str], plain: subprocess.Popen[str], log: Path) -> None:
+    """Until both have ended. The job of Ray has the first turn, from when it trains: till then it cannot be stopped."""
+    plain.send_signal(signal.SIGSTOP)
+    while ray.poll() is None and "loss" not in log.read_text():
+        time.sleep(0.5)
+    rays_turn = True
+    while ray.poll() is None and plain.poll() is None:
+        told(ranks_and_readers(ray.pid), signal.SIGCONT if rays_turn else signal.SIGSTOP)
+        told([psutil.Process(plain.pid)], signal.SIGSTOP if rays_turn else signal.SIGCONT)
+        deadline = time.monotonic() + TURN_S
+        while time.monotonic() < deadline and ray.poll() is None and plain.poll() is None:
+            time.sleep(0.1)
+        rays_turn = not rays_turn
+    if ray.poll() is None:
+        told(ranks_and_readers(ray.pid), signal.SIGCONT)
+    if ray.wait():
+        return
+    plain.send_signal(signal.SIGCONT)
+    plain.wait()
 
 
 def ranks_and_readers(pid: int) -> list[psutil.Process]:
