@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,8 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 """What is added to `tccp preprocess SOURCE OUT` for each way to run it."""
 _WIDTH, _HEIGHT = 640, 480
 _SHOT_S = 5.0
-_SAMPLE_S = 1.0  # reading the maps of Ray's many processes costs milliseconds each: more often would slow the run
+# Seconds between samples. Reading the maps of Ray's many processes costs milliseconds each: more often slows the run.
+_SAMPLE_S, _SAMPLE_RAY_S = 0.25, 1.0
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ class Peak:
 class TreeMemory:
     """Samples the memory of a process and its descendants until it ends, those whose parents have ended included."""
 
-    def __init__(self, root: int) -> None:
-        self._root = root
+    def __init__(self, root: int, every_s: float) -> None:
+        self._every_s = every_s
         self._known = {root: _started(root)}
         self._shared_once = self._resident = 0
         self._stop = threading.Event()
@@ -72,7 +73,7 @@ class TreeMemory:
         return Peak(round(self._shared_once / 1024, 1), round(self._resident / 1024, 1))
 
     def _sample(self) -> None:
-        while not self._stop.wait(_SAMPLE_S):
+        while not self._stop.wait(self._every_s):
             parents = {pid: parent for pid in _processes() if (parent := _parent(pid)) is not None}
             self._known = {pid: at for pid, at in self._known.items() if at is not None and _started(pid) == at}
             grown = True
@@ -117,7 +118,7 @@ def _memory_kib(pid: int) -> tuple[int, int]:
     return sizes["Pss"], sizes["Rss"]
 
 
-def run(source: Path, out: Path, flags: Iterable[str], weights: Path | None) -> dict[str, Any]:
+def run(source: Path, out: Path, flags: tuple[str, ...], weights: Path | None) -> dict[str, Any]:
     """`tccp preprocess` of a film or folder: seconds on the clock, peak memory, clip-seconds per second, steps.
 
     cpu_seconds: of all processes that the command has waited for, so not of Ray's.
@@ -130,7 +131,7 @@ def run(source: Path, out: Path, flags: Iterable[str], weights: Path | None) -> 
         process = subprocess.Popen(
             command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=errors
         )
-        with TreeMemory(process.pid) as memory:
+        with TreeMemory(process.pid, _SAMPLE_RAY_S if "--ray" in flags else _SAMPLE_S) as memory:
             code = process.wait()
         took = time.monotonic() - started
         if code:
@@ -197,7 +198,8 @@ def measure_workers(folder: Path, films: int, film_s: float, weights: Path | Non
 def measure_lengths(folder: Path, short_s: float, times: int, weights: Path | None) -> dict[str, Any]:
     """One film against the same film over and over, in one process.
 
-    On a machine that does other work the ratio of processor time is the one to go by.
+    On a machine that does other work the ratio of processor time is the one to go by, and resident memory: how much
+    of it others share changes as they come and go.
     """
     short = folder / "short.mp4"
     write_reel(short, plan_shots(99, short_s, _SHOT_S, people=3), _WIDTH, _HEIGHT)
@@ -208,7 +210,7 @@ def measure_lengths(folder: Path, short_s: float, times: int, weights: Path | No
     return {
         "times": times,
         "runs": runs,
-        "peak_ratio": round(runs["long"]["peak_mib"] / runs["short"]["peak_mib"], 4),
+        "peak_ratio": round(runs["long"]["peak_rss_mib"] / runs["short"]["peak_rss_mib"], 4),
         "time_per_film_second_ratio": round(per_second["long"] / per_second["short"], 4),
         "cpu_per_film_second_ratio": round(cpu_per_second["long"] / cpu_per_second["short"], 4),
     }

@@ -111,7 +111,7 @@ def test_jobs_submitted_to_a_cluster_train_a_pipeline_although_their_driver_is_k
         "run/landmark_sequence",
     }  # one each, driver killed or not
     for run in runs:
-        assert run["status"] == "FINISHED"
+        assert run["status"] == "FINISHED", (run["name"], log.read_text())
         assert run["loss_steps"] == list(range(JOB_STEPS))
         assert {"grad_norm", "windows_per_s", "data_wait", "cpu_use", "memory_mib", "learning_rate"} <= run["metrics"]
 

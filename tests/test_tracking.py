@@ -6,8 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from tccp.config import TccpError
+from tccp.config import DeepSpeedSettings, TccpError, load_settings
+from tccp.files import Folder
+from tccp.training.launcher.cluster import spread_over
+from tccp.training.launcher.fit import fit_on_cluster
+from tccp.training.launcher.job import ComponentJob
 from tccp.training.launcher.launch import NEWEST
+from tccp.training.launcher.rank import RESULT
 from tccp.training.tracking import Tracker
 
 pytestmark = pytest.mark.slow  # MLflow makes some fifty tables
@@ -34,6 +39,30 @@ def test_a_run_is_taken_up_again_and_a_pipeline_is_registered_once_for_each_trai
     assert (int(newest.version), newest.run_id) == (2, first.run_id)
     (config,) = (tmp_path / "artifacts").rglob("config.json")
     assert config.parent.name == "autoencoder"
+
+
+def test_a_training_that_ended_without_its_driver_is_noted_as_finished_once(tmp_path: Path) -> None:
+    uri, run = f"sqlite:///{tmp_path}/mlflow.db", Folder(tmp_path / "run")
+    tracker = Tracker.start(uri, "a", {})
+    run.write(RESULT, b'{"steps": 8}')
+    spread = spread_over({"CPU": 2}, workers=None, device="auto", parallel=DeepSpeedSettings())
+    job = ComponentJob("landmark_first", load_settings("toy"), None, Folder(tmp_path), run, spread, "launch")
+    ends = []
+    for _ in range(2):
+        assert fit_on_cluster(job, None, (uri, tracker.run_id)) == {"steps": 8}
+        info = tracker.client.get_run(tracker.run_id).info
+        assert info.status == "FINISHED"
+        ends.append(info.end_time)
+    assert ends[0] == ends[1] is not None
+
+
+def test_what_mlflow_did_not_take_is_said_and_stops_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    Tracker.start(uri, "a", {})
+    no_run = Tracker(uri, "0" * 32)
+    no_run.metrics(1, {"loss": 1.0})
+    assert not no_run.register(tmp_path, "talker", NEWEST)
+    assert capsys.readouterr().out.count("MLflow cannot be written to, which stops no training") == 1
 
 
 def test_a_database_that_cannot_be_used_is_said_in_one_line(tmp_path: Path) -> None:

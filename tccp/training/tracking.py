@@ -96,6 +96,15 @@ class Tracker:
         """status: FINISHED, FAILED or KILLED."""
         self._tried(lambda: self.client.set_terminated(self.run_id, status))
 
+    def settled(self) -> None:
+        """FINISHED, if it does not say so yet; when it ended stays as it was noted."""
+
+        def settle() -> None:
+            if self.client.get_run(self.run_id).info.status != "FINISHED":
+                self.client.set_terminated(self.run_id, "FINISHED")
+
+        self._tried(settle)
+
     def register(self, pipeline: Path, model: str, alias: str) -> bool:
         """The pipeline folder as an artifact, and a new version of a registered model that the alias then points to.
 

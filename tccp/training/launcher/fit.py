@@ -27,6 +27,8 @@ def fit_on_cluster(
     Raises TccpError for a user's mistake, for a loss that is not finite, and where it is given up after failures.
     """
     if job.run.exists(RESULT):
+        if tracked:  # the driver may have been lost after the training's end, before it could say so
+            Tracker(*tracked).settled()
         return dict(json.loads(job.run.read(RESULT)))
     from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer

@@ -321,9 +321,11 @@ class _Launch:
 
     def _tracked(self, job: ComponentJob) -> tuple[str, str] | None:
         """URI and id of the MLflow run of a component's training: the one it had, where it is resumed."""
-        if self.tracking is None or job.run.exists(RESULT):
+        if self.tracking is None:
             return None
         run_id = json.loads(job.run.read(TRACKING))["run_id"] if job.run.exists(TRACKING) else None
+        if job.run.exists(RESULT):
+            return None if run_id is None else (self.tracking, run_id)
         own = self.settings.for_variant(job.component) if job.component in VARIANTS else self.settings
         params = {
             "component": job.component,
