@@ -15,7 +15,7 @@ import hypothesis
 import jaxtyping
 import pytest
 
-# Before any of them is imported: annotations, array shapes among them, are checked at every call.
+# Before any of them is imported: annotations, array shapes among them, are checked at every call of the fast tests.
 jaxtyping.install_import_hook(["tccp", "preprocessing", "ray_jobs"], "beartype.beartype")
 
 # No deadline: two tests share two cores. In CI hypothesis itself draws the same examples every time.
@@ -87,6 +87,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.clips)
         if skip := _skip_marker(item):
             item.add_marker(skip)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Slow tests repeat the calls of fast ones by the thousand: to check each would take a third of their time."""
+    jaxtyping.config.update("jaxtyping_disable", item.get_closest_marker("slow") is not None)
+    return (yield)
 
 
 @pytest.hookimpl(wrapper=True)

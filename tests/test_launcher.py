@@ -229,3 +229,34 @@ def test_a_control_branch_is_trained_alone_on_anothers_video_branch(data: tuple[
     weights = "pipeline/one_stage_first/diffusion_pytorch_model.safetensors"
     before, after = (load_file(tmp_path / "runs" / name / weights) for name in ("run", "control"))
     assert {name.split(".")[0] for name in before if not before[name].equal(after[name])} == {"control"}
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    "options", [["--stream", "films", "--backend", "truth"], ["--keep-best", "--validate-every", "8"]], ids=" ".join
+)
+def test_a_driver_with_its_ray_is_killed_and_another_goes_on(
+    data: tuple[Path, Path], tmp_path: Path, options: list[str]
+) -> None:
+    clips, untrained = data
+    log = tmp_path / "log"
+    traces = []
+    for name, kill in (("whole", False), ("killed", True)):
+        storage = tmp_path / name
+        arguments = command("stage1", clips, storage, "--variants", "landmark_first", "--autoencoder", str(untrained))
+        if "--stream" in options:
+            given = arguments.index("--data")
+            arguments[given : given + 2] = []
+        arguments += [str(clips.parent / one) if one == "films" else one for one in options]
+        process = trainings.start(arguments, log)
+        run = run_folder(storage, "landmark_first")
+        if kill:
+            assert trainings.wait_for(run, 8, process), log.read_text()
+            trainings.kill_driver(process)
+            assert 8 <= committed(run) < trainings.STEPS
+            process = trainings.start([*arguments, "--resume"], log)
+        assert trainings.ended(process) == 0, log.read_text()
+        assert committed(run) == trainings.STEPS
+        traces.append(trace(run))
+    assert [step for step, _, _ in traces[0]] == list(range(trainings.STEPS))
+    assert traces[0] == traces[1]
