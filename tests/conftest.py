@@ -6,6 +6,7 @@ import importlib.util
 import os
 from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 # Before numpy, torch or cv2 are imported: with one thread the order of sums, so every bit of a result, is fixed.
 for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OPENCV_FOR_THREADS_NUM"):
@@ -14,6 +15,17 @@ for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", 
 import hypothesis
 import jaxtyping
 import pytest
+
+_checked = jaxtyping.jaxtyped
+
+
+def _checked_where_made_once(*, typechecker: Any) -> Any:
+    """Functions within functions are made at every call, and preparing the check of one takes a millisecond."""
+    check = _checked(typechecker=typechecker)
+    return lambda one: one if "<locals>" in one.__qualname__ else check(one)
+
+
+jaxtyping.jaxtyped = _checked_where_made_once  # the import hook puts it on every function and class
 
 # Before any of them is imported: annotations, array shapes among them, are checked at every call of the fast tests.
 jaxtyping.install_import_hook(["tccp", "preprocessing", "ray_jobs"], "beartype.beartype")
