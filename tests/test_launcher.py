@@ -260,3 +260,35 @@ def test_a_driver_with_its_ray_is_killed_and_another_goes_on(
         traces.append(trace(run))
     assert [step for step, _, _ in traces[0]] == list(range(trainings.STEPS))
     assert traces[0] == traces[1]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_a_storage_that_is_away_for_a_while_costs_an_attempt(
+    data: tuple[Path, Path], tmp_path: Path, comes_back: bool
+) -> None:
+    clips, untrained = data
+    log, run = tmp_path / "log", run_folder(tmp_path / "storage", "landmark_first")
+    options = ["--variants", "landmark_first", "--autoencoder", str(untrained)]
+    options += [] if comes_back else ["--max-failures", "1"]
+    process = trainings.start(command("stage1", clips, tmp_path / "storage", *options), log)
+    assert trainings.wait_for(run, 8, process), log.read_text()
+    ranks = {one.pid for one in trainings.ranks_below(process.pid)}
+    away = tmp_path / "away"
+    run.rename(away)
+    run.write_text("as a mount that is gone: nothing can be read or written below")
+    if not comes_back:
+        assert trainings.ended(process) == 2
+        last = log.read_text().splitlines()[-1]
+        assert "the training of landmark_first is given up: it failed more often than --max-failures 1 allows" in last
+        assert f"the last failure: cannot write {run}" in last and last.endswith(": --resume goes on from there")
+        return
+    deadline = time.monotonic() + 120
+    while ranks & {one.pid for one in trainings.ranks_below(process.pid)} and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert process.poll() is None, log.read_text()
+    run.unlink()
+    away.rename(run)
+    assert trainings.ended(process) == 0, log.read_text()
+    plain = trainings.plain_trace("landmark_first", clips, untrained, tmp_path / "plain")
+    assert_same_trace(trace(run), plain)
