@@ -6,12 +6,15 @@ import functools
 import itertools
 import json
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
+import trainings
 
 from ray_jobs import training
 from tccp.config import DeepSpeedSettings, TccpError, load_settings, override, storage_root
@@ -108,6 +111,18 @@ def test_a_cluster_of_ones_own_is_asked_about_itself(monkeypatch: pytest.MonkeyP
         monkeypatch.setenv(CLUSTER_MAX, "CPU=136,GPU=8")
         assert num_nodes() == 2, "an autoscaler's machines that are not there yet"
     assert os.environ["RAY_API_SERVER_ADDRESS"] == "http://127.0.0.1:1"
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_what_is_refused_is_no_run(tmp_path: Path) -> None:
+    """So the same command, mended, needs no other name and no --resume."""
+    clips, _ = trainings.make_data(tmp_path / "data")
+    job = [sys.executable, str(trainings.ROOT / "ray_jobs" / "train_stage2.py"), "lips.source=wav2lip"]
+    job += ["--data", str(clips), "--storage", str(tmp_path / "storage"), "--name", "run"]
+    done = subprocess.run(job, capture_output=True, text=True, check=False)
+    assert (done.returncode, "needs weights: give --lip-weights PATH" in done.stderr) == (2, True), done.stderr
+    assert not list((tmp_path / "storage").rglob("run.json"))
 
 
 def test_a_folder_of_one_machine_is_no_storage_for_several(tmp_path: Path) -> None:

@@ -147,7 +147,7 @@ def open_lip_source(
     if settings.source == "none":
         return None
     if weights is None:
-        raise TccpError(f"lips.source={settings.source} needs weights: give their path or set lips.source=none")
+        raise TccpError(f"lips.source={settings.source} needs weights: give --lip-weights PATH or set lips.source=none")
     if settings.source == "wav2lip":
         path = weights / "wav2lip.safetensors" if weights.is_dir() else weights
         return Wav2LipSource(load_wav2lip(path), settings.size_px, device)

@@ -141,10 +141,11 @@ class _Launch:
 
     def run(self) -> Launched:
         check_settings(self.pipeline, self.settings)
-        if not self.folder.exists(RUN_RECORD):
+        groups = recipe(self.settings, self._needed())
+        if not self.folder.exists(RUN_RECORD):  # what was refused is no run, and may be given again
             record = {**json.loads(run_record()), "zero_stage": self._zero_stage}
             self.folder.write(RUN_RECORD, (json.dumps(record, indent=1) + "\n").encode())
-        for group in recipe(self.settings, self._needed()):
+        for group in groups:
             for name in sorted(
                 group, key=COMPONENTS.index
             ):  # sequence networks are validated on the first ones' frames
