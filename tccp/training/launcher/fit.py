@@ -23,6 +23,7 @@ START_TIMEOUT_S = 120
 STORAGE_PAUSE_S = 15
 """Before a training is begun again that its storage has ended."""
 PROBE = ".writable"
+"""An empty file in the run's folder, written before each beginning."""
 
 
 def fit_on_cluster(
