@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tccp.clip import INDEX, ClipTable
+from tccp.clips.clip_table import INDEX, ClipTable
 from tccp.files import atomic_path
 from tccp.roundtable import write_clips
 

@@ -1,7 +1,7 @@
 """Does any damaged film do worse than cost itself? `python benchmarks/mutated_media.py --out FILE.json` says.
 
 Films of eight containers, and the shared clips where they are, are damaged by seed and decoded whole through
-preprocessing.sandbox: probed, heard, every picture looked at. After each one an intact film must come out as ever.
+tccp.media.sandbox: probed, heard, every picture looked at. After each one an intact film must come out as ever.
 Stop it and start it again at any point: what is done is kept in the work file. Ends with status 1 if anything was left
 behind, hung, or spoilt what came after it.
 """
@@ -22,9 +22,9 @@ from typing import Any
 import av
 import numpy as np
 
-from preprocessing.sandbox import Decoder
-from tccp.config import TccpError
+from tccp.errors import TccpError
 from tccp.media import MediaError, read_frames
+from tccp.media.sandbox import Decoder
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))

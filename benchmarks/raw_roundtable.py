@@ -21,12 +21,13 @@ import numpy as np
 from preprocessing.plan import make_plan
 from preprocessing.run import preprocess
 from tccp import media
-from tccp.clip import Clip, ClipTable
-from tccp.config import TccpError, git_commit, toy
+from tccp.clips.clip_table import Clip, ClipTable
+from tccp.config import git_commit, toy
+from tccp.errors import TccpError
 from tccp.faces import open_backend
 from tccp.landmarks import GROUPS, head_pose
+from tccp.media.shots import CutFinder
 from tccp.roundtable.reel import OTHER_SOUND, OWN_SOUND, SILENCE, Dub, ReelTruth, Shot, plan_shots, write_reel
-from tccp.shots import CutFinder
 
 SIZES = ("256x192", "640x480", "960x720", "1280x960")
 LATE_FRAMES = 5

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tccp.evaluation.report import markdown_table
+from tccp.evaluation.score_table import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
 _LABELS = {

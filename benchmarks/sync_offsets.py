@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32, Int16
 
+from preprocessing.analysis.av_offset import MAX_OFFSET, Offset, av_offset
 from preprocessing.reels import FilmSound, Track
-from preprocessing.sync import MAX_OFFSET, Offset, av_offset
 from tccp.config import FPS, SAMPLES_PER_FRAME
 from tccp.faces import open_backend
 from tccp.faces import track as track_person

@@ -14,14 +14,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tccp.clip import atomic_path
+import torch
+
 from tccp.config import Settings, VariantName, override
-from tccp.evaluation.clips import EvaluationClip, clip_seeds, make_clip
+from tccp.evaluation.benchmark_clips import EvaluationClip, clip_seeds, make_clip
 from tccp.evaluation.validation import validate_network, with_network
-from tccp.pipeline import load_network, read_settings
+from tccp.files import atomic_path
+from tccp.inference.pipeline import load_network, read_settings
+from tccp.models.variants import FIRST_OF
+from tccp.training.fit_variant import train_variant
 from tccp.training.recipe import Trainer
-from tccp.training.variant import train_variant
-from tccp.variants import FIRST_OF
 
 PLAIN_RATE = {"training.learning_rate": 2e-4, "training.schedule": "constant", "training.warmup_steps": 0}
 NOISE_PREDICTION = {"diffusion.prediction": "epsilon", "diffusion.zero_terminal_snr": False}

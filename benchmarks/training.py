@@ -185,9 +185,9 @@ def prepare(arguments: argparse.Namespace, place: Path) -> None:
     """Clips and an untrained pipeline, unless they are there."""
     from preprocessing.plan import make_plan
     from preprocessing.run import preprocess
-    from tccp.clip import INDEX
+    from tccp.clips.clip_table import INDEX
     from tccp.config import load_settings
-    from tccp.pipeline import MANIFEST, write_untrained
+    from tccp.inference.pipeline import MANIFEST, write_untrained
     from tccp.roundtable import write_clips
 
     settings = load_settings(arguments.preset, overrides(arguments))
@@ -306,8 +306,8 @@ def figures(
     0 (of its GPU, where it has one); utilisation: share of the GPU's peak, a step being one forward and two for the way
     back, what checkpointing computes again not counted. longest_s: longer steps have been stopped, and do not count.
     """
+    from tccp.cli.describe import describe
     from tccp.config import load_settings
-    from tccp.describe import describe
 
     times, waited = [], 0.0
     for records in rounds:
@@ -341,12 +341,12 @@ def plain(arguments: argparse.Namespace, case: Case) -> None:
     """The same training by the same loop, without Ray and DeepSpeed, on the latents that are there."""
     import torch
 
-    from tccp.clip import ClipTable
+    from tccp.clips.clip_table import ClipTable
     from tccp.config import load_settings
     from tccp.models.autoencoder import PictureAutoencoder
-    from tccp.training.latents import LatentCache
-    from tccp.training.run import RunFolder
-    from tccp.training.variant import train_variant
+    from tccp.training.fit_variant import train_variant
+    from tccp.training.latent_cache import LatentCache
+    from tccp.training.run_folder import RunFolder
 
     torch.set_num_threads(1)
     place = arguments.storage

@@ -20,11 +20,11 @@ import pyarrow.parquet as pq
 
 from preprocessing.plan import LOOK_VERSION, Plan
 from preprocessing.reels import LOOKED_SCHEMA, Reel, looked_to_table, with_looked
-from preprocessing.remote import version_of
-from preprocessing.report import TrackSample
+from preprocessing.report.record import TrackSample
 from preprocessing.spans import Span
-from tccp.clip import INDEX, INDEX_SCHEMA, Clip, Quality, write_parquet
+from tccp.clips.clip_table import INDEX, INDEX_SCHEMA, Clip, Quality, write_parquet
 from tccp.files import Folder
+from tccp.media.remote import version_of
 
 _RECORD_KEY = "tccp.reel"
 _KEPT_FROM_SPAN = ("source_hash", "width", "height", "warnings")

@@ -11,13 +11,13 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from preprocessing.cut import MIN_CLIP_S, clip_frames
-from preprocessing.quality import QualityBounds
-from preprocessing.sandbox import Limits
+from preprocessing.analysis.cut import MIN_CLIP_S, clip_frames
+from preprocessing.analysis.quality import QualityBounds
 from preprocessing.spans import Span
 from tccp import faces, weights
-from tccp.clip import GEOMETRY_VERSION, SCHEMA_VERSION
-from tccp.config import TccpError
+from tccp.clips.clip_table import GEOMETRY_VERSION, SCHEMA_VERSION
+from tccp.errors import TccpError
+from tccp.media.sandbox import Limits
 
 Backend = Literal["mediapipe", "fan", "truth"]
 Speakers = Literal["active", "main"]

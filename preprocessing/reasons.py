@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from preprocessing.remote import shown
 from preprocessing.spans import Span
+from tccp.media.remote import shown
 
 # Of several reasons why a frame is in no clip, the one that came nearest to a clip counts: the last of these.
 REASONS = {

@@ -15,16 +15,17 @@ from pathlib import Path
 import pyarrow as pa
 
 from preprocessing import parts
-from preprocessing.estimate import Estimate, SampleResult, SourceSize, choose_sample, estimate
-from preprocessing.lips import LipWork, tidy
-from preprocessing.listing import list_sources
-from preprocessing.page import write_page
-from preprocessing.pipeline import draw_lips, in_this_process, on_ray_data, ray_running
+from preprocessing.graph import draw_lips, in_this_process, on_ray_data, ray_running
+from preprocessing.lip_step import LipWork, tidy
 from preprocessing.plan import Plan
-from preprocessing.report import ReportBuilder, RunReport, SourceReport, StepTime
+from preprocessing.report.estimate import Estimate, SampleResult, SourceSize, choose_sample, estimate
+from preprocessing.report.page import write_page
+from preprocessing.report.record import ReportBuilder, RunReport, SourceReport, StepTime
+from preprocessing.report.summary import Summary
+from preprocessing.sources.listing import list_sources
 from preprocessing.steps import Work, result_record
-from preprocessing.summary import Summary
-from tccp.config import FPS, TccpError
+from tccp.config import FPS
+from tccp.errors import TccpError
 from tccp.files import Folder, is_url
 from tccp.progress import progress
 

@@ -15,19 +15,19 @@ from typing import Any
 import pyarrow as pa
 
 from preprocessing import parts
-from preprocessing.look import look
+from preprocessing.analysis.look import look
+from preprocessing.analysis.select import Networks, select
 from preprocessing.parts import ReelRecord, record_of
 from preprocessing.plan import Plan, detector_of
-from preprocessing.probe import probe_source
 from preprocessing.reels import Reel, reels_from_table, reels_to_table
-from preprocessing.remote import shown
-from preprocessing.rows import render_clips
-from preprocessing.sandbox import Decoder
-from preprocessing.select import Networks, select
+from preprocessing.render import render_clips
+from preprocessing.sources.find_reels import probe_source
 from preprocessing.spans import Span, spans_from_table
-from tccp.clip import Clip, clips_to_table
+from tccp.clips.clip_table import Clip, clips_to_table
 from tccp.files import Folder
 from tccp.media import MediaError
+from tccp.media.remote import shown
+from tccp.media.sandbox import Decoder
 
 OnFrame = Callable[[], object]
 
@@ -52,7 +52,7 @@ class _Step:
 
 
 class FindReels(_Step):
-    """Rows of sources (`order`, and the columns of preprocessing.sources) to reels with their sound.
+    """Rows of sources (`order`, and the columns of preprocessing.sources.finding) to reels with their sound.
 
     Reels whose part is there come out as `done`; a film all of whose parts are there is not read again.
     """

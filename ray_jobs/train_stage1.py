@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a job's folder is no installed package
 
-from ray_jobs.training import run
+from ray_jobs.train_command import run
 
 if __name__ == "__main__":
     run("stage1")

@@ -19,6 +19,8 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
+from tccp.errors import TccpError
+
 FPS = 25
 """The model's clock in frames per second; media of any other rate is mapped onto it by presentation time."""
 SAMPLE_RATE_HZ = 16_000
@@ -30,10 +32,6 @@ VariantName = Literal[
 PresetName = Literal["paper", "toy"]
 Solver = Literal["ddpm", "ddim", "dpmpp"]
 LipSource = Literal["wav2lip", "liplet", "none"]
-
-
-class TccpError(ValueError):
-    """A user's mistake. The message is one line: what was given, what is allowed, what to do."""
 
 
 _Decay = Annotated[float, Field(ge=0, lt=1)]

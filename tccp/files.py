@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tccp.config import TccpError
+from tccp.errors import TccpError
 
 
 def is_url(place: str | Path) -> bool:

@@ -14,7 +14,8 @@ import cv2
 import numpy as np
 from jaxtyping import Bool, Float, Float32, UInt8
 
-from tccp.config import HeadBoxSettings, TccpError
+from tccp.config import HeadBoxSettings
+from tccp.errors import TccpError
 from tccp.landmarks import head_pose, smooth_over_time
 
 SIDE = 3.9

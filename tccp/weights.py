@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from tccp import __version__
-from tccp.config import TccpError, storage_root
+from tccp.config import storage_root
+from tccp.errors import TccpError
 
 PLACE = "TCCP_WEIGHTS"
 """Environment variable: a folder that takes the place of <storage>/weights; what it lacks is absent."""

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from jaxtyping import Float32, UInt8
 
-from preprocessing.chips import read_chip
+from preprocessing.analysis.chips import read_chip
 from preprocessing.reels import CHIP_PX, Track, chip_box
 from tccp.faces import FaceBackend
 from tccp.media import read_frames

@@ -51,14 +51,14 @@ def main(arguments: dict[str, Any], out: Path) -> None:
     import torch
     from diffusers.training_utils import EMAModel
 
-    from tccp.clip import ClipTable
+    from tccp.clips.clip_table import ClipTable
     from tccp.config import DeepSpeedSettings, load_settings
     from tccp.models.autoencoder import PictureAutoencoder
     from tccp.training.engine import DeepSpeedEngine
-    from tccp.training.latents import LatentCache
+    from tccp.training.fit_variant import VariantLoss, new_network
+    from tccp.training.latent_cache import LatentCache
     from tccp.training.loop import NonFiniteLoss, fit
-    from tccp.training.run import RunFolder
-    from tccp.training.variant import VariantLoss, new_network
+    from tccp.training.run_folder import RunFolder
 
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")

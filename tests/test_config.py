@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tccp import config
-from tccp.config import PRESETS, Settings, TccpError, VariantName, load_settings, override
+from tccp.config import PRESETS, Settings, VariantName, load_settings, override
+from tccp.errors import TccpError
 
 # Table 3 of the paper, and Wav2Lip's size for its lip reference; written here a second time on purpose.
 TABLE_3 = {
@@ -241,7 +242,7 @@ def output_of(command: list[str], folder: Path) -> str:
 def test_git_commit_names_the_checkout_and_its_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "tccp"
     package.mkdir()
-    for module in ("__init__.py", "config.py"):
+    for module in ("__init__.py", "config.py", "errors.py"):
         shutil.copy(Path(config.__file__).parent / module, package)
     seen = [sys.executable, "-c", "import tccp.config; print(tccp.config.git_commit())"]
     assert output_of(seen, tmp_path) == "unknown"

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tccp.training.launcher.cluster import GPU_WORKER_CPUS, spread_over
 from tccp.training.launcher.job import Spread
+from tccp.training.launcher.sizing import GPU_WORKER_CPUS, spread_over
 
 pytest.importorskip("ray")
 pytestmark = pytest.mark.cluster

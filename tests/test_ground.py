@@ -11,7 +11,9 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Container, Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -164,6 +166,36 @@ def test_every_module_has_its_layer() -> None:
     assert modules <= listed, "name them in pyproject.toml, section importlinter"
     roots = set(PYPROJECT["tool"]["importlinter"]["root_packages"])
     assert {folder.name for folder in CODE} <= roots, "root_packages in pyproject.toml lacks a package"
+
+
+def module_names() -> dict[str, Path]:
+    """Every module of the code by its dotted name; a package's is that of its __init__.py."""
+    names = {}
+    for path in (path for folder in CODE for path in folder.rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return names
+
+
+def test_no_two_modules_have_one_name() -> None:
+    counted = Counter(name.rpartition(".")[2] for name in module_names())
+    assert {name for name, count in counted.items() if count > 1} <= {"__main__"}
+
+
+def imports_of(path: Path, modules: Container[str]) -> Iterator[str]:
+    """The project's modules that a module imports, at its top or in a function."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in modules)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            inner = (f"{node.module}.{alias.name}" for alias in node.names)
+            yield from (name if name in modules else node.module for name in inner)
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    modules = module_names()
+    graph = {name: {one for one in imports_of(path, modules) if one in modules} for name, path in modules.items()}
+    TopologicalSorter({name: uses - {name} for name, uses in graph.items()}).prepare()  # raises CycleError
 
 
 # What people type

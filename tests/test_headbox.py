@@ -12,7 +12,8 @@ from sklearn.ensemble import RandomForestRegressor
 from sklearn.model_selection import GroupKFold, cross_val_predict
 
 from tccp import headbox
-from tccp.config import HeadBoxSettings, TccpError
+from tccp.config import HeadBoxSettings
+from tccp.errors import TccpError
 from tccp.landmarks import MEAN_FACE, MIRROR
 from tccp.roundtable import synthesise
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from tccp import weights
-from tccp.config import TccpError
+from tccp.errors import TccpError
 from tccp.weights import WEIGHTS, Weight
 
 CONTENT = np.random.default_rng(0).bytes(900_000)

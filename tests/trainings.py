@@ -65,7 +65,7 @@ def make_data(folder: Path) -> tuple[Path, Path]:
 def write_untrained_pipeline(folder: Path) -> Path:
     """Auto-encoder and lips for OVERRIDES."""
     from tccp.config import load_settings
-    from tccp.pipeline import write_untrained
+    from tccp.inference.pipeline import write_untrained
 
     write_untrained(folder, load_settings("toy", OVERRIDES), ())
     return folder
@@ -176,12 +176,12 @@ def plain_trace(
     component: VariantName, data: Path, untrained: Path, storage: Path, steps: int = STEPS
 ) -> list[tuple[int, float, float]]:
     """The same training of stage 1's component in this process, by plain torch, uninterrupted."""
-    from tccp.clip import ClipTable
+    from tccp.clips.clip_table import ClipTable
     from tccp.config import load_settings
     from tccp.models.autoencoder import PictureAutoencoder
-    from tccp.training.latents import LatentCache
-    from tccp.training.run import RunFolder
-    from tccp.training.variant import train_variant
+    from tccp.training.fit_variant import train_variant
+    from tccp.training.latent_cache import LatentCache
+    from tccp.training.run_folder import RunFolder
 
     settings = load_settings("toy", [*OVERRIDES, f"training.max_steps={steps}", f"autoencoder.max_steps={steps}"])
     autoencoder = PictureAutoencoder.load(untrained / "autoencoder").eval()

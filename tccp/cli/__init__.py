@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 import tyro
 
 from tccp.cli.footage import inspect, preprocess, synth, weights
-from tccp.cli.generating import demo, doctor, generate
+from tccp.cli.generate import demo, doctor, generate
 from tccp.cli.networks import describe, evaluate, export, train
 from tccp.cli.options import note
-from tccp.config import TccpError
+from tccp.errors import TccpError
 
 VERBS: dict[str, Callable[..., None]] = {
     "synth": synth,

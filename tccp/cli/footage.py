@@ -8,7 +8,8 @@ from typing import Literal
 from tyro.conf import Positional
 
 from tccp.cli.options import Json, Overrides, Preset, emit, note
-from tccp.config import TccpError, load_settings
+from tccp.config import load_settings
+from tccp.errors import TccpError
 
 
 def synth(
@@ -123,7 +124,7 @@ def preprocess(
         sample: with --dry-run, how many films to measure.
         price_per_cpu_hour: with --dry-run, to estimate the cost.
     """
-    from preprocessing.lips import lip_work
+    from preprocessing.lip_step import lip_work
     from preprocessing.plan import make_plan
     from preprocessing.run import dry_run as estimate
     from preprocessing.run import preprocess as run
@@ -162,8 +163,8 @@ def inspect(
         out: what to write: .png for a contact sheet, .mp4 with --clip (default: clip-ID.mp4 here).
         count: clips on the contact sheet.
     """
-    from preprocessing import inspecting
-    from tccp.clip import ClipTable
+    from preprocessing.report import inspection as inspecting
+    from tccp.clips.clip_table import ClipTable
 
     with ClipTable(table) as opened:
         if clip is not None:

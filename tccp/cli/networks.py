@@ -10,7 +10,8 @@ from typing import Literal
 from tyro.conf import Positional
 
 from tccp.cli.options import Device, Json, Overrides, Preset, Storage, device_of, emit
-from tccp.config import TccpError, load_settings, storage_root
+from tccp.config import load_settings, storage_root
+from tccp.errors import TccpError
 
 
 def train(
@@ -92,8 +93,8 @@ def export(
         half: store weights in half precision, at half the size.
         set: settings of sampling that the copy is to have, e.g. sampling.steps=20; training has decided the others.
     """
-    from tccp.pipeline import export as export_components
-    from tccp.pipeline import read_manifest
+    from tccp.inference.pipeline import export as export_components
+    from tccp.inference.pipeline import read_manifest
 
     copied = export_components(weights, out, components, half=half, sampling=set)
     files = [path for path in out.rglob("*") if path.is_file()]
@@ -107,7 +108,7 @@ def export(
 
 def describe(preset: Preset = "paper", set: Overrides = (), json: Json = False) -> None:
     """Build the networks of a preset and count their parameters and their work per window."""
-    from tccp.describe import describe as count
+    from tccp.cli.describe import describe as count
 
     rows = count(load_settings(preset, set))
     header = f"{'variant':20} {'params':>12} {'control':>12} {'GFLOP/window':>13}"
@@ -145,9 +146,9 @@ def evaluate(
     """
     import dataclasses
 
-    from tccp.evaluation.report import text_table
     from tccp.evaluation.runner import FULL, QUICK, evaluate_roundtable
-    from tccp.pipeline import weights_folder
+    from tccp.evaluation.score_table import text_table
+    from tccp.inference.pipeline import weights_folder
 
     place = device_of(device)
     extent = QUICK if quick else FULL

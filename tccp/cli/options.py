@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from tccp.config import TccpError
+from tccp.errors import TccpError
 
 Preset = Annotated[str, tyro.conf.arg(help="settings to start from: paper or toy")]
 Overrides = Annotated[

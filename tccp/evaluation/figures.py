@@ -14,8 +14,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, Float64, UInt8
 
 from tccp.config import FPS, SAMPLES_PER_FRAME
-from tccp.evaluation.clips import EvaluationClip
-from tccp.evaluation.probe import FaceReading
+from tccp.evaluation.benchmark_clips import EvaluationClip
+from tccp.evaluation.face_probe import FaceReading
 from tccp.landmarks import head_pose, mouth_opening, mouth_width
 
 MAX_LAG = 5

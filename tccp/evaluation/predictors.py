@@ -17,7 +17,7 @@ from jaxtyping import Float, Float32, UInt8
 
 from tccp import headbox
 from tccp.config import FPS
-from tccp.evaluation.clips import EvaluationClip, clip_seeds, true_points
+from tccp.evaluation.benchmark_clips import EvaluationClip, clip_seeds, true_points
 from tccp.evaluation.figures import side_accuracy
 from tccp.landmarks import head_pose
 from tccp.roundtable import Truth, synthesise

@@ -25,19 +25,20 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from tccp.config import TccpError, git_commit
-from tccp.evaluation.clips import (
+from tccp.config import git_commit
+from tccp.errors import TccpError
+from tccp.evaluation.benchmark_clips import (
     COUNTERFACTUAL_FRAMES,
     DRIFT_FRAMES,
     HELD_OUT_FRAMES,
     clip_seeds,
     counterfactual_seeds,
 )
+from tccp.evaluation.face_probe import CANDIDATES, top1
 from tccp.evaluation.figures import Drift, corr_loss, frechet_distance
+from tccp.evaluation.methods import Models
 from tccp.evaluation.predictors import fit_cues
-from tccp.evaluation.probe import CANDIDATES, top1
-from tccp.evaluation.report import POOLED_RESAMPLES, RESAMPLES, TARGETS, Pooled, compare, summarise
-from tccp.evaluation.rows import Models
+from tccp.evaluation.score_table import POOLED_RESAMPLES, RESAMPLES, TARGETS, Pooled, compare, summarise
 from tccp.evaluation.sheet import check_writable, chosen, write_sheet
 from tccp.evaluation.worker import (
     DRIFT_AT,
@@ -49,10 +50,10 @@ from tccp.evaluation.worker import (
     held_out_work,
     reference_work,
 )
-from tccp.pipeline import read_manifest, read_settings
+from tccp.inference.pipeline import read_manifest, read_settings
+from tccp.models.variants import VARIANTS
 from tccp.processes import end_with_parent
 from tccp.progress import progress
-from tccp.variants import VARIANTS
 
 _SHARD_CLIPS, _DRIFT_SHARD_CLIPS, _COUNTERFACTUAL_SHARD_CLIPS = 16, 6, 4
 _POLL_S = 0.5

@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import UInt8
 
 from tccp import headbox, landmarks
-from tccp.config import TccpError
-from tccp.evaluation.clips import EvaluationClip
+from tccp.errors import TccpError
+from tccp.evaluation.benchmark_clips import EvaluationClip
 from tccp.evaluation.figures import Shown
 
 CLIPS, COLUMNS = 5, 8

@@ -14,16 +14,16 @@ from jaxtyping import UInt8
 
 from tccp import landmarks
 from tccp.config import Settings, VariantName
-from tccp.diffusion import NoiseSchedule
-from tccp.evaluation.clips import HELD_OUT_FRAMES, EvaluationClip, clip_seeds, make_clip
+from tccp.diffusion.sampling import FrameInputs, Stage
+from tccp.diffusion.schedule import NoiseSchedule
+from tccp.evaluation.benchmark_clips import HELD_OUT_FRAMES, EvaluationClip, clip_seeds, make_clip
+from tccp.evaluation.face_probe import load_probe, read_faces
 from tccp.evaluation.figures import correlation, psnr
-from tccp.evaluation.probe import load_probe, read_faces
-from tccp.evaluation.rows import Models, Shard
+from tccp.evaluation.methods import Models, Shard
+from tccp.inference.pipeline import Pipeline
 from tccp.media import VideoWriter
 from tccp.models.mvcontrolnet import MVControlNet
-from tccp.pipeline import Pipeline
-from tccp.sampling import FrameInputs, Stage
-from tccp.variants import FIRST_OF
+from tccp.models.variants import FIRST_OF
 
 FRAMES = HELD_OUT_FRAMES
 EVERY = 9

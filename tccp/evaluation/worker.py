@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
-from tccp.evaluation import clips as of
-from tccp.evaluation.clips import EvaluationClip, in_mid_speech, make_clip
+from tccp.evaluation import benchmark_clips as of
+from tccp.evaluation.benchmark_clips import EvaluationClip, in_mid_speech, make_clip
+from tccp.evaluation.face_probe import embed_identity, read_faces
 from tccp.evaluation.figures import (
     Drift,
     Shown,
@@ -23,9 +24,8 @@ from tccp.evaluation.figures import (
     landmarks_acted,
     listener_slope,
 )
+from tccp.evaluation.methods import ROWS, Models, Shard, composed, other_index
 from tccp.evaluation.predictors import Cue, cue_figures, mean_face
-from tccp.evaluation.probe import embed_identity, read_faces
-from tccp.evaluation.rows import ROWS, Models, Shard, composed, other_index
 from tccp.evaluation.sheet import SheetClip, sheet_clip
 
 DRIFT_AT = (10, 50)

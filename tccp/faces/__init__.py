@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from tccp import weights as third_party
-from tccp.config import TccpError
+from tccp.errors import TccpError
 from tccp.faces.face import MAX_FACES, Face, FaceBackend, iou
 from tccp.faces.fan import FanBackend
 from tccp.faces.lbp import LbpBackend
 from tccp.faces.mesh import MediapipeBackend, ibug_from_mesh
-from tccp.faces.tracking import LBP_DROP, LBP_SIDE, head_boxes_from_faces, link, track
+from tccp.faces.person_track import LBP_DROP, LBP_SIDE, head_boxes_from_faces, link, track
 
 __all__ = [
     "LBP_DROP",

@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 from jaxtyping import Float32, UInt8
 
-from tccp.config import TccpError
+from tccp.errors import TccpError
 from tccp.faces.face import MAX_FACES, Face
 from tccp.weights import weights_key
 

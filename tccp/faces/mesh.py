@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Float32, UInt8
 
-from tccp.config import TccpError
+from tccp.errors import TccpError
 from tccp.faces.face import MAX_FACES, Face, iou
 from tccp.landmarks import head_pose
 from tccp.weights import weights_key

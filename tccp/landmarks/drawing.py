@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from tccp.config import TccpError
+from tccp.errors import TccpError
 from tccp.landmarks.geometry import GROUPS
 
 LAYERS: tuple[tuple[str, ...], ...] = (

@@ -2,7 +2,7 @@
 
 import sys
 
-from tccp.config import TccpError
+from tccp.errors import TccpError
 from tccp.media import open_audio, probe, read_frames
 
 ROW = "{:<32} {:>11} {:>10} {:>9} {:>9} {:>8} {:>8} {:>8} {:>6}"

@@ -18,7 +18,8 @@ from av.container import InputContainer
 from av.video.reformatter import Interpolation, VideoReformatter
 from jaxtyping import UInt8
 
-from tccp.config import FPS, TccpError
+from tccp.config import FPS
+from tccp.errors import TccpError
 from tccp.media.source import MediaError, MediaInfo, Span, no_stream, opened, pick_video, probe
 
 # swscale's fast path is darker than the truth by about one level in 255 and repeats chroma; this one is unbiased.

@@ -13,7 +13,8 @@ import av
 import numpy as np
 from jaxtyping import Float, Float32
 
-from tccp.config import SAMPLE_RATE_HZ, SAMPLES_PER_FRAME, TccpError
+from tccp.config import SAMPLE_RATE_HZ, SAMPLES_PER_FRAME
+from tccp.errors import TccpError
 from tccp.media.source import MediaError, MediaInfo, no_stream, opened, pick_audio, probe
 
 # Timestamps that stray from the sample count by less are rounding or jitter; by more, a gap or an overlap to make good.

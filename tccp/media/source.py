@@ -18,7 +18,8 @@ from av.container import InputContainer
 from av.stream import Disposition
 from av.video import VideoStream
 
-from tccp.config import FPS, TccpError
+from tccp.config import FPS
+from tccp.errors import TccpError
 from tccp.media.upright import DisplayTurn, display_turn
 
 # Demuxers that a film or a recording can need. Playlists (HLS, concat, SDP) stay out: they open other files and

@@ -18,7 +18,8 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTr
 from jaxtyping import Float, Float32, UInt8
 
 from tccp import __version__
-from tccp.config import FPS, SAMPLE_RATE_HZ, TccpError
+from tccp.config import FPS, SAMPLE_RATE_HZ
+from tccp.errors import TccpError
 from tccp.media.sound import AudioTrack, decode_sound, resampled
 from tccp.media.source import checked_file, no_stream, opened, probe
 

@@ -18,8 +18,9 @@ from einops import rearrange
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from tccp.config import AutoencoderSettings, TccpError
-from tccp.variants import PICTURE_KINDS, PictureKind
+from tccp.config import AutoencoderSettings
+from tccp.errors import TccpError
+from tccp.models.variants import PICTURE_KINDS, PictureKind
 
 STATISTICS_FILE = "latent_statistics.json"
 INITIAL_LOG_VARIANCE = -6.0

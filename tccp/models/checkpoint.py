@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tccp.config import TccpError
+from tccp.errors import TccpError
 
 _Network = TypeVar("_Network", bound=nn.Module)
 _COUNTER = "num_batches_tracked"

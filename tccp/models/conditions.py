@@ -11,7 +11,7 @@ from einops import rearrange, repeat
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from tccp.variants import ConditionKind
+from tccp.models.variants import ConditionKind
 
 
 @dataclass(frozen=True)

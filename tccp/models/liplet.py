@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tccp.config import TccpError
+from tccp.errors import TccpError
 from tccp.landmarks import MEAN_FACE, head_pose
 
 # The canonical frame, in MEAN_FACE's coordinates (outer eye corners 1 apart, y down from their line): a square from the
@@ -146,7 +146,7 @@ class Liplet(ModelMixin, ConfigMixin):
     def forward(self, mel: Float[Tensor, "b 80 16"], identity: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b 3 s s"]:
         """The identity's mouth for this sound, canonical frame, RGB in [-1, 1].
 
-        mel: the networks' centred window (`tccp.audio.mel_windows`), in [-4, 4].
+        mel: the networks' centred window (`tccp.media.mel.mel_windows`), in [-4, 4].
         identity: the whole head crop (`identity_picture`), RGB in [-1, 1].
         """
         features = self.picture_encoder(identity)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from tccp.config import Settings
 from tccp.models.conditions import ConditionEncoders, Conditions
+from tccp.models.variants import VARIANTS, ConditionKind, VariantName
 from tccp.models.video_unet import Decoder, Encoder, zero_module
-from tccp.variants import VARIANTS, ConditionKind, VariantName
 
 
 class VideoBranch(nn.Module):

@@ -90,7 +90,7 @@ class Wav2Lip(nn.Module):
     def forward(self, mel: Float[Tensor, "b 1 80 16"], faces: Float[Tensor, "b 6 96 96"]) -> Float[Tensor, "b 3 96 96"]:
         """The face with its mouth moved to the sound, BGR in 0..1.
 
-        mel: Wav2Lip's own look-ahead window (`tccp.audio.wav2lip_windows`), in [-4, 4].
+        mel: Wav2Lip's own look-ahead window (`tccp.media.mel.wav2lip_windows`), in [-4, 4].
         faces: BGR in 0..1; channels 0-2 the target with its lower half black, 3-5 the reference picture.
         """
         features = []

@@ -1,6 +1,6 @@
 """RoundTable: procedural conversation scenes with sound and known truth, the embedded data set."""
 
-from tccp.roundtable.files import identity_path, read_identity, read_truth, truth_path, write_clip, write_clips
+from tccp.roundtable.film_files import identity_path, read_identity, read_truth, truth_path, write_clip, write_clips
 from tccp.roundtable.people import Person, make_person
 from tccp.roundtable.world import RoundTableClip, Truth, identity_picture, synthesise
 

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float, Float64
 
 from tccp.roundtable.draw import Canvas
-from tccp.roundtable.face import HeadView, paint_brows, paint_features, paint_glasses, paint_profile, paint_skin
+from tccp.roundtable.face_drawing import HeadView, paint_brows, paint_features, paint_glasses, paint_profile, paint_skin
 from tccp.roundtable.head import PIVOT, turned
 from tccp.roundtable.people import Colour, Person, shade
 

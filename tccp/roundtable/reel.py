@@ -17,7 +17,8 @@ from zipfile import BadZipFile
 import numpy as np
 from jaxtyping import Float32, Int8, Int32, Int64, UInt8
 
-from tccp.config import FPS, SAMPLES_PER_FRAME, TccpError
+from tccp.config import FPS, SAMPLES_PER_FRAME
+from tccp.errors import TccpError
 from tccp.files import atomic_path
 from tccp.media import VideoWriter
 from tccp.roundtable.world import RoundTableClip, synthesise

@@ -13,7 +13,8 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Int8
 
-from tccp.config import FPS, TccpError
+from tccp.config import FPS
+from tccp.errors import TccpError
 from tccp.roundtable.head import Pose
 from tccp.roundtable.motion import drift, follow, glide
 from tccp.roundtable.voice import Speech

@@ -12,10 +12,11 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Float, Float32, Float64, Int8, UInt8
 
-from tccp.config import FPS, TccpError
+from tccp.config import FPS
+from tccp.errors import TccpError
 from tccp.roundtable.body import NECK_BASE_Y, Outfit, paint_body, shoulder_ends
 from tccp.roundtable.draw import Canvas
-from tccp.roundtable.face import HeadView
+from tccp.roundtable.face_drawing import HeadView
 from tccp.roundtable.head import Expression, Pose, landmarks_3d, rotation, turned
 from tccp.roundtable.motion import blinks
 from tccp.roundtable.people import Person, make_person, shade

@@ -18,7 +18,8 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from tccp.config import DeepSpeedSettings, TccpError, TrainingSettings
+from tccp.config import DeepSpeedSettings, TrainingSettings
+from tccp.errors import TccpError
 
 _Module = TypeVar("_Module", bound=nn.Module)
 OPTIMISER_FILE = "optimizer.pt"

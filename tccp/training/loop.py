@@ -18,11 +18,12 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from tccp.config import TccpError, TrainingSettings
-from tccp.data import rng_seed
+from tccp.config import TrainingSettings
+from tccp.errors import TccpError
 from tccp.progress import progress
+from tccp.seeds import rng_seed
 from tccp.training.engine import Engine
-from tccp.training.run import Run, Unkept
+from tccp.training.run_folder import Run, Unkept
 
 EMA_FILE = "ema.pt"
 PROGRESS_FILE = "progress.json"

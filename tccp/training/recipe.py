@@ -15,19 +15,20 @@ from typing import Any
 
 import torch
 
-from tccp.clip import ClipTable
-from tccp.config import Settings, TccpError, VariantName
+from tccp.clips.clip_table import ClipTable
+from tccp.config import Settings, VariantName
+from tccp.errors import TccpError
 from tccp.files import Folder
+from tccp.inference.pipeline import check_settings, has_component, load_network, save_component, verified
 from tccp.models.autoencoder import PictureAutoencoder
-from tccp.pipeline import check_settings, has_component, load_network, save_component, verified
+from tccp.models.variants import FIRST_OF, TWO_STAGE, VARIANTS
 from tccp.processes import end_with_parent
 from tccp.progress import LINES_ONLY
-from tccp.training.autoencoder import train_autoencoder
-from tccp.training.latents import LatentCache
-from tccp.training.lips import LipSources, lip_place, liplet_folder, open_lip_sources, train_liplets_once
-from tccp.training.run import SETTINGS_FILE, RunFolder
-from tccp.training.variant import needs_first, train_variant
-from tccp.variants import FIRST_OF, TWO_STAGE, VARIANTS
+from tccp.training.fit_autoencoder import train_autoencoder
+from tccp.training.fit_variant import needs_first, train_variant
+from tccp.training.latent_cache import LatentCache
+from tccp.training.lip_folds import LipSources, lip_place, liplet_folder, open_lip_sources, train_liplets_once
+from tccp.training.run_folder import SETTINGS_FILE, RunFolder
 
 COMPONENTS: tuple[str, ...] = ("autoencoder", "lips", *VARIANTS)
 

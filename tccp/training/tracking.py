@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tccp.config import TccpError
+from tccp.errors import TccpError
 from tccp.files import Folder, is_url
 
 EXPERIMENT = "tccp"

@@ -9,15 +9,15 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from tccp.clip import ClipTable
+from tccp.clips.clip_table import ClipTable
+from tccp.cluster import could_have
 from tccp.config import Settings, VariantName
 from tccp.files import Folder
+from tccp.inference.pipeline import verified
 from tccp.models.autoencoder import PictureAutoencoder
-from tccp.pipeline import verified
-from tccp.training.latents import LatentCache
-from tccp.training.launcher.cluster import could_have
+from tccp.training.latent_cache import LatentCache
 from tccp.training.launcher.job import AUTOENCODER, Spread
-from tccp.training.lips import LipPlace
+from tccp.training.lip_folds import LipPlace
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Windows straight from film, dealt out to ranks: one stream for all of them, in an order that does not depend on them.
 
 No list of windows is there to plan by, so steps take them in the order of the films, shuffled within a buffer
-(`tccp.data.shuffled`). Nothing is stored; every epoch reads the films anew.
+(`tccp.clips.windows.shuffled`). Nothing is stored; every epoch reads the films anew.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ from typing import Any
 import numpy as np
 
 from tccp import headbox
-from tccp.config import Settings, TccpError, VariantName
-from tccp.data import shuffled
+from tccp.clips.order import shuffled
+from tccp.config import Settings, VariantName
+from tccp.errors import TccpError
 from tccp.files import Folder
-from tccp.training.reading import PICTURES, conditions_of, shows_surround
-from tccp.variants import VARIANTS, ConditionKind
+from tccp.models.variants import VARIANTS, ConditionKind
+from tccp.training.window_files import PICTURES, conditions_of, shows_surround
 
 SHUFFLE_WINDOWS = 512
 AHEAD = 4
 RECORD = "stream.json"
 
 FilmWindows = Callable[[int], Iterator[Mapping[str, np.ndarray]]]
-"""Epoch to its windows, in order: rows of `tccp.data.windows`, one at a time. It travels to where it is called."""
+"""Epoch to its windows, in order: rows of `tccp.clips.windows.windows`, one at a time. It travels to where it is called."""
 _CONDITIONS: dict[ConditionKind, str] = {"audio": "mel", "identity": "identity", "lips": "lips"}
 
 

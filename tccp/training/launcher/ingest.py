@@ -16,11 +16,13 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import numpy as np
 import pyarrow as pa
 
-from tccp.clip import ClipTable
+from tccp.clips.clip_table import ClipTable
+from tccp.clips.order import PlannedWindow, TrainingOrder
+from tccp.clips.windows import clip_hash
 from tccp.config import Settings, VariantName
-from tccp.data import PlannedWindow, TrainingOrder, clip_hash
-from tccp.training.launcher.errors import unwrapped
-from tccp.training.reading import (
+from tccp.models.variants import VARIANTS
+from tccp.training.launcher.remote_errors import unwrapped
+from tccp.training.window_files import (
     LatentFiles,
     PictureFiles,
     TablePictures,
@@ -28,7 +30,6 @@ from tccp.training.reading import (
     micro_batch,
     training_order,
 )
-from tccp.variants import VARIANTS
 
 READER_CPUS = 0.25
 _Item = TypeVar("_Item")

@@ -5,25 +5,19 @@ Ray Train's controller imports this module too: nothing here needs torch.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
+from tccp.clips.lip_table import LipFiles
 from tccp.config import DeepSpeedSettings, Settings
 from tccp.files import Folder
 from tccp.training.launcher.film_order import FilmWindows
-from tccp.training.reading import LatentFiles, LipFiles
+from tccp.training.window_files import LatentFiles
 
 Latents = Literal["ahead", "in-step"]
 """ahead: encoded before training, by Ray Data's workers, and kept; in-step: by each rank, as it needs them."""
 
 AUTOENCODER = "autoencoder"
-
-QUIET_RAY = {
-    "RAY_DATA_LOG_LEVEL": "CRITICAL",  # errors are raised, too
-    "RAY_DATA_USAGE_DISABLED": "1",  # else an actor more, pinned to one machine
-}
-"""Environment of what speaks to users, set before Ray starts."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +55,3 @@ class ComponentJob:
     control_from: Folder | None = None
     tracking_uri: str | None = None
     tracking_run: str | None = None
-
-
-def train_rank(config: dict[str, Any]) -> None:
-    """The function that Ray Train runs on every worker: see `tccp.training.launcher.rank.train`."""
-    for name, value in QUIET_RAY.items():
-        os.environ.setdefault(name, value)
-    from tccp.training.launcher.rank import train
-
-    train(config["job"], config["validate"])

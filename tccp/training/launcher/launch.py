@@ -20,42 +20,32 @@ from typing import Any
 
 import torch
 
-from tccp.clip import ClipTable
-from tccp.config import (
-    Settings,
-    TccpError,
-    VariantName,
-    settings_from_json,
-    settings_to_json,
-)
+from tccp.clips.clip_table import ClipTable
+from tccp.clips.lip_table import LIPS
+from tccp.cluster import connected, could_have, num_nodes
+from tccp.config import Settings, VariantName, settings_from_json, settings_to_json
+from tccp.errors import TccpError
 from tccp.files import Folder
+from tccp.inference.pipeline import MANIFEST, TOY_WEIGHTS, check_settings, export, has_component, save_component
 from tccp.models.autoencoder import PictureAutoencoder
-from tccp.pipeline import (
-    MANIFEST,
-    TOY_WEIGHTS,
-    check_settings,
-    export,
-    has_component,
-    save_component,
-)
+from tccp.models.variants import FIRST_OF, VARIANTS
 from tccp.progress import progress
-from tccp.training.autoencoder import fit_latent_statistics, pretrained_autoencoder
-from tccp.training.latents import LatentCache
-from tccp.training.launcher.cluster import check_shared, connected, could_have, num_nodes, spread_over
+from tccp.training.fit_autoencoder import fit_latent_statistics, pretrained_autoencoder
+from tccp.training.fit_variant import needs_first
+from tccp.training.latent_cache import LatentCache
 from tccp.training.launcher.encode import ClipEncoder, encoded
-from tccp.training.launcher.errors import unwrapped
-from tccp.training.launcher.fit import fit_on_cluster
+from tccp.training.launcher.inherited import fits, lendable
 from tccp.training.launcher.job import AUTOENCODER, ComponentJob, Latents, Spread
-from tccp.training.launcher.lending import fits, lendable
 from tccp.training.launcher.rank import EXPORT, RESULT, Validate
+from tccp.training.launcher.remote_errors import unwrapped
 from tccp.training.launcher.request import NO_TRACKING, RUN_RECORD, Request, check_fit, check_request, resumed_parallel
-from tccp.training.lips import LipPlace, lip_place, liplet_folder, open_lip_sources, train_liplets_once
-from tccp.training.reading import LIPS, conditions_of
+from tccp.training.launcher.sizing import check_shared, spread_over
+from tccp.training.launcher.worker_group import fit_on_cluster
+from tccp.training.lip_folds import LipPlace, lip_place, liplet_folder, open_lip_sources, train_liplets_once
 from tccp.training.recipe import COMPONENTS, recipe
-from tccp.training.run import SETTINGS_FILE, check_same_settings, run_record
+from tccp.training.run_folder import SETTINGS_FILE, check_same_settings, run_record
 from tccp.training.tracking import Tracker, tracking_place
-from tccp.training.variant import needs_first
-from tccp.variants import FIRST_OF, VARIANTS
+from tccp.training.window_files import conditions_of
 
 PIPELINE = "pipeline"
 TRACKING = "mlflow.json"

@@ -18,26 +18,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tccp.clip import ClipTable
-from tccp.config import Settings, TccpError, TrainingSettings, VariantName
+from tccp.clips.clip_table import ClipTable
+from tccp.config import Settings, TrainingSettings, VariantName
+from tccp.errors import TccpError
+from tccp.inference.pipeline import load_network, verified
 from tccp.models.autoencoder import PictureAutoencoder
 from tccp.models.mvcontrolnet import MVControlNet
-from tccp.pipeline import load_network, verified
-from tccp.training.autoencoder import autoencoder_training, fit_autoencoder
+from tccp.models.variants import FIRST_OF
 from tccp.training.engine import DeepSpeedEngine, Engine, with_weights
-from tccp.training.latents import Unplanned, Windows
-from tccp.training.launcher.cluster import readers_now
+from tccp.training.fit_autoencoder import autoencoder_training, fit_autoencoder
+from tccp.training.fit_variant import needs_first, train_variant
+from tccp.training.latent_cache import Unplanned, Windows
 from tccp.training.launcher.film_order import FilmOrder
 from tccp.training.launcher.ingest import PictureReader, Reader, WindowReader, micro_batches
 from tccp.training.launcher.job import AUTOENCODER, ComponentJob
 from tccp.training.launcher.records import keep_record
+from tccp.training.launcher.sizing import readers_now
 from tccp.training.launcher.streams import FilmStream, StreamedPictures, StreamedWindows
 from tccp.training.loop import PROGRESS_FILE, FitResult, NonFiniteLoss
-from tccp.training.reading import PictureFiles
-from tccp.training.run import METRICS_FILE, append_metrics, cut_metrics
+from tccp.training.run_folder import METRICS_FILE, append_metrics, cut_metrics
 from tccp.training.tracking import Tracker
-from tccp.training.variant import needs_first, train_variant
-from tccp.variants import FIRST_OF
+from tccp.training.window_files import PictureFiles
 
 EXPORT = "export"
 MISTAKE = "mistake-{rank}.json"
@@ -52,7 +53,7 @@ Validate = Callable[[ComponentJob, int, MVControlNet, Path], Mapping[str, float]
 
 
 class RayRun:
-    """`tccp.training.run.Run` on a rank of Ray Train. Checkpoints go to storage while training goes on."""
+    """`tccp.training.run_folder.Run` on a rank of Ray Train. Checkpoints go to storage while training goes on."""
 
     def __init__(self, job: ComponentJob, device: torch.device):
         import ray.train

@@ -6,7 +6,7 @@ import contextlib
 import json
 from typing import Any
 
-from tccp.config import TccpError
+from tccp.errors import TccpError
 from tccp.files import Folder
 
 RAYS_RECORD = "checkpoint_manager_snapshot.json"

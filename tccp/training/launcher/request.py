@@ -7,15 +7,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tccp.config import DeepSpeedSettings, Settings, TccpError, VariantName
+from tccp.cluster import num_nodes
+from tccp.config import DeepSpeedSettings, Settings, VariantName
+from tccp.errors import TccpError
 from tccp.files import Folder
-from tccp.training.autoencoder import autoencoder_training
+from tccp.models.variants import VARIANTS
 from tccp.training.engine import deepspeed_config
-from tccp.training.launcher.cluster import check_shared, check_storage, num_nodes
+from tccp.training.fit_autoencoder import autoencoder_training
 from tccp.training.launcher.film_order import FilmWindows
 from tccp.training.launcher.job import AUTOENCODER, Latents, Spread
+from tccp.training.launcher.sizing import check_shared, check_storage
 from tccp.training.recipe import COMPONENTS
-from tccp.variants import VARIANTS
 
 RUNS = "runs"
 RUN_RECORD = "run.json"

@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from tccp.clips.order import PlannedWindow, WindowId
 from tccp.config import Settings
-from tccp.data import PlannedWindow, WindowId
 from tccp.models.autoencoder import PictureAutoencoder
-from tccp.training.latents import TrainingBatch, encode_columns, to_batch
-from tccp.training.launcher.errors import unwrapped
+from tccp.models.variants import ConditionKind, Variant
+from tccp.training.latent_cache import TrainingBatch, encode_columns, to_batch
 from tccp.training.launcher.ingest import window_ids
-from tccp.training.reading import PictureBatch
-from tccp.variants import ConditionKind, Variant
+from tccp.training.launcher.remote_errors import unwrapped
+from tccp.training.window_files import PictureBatch
 
 
 def _checked(columns: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> None:

@@ -1,0 +1,127 @@
+"""Pass 1 over a film: cuts, and every face in every frame. Only numbers and small pictures of faces are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+from jaxtyping import UInt8
+
+from preprocessing.plan import Plan
+from preprocessing.reels import CHIP_PX, SPEECH_CHIP_PX, Faces, Reel, chip_box
+from tccp.errors import TccpError
+from tccp.faces import Face, FaceBackend
+from tccp.media import MediaError
+from tccp.media.remote import local_copy, shown
+from tccp.media.sandbox import Decoder
+from tccp.media.shots import CONTEXT_FRAMES, CutFinder
+from tccp.roundtable import identity_path, read_truth
+
+CHIP_EVERY = 5
+_CHIP_QUALITY = 90
+# Where nobody has been seen for a while, one frame in three is looked at until somebody is: looking closer at every
+# empty frame costs twenty times as much as a frame with a face.
+_PATIENCE_FRAMES = 12
+_STRIDE_WITHOUT_FACES = 3
+
+
+def look(
+    reel: Reel, plan: Plan, decoder: Decoder, detector: FaceBackend | None, on_frame: Callable[[], object]
+) -> Reel:
+    """The reel with its cuts and faces. Set aside whole if it does not decode, with the reason."""
+    try:
+        with local_copy(reel.span.path) as path:
+            if plan.backend == "truth":
+                return _with_truth(reel, path)
+            assert detector is not None
+            return _with_faces(reel, plan, path, decoder, detector, on_frame)
+    except MediaError as error:
+        text = f"{shown(reel.span.path)}: {error.problem}"
+        return replace(reel, span=reel.span.set_aside(error.reason, text), sound=None)
+
+
+def _with_faces(
+    reel: Reel, plan: Plan, path: Path, decoder: Decoder, detector: FaceBackend, on_frame: Callable[[], object]
+) -> Reel:
+    cutter, cuts = CutFinder(), []
+    frames: list[int] = []
+    faces: list[Face] = []
+    chips: dict[int, bytes] = {}
+    last_seen = reel.start_frame
+    first = max(reel.start_frame - CONTEXT_FRAMES, reel.usable[0])
+    stop = min(reel.stop_frame + CONTEXT_FRAMES, reel.usable[1])
+    for frame, picture in enumerate(decoder.frames(path, first, stop - first), start=first):
+        cuts += [first + cut for cut in cutter.add(picture)]
+        if not reel.start_frame <= frame < reel.stop_frame:
+            continue
+        if frame - last_seen <= _PATIENCE_FRAMES or frame % _STRIDE_WITHOUT_FACES == 0:
+            for face in detector.detect(picture):
+                last_seen = frame
+                if plan.speech_chips or frame % CHIP_EVERY == 0:
+                    chips[len(faces)] = chip(picture, face, SPEECH_CHIP_PX if plan.speech_chips else CHIP_PX)
+                frames.append(frame)
+                faces.append(face)
+        on_frame()
+    cuts += [first + cut for cut in cutter.finish()]
+    without = np.full((68, 2), np.nan, np.float32)
+    found = Faces(
+        frame=np.array(frames, np.int32),
+        box=np.array([face.box for face in faces], np.float32).reshape(-1, 4),
+        landmarks=np.array(
+            [without if face.landmarks_px is None else face.landmarks_px for face in faces], np.float32
+        ).reshape(-1, 68, 2),
+        confidence=np.array([face.confidence for face in faces], np.float32),
+        chips=chips,
+    )
+    return replace(reel, cuts=tuple(cut for cut in cuts if reel.start_frame < cut < reel.stop_frame), faces=found)
+
+
+def chip(picture: UInt8[np.ndarray, "h w 3"], face: Face, side_px: int) -> bytes:
+    """A face's picture as JPEG, edges of the frame repeated: see `preprocessing.reels.chip_box`."""
+    x0, y0, x1, _ = chip_box(face.box)
+    step = float(x1 - x0) / side_px
+    # Whole coordinates of OpenCV are pixel centres, ours are corners.
+    matrix = np.array([[step, 0, x0 + step / 2 - 0.5], [0, step, y0 + step / 2 - 0.5]])
+    if step > 1.5:  # linear sampling would skip pixels: shrink what is needed first
+        height, width = picture.shape[:2]
+        left, top = int(np.clip(x0, 0, width - 1)), int(np.clip(y0, 0, height - 1))
+        part = picture[top : max(int(y0 + step * side_px) + 2, top + 1), left : max(int(x1) + 2, left + 1)]
+        part = cv2.resize(part, None, fx=1 / step, fy=1 / step, interpolation=cv2.INTER_AREA)
+        matrix = np.array([[1.0, 0, (x0 - left) / step], [0, 1.0, (y0 - top) / step]])
+        picture = np.asarray(part, np.uint8)
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    square = cv2.warpAffine(picture, matrix, (side_px, side_px), flags=flags, borderMode=cv2.BORDER_REPLICATE)
+    done, data = cv2.imencode(
+        ".jpg", cv2.cvtColor(square, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, _CHIP_QUALITY]
+    )
+    assert done
+    return data.tobytes()
+
+
+def _with_truth(reel: Reel, path: Path) -> Reel:
+    """Landmarks and head boxes of RoundTable footage, from the truth files that were written beside it."""
+    span = reel.span
+    try:
+        truth = read_truth(path)
+    except TccpError as error:
+        return replace(reel, span=span.set_aside("no_truth", f"{shown(span.path)}: {error}"), sound=None)
+    frames = len(truth.landmarks_px)
+    if frames < reel.usable[1] or (truth.width, truth.height) != (span.width, span.height):
+        what = f"{frames} frames of {truth.width}x{truth.height}"
+        text = f"{shown(span.path)}: its truth is of {what}; write both anew: tccp synth"
+        return replace(reel, span=span.set_aside("other_truth", text), sound=None)
+    part = slice(reel.start_frame, reel.stop_frame)
+    points = truth.landmarks_px[part].astype(np.float32)
+    count = len(points)
+    faces = Faces(
+        frame=np.arange(part.start, part.stop, dtype=np.int32),
+        box=np.concatenate([points.min(1), points.max(1)], 1).reshape(count, 4),
+        landmarks=points,
+        confidence=np.ones(count, np.float32),
+        chips={},
+    )
+    span = replace(span, identity_path=str(identity_path(path)))
+    return replace(reel, span=span, faces=faces, head_box=truth.head_box[part].astype(np.float32))

@@ -1,0 +1,375 @@
+"""Where films come from: folders, patterns and manifests, here or at a URL, each to a row of a table."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import math
+import os
+import posixpath
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+
+from tccp.errors import TccpError
+from tccp.files import is_url
+from tccp.media.remote import bare, content_hash, filesystem, is_http, local_copy, local_path, reaching, shown
+
+__all__ = ["MANIFEST_SUFFIXES", "SOURCE_SCHEMA", "VIDEO_SUFFIXES", "content_hash", "find_sources", "local_copy"]
+
+VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ts", ".webm")
+"""Files of a folder that count as sources; a file that is named itself is tried whatever its name."""
+MANIFEST_SUFFIXES = (".csv", ".parquet", ".jsonl", ".ndjson")
+MANIFEST_COLUMNS = ("path", "source", "speaker_x", "speaker_y", "person")
+SOURCE_SCHEMA = pa.schema(
+    [
+        ("path", pa.string()),  # of this machine, or a URL
+        ("source", pa.string()),  # the name that people are shown; no two are alike
+        ("speaker_x", pa.float32()),  # a point on the person who speaks, source pixels
+        ("speaker_y", pa.float32()),
+        ("person_picture", pa.string()),  # path or URL of a picture of the person who is wanted
+    ]
+)
+_MAX_SPEAKER_PX = 100_000.0
+
+
+@dataclass
+class _Film:
+    """path: of this machine, or a URL. named: `name` was chosen by the user, rather than made from the path."""
+
+    path: str
+    name: str
+    named: bool = False
+    speaker: tuple[float, float] | None = None
+    person: str | None = None
+
+
+def find_sources(given: Sequence[str | Path], base: Path | None = None) -> pa.Table:
+    """Rows of SOURCE_SCHEMA for films, folders of films, patterns and manifests; nothing is opened but manifests.
+
+    given: paths or URLs (of any fsspec filesystem). A folder stands for the films in it, in order of name; a pattern
+    (`films/**/*.mp4`) for the files that match, films only unless it names another ending; a `.csv`, `.parquet`,
+    `.jsonl` or `.ndjson` file for the films in its column `path`, with `source`, `speaker_x`, `speaker_y` and `person`
+    where it has these columns. Paths in it are meant from its folder. base: where relative paths of `given` are meant
+    from, if not from the current folder.
+
+    `source` is relative to the folder, or to the part of a pattern before its first wildcard. Names that would be alike
+    begin further up in their paths, as far as tells them apart. A film that is named twice is listed once, where it
+    first came, with all that was said about it.
+    Hidden files and folders are left out: a writer that was killed leaves its unfinished film under such a name.
+    Raises TccpError if a folder or pattern holds no film, a manifest does not fit, an address cannot be reached, or
+    nothing is given.
+    """
+    films: dict[str, _Film] = {}
+    for item in given:
+        for film in _films_of(local_path(str(item)), base):
+            if is_url(film.path):
+                with reaching(film.path):  # nothing is sent yet, but the package for such addresses must be there
+                    filesystem(film.path)
+            key = film.path if is_url(film.path) else os.path.abspath(film.path)
+            films[key] = _merged(films[key], film) if key in films else film
+    if not films:
+        raise TccpError("no source was given: name at least one film or folder of films")
+    columns = {
+        "path": [film.path for film in films.values()],
+        "source": _distinct_names(list(films.values())),
+        "speaker_x": [film.speaker and film.speaker[0] for film in films.values()],
+        "speaker_y": [film.speaker and film.speaker[1] for film in films.values()],
+        "person_picture": [film.person for film in films.values()],
+    }
+    try:
+        return pa.table(columns, schema=SOURCE_SCHEMA)
+    except UnicodeEncodeError as error:
+        raise TccpError(f"{error.object!a}: the name is not UTF-8; rename the file") from None
+
+
+def _films_of(item: str, base: Path | None) -> list[_Film]:
+    """What one item of the command line stands for."""
+    remote = is_url(item)
+    if not remote:
+        item = str((base or Path()) / os.path.expanduser(item))
+    if item.endswith("/") if remote else os.path.isdir(item):
+        return _in_folder(item)
+    root, pattern = _split_pattern(item)
+    if pattern and not os.path.lexists(item):
+        return _matching(item, root, pattern)
+    suffix = posixpath.splitext(bare(item))[1].lower()
+    if suffix in MANIFEST_SUFFIXES:
+        return _in_manifest(item)
+    if remote and suffix not in VIDEO_SUFFIXES and _is_folder(item):
+        return _in_folder(item)
+    return [_Film(item, posixpath.basename(bare(item)))]
+
+
+def _in_folder(folder: str) -> list[_Film]:
+    names = [name for name in _listed(folder, None) if _is_film(name, folder)]
+    if not names:
+        raise TccpError(f"{shown(folder)} holds no film ({', '.join(VIDEO_SUFFIXES)}); give one that does, or files")
+    return [_Film(_join(folder, name), bare(name, folder)) for name in names]
+
+
+def _matching(item: str, root: str, pattern: str) -> list[_Film]:
+    from fsspec.utils import glob_translate
+
+    try:
+        # Whole path components only may be `**`, and pairs of [ ] must fit.
+        matches = re.compile(glob_translate(pattern)).match
+    except (ValueError, re.error) as error:
+        raise TccpError(f"{shown(item)} is no valid pattern: {error}") from None
+    depth = None if "**" in pattern.split("/") else pattern.count("/") + 1
+    ending = posixpath.splitext(pattern)[1]
+    wanted = ending and not _is_magic(ending, root)
+    names = [name for name in _listed(root, depth) if matches(name) and (wanted or _is_film(name, root))]
+    if not names:
+        raise TccpError(f"{shown(item)} matches no film; check the pattern: `**/*.mp4` also looks into subfolders")
+    films = []
+    for name in names:
+        path = _join(root, name)
+        is_manifest = posixpath.splitext(bare(path))[1].lower() in MANIFEST_SUFFIXES
+        films += _in_manifest(path) if is_manifest else [_Film(path, bare(name, root))]
+    return films
+
+
+def _join(folder: str, name: str) -> str:
+    return name if folder == "." else posixpath.join(folder, name)
+
+
+def _is_film(name: str, root: str) -> bool:
+    return bare(name, root).lower().endswith(VIDEO_SUFFIXES)
+
+
+def _is_magic(part: str, whole: str) -> bool:
+    """Whether it is a pattern; a question mark in an HTTP address begins its query."""
+    return re.search(r"[*\[]" if is_http(whole) else r"[*?\[]", part) is not None
+
+
+def _split_pattern(item: str) -> tuple[str, str]:
+    """The part of a path or URL before its first component with a wildcard, and the rest; the rest is empty if none."""
+    start = item.find("://") + 3 if is_url(item) else 0
+    parts = item[start:].split("/")
+    for i, part in enumerate(parts):
+        if _is_magic(part, item):
+            root = item[:start] + "/".join(parts[:i])
+            return root or ("/" if i else "."), "/".join(parts[i:])
+    return item, ""
+
+
+def _listed(root: str, depth: int | None) -> list[str]:
+    """Files below a folder, relative to it, in order of name; `depth` 1 is the folder itself. No hidden ones."""
+    names = _listed_remote(root, depth) if is_url(root) else _listed_here(root, depth)
+    return sorted(names, key=lambda name: name.split("/"))
+
+
+def _listed_here(root: str, depth: int | None) -> Iterator[str]:
+    folders = [("", 1)]
+    while folders:
+        folder, level = folders.pop()
+        try:
+            with os.scandir(os.path.join(root, folder)) as entries:
+                for entry in entries:
+                    name = posixpath.join(folder, entry.name)
+                    if entry.name.startswith("."):
+                        continue
+                    if entry.is_dir(follow_symlinks=False):  # a link to a folder above would never end
+                        if depth is None or level < depth:
+                            folders.append((name, level + 1))
+                    elif entry.is_file():
+                        yield name
+        except OSError as error:
+            if level > 1 or not isinstance(error, FileNotFoundError | NotADirectoryError):
+                raise TccpError(f"{error.filename} cannot be listed: {error.strerror}; give folders that can") from None
+
+
+def _listed_remote(root: str, depth: int | None) -> Iterator[str]:
+    from fsspec.asyn import AsyncFileSystem
+    from fsspec.spec import AbstractFileSystem
+
+    with reaching(root):
+        fs, place = filesystem(root.rstrip("/") if is_http(root) else root)
+        # Object stores list all at once. Elsewhere it is folder by folder, and one that fails must not go unnoticed.
+        find = getattr(type(fs), "_find", type(fs).find)
+        if depth == 1:
+            found = [entry["name"] for entry in fs.ls(place, detail=True) if entry["type"] == "file"]
+        elif find in (AbstractFileSystem.find, AsyncFileSystem._find):
+            found = fs.find(place, maxdepth=depth, on_error="raise")
+        else:
+            found = fs.find(place)
+    above = _without_protocol(place).rstrip("/") + "/"
+    for path in map(_without_protocol, found):
+        name = path.removeprefix(above)
+        if name != path and not any(part.startswith(".") for part in name.split("/")):
+            yield name
+
+
+def _without_protocol(path: str) -> str:
+    return path.partition("://")[2] or path
+
+
+def _is_folder(url: str) -> bool:
+    with reaching(url):
+        fs, place = filesystem(url)
+        return bool(fs.isdir(place)) if is_http(url) else fs.info(place)["type"] == "directory"
+
+
+def _in_manifest(manifest: str) -> list[_Film]:
+    if is_url(manifest):
+        with reaching(manifest):
+            fs, place = filesystem(manifest)
+            data = fs.cat_file(place)
+    else:
+        try:
+            data = Path(manifest).read_bytes()
+        except OSError as error:
+            raise TccpError(f"manifest {manifest} cannot be read: {error.strerror}") from None
+    title = f"manifest {shown(manifest)}"
+    suffix = posixpath.splitext(bare(manifest))[1].lower()
+    rows = {".csv": _csv_rows, ".parquet": _parquet_rows}.get(suffix, _json_rows)
+    folder = posixpath.dirname(manifest.partition("?")[0] if is_http(manifest) else manifest)
+    films = [_film_of(row, f"{title}, {where}", folder) for where, row in rows(title, data)]
+    if not films:
+        raise TccpError(f"{title} names no film; give it a row for each")
+    return films
+
+
+_Rows = Iterator[tuple[str, Mapping[str, object]]]
+
+
+def _csv_rows(title: str, data: bytes) -> _Rows:
+    try:
+        reader = csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
+        header = [name.strip() for name in next(reader, [])]
+        _check_columns(header, f"{title}, line 1")
+        for cells in reader:
+            where = f"line {reader.line_num}"
+            if len(cells) > len(header):
+                raise TccpError(f"{title}, {where}: has {len(cells)} values for {len(header)} columns; quote commas")
+            if cells:
+                yield where, dict(zip(header, cells, strict=False))
+    except UnicodeDecodeError:
+        raise TccpError(f"{title} is not UTF-8 text; save it as that") from None
+    except csv.Error as error:
+        raise TccpError(f"{title}, line {reader.line_num}: is no valid CSV: {error}") from None
+
+
+def _json_rows(title: str, data: bytes) -> _Rows:
+    for i, line in enumerate(data.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode("utf-8-sig"))
+        except ValueError as error:
+            raise TccpError(f"{title}, line {i}: is no valid JSON: {str(error).splitlines()[0]}") from None
+        if not isinstance(row, dict):
+            raise TccpError(f'{title}, line {i}: is no JSON object; give one a line, such as {{"path": "film.mp4"}}')
+        _check_columns(list(row), f"{title}, line {i}")
+        yield f"line {i}", row
+
+
+def _parquet_rows(title: str, data: bytes) -> _Rows:
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.ParquetFile(io.BytesIO(data)).read()
+    except (pa.ArrowException, OSError) as error:
+        raise TccpError(f"{title} is no valid Parquet file: {str(error).splitlines()[0]}") from None
+    _check_columns(table.column_names, title)
+    for i, row in enumerate(table.to_pylist(), 1):
+        yield f"row {i}", row
+
+
+def _check_columns(names: Sequence[str], where: str) -> None:
+    allowed = f"the columns are {', '.join(MANIFEST_COLUMNS)}, of which path is required"
+    for name in names:
+        if name not in MANIFEST_COLUMNS:
+            raise TccpError(f"{where}: unknown column {name!r}; {allowed}")
+    if "path" not in names:
+        raise TccpError(f"{where}: there is no column path; {allowed}")
+    if len(set(names)) < len(names):
+        raise TccpError(f"{where}: a column is there twice ({', '.join(names)})")
+
+
+def _film_of(row: Mapping[str, object], where: str, folder: str) -> _Film:
+    texts = {}
+    for name in ("path", "source", "person"):
+        text = row.get(name)
+        if text is not None and not isinstance(text, str):
+            raise TccpError(f"{where}: {name} is {text!r}; it must be text")
+        if text is not None and re.search(r"[\x00-\x1f\x7f]", text):
+            raise TccpError(f"{where}: {name} is {text!r}, with control characters; write it without")
+        texts[name] = text if text and text.strip() else None
+    path = texts["path"]
+    if path is None:
+        raise TccpError(f"{where}: path is missing; each row names a film")
+    x, y = (_pixels(row.get(name), name, where) for name in ("speaker_x", "speaker_y"))
+    if (x is None) != (y is None):
+        raise TccpError(f"{where}: speaker_x and speaker_y make a point together; give both, or neither")
+    own = texts["source"]
+    below = not is_url(path) and not path.startswith("/") and ".." not in path.split("/")
+    return _Film(
+        path=_beside(path, folder),
+        name=own or (posixpath.normpath(path) if below else posixpath.basename(bare(path))),
+        named=own is not None,
+        speaker=None if x is None or y is None else (x, y),
+        person=texts["person"] and _beside(texts["person"], folder),
+    )
+
+
+def _pixels(value: object, name: str, where: str) -> float | None:
+    try:
+        number = None if value is None or value == "" else float(value)  # type: ignore[arg-type]
+        if number is None or math.isnan(number):  # tables that have no null write NaN
+            return None
+        if not isinstance(value, bool) and 0 <= number < _MAX_SPEAKER_PX:
+            return number
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise TccpError(f"{where}: {name} is {value!r}; it is a place in the picture in pixels, 0 or more")
+
+
+def _beside(path: str, folder: str) -> str:
+    """A manifest's path, from the manifest's folder."""
+    if is_url(path) or path.startswith("/"):
+        return local_path(path)
+    if not is_url(folder):
+        return _join(folder, path)
+    protocol, _, place = folder.partition("://")
+    return f"{protocol}://{posixpath.normpath(posixpath.join(place, path))}"
+
+
+def _merged(one: _Film, other: _Film) -> _Film:
+    """What is said about a film at two places. Raises TccpError if it disagrees."""
+    for what, a, b in (
+        ("speaker points", one.speaker, other.speaker),
+        ("persons", one.person, other.person),
+        ("names", one.named and one.name, other.named and other.name),
+    ):
+        if a and b and a != b:
+            raise TccpError(f"{shown(one.path)} is given twice with different {what}, {a} and {b}; name it once")
+    name = other.name if other.named else one.name
+    return _Film(one.path, name, one.named or other.named, one.speaker or other.speaker, one.person or other.person)
+
+
+def _distinct_names(films: Sequence[_Film]) -> list[str]:
+    """The films' names; where some are alike, with as much of their paths before them as tells them apart."""
+    parts = [bare(f.path if is_url(f.path) else os.path.abspath(f.path)).strip("/").split("/") for f in films]
+    used = [0 if film.named else film.name.count("/") + 1 for film in films]
+    names = [film.name for film in films]
+    while True:
+        alike = defaultdict(list)
+        for i, name in enumerate(names):
+            alike[name].append(i)
+        again = [i for group in alike.values() if len(group) > 1 for i in group]
+        if not again:
+            return names
+        for i in again:
+            used[i] += 1
+            tail = "/".join(parts[i][-used[i] :])
+            names[i] = f"{films[i].name} ({tail})" if films[i].named else tail
+            if used[i] > len(parts[i]):  # all the path is alike: they differ in protocol, or in a query with secrets
+                names[i] += f" #{hashlib.blake2b(films[i].path.encode(), digest_size=8).hexdigest()}"

@@ -1,0 +1,204 @@
+"""Clip rows to training windows, and the order in which training takes them.
+
+Two properties hold everywhere here. Pictures: a jitter draw moves the mask, the face crop and the landmarks together,
+and the scene is masked before anything else happens to it. Order: which windows step k trains on, and every random
+number about them, is a pure function of (seed, window id, epoch); so resuming, streaming and the number of workers
+change nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Float32, UInt8
+
+from tccp import headbox, landmarks
+from tccp.clips.clip_table import STORED_MARGIN, Clip, clip_from_row, decode_still
+from tccp.clips.order import window_starts
+from tccp.config import SAMPLES_PER_FRAME, HeadBoxSettings, Settings
+from tccp.errors import TccpError
+from tccp.media import mel as audio
+from tccp.seeds import rng_seed
+
+_INT16_FULL_SCALE = 32768.0
+
+
+@dataclass(frozen=True, eq=False)
+class ClipView:
+    """A stretch of a clip under one jitter draw, `s` = picture_px, uint8 RGB.
+
+    landmarks: 0..1 of the jittered crop, where `face` shows them. mask_box: the jittered head box, pixels of the fitted
+    scene; `masked_scene` is filled wherever it reaches. mel: the networks' audio window of each frame.
+    """
+
+    face: UInt8[np.ndarray, "f s s 3"]
+    landmark_pictures: UInt8[np.ndarray, "f s s 3"]
+    masked_scene: UInt8[np.ndarray, "f s s 3"]
+    landmarks: Float32[np.ndarray, "f 68 2"]
+    mel: Float32[np.ndarray, "f 80 16"]
+    identity: UInt8[np.ndarray, "s s 3"]
+    mask_box: Float32[np.ndarray, "f 4"]
+
+
+def view(
+    clip: Clip, settings: Settings, draw: int | None, seed: int, start_frame: int = 0, num_frames: int | None = None
+) -> ClipView:
+    """What training sees of `num_frames` frames of a clip from `start_frame` on (default: all to its end).
+
+    draw: number of the jitter draw, from (seed, clip_id, draw), one for the whole clip however much of it is read; None
+    leaves the head box where it is and takes the first identity picture. A draw that is `mirrored` shows everything
+    with left and right exchanged.
+    Raises TccpError if the clip was preprocessed at another picture size, if the jitter leaves the stored pictures, or
+    if the frames are not in the clip.
+    """
+    size = settings.picture_px
+    _check(clip, settings)
+    stop = clip.num_frames if num_frames is None else start_frame + num_frames
+    if not 0 <= start_frame < stop <= clip.num_frames:
+        raise TccpError(f"frames {start_frame} to {stop} are not in clip {clip.clip_id} of {clip.num_frames} frames")
+    if draw is None:
+        boxes, identity = clip.head_box, clip.identity[0]
+    else:
+        rng = np.random.default_rng(rng_seed(seed, "jitter", clip.clip_id, draw))
+        boxes = headbox.jitter(clip.head_box, settings.headbox, rng)
+        identity = clip.identity[int(rng.integers(len(clip.identity)))]
+    frames = slice(start_frame, stop)
+    boxes, head_boxes = boxes[frames], clip.head_box[frames]
+
+    fit = headbox.SceneFit(clip.source_width, clip.source_height, size)
+    mask_box = fit.boxes(boxes)
+    scenes = headbox.mask_scene(np.stack([decode_still(still) for still in clip.scene[frames]]), mask_box)
+    faces = [
+        headbox.crop(picture, _inside(box, stored, picture.shape[0]), size)
+        for picture, box, stored in zip(
+            map(decode_still, clip.face[frames]), boxes, clip.stored_box[frames], strict=True
+        )
+    ]
+    points, faces_seen, person = (
+        _rescale(clip.landmarks[frames], head_boxes, boxes),
+        np.stack(faces),
+        decode_still(identity),
+    )
+    if mirrored(settings, draw):
+        points = (points[:, landmarks.MIRROR] * (-1, 1) + (1, 0)).astype(np.float32)
+        faces_seen, scenes, person = (np.ascontiguousarray(p[..., ::-1, :]) for p in (faces_seen, scenes, person))
+        mask_box = np.stack([size - mask_box[:, 2], mask_box[:, 1], size - mask_box[:, 0], mask_box[:, 3]], axis=1)
+    return ClipView(
+        face=faces_seen,
+        landmark_pictures=landmarks.draw(points, size),
+        masked_scene=scenes,
+        landmarks=points,
+        mel=_mel(clip, start_frame, stop - start_frame),
+        identity=person,
+        mask_box=mask_box,
+    )
+
+
+def mirrored(settings: Settings, draw: int | None) -> bool:
+    """Whether this draw shows the clip mirrored."""
+    return settings.headbox.mirror and draw is not None and draw % 2 == 1
+
+
+def _check(clip: Clip, settings: Settings) -> None:
+    if clip.picture_px != settings.picture_px:
+        raise TccpError(
+            f"clip {clip.clip_id} was preprocessed at picture_px={clip.picture_px}, these settings have "
+            f"{settings.picture_px}: preprocess again with the same preset"
+        )
+    if jitter_reach(settings.headbox) > STORED_MARGIN:
+        raise TccpError(
+            f"headbox jitter reaches {jitter_reach(settings.headbox):.2f} head boxes, stored pictures {STORED_MARGIN}: "
+            f"lower headbox.jitter_center or headbox.jitter_size"
+        )
+
+
+def jitter_reach(jitter: HeadBoxSettings) -> float:
+    """Side of the smallest box, in head-box sides about the same centre, that holds every jittered box."""
+    return 1 + jitter.jitter_size + 2 * jitter.jitter_center
+
+
+def _inside(box: Float32[np.ndarray, "4"], stored: Float32[np.ndarray, "4"], side_px: int) -> Float32[np.ndarray, "4"]:
+    """A box of the source in pixels of the still that shows `stored`."""
+    origin = np.tile(stored[:2], 2)
+    return ((box - origin) * (side_px / (stored[2] - stored[0]))).astype(np.float32)
+
+
+def _rescale(
+    points: Float32[np.ndarray, "f 68 2"], old: Float32[np.ndarray, "f 4"], new: Float32[np.ndarray, "f 4"]
+) -> Float32[np.ndarray, "f 68 2"]:
+    """Points in 0..1 of boxes `old`, in 0..1 of boxes `new`."""
+    source = old[:, None, :2] + points * (old[:, None, 2:] - old[:, None, :2])
+    return ((source - new[:, None, :2]) / (new[:, None, 2:] - new[:, None, :2])).astype(np.float32)
+
+
+def _mel(clip: Clip, start_frame: int, num_frames: int) -> Float32[np.ndarray, "f 80 16"]:
+    samples, first = clip_sound(clip)
+    return audio.mel_windows(samples, first + start_frame, num_frames)
+
+
+def clip_sound(clip: Clip) -> tuple[Float32[np.ndarray, " samples"], int]:
+    """A clip's sound with its context, -1..1, and the frame at which the clip itself starts in it."""
+    pcm = np.concatenate([clip.audio_before, clip.audio, clip.audio_after])
+    return pcm.astype(np.float32) / _INT16_FULL_SCALE, len(clip.audio_before) // SAMPLES_PER_FRAME
+
+
+def clip_hash(clip_id: str) -> int:
+    """A clip id as a non-negative int64, for columns that cannot hold strings."""
+    return rng_seed("clip", clip_id)
+
+
+def windows(
+    batch: pa.Table, settings: Settings, window: int, stride: int, seed: int = 0, draws: Sequence[int | None] = (0,)
+) -> dict[str, np.ndarray]:
+    """Training windows of a batch of clip rows: every window of every clip, once per jitter draw.
+
+    Columns, n windows of f = `window` frames, s = picture_px: face, landmark_pictures, masked_scene uint8 (n f s s 3);
+    landmarks float32 (n f 68 2); mask_box float32 (n f 4), pixels of the scene; mel float32 (n f 80 16); identity uint8
+    (n s s 3); clip_hash int64, start_frame and draw int32 (n), draw -1 standing for None; and lips uint8 (n f l l 3),
+    l = lips.size_px, if the rows have a column `lips`. A pure function: Ray Data calls it unchanged through
+    `map_batches(windows, fn_kwargs=..., batch_format="pyarrow")`, and shapes are fixed even where n is 0.
+    """
+    size = settings.picture_px
+    pictures = ((window, size, size, 3), np.uint8)
+    layout: dict[str, tuple[tuple[int, ...], type]] = {
+        "face": pictures,
+        "landmark_pictures": pictures,
+        "masked_scene": pictures,
+        "landmarks": ((window, 68, 2), np.float32),
+        "mask_box": ((window, 4), np.float32),
+        "mel": ((window, 80, 16), np.float32),
+        "identity": ((size, size, 3), np.uint8),
+        "clip_hash": ((), np.int64),
+        "start_frame": ((), np.int32),
+        "draw": ((), np.int32),
+    }
+    lips_px = settings.lips.size_px
+    if "lips" in batch.column_names:
+        layout["lips"] = ((window, lips_px, lips_px, 3), np.uint8)
+    columns: dict[str, list] = {name: [] for name in layout}
+    for row in range(batch.num_rows):
+        clip = clip_from_row(batch, row)
+        starts = window_starts(clip.num_frames, window, stride)
+        for draw in draws if starts else ():
+            whole = view(clip, settings, draw, seed)
+            lips = None
+            if "lips" in layout:
+                stored = np.frombuffer(batch.column("lips")[row].as_py(), np.uint8)
+                lips = stored.reshape(clip.num_frames, lips_px, lips_px, 3)
+                lips = lips[..., ::-1, :] if mirrored(settings, draw) else lips
+            for start in starts:
+                if lips is not None:
+                    columns["lips"].append(lips[start : start + window])
+                for name in ("face", "landmark_pictures", "masked_scene", "landmarks", "mask_box", "mel"):
+                    columns[name].append(getattr(whole, name)[start : start + window])
+                columns["identity"].append(whole.identity)
+                columns["clip_hash"].append(clip_hash(clip.clip_id))
+                columns["start_frame"].append(start)
+                columns["draw"].append(-1 if draw is None else draw)
+    return {
+        name: np.asarray(columns[name], dtype).reshape(len(columns[name]), *shape)
+        for name, (shape, dtype) in layout.items()
+    }

@@ -1,0 +1,299 @@
+"""Sampling: one window, a chain of windows, and the two stages (paper sections 4.2 and 4.4).
+
+The state of a window is a value. `advance(model, schedule, states)` moves windows that stand at different steps, with
+different solvers and guidance, in one evaluation of the network. The command line and the serving layer both use it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tccp.config import SamplingSettings
+from tccp.diffusion.schedule import CLEAN_TIME, NoiseSchedule
+from tccp.diffusion.solvers import SolverPlan, solver_plan
+from tccp.models.conditions import Conditions
+from tccp.models.mvcontrolnet import MVControlNet
+from tccp.seeds import rng_seed
+
+Denoiser = Callable[[Tensor, Tensor, Conditions, Tensor], Tensor]
+"""(noisy latents, t per frame, conditions, control latents) -> prediction: MVControlNet, or a closed form in tests."""
+
+
+@dataclass(frozen=True)
+class WindowState:
+    """One window on its way from noise to latents.
+
+    latents: where it stands; the first frame is `initial`, bit for bit, whenever there is one.
+    step: the next step of `plan`; the window is finished at `len(plan)`.
+    history: the last predicted clean latents (DPM-Solver++); None before the first step.
+    seed: of the window's noise. Step k draws from (seed, k), so a state can be kept, copied and resumed.
+    conditions: with a batch of 1.
+    """
+
+    latents: Float[Tensor, "c f h w"]
+    step: int
+    history: Float[Tensor, "c f h w"] | None
+    seed: int
+    plan: SolverPlan
+    guidance_scale: float
+    temperature: float
+    conditions: Conditions
+    control: Float[Tensor, "c2 f h w"]
+    initial: Float[Tensor, "c h w"] | None
+
+    @property
+    def finished(self) -> bool:
+        return self.step == len(self.plan)
+
+
+def _noise(like: Tensor, seed: int, step: int) -> Tensor:
+    generator = torch.Generator().manual_seed(rng_seed("sampling", seed, step))
+    return torch.randn(like.shape, generator=generator).to(like)
+
+
+def _with_initial(latents: Tensor, initial: Tensor | None) -> Tensor:
+    return latents if initial is None else torch.cat([initial.unsqueeze(1), latents[:, 1:]], dim=1)
+
+
+def start_window(
+    schedule: NoiseSchedule,
+    settings: SamplingSettings,
+    conditions: Conditions,
+    control: Float[Tensor, "c2 f h w"],
+    initial: Float[Tensor, "c h w"] | None,
+    seed: int,
+    channels: int | None = None,
+) -> WindowState:
+    """A window of noise, ready for `advance`. channels: of the latents, where control has more of them."""
+    plan = solver_plan(schedule, settings.solver, settings.steps)
+    latents = _with_initial(settings.temperature * _noise(control[:channels], seed, -1), initial)
+    scales = (settings.guidance_scale, settings.temperature)
+    return WindowState(latents, 0, None, seed, plan, *scales, conditions, control, initial)
+
+
+@torch.no_grad()
+def advance(model: Denoiser, schedule: NoiseSchedule, states: Sequence[WindowState]) -> list[WindowState]:
+    """Every state one step further; the network is evaluated once for all of them.
+
+    States may stand at different steps of different plans. A state with guidance takes a second place in the batch,
+    with its conditions dropped. Raises ValueError for a finished state.
+    """
+    if not states:
+        return []
+    if any(state.finished for state in states):
+        raise ValueError("a finished window cannot be advanced")
+    steps = [state.plan[state.step] for state in states]
+    predicted = _predict(model, states, [step.t for step in steps])
+
+    def column(values: Iterable[float]) -> Tensor:
+        # double, so that coefficients of nearly equal size cancel exactly as planned
+        return torch.tensor(list(values), dtype=torch.float64, device=predicted.device).view(-1, 1, 1, 1, 1)
+
+    z = torch.stack([state.latents for state in states]).double()
+    signal, sigma = column(step.signal for step in steps), column(step.sigma for step in steps)
+    clean = signal * z - sigma * predicted if schedule.prediction == "v" else (z - sigma * predicted) / signal
+    before = torch.stack([state.history if state.history is not None else state.latents for state in states]).double()
+    noise = torch.stack(
+        [
+            s.temperature * _noise(s.latents, s.seed, s.step) if step.noise else torch.zeros_like(s.latents)
+            for s, step in zip(states, steps, strict=True)
+        ]
+    )
+    after = (
+        column(step.keep for step in steps) * z
+        + column(step.data for step in steps) * clean
+        + column(step.history for step in steps) * before
+        + column(step.noise for step in steps) * noise
+    )
+    return [
+        dataclasses.replace(
+            state,
+            latents=_with_initial(after[i].to(state.latents), state.initial),
+            history=clean[i].to(state.latents),
+            step=state.step + 1,
+        )
+        for i, state in enumerate(states)
+    ]
+
+
+def _predict(model: Denoiser, states: Sequence[WindowState], t: Sequence[int]) -> Float[Tensor, "b c f h w"]:
+    """The network's prediction per state, in double precision, guidance applied (Ho and Salimans 2022)."""
+    guided = [i for i, state in enumerate(states) if state.guidance_scale != 1.0]
+    rows = [*range(len(states)), *guided]
+    latents = torch.stack([states[i].latents for i in rows])
+    control = torch.stack([states[i].control for i in rows])
+    times = torch.tensor([t[i] for i in rows], device=latents.device)[:, None].repeat(1, latents.shape[2])
+    for row, i in enumerate(rows):
+        if states[i].initial is not None:
+            times[row, 0] = CLEAN_TIME
+    dropped = torch.arange(len(rows), device=latents.device) >= len(states)
+    conditions = Conditions.cat([states[i].conditions for i in rows]).drop(dropped)
+    predicted = model(latents, times, conditions, control).double()
+    out = predicted[: len(states)].clone()
+    for row, i in enumerate(guided, start=len(states)):
+        out[i] = predicted[row] + states[i].guidance_scale * (predicted[i] - predicted[row])
+    return out
+
+
+def run_window(model: Denoiser, schedule: NoiseSchedule, state: WindowState) -> Float[Tensor, "c f h w"]:
+    """All steps of one window."""
+    return run_windows(model, schedule, [state])[0]
+
+
+def run_windows(
+    model: Denoiser, schedule: NoiseSchedule, states: Sequence[WindowState], batch_size: int = 16
+) -> list[Float[Tensor, "c f h w"]]:
+    """All steps of windows that stand at the same step, up to `batch_size` of them in one evaluation."""
+    finished: list[Tensor] = []
+    for start in range(0, len(states), batch_size):
+        batch = list(states[start : start + batch_size])
+        while not batch[0].finished:
+            batch = advance(model, schedule, batch)
+        finished += [state.latents for state in batch]
+    return finished
+
+
+@dataclass(frozen=True)
+class FrameInputs:
+    """What a stage is told about one frame: control latents and the per-frame conditions."""
+
+    control: Float[Tensor, "c2 h w"]
+    audio: Float[Tensor, "80 16"] | None = None
+    lips: Float[Tensor, "3 s s"] | None = None
+
+
+def with_surround(control: Float[Tensor, "c h w"], surround: Float[Tensor, "c h w"] | None) -> Float[Tensor, "c2 h w"]:
+    """A frame's control latents for a network that is shown the surround too; as they are for one that is not."""
+    return control if surround is None else torch.cat([control, surround])
+
+
+@dataclass(frozen=True)
+class _Window:
+    """A window of a chain, who is to finish it, and which of its frames are new."""
+
+    model: MVControlNet
+    state: WindowState
+    new: slice
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The pair of networks that generates one kind of picture: the first frame, then windows that continue it."""
+
+    first: MVControlNet
+    sequence: MVControlNet
+    schedule: NoiseSchedule
+    first_settings: SamplingSettings
+    settings: SamplingSettings
+
+    def _state(
+        self, model: MVControlNet, frames: Sequence[FrameInputs], identity: Tensor, initial: Tensor | None, seed: int
+    ) -> WindowState:
+        settings = self.first_settings if initial is None else self.settings
+        kinds = model.config.condition_kinds
+        audio = [frame.audio for frame in frames if frame.audio is not None]
+        lips = [frame.lips for frame in frames if frame.lips is not None]
+        conditions = Conditions(
+            audio=torch.stack(audio)[None] if "audio" in kinds else None,
+            identity=identity[None] if "identity" in kinds else None,
+            lips=torch.stack(lips)[None] if "lips" in kinds else None,
+        )
+        control = torch.stack([frame.control for frame in frames], dim=1)
+        channels = model.config.latent_channels
+        return start_window(self.schedule, settings, conditions, control, initial, seed, channels)
+
+    def _windows(
+        self, frames: Iterable[FrameInputs], identity: Float[Tensor, "3 h w"], seed: int
+    ) -> Generator[_Window, Tensor, None]:
+        """The windows of a chain, each to be answered by its finished latents before the next is asked for."""
+        source = iter(frames)
+        last = next(source, None)
+        if last is None:
+            return
+        position = 0
+        state = self._state(self.first, [last], identity, None, rng_seed(seed, position))
+        latents = (yield _Window(self.first, state, slice(0, 1)))[:, 0]
+        num_new = self.sequence.config.num_frames - 1
+        while new := list(islice(source, num_new)):
+            window = [last, *new, *[new[-1]] * (num_new - len(new))]
+            position += len(new)
+            state = self._state(self.sequence, window, identity, latents, rng_seed(seed, position))
+            generated = yield _Window(self.sequence, state, slice(1, len(new) + 1))
+            last, latents = new[-1], generated[:, len(new)]
+
+    def chain(
+        self, frames: Iterable[FrameInputs], identity: Float[Tensor, "3 h w"], seed: int
+    ) -> Iterator[Float[Tensor, "c h w"]]:
+        """Latents of every frame of one uninterrupted run, in order, as windows finish.
+
+        The first-frame network makes frame 0; each window continues from the last frame before it, whose latents are
+        handed on as they are, never decoded, and adds `window - 1` frames. The last window is filled up by repeating
+        its last inputs and what is surplus is not given out. Memory does not grow with the number of frames.
+        """
+        windows = self._windows(frames, identity, seed)
+        window = next(windows, None)
+        while window is not None:
+            generated = run_window(window.model, self.schedule, window.state)
+            yield from generated[:, window.new].unbind(dim=1)
+            window = _answer(windows, generated)
+
+    def chain_batch(
+        self,
+        frames: Sequence[Sequence[FrameInputs]],
+        identities: Sequence[Float[Tensor, "3 s s"]],
+        seeds: Sequence[int],
+        batch_size: int = 16,
+        on_frames: Callable[[int], object] | None = None,
+    ) -> list[Float[Tensor, "c f h w"]]:
+        """What `chain` gives for every clip, all clips in lockstep, up to `batch_size` windows in one evaluation.
+
+        on_frames: called with the number of frames, of all clips together, whenever some are done.
+        Raises ValueError if the clips, which must not be empty, differ in number of frames.
+        """
+        if len({len(clip) for clip in frames}) > 1 or not all(frames):
+            raise ValueError(f"clips of {sorted({len(clip) for clip in frames})} frames: all must be of one length")
+        chains = [self._windows(*clip) for clip in zip(frames, identities, seeds, strict=True)]
+        parts: list[list[Tensor]] = [[] for _ in chains]
+        windows = [next(windows) for windows in chains]
+        while windows:
+            states = [window.state for window in windows]
+            generated = run_windows(windows[0].model, self.schedule, states, batch_size)
+            for part, window, latents in zip(parts, windows, generated, strict=True):
+                part.append(latents[:, window.new])
+            if on_frames is not None:
+                on_frames(sum(window.new.stop - window.new.start for window in windows))
+            following = [_answer(*pair) for pair in zip(chains, generated, strict=True)]
+            windows = [window for window in following if window is not None]
+        return [torch.cat(part, dim=1) for part in parts]
+
+    def each_frame(
+        self,
+        frames: Sequence[FrameInputs],
+        identity: Float[Tensor, "3 s s"],
+        seed: int,
+        batch_size: int = 64,
+    ) -> Float[Tensor, "c f h w"]:
+        """Every frame by the first-frame network, on its own and from noise of its own. Frame 0 is the chain's.
+
+        What is left of a stage without its temporal network.
+        """
+        states = [
+            self._state(self.first, [frame], identity, None, rng_seed(seed, position))
+            for position, frame in enumerate(frames)
+        ]
+        return torch.cat(run_windows(self.first, self.schedule, states, batch_size), dim=1)
+
+
+def _answer(windows: Generator[_Window, Tensor, None], finished: Tensor) -> _Window | None:
+    """Gives a chain its finished window; the next one, or None at the end."""
+    try:
+        return windows.send(finished)
+    except StopIteration:
+        return None

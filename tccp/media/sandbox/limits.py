@@ -1,0 +1,32 @@
+"""What a media file may ask for."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+from tccp.errors import TccpError
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Generous for real footage: 8K pictures, half a day, a terabyte. Raises TccpError for what is not positive.
+
+    max_pixels: of one picture. max_duration_s: from the common start to the end of pictures and sound.
+    max_sample_rate_hz: of the sound as stored. memory_bytes: what decoding may take, beyond what an idle child has.
+    stall_s: the longest wait for an answer. The first may take longer: by the size of the file at 10 MB/s, for it is
+      read as a whole, and by the time at which the first picture is due, for the film may be decoded up to there.
+    """
+
+    max_pixels: int = 8192 * 4320
+    max_duration_s: float | int = 12 * 3600
+    max_streams: int = 64
+    max_sample_rate_hz: int = 768_000
+    max_file_bytes: int = 1 << 40
+    memory_bytes: int = 4 << 30
+    stall_s: float | int = 60
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if not (math.isfinite(value) and value > 0):
+                raise TccpError(f"limit {name} {value}: give a number above 0")

@@ -1,0 +1,68 @@
+"""The four MVControlNets of the paper (section 4.2, Figure 2) and its one-stage ablation, as one table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from tccp.config import LipSource, VariantName
+from tccp.errors import TccpError
+
+PictureKind = Literal["landmark", "face", "scene"]
+"""What a picture shows. Each kind of latents has its own mean and spread; `scene` means the head-masked scene."""
+ConditionKind = Literal["audio", "identity", "lips"]
+
+PICTURE_KINDS: tuple[PictureKind, ...] = get_args(PictureKind)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the table.
+
+    generates: the kind of picture whose noise is predicted.
+    control: the video-based condition, through the control branch.
+    conditions: the latent-based conditions, through cross-attention, in token order.
+    continues: whether the window starts from a given clean frame (Eq. 8) and has more frames than one.
+    """
+
+    name: VariantName
+    generates: PictureKind
+    control: PictureKind
+    conditions: tuple[ConditionKind, ...]
+    continues: bool
+
+    def num_frames(self, window: int) -> int:
+        return window if self.continues else 1
+
+    def conditions_with(self, lips: LipSource) -> tuple[ConditionKind, ...]:
+        """The conditions left when the lip source is `none` (the ablation of section 5.5)."""
+        return tuple(kind for kind in self.conditions if kind != "lips" or lips != "none")
+
+
+VARIANTS: dict[VariantName, Variant] = {
+    v.name: v
+    for v in (
+        #       name                  generates   control     conditions                     continues
+        Variant("landmark_first",     "landmark", "scene",    ("audio", "identity"),         False),
+        Variant("landmark_sequence",  "landmark", "scene",    ("audio",),                    True),
+        Variant("face_first",         "face",     "landmark", ("lips", "identity"),          False),
+        Variant("face_sequence",      "face",     "landmark", ("lips", "identity"),          True),
+        Variant("one_stage_first",    "face",     "scene",    ("audio", "lips", "identity"), False),
+        Variant("one_stage_sequence", "face",     "scene",    ("audio", "lips", "identity"), True),
+    )
+}  # fmt: skip
+
+FIRST_OF: dict[VariantName, VariantName] = {
+    "landmark_sequence": "landmark_first",
+    "face_sequence": "face_first",
+    "one_stage_sequence": "one_stage_first",
+}
+"""The variant that generates the initial frame a sequence variant continues from."""
+
+TWO_STAGE: tuple[VariantName, ...] = ("landmark_first", "landmark_sequence", "face_first", "face_sequence")
+
+
+def variant(name: str) -> Variant:
+    if name not in VARIANTS:
+        raise TccpError(f"unknown variant {name!r}: choose one of {', '.join(VARIANTS)}")
+    return VARIANTS[name]

@@ -1,0 +1,20 @@
+"""The function that Ray Train runs on every worker.
+
+Ray Train's controller imports this module too, so torch is imported only inside the function.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from tccp.cluster import QUIET_RAY
+
+
+def train_rank(config: dict[str, Any]) -> None:
+    """The function that Ray Train runs on every worker: see `tccp.training.launcher.rank.train`."""
+    for name, value in QUIET_RAY.items():
+        os.environ.setdefault(name, value)
+    from tccp.training.launcher.rank import train
+
+    train(config["job"], config["validate"])

@@ -1,0 +1,300 @@
+"""Lip references for training: cross-fitted Liplets, and the derived table of lip pictures.
+
+A network trained on a clip has seen how its mouth moved and would serve it lips that are better than any it can draw
+for new footage. So the clips are split in two folds, each fold is served by the network trained on the other one, and
+new footage by fold 0's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+
+from tccp.clips.clip_table import Clip, ClipTable, decode_still
+from tccp.clips.lip_table import LIPS, LipFiles
+from tccp.clips.windows import clip_sound
+from tccp.config import LipSettings, Settings
+from tccp.errors import TccpError
+from tccp.files import Folder, atomic_path
+from tccp.inference.pipeline import has_component, read_manifest, verified
+from tccp.models.lip_sources import LipletSource, LipSource, load_liplet, open_lip_source
+from tccp.progress import progress
+from tccp.seeds import rng_seed
+from tccp.training.fit_liplet import collect_samples, train_liplet
+
+FOLDS = 2
+FOLDS_RECORD = "folds.json"
+SPENT_FILE = "spent.json"
+_RECORD_VERSION = 1
+
+
+def assign_folds(sources: Mapping[str, str]) -> dict[str, int]:
+    """Fold of every clip, from its source; `sources` maps clip_id to the hash of the file it was cut from.
+
+    Clips of one source stay together, unless all clips have the same one. Sources (or clips) are dealt in the order of
+    a stable hash, so the folds are as even in number as can be and do not depend on the order of the table.
+    Raises TccpError if there are fewer than two clips.
+    """
+    if len(sources) < FOLDS:
+        raise TccpError(
+            f"liplet is never trained on the clip it serves: it needs {FOLDS} clips or more, given {len(sources)}; "
+            "cut the footage into shorter clips or set lips.source=none"
+        )
+    by_clip = len(set(sources.values())) == 1
+    group = {clip_id: clip_id if by_clip else source for clip_id, source in sources.items()}
+    order = sorted(set(group.values()), key=lambda name: (rng_seed("lip fold", name), name))
+    fold = {name: i % FOLDS for i, name in enumerate(order)}
+    return {clip_id: fold[group[clip_id]] for clip_id in sources}
+
+
+def train_liplets(
+    table: ClipTable,
+    settings: Settings,
+    out: Path,
+    seed: int,
+    on_step: Callable[[int, int, float], None] | None = None,
+    device: str | torch.device = "cpu",
+) -> Path:
+    """Train the cross-fitted networks into `out`, and return it. A fold that is complete is not trained again.
+
+    `out/fold_<k>` serves the clips of fold k (it is trained on all others); `out/folds.json` records who is where.
+    on_step: called with (fold, steps done, loss).
+    Raises TccpError if there are too few clips, or `out` holds networks of other clips, settings or seed.
+    """
+    sources = table.source_hash
+    folds = assign_folds(sources)
+    record = {
+        "version": _RECORD_VERSION,
+        "seed": seed,
+        "settings": settings.lips.model_dump(mode="json"),
+        "folds": folds,
+        "sources": sources,
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / FOLDS_RECORD
+    if not path.exists():
+        with atomic_path(path) as partial_record:
+            partial_record.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+    elif json.loads(path.read_text()) != record:
+        raise TccpError(f"{out} holds liplets of other clips, settings or seed: give another folder or remove this one")
+    for fold in range(FOLDS):
+        place = out / f"fold_{fold}"
+        if (place / "config.json").is_file() and any(place.glob("*.safetensors")):
+            continue
+        shutil.rmtree(place, ignore_errors=True)  # part of one that was on its way to storage
+        train_ids = [clip_id for clip_id in table.ids if folds[clip_id] != fold]
+        samples = collect_samples(
+            (table[clip_id] for clip_id in train_ids),
+            sum(table.num_frames[clip_id] for clip_id in train_ids),
+            settings.lips.size_px,
+        )
+        report = (lambda step, loss, fold=fold: on_step(fold, step, loss)) if on_step else None
+        network = train_liplet(samples, settings.lips, rng_seed("lip fold", seed, fold), report, device)
+        partial = Path(tempfile.mkdtemp(prefix=f".fold_{fold}.", dir=out))
+        try:
+            network.save_pretrained(partial)
+            partial.rename(place)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    return out
+
+
+def train_liplets_once(table: ClipTable, settings: Settings, out: Path, device: str | torch.device = "cpu") -> float:
+    """`train_liplets` with progress; returns the seconds it took, or had taken before."""
+    spent = out / SPENT_FILE
+    with progress() as bar:
+        steps = settings.lips.liplet_steps
+        task = bar.add_task("liplet", total=FOLDS * steps)
+
+        def on_step(fold: int, step: int, loss: float) -> None:
+            bar.update(task, completed=fold * steps + step)
+
+        started = time.monotonic()
+        train_liplets(table, settings, out, settings.seed, on_step, device)
+    if not spent.exists():
+        spent.write_text(json.dumps({"seconds": time.monotonic() - started}) + "\n")
+    return float(json.loads(spent.read_text())["seconds"])
+
+
+@dataclass(frozen=True)
+class LipSources:
+    """Which source serves which clip. `sources` has one entry per fold, or a single one not trained on these clips."""
+
+    sources: tuple[LipSource, ...]
+    folds: Mapping[str, int] = field(default_factory=dict)
+    source_folds: Mapping[str, set[int]] = field(default_factory=dict)
+
+    @property
+    def hash(self) -> str:
+        """Of all networks together: the key of the derived table."""
+        return hashlib.blake2b(" ".join(source.hash for source in self.sources).encode(), digest_size=8).hexdigest()
+
+    @property
+    def for_new_footage(self) -> LipSource:
+        """The source for generation: what a pipeline folder carries."""
+        return self.sources[0]
+
+    def for_clip(self, clip_id: str, source_hash: str) -> LipSource:
+        """The source whose network has seen nothing of this clip, nor of other cuts of the same footage."""
+        if len(self.sources) == 1:
+            return self.sources[0]
+        if clip_id in self.folds:
+            return self.sources[self.folds[clip_id]]
+        folds = self.source_folds.get(source_hash, {0})
+        if len(folds) > 1:
+            raise TccpError(
+                f"clip {clip_id} was not there when the liplets were trained, and every one of them has seen other "
+                "footage of the same file: train them again on the present clips"
+            )
+        return self.sources[next(iter(folds))]
+
+
+def open_lip_sources(
+    settings: LipSettings, weights: Path | None, device: str | torch.device = "cpu"
+) -> LipSources | None:
+    """Sources for a clip table; None for `none`.
+
+    weights: a Wav2Lip `.pth`, or the folder written by `train_liplets`.
+    Raises TccpError if they are missing, incomplete, or of another size than the settings say.
+    """
+    if settings.source != "liplet":
+        source = open_lip_source(settings, weights, device)
+        return None if source is None else LipSources((source,))
+    if weights is None or not (weights / FOLDS_RECORD).is_file():
+        raise TccpError(f"{weights} holds no cross-fitted liplets ({FOLDS_RECORD} is missing): train them first")
+    record = json.loads((weights / FOLDS_RECORD).read_text())
+    if record.get("version") != _RECORD_VERSION:
+        raise TccpError(
+            f"{weights / FOLDS_RECORD}: version {record.get('version')}, this is {_RECORD_VERSION}; train anew"
+        )
+    networks = [load_liplet(weights / f"fold_{fold}") for fold in range(FOLDS)]
+    for fold, network in enumerate(networks):
+        if network.config.size_px != settings.size_px:
+            raise TccpError(
+                f"liplet {weights}/fold_{fold} draws {network.config.size_px} px pictures; lips.size_px is "
+                f"{settings.size_px}: use the settings it was trained with"
+            )
+    source_folds: dict[str, set[int]] = {}
+    for clip_id, source_hash in record["sources"].items():
+        source_folds.setdefault(source_hash, set()).add(record["folds"][clip_id])
+    return LipSources(tuple(LipletSource(network, device) for network in networks), record["folds"], source_folds)
+
+
+@dataclass(frozen=True)
+class LipPlace:
+    """Where the lip sources that serve a clip table are: cross-fitted liplets, or one network. Small: it travels."""
+
+    settings: LipSettings
+    folder: Folder
+    to_train: bool = False  # liplets, on the very table, into the folder
+
+    def open(self, device: str | torch.device = "cpu") -> LipSources:
+        """Raises TccpError if what should be there is not, or is not whole."""
+        with self.folder.here() as place:
+            alone = (place / "config.json").exists() and not (place / FOLDS_RECORD).exists()
+            if self.settings.source == "liplet" and alone:
+                source = open_lip_source(self.settings, place, device)
+                assert source is not None
+                return LipSources((source,))
+            sources = open_lip_sources(self.settings, place, device)
+            assert sources is not None
+            return sources
+
+
+def liplet_folder(data_hash: str | None, seed: int | None, settings: LipSettings) -> str:
+    """Name, in a storage, of the liplets that are cross-fitted on a clip table."""
+    key = f"{data_hash} {seed} {settings.model_dump_json()}"
+    return f"{LIPS}/{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}"
+
+
+def lip_place(
+    settings: Settings, pipeline: Path, data_hash: str, storage: Folder, weights: str | Path | None = None
+) -> LipPlace | None:
+    """The lip sources that serve this table: the pipeline's, if it has any, for those it will generate with.
+
+    Clips that its liplet was trained on are served by its cross-fitted sibling. weights: Wav2Lip's checkpoint, in place
+    of the pipeline's. None where the settings have no lips. Raises TccpError if those weights are needed and absent.
+    """
+    lips = settings.lips
+    if lips.source == "none":
+        return None
+    has_own = has_component(pipeline, LIPS)
+    if lips.source != "liplet":
+        if weights is None and not has_own:
+            open_lip_source(lips, None)  # raises, and says what to do
+        return LipPlace(lips, Folder(weights if weights is not None else verified(pipeline, LIPS)))
+    own = Folder(storage.path(liplet_folder(data_hash, settings.seed, lips)))
+    if not has_own:
+        return LipPlace(lips, own, to_train=True)
+    trained = read_manifest(pipeline)["components"][LIPS].get("provenance", {})
+    if trained.get("data_hash") == data_hash:
+        return LipPlace(lips, own, to_train=True)
+    sibling = Folder(storage.path(liplet_folder(trained.get("data_hash"), trained.get("seed"), lips)))
+    if sibling.exists(FOLDS_RECORD):
+        return LipPlace(lips, sibling)
+    return LipPlace(lips, Folder(verified(pipeline, LIPS)))
+
+
+def lip_pictures(clip: Clip, source: LipSource) -> UInt8[np.ndarray, "f s s 3"]:
+    """Lip pictures of a clip from its sound and its first identity picture; its faces are not looked at."""
+    samples, start_frame = clip_sound(clip)
+    return source.lips(source.windows(samples, start_frame, clip.num_frames), decode_still(clip.identity[0]))
+
+
+class LipTable:
+    """Draws the lip pictures of clips into a folder.
+
+    also: folders of the same layout in which pictures are looked for, too: what preprocessing drew beside the clips.
+    """
+
+    def __init__(self, folder: Folder | Path | str, sources: LipSources, also: Sequence[Folder] = ()) -> None:
+        self.folder = folder if isinstance(folder, Folder) else Folder(folder)
+        self.sources = sources
+        self.pictures = LipFiles(sources.hash, (self.folder, *also))
+
+    def name(self, clip_id: str) -> str:
+        return self.pictures.name(clip_id)
+
+    def __contains__(self, clip_id: str) -> bool:
+        return clip_id in self.pictures
+
+    def draw(self, clip: Clip) -> None:
+        """Draws the lips of a clip, and replaces those that are there."""
+        pictures = lip_pictures(clip, self.sources.for_clip(clip.clip_id, clip.source_hash))
+        with self.folder.writing(self.name(clip.clip_id)) as path, path.open("wb") as file:
+            np.save(file, pictures, allow_pickle=False)
+
+    def write(
+        self,
+        table: ClipTable,
+        on_clip: Callable[[int, int], None] | None = None,
+        clip_ids: Sequence[str] | None = None,
+    ) -> int:
+        """Draw the lips of every clip (or of these) that has none yet; returns how many were drawn.
+
+        on_clip: called with (done, of).
+        """
+        drawn = 0
+        chosen = table.ids if clip_ids is None else clip_ids
+        for done, clip_id in enumerate(chosen, 1):
+            if clip_id not in self:
+                self.draw(table[clip_id])
+                drawn += 1
+            if on_clip is not None:
+                on_clip(done, len(chosen))
+        return drawn
+
+    def read(self, clip_id: str, start_frame: int = 0, num_frames: int | None = None) -> UInt8[np.ndarray, "f s s 3"]:
+        """As `LipFiles.read`."""
+        return self.pictures.read(clip_id, start_frame, num_frames)

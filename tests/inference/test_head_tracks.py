@@ -1,0 +1,313 @@
+"""Where the head is: the same box by every way to say it, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import generated, pictures, request_of, write_film, write_track
+
+from tccp import faces, headbox
+from tccp.errors import TccpError
+from tccp.inference.film import generate_film
+from tccp.inference.head_tracks import (
+    find_cuts,
+    square_box,
+    track_from_boxes,
+    track_from_detector,
+    track_from_mask,
+    track_from_truth,
+)
+from tccp.media import VideoWriter, probe, read_frames, write_audio_wav
+from tccp.roundtable import read_truth
+
+pytest_plugins = ["tiny_fixtures"]
+
+
+@pytest.fixture(scope="module")
+def short_sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("sound") / "sound.wav"
+    write_audio_wav(path, 0.3 * np.sin(np.arange(8 * 640) / 9))
+    return path
+
+
+def masks_of(boxes: np.ndarray, height: int, width: int) -> np.ndarray:
+    """White boxes on black."""
+    shown = [headbox.mask_from_box(box, height, width) for box in boxes]
+    return np.repeat((np.stack(shown) * 255).astype(np.uint8)[..., None], 3, axis=3)
+
+
+def test_mask_box_and_truth_give_the_same_film(film: Path, weights: Path, short_sound: Path, tmp_path: Path) -> None:
+    boxes = read_truth(film).head_box
+    steady = np.tile(boxes[:1], (len(boxes), 1))
+    info = probe(film)
+    ways: dict[str, dict[str, Any]] = {
+        "truth": {"truth": True},
+        "track": {"box": str(write_track(tmp_path / "track.json", boxes.tolist(), []))},
+        "mask": {"mask": write_film(tmp_path / "white.mp4", masks_of(boxes, info.height, info.width))},
+        "box": {"box": ",".join(str(edge) for edge in boxes[0])},
+        "steady": {"mask": write_film(tmp_path / "white_box.mp4", masks_of(steady, info.height, info.width))},
+    }
+    films = {}
+    for name, way in ways.items():
+        generated(film, weights, tmp_path / f"{name}.mp4", audio=short_sound, steps=1, **way)
+        films[name] = pictures(tmp_path / f"{name}.mp4")
+    assert np.array_equal(films["truth"], films["track"])
+    assert np.array_equal(films["truth"], films["mask"])
+    assert np.array_equal(films["box"], films["steady"])
+
+
+def test_a_lossy_mask_says_the_same(film: Path, tmp_path: Path) -> None:
+    boxes, info = read_truth(film).head_box, probe(film)
+    with VideoWriter(tmp_path / "mask.mp4", info.width, info.height) as writer:
+        for frame in masks_of(boxes, info.height, info.width):
+            writer.write(frame)
+    assert np.array_equal(track_from_mask(info, tmp_path / "mask.mp4").boxes, boxes)
+
+
+def test_frames_without_a_mask_have_no_box(film: Path, tmp_path: Path) -> None:
+    boxes, info = read_truth(film).head_box, probe(film)
+    masks = masks_of(boxes, info.height, info.width)
+    masks[[0, 7, 24]] = 0
+    track = track_from_mask(info, write_film(tmp_path / "mask.mp4", masks))
+    assert [i for i in range(25) if track.box(i) is None] == [0, 7, 24]
+    assert track.cuts is None
+
+
+@given(
+    st.tuples(st.floats(-30, 127), st.floats(-30, 95), st.floats(2.1, 200), st.floats(2.1, 200)).filter(
+        lambda box: box[0] + box[2] > 0.5 and box[1] + box[3] > 0.5
+    )
+)
+def test_any_box_becomes_the_smallest_whole_square_around_it(box: tuple[float, float, float, float]) -> None:
+    x, y, width, height = box
+    given_box = np.array([x, y, x + width, y + height])
+    square = square_box(given_box, 128, 96, "--box")
+    assert np.array_equal(square, np.rint(square))
+    side = square[2] - square[0]
+    assert side == square[3] - square[1]
+    assert (square[:2] <= given_box[:2] + 1e-3).all() and (square[2:] >= given_box[2:] - 1e-3).all()
+    assert max(width, height) - 2e-3 <= side < max(width, height) + 2
+    assert np.array_equal(square_box(square.astype(np.float64), 128, 96, "--box"), square)
+
+
+@pytest.mark.parametrize(
+    ("box", "message"),
+    [
+        ("200,10,240,50", r"--box 200,10,240,50: box \[200.*outside the picture of 128x96"),
+        ("-60,-60,-20,-20", "outside the picture"),
+        ("0.1,0.1,0.4,0.4", "no head box"),
+        ("50,50,20,80", "no head box"),
+        ("nan,1,20,20", "no head box"),
+        ("0,0,1e9,1e9", "no head box"),
+        ("1,2,3", "four numbers"),
+        ("nowhere.json", "nowhere.json is neither a box nor a track file"),
+    ],
+)
+def test_boxes_that_cannot_be_meant_are_refused(film: Path, box: str, message: str) -> None:
+    with pytest.raises(TccpError, match=message):
+        track_from_boxes(probe(film), box)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"boxes": [[1, 2, 40, 41]] * 24}, "has 24 frames, .* has 25"),
+        ({"boxes": [None] * 25}, "no head in any frame"),
+        ({"boxes": [[1, 2, 40]] * 25}, "neither a box nor a track file"),
+        ({"boxes": [[500, 2, 540, 42]] * 25}, "frame 0: box .* outside"),
+        ({"boxes": 5}, "neither a box nor a track file"),
+        ({"boxes": [[1, 2, 40, 41]] * 25, "cuts": "x"}, "neither a box nor a track file"),
+        ([1], "neither a box nor a track file"),
+    ],
+)
+def test_track_files_with_mistakes_are_named(film: Path, tmp_path: Path, record: Any, message: str) -> None:
+    path = tmp_path / "track.json"
+    path.write_text(json.dumps(record))
+    with pytest.raises(TccpError, match=message) as caught:
+        track_from_boxes(probe(film), str(path))
+    assert "track.json" in str(caught.value)
+
+
+def test_masks_that_do_not_fit_are_named(film: Path, tmp_path: Path) -> None:
+    info = probe(film)
+    masks = masks_of(read_truth(film).head_box, info.height, info.width)
+    with pytest.raises(TccpError, match=r"small\.mp4 is 64x48, .* 128x96"):
+        track_from_mask(info, write_film(tmp_path / "small.mp4", masks[:, ::2, ::2]))
+    with pytest.raises(TccpError, match=r"short\.mp4 has 20 frames, .* has 25"):
+        track_from_mask(info, write_film(tmp_path / "short.mp4", masks[:20]))
+    with pytest.raises(TccpError, match=r"dark\.mp4 has no head in any frame"):
+        track_from_mask(info, write_film(tmp_path / "dark.mp4", masks * 0))
+    write_audio_wav(tmp_path / "sound.wav", np.zeros(16000))
+    with pytest.raises(TccpError, match=r"sound\.wav: the mask has no pictures"):
+        track_from_mask(info, tmp_path / "sound.wav")
+
+
+def test_truth_of_another_film_is_noticed(film: Path, tmp_path: Path) -> None:
+    path = write_film(tmp_path / film.name, pictures(film)[:20])
+    (tmp_path / film.with_suffix(".truth.npz").name).write_bytes(film.with_suffix(".truth.npz").read_bytes())
+    with pytest.raises(TccpError, match=r"has 25 frames, .* has 20"):
+        track_from_truth(probe(path))
+
+
+def test_cuts_are_found_where_the_box_alone_is_given(
+    film: Path, weights: Path, short_sound: Path, tmp_path: Path
+) -> None:
+    """Two films joined are two shots: the second begins from noise, not from the head of the first."""
+    frames = pictures(film)
+    joined = write_film(tmp_path / "joined.mp4", np.concatenate([frames[:6], 255 - frames[6:, :, ::-1]]))
+    info = probe(joined)
+    assert find_cuts(info) == {6}
+    assert find_cuts(probe(film)) == frozenset()
+    box = "40,20,80,60"
+    _, found = generated(film, weights, tmp_path / "a.mp4", scene=joined, audio=short_sound, box=box, steps=1)
+    track = write_track(tmp_path / "track.json", [[40, 20, 80, 60]] * 25, [6])
+    _, told = generated(film, weights, tmp_path / "b.mp4", scene=joined, audio=short_sound, box=str(track), steps=1)
+    track = write_track(tmp_path / "track.json", [[40, 20, 80, 60]] * 25, [])
+    _, denied = generated(film, weights, tmp_path / "c.mp4", scene=joined, audio=short_sound, box=str(track), steps=1)
+    assert all(np.array_equal(a.picture, b.picture) for a, b in zip(found, told, strict=True))
+    assert not np.array_equal(found[6].picture, denied[6].picture)
+
+
+# Detectors
+
+
+class Known:
+    """A detector that knows the answer: faces per frame, handed out in order."""
+
+    name = "known"
+    key = "known"
+
+    def __init__(self, found: list[list[faces.Face]]):
+        self._found = iter(found)
+
+    def detect(self, frame: np.ndarray) -> list[faces.Face]:
+        return next(self._found)
+
+    def close(self) -> None:
+        pass
+
+
+def face_at(x: float, y: float, side: float) -> faces.Face:
+    return faces.Face(np.array([x, y, x + side, y + side], np.float32), None, 0.9)
+
+
+def test_short_absences_are_bridged_and_long_ones_pass_through(tmp_path: Path) -> None:
+    scene = probe(write_film(tmp_path / "scene.mp4", np.full((60, 48, 64, 3), 90, np.uint8)))
+    found = [[face_at(20, 12, 16)] if not (5 <= i < 10 or 20 <= i < 40) else [] for i in range(60)]
+    track = track_from_detector(scene, Known(found))
+    assert [track.box(i) is None for i in range(60)] == [20 <= i < 40 for i in range(60)]
+    assert track.cuts == frozenset()
+
+
+def test_a_head_that_walks_out_of_the_picture_is_no_mistake(tmp_path: Path) -> None:
+    scene = probe(write_film(tmp_path / "scene.mp4", np.full((60, 48, 64, 3), 90, np.uint8)))
+    track = track_from_detector(scene, Known([[face_at(20 + 3 * i, 12, 16)] for i in range(60)]))
+    gone = [track.box(i) is None for i in range(60)]
+    assert not gone[0] and gone[-1]
+    assert gone == sorted(gone)
+
+
+def test_the_person_that_is_asked_for_is_the_one(tmp_path: Path) -> None:
+    scene = probe(write_film(tmp_path / "scene.mp4", np.full((30, 48, 96, 3), 90, np.uint8)))
+
+    def found() -> Known:
+        return Known([[face_at(60, 14, 18), face_at(10, 14, 14)] for _ in range(30)])
+
+    def center(track: Any) -> float:
+        return float((track.boxes[0, 0] + track.boxes[0, 2]) / 2)
+
+    assert center(track_from_detector(scene, found())) == pytest.approx(69, abs=3)
+    assert center(track_from_detector(scene, found(), (17.0, 20.0))) == pytest.approx(17, abs=3)
+
+
+def test_nobody_at_all_is_named(tmp_path: Path) -> None:
+    scene = probe(write_film(tmp_path / "empty.mp4", np.full((10, 48, 64, 3), 90, np.uint8)))
+    with pytest.raises(TccpError, match=r"no face found in .*empty\.mp4 with known: .*--box or --mask"):
+        track_from_detector(scene, Known([[]] * 10))
+
+
+def small(path: Path, out: Path, start: int, count: int, width: int) -> Path:
+    """A stretch of a real clip, shrunk, lossless, with silence of its length: what a detector still finds quickly."""
+    import cv2
+
+    frames = []
+    for frame in read_frames(path, start, count):
+        height = round(frame.shape[0] * width / frame.shape[1] / 2) * 2
+        frames.append(cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA))
+    return write_film(out, np.stack(frames), np.zeros(count * 640, np.float32))
+
+
+def test_only_what_is_needed_of_a_scene_is_looked_at(tmp_path: Path) -> None:
+    scene = probe(write_film(tmp_path / "scene.mp4", np.full((40, 48, 64, 3), 90, np.uint8)))
+    looked = 0
+
+    def count() -> None:
+        nonlocal looked
+        looked += 1
+
+    track = track_from_detector(scene, Known([[face_at(20, 12, 16)]] * 7), num_frames=7, on_frame=count)
+    assert len(track.boxes) == looked == 7
+    find_cuts(scene, 9, count)
+    assert looked == 16
+
+
+@pytest.mark.clips
+def test_detectors_agree_on_a_real_person(
+    shared_clips: Path, shared_weights: Path, weights: Path, tmp_path: Path
+) -> None:
+    """mediapipe and LBP put the head at the same place, and the person's own frames serve as identity."""
+    scene = small(shared_clips / "grid_lwbsza.mpg", tmp_path / "scene.mp4", 0, 8, 320)
+    boxes = {}
+    for detector in ("mediapipe", "lbp"):
+        result, frames = generated(
+            scene,
+            weights,
+            tmp_path / f"{detector}.mp4",
+            identity=scene,
+            identity_box=None,
+            detector=detector,
+            detector_weights=shared_weights,
+            steps=1,
+        )
+        assert result.generated == result.frames == 8
+        boxes[detector] = frames[0].box
+    a, b = boxes["mediapipe"], boxes["lbp"]
+    overlap = np.maximum(np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2]), 0).prod()
+    union = (a[2:] - a[:2]).prod() + (b[2:] - b[:2]).prod() - overlap
+    assert overlap / union > 0.6
+
+
+@pytest.mark.clips
+def test_of_several_people_the_mask_alone_says_who(shared_clips: Path, weights: Path, tmp_path: Path) -> None:
+    scene = small(shared_clips / "two_person_turns.mp4", tmp_path / "scene.mp4", 0, 5, 320)
+    info, before = probe(scene), pictures(scene)
+    for name, x in (("left", 40), ("right", 200)):
+        box = np.array([[x, 10, x + 90, 100]] * 5, np.float32)
+        mask = write_film(tmp_path / f"{name}.mask.mp4", masks_of(box, info.height, info.width))
+        out = tmp_path / f"{name}.mp4"
+        generated(scene, weights, out, mask=mask, identity=scene, steps=1)
+        changed = (pictures(out) != before).any(axis=(0, 1, 3))
+        assert changed[x : x + 90].all()
+        assert not changed[:x].any() and not changed[x + 90 :].any()
+
+
+@pytest.mark.clips
+def test_a_face_that_leaves_for_a_while_passes_through_with_timing_kept(
+    shared_clips: Path, shared_weights: Path, weights: Path, tmp_path: Path
+) -> None:
+    """face_gap.mp4: a face for two seconds, none for two, the same again for two."""
+    scene, out = small(shared_clips / "face_gap.mp4", tmp_path / "scene.mp4", 44, 62, 320), tmp_path / "out.mp4"
+    result = generate_film(
+        request_of(scene, weights, out, identity=scene, detector="mediapipe", detector_weights=shared_weights, steps=1)
+    )
+    before, after = pictures(scene), pictures(out)
+    untouched = [np.array_equal(a, b) for a, b in zip(before, after, strict=True)]
+    assert result.frames == 62
+    assert result.passed_through == sum(untouched)
+    assert untouched == [50 <= i < 100 for i in range(44, 106)]

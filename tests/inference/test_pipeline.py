@@ -1,0 +1,233 @@
+"""The pipeline folder: what is written is what is read, and nothing else is."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from tccp.config import FPS, override
+from tccp.errors import TccpError
+from tccp.inference.pipeline import (
+    Pipeline,
+    check_settings,
+    export,
+    has_component,
+    load_network,
+    read_manifest,
+    read_settings,
+    save_component,
+    verified,
+    write_untrained,
+)
+from tccp.models.mvcontrolnet import MVControlNet
+from tccp.models.variants import TWO_STAGE, VARIANTS
+
+pytest_plugins = ["tiny_fixtures"]
+
+
+def test_what_is_written_is_what_is_read(weights: Path) -> None:
+    pipeline = Pipeline.load(weights, VARIANTS)
+    assert pipeline.settings == tiny.SETTINGS
+    assert set(pipeline.networks) == set(VARIANTS)
+    assert pipeline.lips is not None
+    assert pipeline.lips.size_px == tiny.SETTINGS.lips.size_px
+    for name, network in pipeline.networks.items():
+        assert not network.training
+        assert network.config.num_frames == VARIANTS[name].num_frames(tiny.SETTINGS.window)
+
+
+def test_only_what_is_asked_for_is_loaded(weights: Path) -> None:
+    assert set(Pipeline.load(weights).networks) == set(TWO_STAGE)
+    assert set(Pipeline.load(weights, ("face_first",)).networks) == {"face_first"}
+
+
+def test_the_same_seed_writes_the_same_weights(tmp_path: Path) -> None:
+    files = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        write_untrained(tmp_path / name, override(tiny.SETTINGS, {"seed": seed}), ("face_first",))
+        components = read_manifest(tmp_path / name)["components"]
+        files.append({component: entry["files"] for component, entry in components.items()})
+    assert files[0] == files[1]
+    assert files[0]["face_first"] != files[2]["face_first"]
+
+
+def test_the_folder_holds_no_pickles_and_the_manifest_says_everything(weights: Path) -> None:
+    manifest = read_manifest(weights)
+    listed = {f"{name}/{file}" for name, entry in manifest["components"].items() for file in entry["files"]}
+    there = {path.relative_to(weights).as_posix() for path in weights.rglob("*") if path.is_file()}
+    assert there == listed | {"manifest.json"}
+    assert {Path(file).suffix for file in there} == {".json", ".safetensors"}
+    assert all(entry["provenance"]["git_commit"] for entry in manifest["components"].values())
+    assert read_settings(weights) == tiny.SETTINGS
+
+
+def test_others_may_read_the_folder(weights: Path) -> None:
+    for path in (weights, *weights.rglob("*")):
+        assert path.stat().st_mode & 0o044 == 0o044, path
+
+
+def test_a_component_is_replaced_as_a_whole(weights: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "weights"
+    shutil.copytree(weights, folder)
+    torch.manual_seed(9)
+    network = MVControlNet.from_settings(tiny.SETTINGS, "face_first")
+    (folder / "face_first" / "leftover.txt").write_text("of an older version")
+    save_component(folder, "face_first", tiny.SETTINGS, network.save_pretrained, {"steps": 7})
+    assert read_manifest(folder)["components"]["face_first"]["provenance"]["steps"] == 7
+    loaded = load_network(folder, "face_first")
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), network.parameters(), strict=True))
+    assert not (folder / "face_first" / "leftover.txt").exists()
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_a_component_that_fails_changes_nothing(weights: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "weights"
+    shutil.copytree(weights, folder)
+    before = (folder / "manifest.json").read_bytes()
+
+    def fail(path: Path) -> None:
+        (path / "half.safetensors").write_bytes(b"half")
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError):
+        save_component(folder, "face_first", tiny.SETTINGS, fail, {})
+    assert (folder / "manifest.json").read_bytes() == before
+    assert {path.name for path in folder.iterdir()} == {path.name for path in weights.iterdir()}
+    verified(folder, "face_first")
+
+
+def test_components_of_other_settings_do_not_join(weights: Path) -> None:
+    for change, name in {"picture_px": 64, "window": 8, "network.condition_dim": 32, "lips.source": "none"}.items():
+        other = override(tiny.SETTINGS, {change: name})
+        with pytest.raises(TccpError, match=f"weights of other settings: {re.escape(change)} is"):
+            check_settings(weights, other)
+    # What shapes nothing may differ: more steps, another seed.
+    check_settings(weights, override(tiny.SETTINGS, {"training.max_steps": 9, "seed": 5, "sampling.steps": 3}))
+    check_settings(weights, override(tiny.SETTINGS, {"network.gradient_checkpointing": True, "network.dropout": 0.3}))
+
+
+def test_has_component(weights: Path, tmp_path: Path) -> None:
+    assert has_component(weights, "face_first")
+    assert not has_component(weights, "face_second")
+    assert not has_component(tmp_path, "face_first")
+
+
+def test_another_preset_is_refused(weights: Path) -> None:
+    assert Pipeline.load(weights, (), preset="toy").settings.preset == "toy"
+    with pytest.raises(TccpError, match=r"holds weights of preset 'toy', not 'paper': .* --preset toy"):
+        Pipeline.load(weights, (), preset="paper")
+
+
+def test_settings_of_a_variant_reach_its_stage(tmp_path: Path) -> None:
+    own = {
+        "variant_overrides.face_sequence": {"sampling.steps": 5},
+        "variant_overrides.face_first": {"sampling.temperature": 0.3},
+    }
+    settings = override(tiny.SETTINGS, own)
+    write_untrained(tmp_path, settings, ("face_first", "face_sequence", "landmark_first", "landmark_sequence"))
+    pipeline = Pipeline.load(tmp_path)
+    assert pipeline.stage("face_sequence").settings.steps == 5
+    assert pipeline.stage("face_sequence").settings.temperature == settings.sampling.temperature
+    assert pipeline.stage("face_sequence").first_settings.temperature == 0.3
+    assert pipeline.stage("face_sequence").first_settings.steps == settings.sampling.steps
+    assert pipeline.stage("landmark_sequence").settings.steps == settings.sampling.steps
+
+
+def test_the_command_line_speaks_louder_than_a_variants_settings(film: Path, tmp_path: Path) -> None:
+    from tccp.inference.film import _with_sampling
+
+    own = override(tiny.SETTINGS, {"variant_overrides.face_sequence": {"sampling.steps": 5}})
+    write_untrained(tmp_path, own, TWO_STAGE)
+    pipeline = Pipeline.load(tmp_path)
+    request = tiny.request_of(film, tmp_path, tmp_path / "out.mp4", steps=3)
+    heard = _with_sampling(pipeline, request)
+    assert heard.stage("face_sequence").settings.steps == heard.stage("landmark_sequence").settings.steps == 3
+    assert _with_sampling(pipeline, tiny.request_of(film, tmp_path, tmp_path / "x.mp4")) == pipeline
+
+
+def test_a_pipeline_without_lips(film: Path, tmp_path: Path) -> None:
+    """The ablation of section 5.5 has no lip source at all, and generates."""
+    settings = override(tiny.SETTINGS, {"lips.source": "none"})
+    write_untrained(tmp_path / "weights", settings)
+    assert Pipeline.load(tmp_path / "weights").lips is None
+    result, frames = tiny.generated(film, tmp_path / "weights", tmp_path / "out.mp4", steps=1)
+    assert result.generated == len(frames) == FPS
+    assert all(np.isfinite(frame.face).all() for frame in frames)
+
+
+def test_unknown_settings_in_a_manifest_are_named_with_their_file(weights: Path, tmp_path: Path) -> None:
+    manifest = json.loads((weights / "manifest.json").read_text())
+    manifest["settings"]["window"] = -1
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(TccpError, match=r"manifest\.json: setting window"):
+        read_settings(tmp_path)
+
+
+def _save_one(folder: Path, name: str) -> None:
+    save_component(folder, name, tiny.SETTINGS, lambda path: (path / "a.json").write_text(name), {})
+
+
+def test_components_saved_side_by_side_are_all_in_the_manifest(tmp_path: Path) -> None:
+    """Threads open the folder anew each, so they wait for the lock as processes do."""
+    names = [f"component_{i}" for i in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda name: _save_one(tmp_path, name), names))
+    assert sorted(read_manifest(tmp_path)["components"]) == names
+    assert {path.name for path in tmp_path.iterdir()} == {*names, "manifest.json"}
+
+
+def test_an_export_in_half_precision_is_half_the_size_and_nearly_the_same(weights: Path, tmp_path: Path) -> None:
+    names = ("autoencoder", "lips", "face_first")
+    export(weights, tmp_path / "out", names, half=True, machine="a test")
+    sizes = [
+        sum(p.stat().st_size for name in names for p in (f / name).rglob("*.safetensors"))
+        for f in (weights, tmp_path / "out")
+    ]
+    assert sizes[1] < 0.6 * sizes[0]
+    before, after = (Pipeline.load(folder, ("face_first",)) for folder in (weights, tmp_path / "out"))
+    for one, other in (
+        (before.networks["face_first"], after.networks["face_first"]),
+        (before.autoencoder, after.autoencoder),
+        (before.lips.network, after.lips.network),  # type: ignore[union-attr]
+    ):
+        for a, b in zip(one.parameters(), other.parameters(), strict=True):
+            assert b.dtype == torch.float32
+            assert torch.equal(a.half().float(), b)
+    old, new = (read_manifest(f)["components"]["face_first"]["provenance"] for f in (weights, tmp_path / "out"))
+    assert new == {**old, "precision": "fp16", "machine": "a test"}
+
+
+def test_an_export_can_be_sampled_otherwise(weights: Path, tmp_path: Path) -> None:
+    """And in no other way differ; without a lip source it needs none."""
+    given = ["sampling.steps=3", "variant_overrides.face_first.sampling.temperature=0.4"]
+    assert export(weights, tmp_path / "out", sampling=given) == ("autoencoder", "lips", *TWO_STAGE)
+    stage = Pipeline.load(tmp_path / "out").stage("face_sequence")
+    assert (stage.settings.steps, stage.first_settings.steps) == (3, 3)
+    assert (stage.settings.temperature, stage.first_settings.temperature) == (tiny.SETTINGS.sampling.temperature, 0.4)
+    with pytest.raises(TccpError, match="--set seed=3"):
+        export(weights, tmp_path / "other", sampling=["seed=3"])
+    write_untrained(tmp_path / "mute", override(tiny.SETTINGS, {"lips.source": "none"}), TWO_STAGE)
+    assert export(tmp_path / "mute", tmp_path / "mute2") == ("autoencoder", *TWO_STAGE)
+
+
+def test_an_export_copies_files_as_they_are_and_only_whole_ones(weights: Path, tmp_path: Path) -> None:
+    export(weights, tmp_path / "out", ("face_first",))
+    assert read_manifest(tmp_path / "out")["components"] == {
+        "face_first": read_manifest(weights)["components"]["face_first"]
+    }
+    broken = tmp_path / "broken"
+    shutil.copytree(weights, broken)
+    (broken / "face_first" / "config.json").write_text("{}")
+    with pytest.raises(TccpError, match="not the file of the manifest"):
+        export(broken, tmp_path / "other", ("face_first",))
+    with pytest.raises(TccpError, match="has no one"):
+        export(weights, tmp_path / "other", ("one",))
+    assert not (tmp_path / "other").exists()

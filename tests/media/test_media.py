@@ -1,0 +1,547 @@
+"""The 25 fps clock, picture by picture and click by click, on films that know their own time.
+
+Films are written here with PyAV directly: what tccp.media reads, tccp.media did not write.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import wave
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from tccp.config import SAMPLES_PER_FRAME
+from tccp.errors import TccpError
+from tccp.media import MediaError, fit_samples, open_audio, probe, read_frames, write_audio_wav
+
+BITS = 12
+WIDTH, HEIGHT = 16 * BITS, 32
+NTSC = Fraction(30000, 1001)
+
+
+def numbered(k: int, width: int = WIDTH, height: int = HEIGHT) -> np.ndarray:
+    """A picture that says which one it is: a bar of `BITS` black or white blocks."""
+    bar = np.array([255 * (k >> bit & 1) for bit in range(BITS)], np.uint8)
+    picture = np.repeat(bar, width // BITS)[None, :, None]
+    return np.broadcast_to(picture, (height, width, 3)).copy()
+
+
+def number_of(picture: np.ndarray) -> int:
+    blocks = picture.mean(axis=(0, 2)).reshape(BITS, -1)[:, 4:-4].mean(axis=1)
+    assert (np.abs(blocks - 127.5) > 60).all(), "the bar cannot be read"
+    return sum(int(block > 127.5) << bit for bit, block in enumerate(blocks))
+
+
+@dataclasses.dataclass
+class Sound:
+    """Silence from start_s to end_s but for a click at each of `clicks_s`, all in seconds of the film."""
+
+    clicks_s: tuple[float, ...] = ()
+    start_s: float = 0.0
+    end_s: float = 3.0
+    rate_hz: int = 48000
+    codec: str = "aac"
+    layout: str = "mono"
+
+    def samples(self) -> np.ndarray:
+        begin = round(self.start_s * self.rate_hz)
+        sound = np.zeros(round(self.end_s * self.rate_hz) - begin, np.float32)
+        for click_s in self.clicks_s:
+            sound[round(click_s * self.rate_hz) - begin] = 0.9
+        return sound
+
+
+def write_film(
+    path: Path,
+    times: list[Fraction],
+    last_s: Fraction,
+    time_base: Fraction = Fraction(1, 90000),
+    sound: Sound | None = None,
+    matrix: list[int] | None = None,
+    b_frames: int = 2,
+) -> None:
+    """Picture k from times[k] on, the last for `last_s`."""
+    with av.open(str(path), "w") as container:
+        packets = []
+        if times:
+            video = container.add_stream("libx264", rate=25)
+            video.width, video.height, video.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+            video.codec_context.time_base = video.time_base = time_base
+            video.options = {"bf": str(b_frames), "g": "12", "crf": "10", "preset": "ultrafast"}
+            if matrix:
+                video.set_display_matrix(matrix)
+            for k, time in enumerate(times):
+                frame = av.VideoFrame.from_ndarray(numbered(k), "rgb24")
+                frame.time_base, frame.pts = time_base, int(time / time_base)
+                assert frame.pts * time_base == time, "the test's own times must be exact"
+                packets += video.encode(frame)
+            packets += video.encode(None)
+            ends = [*times[1:], times[-1] + last_s]
+            in_order = sorted(packets, key=lambda packet: packet.pts)
+            for packet, begin, end in zip(in_order, times, ends, strict=True):
+                packet.duration = int((end - begin) / time_base)  # the encoder knows only its nominal rate
+        if sound is not None:
+            packets += encode_sound(container, sound)
+        container.mux(packets)
+
+
+def encode_sound(container: av.container.OutputContainer, sound: Sound) -> list[av.Packet]:
+    stream = container.add_stream(sound.codec, rate=sound.rate_hz, layout=sound.layout)
+    packets = []
+    samples, begin = sound.samples(), round(sound.start_s * sound.rate_hz)
+    for at in range(0, len(samples), 1024):
+        block = np.repeat(samples[None, at : at + 1024], stream.codec_context.channels, axis=0)
+        frame = av.AudioFrame.from_ndarray(block, "fltp", sound.layout)
+        frame.sample_rate, frame.pts, frame.time_base = sound.rate_hz, begin + at, Fraction(1, sound.rate_hz)
+        packets += stream.encode(frame)
+    return packets + stream.encode(None)
+
+
+def regular(rate: Fraction | int, count: int, start: Fraction | int = 0) -> list[Fraction]:
+    return [start + Fraction(k) / rate for k in range(count)]
+
+
+def shown_at(times: list[Fraction], last_s: Fraction, zero: Fraction) -> list[int]:
+    """What the contract asks for, the slow way: for every i/25 before the end, the newest picture that has begun."""
+    expected = []
+    while (now := zero + Fraction(len(expected), 25)) < times[-1] + last_s:
+        begun = [k for k, time in enumerate(times) if time <= now]
+        expected.append(begun[-1] if begun else 0)
+    return expected
+
+
+def numbers(path: Path, *args: int) -> list[int]:
+    return [number_of(picture) for picture in read_frames(path, *args)]
+
+
+@pytest.mark.parametrize("ending", ["mp4", "mkv", "ts", "avi", "flv"])
+def test_every_container_gives_every_picture_of_25_fps_once(tmp_path: Path, ending: str):
+    film = tmp_path / f"film.{ending}"
+    write_film(film, regular(25, 40), Fraction(1, 25), Fraction(1, 25) if ending == "avi" else Fraction(1, 90000))
+    assert numbers(film) == list(range(40))
+    assert probe(film).frame_rate == 25
+
+
+@pytest.mark.parametrize("rate", [Fraction(24000, 1001), 24, 25, NTSC, 30, 50, 2 * NTSC])
+@pytest.mark.parametrize("b_frames", [0, 2])
+def test_constant_rates_map_picture_by_picture(tmp_path: Path, rate: Fraction | int, b_frames: int):
+    film = tmp_path / "film.mp4"
+    time_base = Fraction(1, 120000)  # exact for every rate here
+    times, last_s = regular(rate, 130), 1 / Fraction(rate)
+    write_film(film, times, last_s, time_base, b_frames=b_frames)
+    info = probe(film)
+    assert info.frame_rate == rate
+    assert info.num_pictures == 130
+    assert info.num_frames == math.ceil(130 / Fraction(rate) * 25)
+    assert numbers(film) == shown_at(times, last_s, Fraction(0))
+
+
+@hypothesis.settings(max_examples=12)
+@hypothesis.given(
+    gaps_ms=st.lists(st.integers(5, 250), min_size=2, max_size=60), start_ms=st.integers(0, 900), data=st.data()
+)
+def test_variable_rate_and_any_range(tmp_path_factory: pytest.TempPathFactory, gaps_ms: list[int], start_ms: int, data):
+    film = tmp_path_factory.mktemp("variable") / "film.mkv"
+    times = [Fraction(start_ms + sum(gaps_ms[:k]), 1000) for k in range(len(gaps_ms))]
+    last_s = Fraction(gaps_ms[-1], 1000)
+    write_film(film, times, last_s, Fraction(1, 1000))
+    info = probe(film)
+    assert info.zero == times[0]
+    expected = shown_at(times, last_s, times[0])
+    # How long the last picture lasts Matroska does not always keep; all else is exact.
+    count = info.num_frames
+    assert numbers(film) == (expected + [len(times) - 1] * count)[:count]
+    assert count >= math.ceil((times[-1] - times[0]) * 25)
+    first = data.draw(st.integers(0, count))
+    some = data.draw(st.integers(0, count - first))
+    assert numbers(film, first, some) == (expected + [len(times) - 1] * count)[first : first + some]
+
+
+def clicks_heard(samples: np.ndarray, clicks_s: tuple[float, ...]) -> list[float]:
+    """Where, within 50 ms of each expected click, the sound is loudest."""
+    heard = []
+    for click_s in clicks_s:
+        begin = max(0, round((click_s - 0.05) * 16000))
+        part = np.abs(samples[begin : begin + 1600])
+        assert part.max() > 0.02, f"no click near {click_s} s"
+        heard.append((begin + int(part.argmax())) / 16000)
+    return heard
+
+
+@pytest.mark.parametrize("rate_hz", [8000, 16000, 22050, 44100, 48000])
+@pytest.mark.parametrize(
+    ("ending", "codec"), [("mp4", "aac"), ("mkv", "flac"), ("mkv", "libopus"), ("mp4", "libmp3lame")]
+)
+def test_clicks_are_heard_when_they_were_made(tmp_path: Path, rate_hz: int, ending: str, codec: str):
+    if codec == "libopus" and rate_hz in (22050, 44100):
+        rate_hz = 24000  # Opus knows few rates
+    if codec == "libmp3lame":
+        rate_hz = max(rate_hz, 16000)  # MP4 holds no slower MP3
+    film = tmp_path / f"film.{ending}"
+    clicks_s = (0.3, 1.0, 1.75, 2.9)
+    write_film(film, regular(25, 75), Fraction(1, 25), sound=Sound(clicks_s, rate_hz=rate_hz, codec=codec))
+    with open_audio(film) as sound:
+        np.testing.assert_allclose(clicks_heard(sound.samples, clicks_s), clicks_s, atol=1e-3)
+        assert sound.samples.dtype == np.float32
+        if codec in ("aac", "flac"):  # the others' padding at the end is the format's
+            assert sound.num_samples == 48000
+            assert sound.num_frames == 75
+
+
+@pytest.mark.parametrize("ending", ["mp4", "mkv", "ts"])
+@pytest.mark.parametrize(("video_s", "audio_s"), [(0.84, 0.0), (0.0, 0.6), (1.5, 1.4), (0.2, 0.2), (3.333, 3.0)])
+def test_start_offsets_keep_picture_and_sound_where_the_file_puts_them(
+    tmp_path: Path, ending: str, video_s: float, audio_s: float
+):
+    film = tmp_path / f"film.{ending}"
+    video_start = Fraction(round(video_s * 1000), 1000)
+    times = regular(25, 60, video_start)
+    clicks_s = (audio_s + 0.2, audio_s + 1.1, audio_s + 2.0)
+    codec = "mp2" if ending == "ts" else "flac"
+    write_film(film, times, Fraction(1, 25), sound=Sound(clicks_s, audio_s, audio_s + 2.5, codec=codec))
+    info = probe(film)
+    assert info.video_span is not None
+    assert info.audio_span is not None
+    offset_s = float(info.video_span.start - info.audio_span.start)
+    # FLAC begins where it was put; MP2 up to a block of priming earlier, which transport streams cannot hide.
+    assert -1e-3 <= offset_s - (video_s - audio_s) <= (0.025 if ending == "ts" else 1e-3)
+    muxed_s = info.video_span.start - video_start  # what the muxer adds to all times alike
+    begun = [time + muxed_s for time in times]
+    assert numbers(film) == shown_at(begun, Fraction(1, 25), info.zero)
+    assert info.first_frame == sum(info.zero + Fraction(i, 25) < begun[0] for i in range(200))
+    with open_audio(film) as sound:
+        expected_s = [click_s + float(muxed_s - info.zero) for click_s in clicks_s]
+        np.testing.assert_allclose(clicks_heard(sound.samples, tuple(expected_s)), expected_s, atol=1.1e-3)
+
+
+def test_gaps_in_the_sound_are_silence_of_the_same_length(tmp_path: Path):
+    film = tmp_path / "film.mkv"
+    with av.open(str(film), "w") as container:
+        first = encode_sound(container, Sound((0.2,), 0, 0.5, codec="pcm_s16le"))
+        second = Sound((1.7,), 1.5, 2.0).samples()
+        stream = container.streams[0]
+        frame = av.AudioFrame.from_ndarray((second[None] * 32767).astype(np.int16), "s16", "mono")
+        frame.sample_rate, frame.pts, frame.time_base = 48000, 72000, Fraction(1, 48000)
+        container.mux(first)
+        raw = av.Packet((second * 32767).astype("<i2").tobytes())
+        raw.stream, raw.time_base, raw.pts, raw.dts = stream, Fraction(1, 48000), 72000, 72000
+        container.mux(raw)
+    with open_audio(film) as sound:
+        np.testing.assert_allclose(clicks_heard(sound.samples, (0.2, 1.7)), (0.2, 1.7), atol=1e-3)
+        assert sound.num_samples == pytest.approx(32000, abs=16)
+        assert not sound.samples[9000:23000].any()
+
+
+def test_sound_is_resampled_without_aliases_or_loss(tmp_path: Path):
+    wav = tmp_path / "tones.wav"
+    time_s = np.arange(2 * 44100) / 44100
+    tones = 0.4 * np.sin(2 * np.pi * 1000 * time_s) + 0.4 * np.sin(2 * np.pi * 11000 * time_s)  # 11 kHz must vanish
+    with wave.open(str(wav), "wb") as file:
+        file.setparams((2, 2, 44100, 0, "NONE", ""))
+        file.writeframes(np.repeat((tones * 32767).astype("<i2"), 2).tobytes())
+    with open_audio(wav) as sound:
+        assert sound.num_samples == 32000
+        kept = 0.4 * np.sin(2 * np.pi * 1000 * np.arange(32000) / 16000)
+        error = (sound.samples - kept)[400:-400]
+        assert np.sqrt((error**2).mean()) < 0.4 * 1e-3  # -60 dB
+
+
+def test_channels_are_averaged_and_surround_does_not_clip(tmp_path: Path):
+    one_sided = tmp_path / "one.wav"
+    with wave.open(str(one_sided), "wb") as file:
+        file.setparams((2, 2, 16000, 0, "NONE", ""))
+        file.writeframes(np.array([[16384, 0]] * 8000, "<i2").tobytes())
+    with open_audio(one_sided) as sound:
+        np.testing.assert_allclose(sound.samples[100:-100], 0.25, atol=1e-4)
+    surround = tmp_path / "surround.mkv"
+    with av.open(str(surround), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=16000, layout="5.1")
+        full = av.AudioFrame.from_ndarray(np.full((1, 6 * 4000), 32767, np.int16), "s16", "5.1")
+        full.sample_rate = 16000
+        container.mux(stream.encode(full) + stream.encode(None))
+    with open_audio(surround) as sound:
+        assert 0.9 < sound.samples[1000:3000].min() <= sound.samples.max() <= 1.01
+
+
+def test_sound_longer_and_shorter_than_the_pictures(tmp_path: Path):
+    longer, shorter = tmp_path / "longer.mp4", tmp_path / "shorter.mp4"
+    write_film(longer, regular(25, 50), Fraction(1, 25), sound=Sound(end_s=3.01))
+    write_film(shorter, regular(25, 50), Fraction(1, 25), sound=Sound(end_s=1.01))
+    for film, sound_frames, duration_s in ((longer, 76, 3.01), (shorter, 26, 2.0)):
+        with open_audio(film) as sound:
+            assert (probe(film).num_frames, sound.num_frames) == (50, sound_frames)
+            assert probe(film).duration_s == pytest.approx(duration_s, abs=1e-3)
+            assert len(fit_samples(sound.samples, 50)) == 50 * SAMPLES_PER_FRAME
+    ramp = np.arange(1000, dtype=np.float32)
+    np.testing.assert_array_equal(fit_samples(ramp, 1), ramp[:640])
+    np.testing.assert_array_equal(fit_samples(ramp, 2), np.pad(ramp, (0, 280)))
+
+
+ONE = 1 << 16
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "c", "d", "rotation_deg", "undo"),
+    [
+        (0, 1, -1, 0, 90, lambda p: np.rot90(p, 1)),
+        (-1, 0, 0, -1, 180, lambda p: np.rot90(p, 2)),
+        (0, -1, 1, 0, 270, lambda p: np.rot90(p, -1)),
+        (-1, 0, 0, 1, 0, lambda p: p[:, ::-1]),
+        (1, 0, 0, -1, 180, lambda p: p[::-1]),
+        (0, 1, 1, 0, 90, lambda p: p.transpose(1, 0, 2)),
+    ],
+)
+def test_pictures_come_upright(tmp_path: Path, a: int, b: int, c: int, d: int, rotation_deg: int, undo):
+    """The matrix maps stored (x, y) to (a x + c y, b x + d y); undone by numpy, the stored picture must come out."""
+    film = tmp_path / "film.mp4"
+    write_film(film, regular(25, 5), Fraction(1, 25), matrix=[a * ONE, b * ONE, 0, c * ONE, d * ONE, 0, 0, 0, 1 << 30])
+    info = probe(film)
+    assert info.rotation_deg == rotation_deg
+    assert (info.width, info.height) == ((HEIGHT, WIDTH) if a == 0 else (WIDTH, HEIGHT))
+    for k, picture in enumerate(read_frames(film)):
+        assert picture.shape == (info.height, info.width, 3)
+        assert number_of(undo(picture)) == k
+
+
+def test_colours_survive_bt709_bt601_and_both_ranges(tmp_path: Path):
+    """Flat colours through four encodings that say what they are; the expected planes are computed by hand."""
+    rgb = np.array([200.0, 60.0, 120.0])
+    for name, kr, kb, space, full in (
+        ("709", 0.2126, 0.0722, 1, False),
+        ("601", 0.299, 0.114, 5, False),
+        ("709full", 0.2126, 0.0722, 1, True),
+    ):
+        film = tmp_path / f"{name}.mp4"
+        luma = kr * rgb[0] + (1 - kr - kb) * rgb[1] + kb * rgb[2]
+        blue, red = (rgb[2] - luma) / (2 - 2 * kb), (rgb[0] - luma) / (2 - 2 * kr)
+        planes = (
+            (luma, blue + 128, red + 128)
+            if full
+            else (16 + luma * 219 / 255, 128 + blue * 224 / 255, 128 + red * 224 / 255)
+        )
+        with av.open(str(film), "w") as container:
+            stream = container.add_stream("libx264", rate=25, options={"qp": "0"})
+            stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
+            stream.codec_context.colorspace, stream.codec_context.color_range = space, 2 if full else 1
+            yuv = np.concatenate(
+                [
+                    np.full(64 * 32 // part, round(value), np.uint8)
+                    for value, part in zip(planes, (1, 4, 4), strict=True)
+                ]
+            )
+            frame = av.VideoFrame.from_ndarray(yuv.reshape(48, 64), "yuv420p")
+            frame.colorspace, frame.color_range = space, 2 if full else 1
+            container.mux(stream.encode(frame) + stream.encode(None))
+        (picture,) = read_frames(film)
+        np.testing.assert_allclose(picture[8:-8, 8:-8].reshape(-1, 3), np.broadcast_to(rgb, (16 * 48, 3)), atol=2.0)
+
+
+def test_the_default_stream_is_taken_and_cover_art_is_no_video(tmp_path: Path):
+    film = tmp_path / "film.mkv"
+    with av.open(str(film), "w") as container:
+        packets = []
+        for which in range(2):
+            video = container.add_stream("libx264", rate=25)
+            video.width, video.height, video.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+            video.disposition = av.stream.Disposition.default if which else av.stream.Disposition(0)
+            for k in range(10):
+                packets += video.encode(av.VideoFrame.from_ndarray(numbered(1000 * which + k), "rgb24"))
+            packets += video.encode(None)
+        container.mux(packets)
+    assert numbers(film) == list(range(1000, 1010))
+    song = tmp_path / "song.m4a"
+    with av.open(str(song), "w", format="mp4") as container:
+        cover = container.add_stream("mjpeg", rate=25)
+        cover.width, cover.height, cover.pix_fmt = 32, 32, "yuvj420p"
+        cover.disposition = av.stream.Disposition.attached_pic
+        packets = encode_sound(container, Sound(end_s=1.0))
+        container.mux(cover.encode(av.VideoFrame.from_ndarray(numbered(0, 36, 32)[:, :32].copy(), "rgb24")))
+        container.mux([*cover.encode(None), *packets])
+    assert not probe(song).has_video
+    assert probe(song).num_frames == 0
+
+
+def reason(path: Path, read=lambda path: list(read_frames(path))) -> str:
+    with pytest.raises(MediaError) as caught:
+        read(path)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith(str(path)), "the message names the file"
+    assert ";" in message, "and says what to do"
+    assert "[Errno" not in message
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (again.reason, str(again), again.path) == (caught.value.reason, message, caught.value.path)
+    return caught.value.reason
+
+
+def test_what_is_no_film_is_refused_with_its_reason(tmp_path: Path):
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "text.mp4").write_text("Not a film.\n" * 50)
+    (tmp_path / "noise.mp4").write_bytes(np.random.default_rng(0).bytes(20_000))
+    (tmp_path / "list.mp4").write_text("#EXTM3U\n#EXTINF:1,\nsecret.mp4\n")
+    write_film(tmp_path / "secret.mp4", regular(25, 5), Fraction(1, 25))
+    (tmp_path / "concat.mp4").write_text("ffconcat version 1.0\nfile secret.mp4\n")
+    os.mkfifo(tmp_path / "pipe.mp4")
+    assert reason(tmp_path / "missing.mp4") == "missing"
+    assert reason(tmp_path) == "not_a_file"
+    assert reason(tmp_path / "pipe.mp4") == "not_a_file"
+    assert reason(tmp_path / "empty.mp4") == "empty_file"
+    for name in ("text.mp4", "noise.mp4", "list.mp4", "concat.mp4"):
+        assert reason(tmp_path / name) == "not_media", name
+
+
+def test_no_sound_and_no_pictures(tmp_path: Path):
+    silent, heard = tmp_path / "silent.mp4", tmp_path / "heard.m4a"
+    write_film(silent, regular(25, 5), Fraction(1, 25))
+    write_film(heard, [], Fraction(0), sound=Sound(end_s=1.0))
+    assert reason(silent, open_audio) == "no_audio"
+    assert reason(heard) == "no_video"
+    with open_audio(heard) as sound:
+        assert sound.num_frames == 25
+
+
+def test_sound_that_is_not_a_number_or_not_there(tmp_path: Path):
+    wav = tmp_path / "nan.wav"
+    for samples, code in ((np.array([0.1] * 5000 + [np.nan] * 10), "not_finite"), (np.zeros(0), "empty_audio")):
+        data = samples.astype("<f4").tobytes()
+        form = struct.pack("<IHHIIHH", 16, 3, 1, 16000, 64000, 4, 32)  # 32-bit float, mono
+        header = (
+            b"RIFF" + struct.pack("<I", 36 + len(data)) + b"WAVEfmt " + form + b"data" + struct.pack("<I", len(data))
+        )
+        wav.write_bytes(header + data)
+        assert reason(wav, open_audio) == code
+
+
+@pytest.mark.parametrize("ending", ["mp4", "mkv", "avi"])
+@pytest.mark.parametrize("share", [0.9, 0.5, 0.2])
+def test_a_film_cut_short_is_never_read_as_a_shorter_one(tmp_path: Path, ending: str, share: float):
+    film, cut = tmp_path / f"film.{ending}", tmp_path / f"cut.{ending}"
+    write_film(film, regular(25, 200), Fraction(1, 25), Fraction(1, 25), sound=Sound(end_s=8.0, codec="libmp3lame"))
+    data = film.read_bytes()
+    cut.write_bytes(data[: int(len(data) * share)])
+    assert reason(cut) == ("no_index" if ending == "mp4" else "truncated")
+    if ending == "mp4":  # with the index in front it opens
+        with av.open(str(film)) as given, av.open(str(cut), "w", container_options={"movflags": "faststart"}) as front:
+            for stream in given.streams:
+                front.add_stream_from_template(stream)
+            front.mux([packet for packet in given.demux() if packet.dts is not None])
+        data = cut.read_bytes()
+        assert probe(cut).num_frames == 200
+        cut.write_bytes(data[: int(len(data) * share)])
+        assert reason(cut) in ("truncated", "corrupt")  # corrupt where not even the index is whole
+        assert share < 0.5 or reason(cut) == "truncated"
+
+
+def test_a_leap_in_time_is_damage_not_a_film_of_days(tmp_path: Path):
+    film = tmp_path / "film.mkv"
+    write_film(film, [*regular(25, 10), Fraction(100_000)], Fraction(1, 25), Fraction(1, 1000))
+    assert reason(film) == "corrupt"
+    write_film(film, regular(25, 10, 5000), Fraction(1, 25), Fraction(1, 1000), sound=Sound(codec="flac"))
+    assert reason(film) == "corrupt"
+    write_film(film, [*regular(25, 10), Fraction(60)], Fraction(1, 25), Fraction(1, 1000))
+    assert probe(film).num_frames == 1501
+
+
+@pytest.mark.parametrize("ending", ["mp4", "mkv", "avi", "ts", "flv"])
+def test_mutated_files_are_read_or_refused_and_nothing_else(tmp_path: Path, ending: str):
+    film, mutant = tmp_path / f"film.{ending}", tmp_path / f"mutant.{ending}"
+    time_base = Fraction(1, 25) if ending == "avi" else Fraction(1, 90000)
+    write_film(film, regular(25, 20), Fraction(1, 25), time_base, sound=Sound(end_s=0.8, codec="libmp3lame"))
+    whole = np.frombuffer(film.read_bytes(), np.uint8)
+    rng = np.random.default_rng(3)
+    refused = 0
+    for k in range(20):
+        data = whole.copy()
+        data[rng.integers(0, len(data) if k % 2 else min(len(data), 3000), 8)] = rng.integers(0, 256, 8)
+        mutant.write_bytes(data[: rng.integers(1, len(data)) if k % 5 == 0 else len(data)].tobytes())
+        for read in (lambda path: list(read_frames(path)), open_audio):
+            try:
+                read(mutant)
+            except MediaError:
+                refused += 1
+    assert 0 < refused < 40
+
+
+def test_pictures_that_change_size_midway_are_refused(tmp_path: Path):
+    first, second = tmp_path / "first.ts", tmp_path / "second.ts"
+    write_film(first, regular(25, 10), Fraction(1, 25))
+    with av.open(str(second), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        for k in range(10):
+            frame = av.VideoFrame(64, 64, "yuv420p")
+            frame.pts, frame.time_base = 50 + k, Fraction(1, 25)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    first.write_bytes(first.read_bytes() + second.read_bytes())
+    assert reason(first) == "unsupported"
+
+
+def test_ranges_are_checked_and_pictures_are_the_callers_own(tmp_path: Path):
+    film = tmp_path / "film.mp4"
+    write_film(film, regular(5, 10), Fraction(1, 5))
+    for start_frame, num_frames in ((0, 51), (-1, 2), (51, 0), (5, -1)):
+        with pytest.raises(TccpError, match="the film has 0 to 50 at 25 fps"):
+            read_frames(film, start_frame, num_frames)
+    assert numbers(film, 50, 0) == []
+    for picture in read_frames(film):  # five frames hold each picture: painting over one must not show in the next
+        assert picture.flags.writeable
+        assert picture.max() > 0 or number_of(picture) == 0
+        number_of(picture)
+        picture[:] = 77
+
+
+def test_a_file_that_changes_is_read_anew(tmp_path: Path):
+    film = tmp_path / "film.mp4"
+    for count in (10, 20):
+        write_film(film, regular(25, count), Fraction(1, 25))
+        assert probe(film).num_frames == count
+
+
+def test_wav_files_read_back(tmp_path: Path):
+    wav = tmp_path / "sound.wav"
+    samples = np.random.default_rng(1).uniform(-1, 1, 70_000)
+    write_audio_wav(wav, samples)
+    with open_audio(wav) as sound:
+        np.testing.assert_allclose(sound.samples, samples, atol=0.51 / 32768)
+    write_audio_wav(wav, np.array([-3.0, 3.0]))
+    with open_audio(wav) as sound:
+        np.testing.assert_allclose(sound.samples, [-1, 1], atol=1e-4)
+    with pytest.raises(TccpError, match="cannot be written"):
+        write_audio_wav(tmp_path / "no such folder" / "sound.wav", samples)
+
+
+def test_memory_does_not_follow_the_length(tmp_path: Path):
+    """Ten times the film, pictures and sound, within 10% of the peak; each in a process of its own.
+
+    And without the garbage collector: what waits for it grows until it comes, 6 MB a picture in full HD.
+    """
+    script = """
+import gc, resource, sys
+from tccp.media import open_audio, read_frames
+gc.disable()
+count = sum(1 for _ in read_frames(sys.argv[1]))
+with open_audio(sys.argv[1]) as sound:
+    print(count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    peaks = []
+    for seconds in (10, 100):
+        film = tmp_path / f"{seconds}.mp4"
+        write_film(film, regular(25, 25 * seconds), Fraction(1, 25), sound=Sound(end_s=seconds))
+        run = subprocess.run([sys.executable, "-c", script, str(film)], capture_output=True, text=True, check=True)
+        count, peak = map(int, run.stdout.split())
+        assert count == 25 * seconds
+        peaks.append(peak)
+    assert peaks[1] < 1.1 * peaks[0], peaks

@@ -1,0 +1,197 @@
+"""Wav2Lip's mel against a slow transcription of its definition, librosa and numbers; windows against the whole."""
+
+from __future__ import annotations
+
+import math
+import wave
+from pathlib import Path
+
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from tccp.errors import TccpError
+from tccp.media import open_audio
+from tccp.media.mel import SILENCE, check_audio, mel, mel_windows, num_columns, wav2lip_windows
+
+
+def speech_like(num_samples: int, seed: int = 0) -> np.ndarray:
+    """Harmonics that glide, noise that comes and goes, and a stretch of true silence."""
+    n = np.arange(num_samples)
+    rng = np.random.default_rng(seed)
+    pitch = np.cumsum(2 * np.pi * (140 + 40 * np.sin(n / 9000)) / 16000)
+    voice = sum(np.sin(k * pitch) / k for k in range(1, 25)) * (0.5 + 0.5 * np.sin(n / 1500))
+    sound = 0.2 * voice + 0.05 * rng.standard_normal(num_samples) * (np.sin(n / 2500) > 0)
+    sound[num_samples // 2 : num_samples // 2 + 3000] = 0
+    return sound.astype(np.float32)
+
+
+def slow_mel(samples: np.ndarray) -> np.ndarray:
+    """The definition, sum by sum: no FFT, no window function, no filter bank of anybody."""
+    n = len(samples)
+    emphasised = [float(samples[i]) - 0.97 * (float(samples[i - 1]) if i else 0.0) for i in range(n)]
+
+    def at(i: int) -> float:  # reflected at both ends, the end sample itself not repeated
+        while n > 1 and not 0 <= i < n:
+            i = -i if i < 0 else 2 * (n - 1) - i
+        return emphasised[i if n > 1 else 0]
+
+    def hz(mels: float) -> float:
+        return mels * 200 / 3 if mels < 15 else 1000 * 6.4 ** ((mels - 15) / 27)
+
+    top = 15 + 27 * math.log(7.6) / math.log(6.4)
+    edges = [hz(55 * 3 / 200 + (top - 55 * 3 / 200) * k / 81) for k in range(82)]
+    columns = []
+    for column in range(1 + n // 200):
+        strip = [at(200 * column - 400 + i) * (0.5 - 0.5 * math.cos(2 * math.pi * i / 800)) for i in range(800)]
+        magnitudes = [
+            math.hypot(
+                sum(x * math.cos(2 * math.pi * k * i / 800) for i, x in enumerate(strip)),
+                sum(x * math.sin(2 * math.pi * k * i / 800) for i, x in enumerate(strip)),
+            )
+            for k in range(401)
+        ]
+        bands = []
+        for low, centre, high in zip(edges, edges[1:], edges[2:], strict=False):
+            total = 0.0
+            for k, magnitude in enumerate(magnitudes):
+                f = 20.0 * k
+                if low < f < high:
+                    rise = (f - low) / (centre - low) if f <= centre else (high - f) / (high - centre)
+                    total += magnitude * rise * 2 / (high - low)
+            decibel = 20 * math.log10(max(1e-5, total)) - 20
+            bands.append(min(4.0, max(-4.0, 8 * (decibel + 100) / 100 - 4)))
+        columns.append(bands)
+    return np.array(columns).T
+
+
+@pytest.mark.parametrize("num_samples", [1, 2, 150, 399, 400, 401, 1100])
+def test_mel_is_its_definition(num_samples: int):
+    samples = speech_like(num_samples, seed=num_samples)
+    np.testing.assert_allclose(mel(samples), slow_mel(samples), atol=1e-5)
+
+
+@pytest.mark.parametrize("num_samples", [800, 16000, 70_123])
+def test_mel_is_librosas(num_samples: int):
+    librosa = pytest.importorskip("librosa")
+    samples = speech_like(num_samples)
+    emphasised = librosa.effects.preemphasis(samples.astype(np.float64), coef=0.97, zi=[0.0])
+    spectrum = np.abs(librosa.stft(emphasised, n_fft=800, hop_length=200, win_length=800, pad_mode="reflect"))
+    bank = librosa.filters.mel(sr=16000, n_fft=800, n_mels=80, fmin=55, fmax=7600, dtype=np.float64)
+    decibel = 20 * np.log10(np.maximum(1e-5, bank @ spectrum)) - 20
+    reference = np.clip(8 * (decibel + 100) / 100 - 4, -4, 4)
+    np.testing.assert_allclose(mel(samples), reference, atol=1e-4)
+
+
+GOLDEN = {  # (band, column), computed once by `slow_mel`
+    (0, 0): -0.11053,
+    (3, 2): -1.55768,
+    (10, 1): 1.47237,
+    (15, 10): 0.27523,
+    (25, 7): -3.23364,
+    (30, 10): 0.46901,
+    (40, 9): 1.44442,
+    (60, 4): -4.0,
+    (79, 10): -0.84138,
+}
+
+
+def test_golden():
+    """A chirp from 200 to 2200 Hz."""
+    n = np.arange(2000)
+    chirp = (0.5 * np.sin(2 * np.pi * (n * 200 + n * n / 2) / 16000)).astype(np.float32)
+    columns = mel(chirp)
+    assert columns.shape == (80, 11)
+    assert columns.mean() == pytest.approx(-1.890781, abs=1e-4)
+    for (band, column), value in GOLDEN.items():
+        assert columns[band, column] == pytest.approx(value, abs=1e-4), (band, column)
+
+
+def test_silence_and_the_range():
+    assert (mel(np.zeros(3200, np.float32)) == SILENCE).all()
+    loud = mel(np.random.default_rng(0).choice([-1.0, 1.0], 16000))
+    assert loud.max() <= 4
+    assert loud.max() > 2
+    assert mel(speech_like(16000)).dtype == np.float32
+
+
+def window_by_hand(whole: np.ndarray, first: int) -> np.ndarray:
+    window = np.full((80, 16), -4.0, np.float32)
+    for j in range(16):
+        if 0 <= first + j < whole.shape[1]:
+            window[:, j] = whole[:, first + j]
+    return window
+
+
+@hypothesis.settings(max_examples=40)
+@hypothesis.given(num_samples=st.integers(1, 20_000), start=st.integers(0, 40), count=st.integers(0, 20))
+def test_windows_of_a_range_are_those_of_the_whole(num_samples: int, start: int, count: int):
+    samples = speech_like(num_samples, seed=num_samples)
+    whole = mel(samples)
+    assert whole.shape[1] == num_columns(num_samples)
+    windows = mel_windows(samples, start, count)
+    assert windows.shape == (count, 80, 16)
+    for i, window in enumerate(windows, start):
+        # Columns first .. first + 15 lie around 3.2 i + 1.6, the middle of the frame, as closely as whole columns can.
+        first = min(range(-10, 200), key=lambda f: (abs(10 * f + 75 - (32 * i + 16)), -f))  # of two equals the later
+        np.testing.assert_allclose(window, window_by_hand(whole, first), atol=1e-6)
+
+
+@hypothesis.settings(max_examples=25)
+@hypothesis.given(num_samples=st.integers(3200, 20_000), start=st.integers(0, 40), count=st.integers(0, 20))
+def test_wav2lip_windows_look_ahead_and_repeat_the_final_sixteen(num_samples: int, start: int, count: int):
+    samples = speech_like(num_samples, seed=num_samples)
+    whole = mel(samples)
+    for i, window in enumerate(wav2lip_windows(samples, start, count), start):
+        first = int(i * 80 / 25)
+        expected = whole[:, first : first + 16] if first + 16 <= whole.shape[1] else whole[:, -16:]
+        np.testing.assert_allclose(window, expected, atol=1e-6)
+
+
+def test_windows_are_centred_on_their_frame():
+    """A click in the middle of frame 20 stands in the middle of its window, and one column either way moves it."""
+    samples = np.zeros(32000, np.float32)
+    samples[20 * 640 + 320] = 1
+    window = mel_windows(samples, 20, 1)[0]
+    loudness = window.mean(axis=0) + 4
+    centre = (loudness * np.arange(16)).sum() / loudness.sum()
+    assert centre == pytest.approx(7.5, abs=0.55)  # columns are 3.2 a frame: half a column is the finest there is
+
+
+def test_sound_too_short_for_wav2lip_is_followed_by_silence():
+    windows = wav2lip_windows(speech_like(1000), 0, 3)
+    np.testing.assert_allclose(windows[2][:, :6], mel(speech_like(1000)), atol=1e-6)
+    assert (windows[:, :, 6:] == SILENCE).all()
+
+
+def test_a_long_recording_is_read_where_it_is_needed(tmp_path: Path):
+    """From a track on disk; the same numbers as from memory."""
+    samples = speech_like(16000 * 40)
+    with wave.open(str(tmp_path / "long.wav"), "wb") as file:
+        file.setparams((1, 2, 16000, 0, "NONE", ""))
+        file.writeframes((samples * 32767).astype("<i2").tobytes())
+    with open_audio(tmp_path / "long.wav") as track:
+        whole = mel(track)
+        assert whole.shape == (80, 3201)
+        np.testing.assert_allclose(mel_windows(track, 990, 10)[0], whole[:, 3162 : 3162 + 16], atol=1e-6)
+        assert check_audio(track) == []
+
+
+def test_odd_sound_is_warned_of_and_impossible_sound_refused():
+    fine = speech_like(16000)
+    assert check_audio(fine) == []
+    assert "silent" in check_audio(np.zeros(16000, np.float32))[0]
+    assert "clipped" in check_audio(np.clip(20 * fine, -1, 1))[0]
+    for value in (np.nan, np.inf, -np.inf):
+        broken = fine.copy()
+        broken[8000] = value
+        with pytest.raises(TccpError, match=r"not numbers, first at 0\.50 s"):
+            check_audio(broken)
+    nothing = np.zeros(0, np.float32)
+    for use in (check_audio, mel):
+        with pytest.raises(TccpError, match="no length"):
+            use(nothing)
+    for windows in (mel_windows, wav2lip_windows):
+        with pytest.raises(TccpError, match="no length"):
+            windows(nothing, 0, 1)

@@ -1,0 +1,637 @@
+"""Decoding in a child process: the same pictures, sound and errors, and nothing worse than an error from any file."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from av.audio import AudioStream
+from mutations import mutated, write_films
+
+from tccp.errors import TccpError
+from tccp.media import MediaError, open_audio, probe, read_frames, write_audio_wav
+from tccp.media.mel import check_audio
+from tccp.media.sandbox import Decoder, Limits
+from tccp.media.sandbox.channel import info_from_message, info_to_message
+
+KINDS = ("mp4", "mkv", "webm", "avi", "mpg", "mov", "ts", "wav")
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A RoundTable film of 20 frames in all KINDS."""
+    return {path.suffix[1:]: path for path in write_films(tmp_path_factory.mktemp("films"))}
+
+
+@pytest.fixture(scope="module")
+def long_film(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """500 frames on the clock, from ten pictures of 256x192."""
+    path = tmp_path_factory.mktemp("long") / "long.mp4"
+    write_still_pictures(path, count=10, each_s=2, width=256, height=192)
+    return path
+
+
+@pytest.fixture(scope="module")
+def shared_decoder() -> Iterator[Decoder]:
+    with Decoder() as decoder:
+        yield decoder
+
+
+@pytest.fixture
+def decoder(shared_decoder: Decoder) -> Decoder:
+    """For tests after which it must still be of use."""
+    return shared_decoder
+
+
+def write_still_pictures(path: Path, count: int, each_s: int, width: int, height: int) -> None:
+    random = np.random.default_rng(0)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", Fraction(1, each_s), options={"preset": "ultrafast", "g": "2"})
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for number in range(count):
+            blocks = random.integers(0, 256, (height // 16, width // 16, 3), np.uint8)
+            frame = av.VideoFrame.from_ndarray(np.kron(blocks, np.ones((16, 16, 1), np.uint8)), format="rgb24")
+            frame.pts, frame.time_base = number, Fraction(each_s)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+def child_of(decoder: Decoder) -> int:
+    assert decoder._process is not None
+    return decoder._process.pid
+
+
+def same_reason(tried: Sequence[Callable[[Path], object]], path: Path) -> str:
+    error = same_error(tried, path)
+    assert isinstance(error, MediaError)
+    return error.reason
+
+
+def is_running(pid: int) -> bool:
+    """Zombies count: somebody has forgotten them."""
+    return Path(f"/proc/{pid}").exists()
+
+
+def children() -> set[str]:
+    """Of this process, zombies among them."""
+    return {pid for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()}
+
+
+def same_error(tried: Sequence[Callable[[Path], object]], path: Path) -> TccpError:
+    """What `tried` raise, which must be one and the same error; the first of them."""
+    errors: list[TccpError] = []
+    for call in tried:
+        with pytest.raises(TccpError) as caught:
+            call(path)
+        errors.append(caught.value)
+    assert len({(type(error), str(error), getattr(error, "reason", None)) for error in errors}) == 1
+    return errors[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_from_the_child_as_without(kind: str, films: dict[str, Path], decoder: Decoder) -> None:
+    path = films[kind]
+    info = probe(path)
+    assert decoder.probe(path) == info
+    with decoder.sound(path) as sound, open_audio(path) as expected:
+        assert np.array_equal(sound.samples, expected.samples) and sound.num_frames == expected.num_frames
+        assert sound.samples.dtype == np.float32 and sound.path == path
+    if info.has_video:
+        pictures = list(decoder.frames(path))
+        assert len(pictures) == info.num_frames
+        for picture, other in zip(pictures, read_frames(path), strict=True):
+            assert np.array_equal(picture, other)
+        part = list(decoder.frames(path, 7, 6))
+        assert np.array_equal(np.stack(part), np.stack(pictures[7:13]))
+    else:
+        assert same_reason([decoder.frames, read_frames], path) == "no_video"
+
+
+def test_pictures_are_arrays_of_their_own(films: dict[str, Path], decoder: Decoder) -> None:
+    first, *others = decoder.frames(films["mp4"])
+    before = [other.copy() for other in others]
+    first[...] = 0
+    assert all(np.array_equal(*pair) for pair in zip(before, others, strict=True))
+
+
+def test_warnings_come_with_the_sound(tmp_path: Path, decoder: Decoder) -> None:
+    path = tmp_path / "silent.wav"
+    write_audio_wav(path, np.zeros(16000, np.float32))
+    with decoder.sound(path) as sound:
+        assert sound.warnings == tuple(check_audio(sound.samples)) and "silent" in sound.warnings[0]
+
+
+@pytest.mark.parametrize("frames", [[0], [3, 4, 9], [0, 3, 250, 251, 499], list(range(0, 500, 99)), []])
+def test_frames_at(frames: list[int], long_film: Path, decoder: Decoder) -> None:
+    expected = {frame: picture for frame, picture in enumerate(read_frames(long_film)) if frame in frames}
+    found = dict(decoder.frames_at(long_film, frames))
+    assert list(found) == frames
+    assert all(np.array_equal(found[frame], expected[frame]) for frame in frames)
+
+
+def test_frames_that_there_are_not(films: dict[str, Path], decoder: Decoder) -> None:
+    same_error([lambda path: decoder.frames(path, 15, 6), lambda path: read_frames(path, 15, 6)], films["mp4"])
+    with pytest.raises(TccpError, match="frames 3 to 31 were asked for"):
+        list(decoder.frames_at(films["mp4"], [3, 30]))
+
+
+def test_paths_may_be_relative_and_odd(
+    films: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decoder: Decoder
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    odd = Path(os.fsdecode(b"concat:\xff \n.mp4"))
+    odd.write_bytes(films["mp4"].read_bytes())
+    assert decoder.probe(odd) == probe(odd) and decoder.probe(odd).path == odd
+    Path("nothing.mp4").touch()
+    Path("folder").mkdir()
+    os.mkfifo("fifo.mp4")
+    for name, reason in (
+        ("missing.mp4", "missing"),
+        ("nothing.mp4", "empty_file"),
+        ("folder", "not_a_file"),
+        ("fifo.mp4", "not_a_file"),
+    ):
+        assert same_reason([decoder.probe, decoder.frames, decoder.sound, probe], Path(name)) == reason
+
+
+def test_sound_that_cannot_be_unpacked(
+    films: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decoder: Decoder
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    assert "TMPDIR" in str(same_error([decoder.sound, open_audio], films["mp4"]))
+
+
+def test_sound_that_is_not_numbers_or_not_there(tmp_path: Path, decoder: Decoder) -> None:
+    path = tmp_path / "nan.wav"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("pcm_f32le", 16000, layout="mono")
+        assert isinstance(stream, AudioStream)
+        block = av.AudioFrame.from_ndarray(np.full((1, 1600), np.nan, np.float32), "flt", "mono")
+        block.sample_rate = 16000
+        container.mux(stream.encode(block))
+        container.mux(stream.encode(None))
+    assert same_reason([decoder.sound, open_audio], path) == "not_finite"
+
+
+def test_shared_clips(shared_clips: Path, decoder: Decoder) -> None:
+    """A turned one, one whose picture begins late, variable rate: the same pictures from the middle of each."""
+    for name in ("rotate_tag.mp4", "short_hamilton_clip.mp4", "grid_bbaf2n.mpg", "vfr.mp4"):
+        path = shared_clips / name
+        assert decoder.probe(path) == probe(path)
+        for picture, other in zip(decoder.frames(path, 20, 5), read_frames(path, 20, 5), strict=True):
+            assert np.array_equal(picture, other)
+    assert same_reason([decoder.sound, open_audio], shared_clips / "no_audio.mp4") == "no_audio"
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("corrupt_empty.mp4", "empty_file"),
+        ("corrupt_text.mp4", "not_media"),
+        ("corrupt_truncated_no_moov.mp4", "no_index"),
+        ("corrupt_truncated_faststart.mp4", "truncated"),
+        ("corrupt_bitflips.mp4", "corrupt"),
+    ],
+)
+def test_corrupt_clips(name: str, reason: str, shared_clips: Path, decoder: Decoder) -> None:
+    tried = [lambda path: list(decoder.frames(path)), lambda path: list(read_frames(path))]
+    assert same_reason(tried, shared_clips / name) == reason
+
+
+def test_closed_early_the_child_goes_on(films: dict[str, Path], long_film: Path, decoder: Decoder) -> None:
+    pid = None
+    for _ in range(3):
+        frames = decoder.frames(long_film)
+        next(frames)
+        pid = pid or child_of(decoder)
+        frames.close()
+        assert sum(1 for _ in decoder.frames(films["mp4"])) == 20
+        next(decoder.frames_at(long_film, [5, 6, 300]))
+        decoder.sound(films["wav"]).close()
+    assert child_of(decoder) == pid
+
+
+def test_only_the_newest_goes_on(films: dict[str, Path], long_film: Path, decoder: Decoder) -> None:
+    older, newer = decoder.frames(long_film), decoder.frames(films["mp4"])
+    next(older)
+    next(newer)
+    with pytest.raises(RuntimeError, match=r"long\.mp4: this decoder has gone on"):
+        next(older)
+    assert sum(1 for _ in newer) == 19
+
+
+def test_a_child_that_dies(films: dict[str, Path], long_film: Path) -> None:
+    """While a film is decoded, that film is to blame; while it has nothing to do, nobody."""
+    with Decoder() as decoder:
+        frames = decoder.frames(long_film)
+        next(frames)
+        first = child_of(decoder)
+        os.kill(first, signal.SIGSEGV)
+        with pytest.raises(MediaError, match=r"long\.mp4: decoding it crashed \(SIGSEGV\)") as caught:
+            list(frames)
+        assert caught.value.reason == "decoder_crashed" and not is_running(first)
+        assert decoder.probe(films["mp4"]).num_frames == 20
+        second = child_of(decoder)
+        os.kill(second, signal.SIGKILL)
+        os.waitid(os.P_PID, second, os.WEXITED | os.WNOWAIT)
+        assert sum(1 for _ in decoder.frames(films["mp4"])) == 20
+        assert not is_running(second)
+        last = child_of(decoder)
+    assert not is_running(last)
+
+
+def wait_for(condition: Callable[[], object], within_s: float = 20.0) -> None:
+    end = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def test_a_child_that_hangs(films: dict[str, Path], long_film: Path) -> None:
+    with Decoder(Limits(stall_s=0.4)) as decoder:
+        frames = decoder.frames(long_film)
+        next(frames)
+        stopped = child_of(decoder)
+        os.kill(stopped, signal.SIGSTOP)
+        began = time.monotonic()
+        with pytest.raises(MediaError, match=r"nothing came out of it for 0\.4 s") as caught:
+            list(frames)
+        assert caught.value.reason == "too_slow" and time.monotonic() - began < 10
+        assert not is_running(stopped)
+
+
+def test_a_child_that_cannot_start(films: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """That is no fault of the file's, so none must be set aside for it."""
+    before = children()
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with Decoder() as decoder, pytest.raises(RuntimeError, match="did not start: status 1"):
+        decoder.probe(films["mp4"])
+    monkeypatch.setattr(sys, "executable", "/no/such/python")
+    with Decoder() as decoder, pytest.raises(RuntimeError, match="did not start: No such file"):
+        decoder.probe(films["mp4"])
+    assert children() == before
+
+
+def test_memory(tmp_path: Path) -> None:
+    path = tmp_path / "large.mp4"
+    write_still_pictures(path, count=3, each_s=1, width=2560, height=1440)
+    for mebibytes in (16, 48):  # refused to FFmpeg in one place or another
+        with Decoder(Limits(memory_bytes=mebibytes << 20), threads=1) as decoder:
+            with pytest.raises(MediaError, match=f"more memory than the limit, {mebibytes} MiB") as caught:
+                list(decoder.frames(path))
+            assert caught.value.reason == "too_much_memory"
+    with Decoder(Limits(memory_bytes=300 << 20), threads=1) as decoder:
+        assert sum(1 for _ in decoder.frames(path, 45, 20)) == 20
+
+
+def test_a_header_that_asks_for_too_much_is_damage(films: dict[str, Path], tmp_path: Path, decoder: Decoder) -> None:
+    """FFmpeg refuses to take 2 GiB at once; that is not for want of memory."""
+    data = bytearray(films["mp4"].read_bytes())
+    place = data.find(b"stsz") + 12  # after the version and the common size, the number of samples
+    data[place : place + 4] = (0x1FFFFFFF).to_bytes(4, "big")
+    path = tmp_path / "asks.mp4"
+    path.write_bytes(data)
+    assert same_reason([decoder.probe, probe], path) == "corrupt"
+
+
+def test_limits(films: dict[str, Path], long_film: Path, tmp_path: Path) -> None:
+    short_wide = tmp_path / "wide.mp4"
+    write_still_pictures(short_wide, count=1, each_s=1, width=256, height=192)
+    streams = tmp_path / "streams.mkv"
+    with av.open(str(streams), "w") as container:
+        tracks = [container.add_stream("pcm_s16le", 16000, layout="mono") for _ in range(5)]
+        for track in tracks:
+            block = av.AudioFrame.from_ndarray(np.zeros((1, 1600), np.int16), "s16", "mono")
+            block.sample_rate = 16000
+            assert isinstance(track, AudioStream)
+            container.mux(track.encode(block))
+    fast = tmp_path / "fast.wav"
+    write_audio_wav(fast, np.zeros(16000, np.float32))
+    header = bytearray(fast.read_bytes())
+    header[24:28] = (900_000_000).to_bytes(4, "little")  # the resampler's filters would take a gigabyte
+    fast.write_bytes(header)
+    wide = r"its pictures are 256x192; the limit is 30000 \(max_pixels\)"
+    long = r"it lasts 20 s; the limit is 10 \(max_duration_s\)"
+    many = r"it has 5 streams; the limit is 4 \(max_streams\)"
+    big = rf"it is a file of {films['mov'].stat().st_size} bytes; the limit is 55000 \(max_file_bytes\)"
+    dense = r"its sound has 900000000 samples a second; the limit is 768000 \(max_sample_rate_hz\)"
+    with Decoder(Limits(max_pixels=30_000, max_streams=4, max_file_bytes=55_000)) as decoder:
+        for path, problem in ((short_wide, wide), (streams, many), (films["mov"], big), (fast, dense)):
+            for call in (decoder.probe, decoder.frames, decoder.sound):
+                with pytest.raises(MediaError, match=problem) as caught:
+                    call(path)
+                assert caught.value.reason == "unsafe" and str(caught.value).startswith(f"{path}: ")
+        assert decoder.probe(films["mp4"]).num_frames == 20
+    with Decoder(Limits(max_duration_s=10)) as decoder, pytest.raises(MediaError, match=long) as caught:
+        decoder.probe(long_film)
+    assert caught.value.reason == "unsafe"
+    # No header says how long a transport stream is.
+    with Decoder(Limits(max_duration_s=0.5)) as decoder, pytest.raises(MediaError, match="it lasts 1 s") as caught:
+        decoder.sound(films["ts"])
+    assert caught.value.reason == "unsafe"
+
+
+@pytest.mark.parametrize("value", [0, -1, float("inf"), float("nan")])
+def test_limits_are_positive(value: float) -> None:
+    with pytest.raises(TccpError, match="limit stall_s"):
+        Limits(stall_s=value)
+
+
+def test_the_child_has_few_rights(
+    films: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, long_film: Path
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2")
+    with Decoder() as decoder:
+        frames = decoder.frames(long_film)
+        next(frames)
+        process = Path(f"/proc/{child_of(decoder)}")
+        granted = {line[:25].strip(): line[26:46].strip() for line in (process / "limits").read_text().splitlines()}
+        assert granted["Max file size"] == granted["Max core file size"] == "0"
+        assert int(granted["Max open files"]) <= 64 and granted["Max data size"] != "unlimited"
+        assert "NoNewPrivs:\t1" in (process / "status").read_text()
+        assert b"hunter2" not in (process / "environ").read_bytes()
+        open_files = [os.readlink(file) for file in (process / "fd").iterdir()]
+        expected = {"/dev/null", str(long_film), "/memfd:tccp-pictures (deleted)"}
+        assert {file for file in open_files if not file.startswith("socket:")} == expected
+        os.kill(child_of(decoder), signal.SIGINT)  # the parent's affair
+        assert sum(1 for _ in frames) == 499
+
+
+def test_threads(long_film: Path) -> None:
+    counts = []
+    for threads in (1, 3):
+        with Decoder(threads=threads) as decoder:
+            next(decoder.frames(long_film))
+            frames = decoder.frames(long_film)
+            next(frames)
+            counts.append(len(list(Path(f"/proc/{child_of(decoder)}/task").iterdir())))
+    assert counts[1] >= counts[0] + 2
+
+
+def test_recycling(films: dict[str, Path]) -> None:
+    pids = []
+    with Decoder(recycle=2) as decoder:
+        for kind in ("mp4", "mkv", "avi", "mov", "ts"):
+            for _ in range(2):  # the same film again is no new one
+                assert sum(1 for _ in decoder.frames(films[kind])) == decoder.probe(films[kind]).num_frames
+            pids.append(child_of(decoder))
+    assert [len(list(group)) for _, group in itertools.groupby(pids)] == [2, 2, 1]
+    assert not any(map(is_running, pids))
+
+
+def test_nothing_is_left(films: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of fifty films, some left early, some bad: no descriptor, no process, no file."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    before = children(), sorted(os.listdir("/proc/self/fd"))
+    with Decoder(recycle=30) as decoder:
+        for number in range(50):
+            path = films[KINDS[number % len(KINDS)]]
+            sound = decoder.sound(path)
+            if decoder.probe(path).has_video:
+                for _ in itertools.islice(decoder.frames(path), 5 if number % 3 else None):
+                    pass
+            sound.close()
+            with pytest.raises(MediaError):
+                decoder.probe(tmp_path / "missing.mp4")
+            if number == 1:
+                held = len(os.listdir("/proc/self/fd"))
+        assert len(os.listdir("/proc/self/fd")) <= held
+        assert len(children() - before[0]) == 1
+    assert (children(), sorted(os.listdir("/proc/self/fd"))) == before
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_decoder_that_nobody_closes(films: dict[str, Path]) -> None:
+    decoder = Decoder()
+    decoder.probe(films["mp4"])
+    pid = child_of(decoder)
+    del decoder
+    assert not is_running(pid)
+
+
+ORPHAN = """
+import sys, threading, time
+from tccp.media.sandbox import Decoder
+
+def decode():
+    global frames
+    decoder = Decoder()
+    frames = decoder.frames(sys.argv[1])
+    next(frames)
+    print(decoder._process.pid, flush=True)
+
+if sys.argv[2] == "main":
+    decode()
+else:
+    thread = threading.Thread(target=decode)
+    thread.start()
+    thread.join()
+    time.sleep(1.5)
+    print(sum(1 for _ in frames), flush=True)  # the child outlives the thread that started it
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("started_by", ["main", "thread"])
+def test_the_child_ends_with_its_parent(started_by: str, long_film: Path, tmp_path: Path) -> None:
+    """Killed in the middle of a film. The end of the thread that started the child is not the end of the parent."""
+    command = [sys.executable, "-c", ORPHAN, str(long_film), started_by]
+    root = Path(__file__).resolve().parent.parent.parent
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(root)}
+    ) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        try:
+            assert is_running(child)
+            if started_by == "thread":
+                assert int(parent.stdout.readline()) == 499
+        finally:
+            parent.kill()
+    wait_for(lambda: not is_running(child))
+
+
+FORKED = """
+import os, sys
+from tccp.media.sandbox import Decoder
+
+decoder = Decoder()
+decoder.probe(sys.argv[1])
+pid = decoder._process.pid
+frames = decoder.frames(sys.argv[1])
+next(frames)
+fork = os.fork()
+if fork == 0:
+    assert decoder.probe(sys.argv[1]).num_frames == 20
+    assert decoder._process.pid != pid
+    decoder.close()
+    os._exit(0)
+assert os.waitpid(fork, 0)[1] == 0
+assert sum(1 for _ in frames) == 19
+assert decoder._process.pid == pid
+"""
+
+
+def test_a_fork_takes_a_child_of_its_own(films: dict[str, Path], tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parent.parent.parent
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    command = [sys.executable, "-c", FORKED, str(films["mp4"])]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_answers_are_not_believed(films: dict[str, Path]) -> None:
+    info = probe(films["mp4"])
+    message = info_to_message(info)
+    assert info_from_message(message, info.path) == info
+    for name, value in (
+        ("size", [-1, 96]),
+        ("size", [128]),
+        ("spans", [None, None]),
+        ("spans", [["0", "1/0"], None]),
+        ("frame_rate", "fast"),
+        ("audio", None),
+    ):
+        with pytest.raises((ValueError, TypeError, ArithmeticError)):
+            info_from_message(message | {name: value}, info.path)
+
+
+LIAR = """#!{python}
+import json, socket, sys
+
+end = socket.socket(fileno=int(sys.argv[3]))
+end.recv(1 << 17)
+end.send(b"{{}}")
+while packet := end.recv(1 << 17):
+    command = json.loads(packet)
+    if command.get("do") == "probe":
+        end.send(json.dumps({{"id": command["id"], "info": json.loads({info!r})}}).encode())
+    elif "do" in command:
+        while True:
+            end.send(json.dumps({{"id": command["id"]}} | json.loads({lie!r})).encode())
+"""
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"slot": 4, "bytes": 100},
+        {"slot": -1, "bytes": 100},
+        {"slot": 0, "bytes": 0},
+        {"slot": 0, "bytes": 1 << 40},
+        {"slot": 0, "bytes": 100},
+        {"slot": None, "bytes": []},
+        {"slot": 0, "bytes": 128 * 96 * 3},  # of the right size, but without end
+        {"nothing": "known"},
+    ],
+)
+def test_a_child_that_lies(
+    lie: dict[str, object], films: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What took it over can do no more than lose the film."""
+    info = json.dumps(info_to_message(probe(films["mp4"])))
+    liar = tmp_path / "liar"
+    liar.write_text(LIAR.format(python=sys.executable, info=info, lie=json.dumps(lie)))
+    liar.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(liar))
+    with Decoder(Limits(max_duration_s=1, stall_s=20)) as decoder:
+        for call in (decoder.frames, lambda path: iter([decoder.sound(path)])):
+            with pytest.raises(MediaError, match="nonsense came out of it") as caught:
+                list(call(films["mp4"]))
+            assert caught.value.reason == "decoder_crashed"
+
+
+def test_mutated_films(films: dict[str, Path], tmp_path: Path) -> None:
+    """Pictures and sound, or an error of one line that names the file; and the next film is decoded as ever."""
+    outcomes, texts = [], []
+    before = children(), len(os.listdir("/proc/self/fd"))
+    with Decoder() as decoder:
+        for seed in range(30):
+            kind = KINDS[seed % len(KINDS)]
+            path = tmp_path / f"{seed}.{kind}"
+            path.write_bytes(mutated(films[kind].read_bytes(), seed)[1])
+            try:
+                info = decoder.probe(path)
+                if info.has_audio:
+                    assert len(decoder.sound(path).samples)
+                if info.has_video:
+                    shapes = [picture.shape for picture in decoder.frames(path)]
+                    assert shapes == [(info.height, info.width, 3)] * info.num_frames
+                outcomes.append("decoded")
+            except MediaError as error:
+                texts.append((path, str(error)))
+                outcomes.append(error.reason)
+        assert sum(1 for _ in decoder.frames(films["mp4"])) == 20
+    assert all(text.startswith(f"{path}: ") and "\n" not in text for path, text in texts)
+    assert {"decoded", "corrupt"} <= set(outcomes)
+    assert not {"too_slow", "decoder_crashed"} & set(outcomes)
+    assert (children(), len(os.listdir("/proc/self/fd"))) == before
+
+
+@pytest.mark.slow
+def test_the_soak_goes_on_where_it_was(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parent.parent.parent
+    work, out = tmp_path / "work.jsonl", tmp_path / "folder" / "out.json"
+    command = [sys.executable, str(root / "benchmarks" / "mutated_media.py"), "--work", str(work), "--out", str(out)]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    for count in (6, 10):
+        given = [*command, "--count", str(count), "--clips", str(tmp_path / "none")]
+        subprocess.run(given, cwd=tmp_path, env=environment, capture_output=True, check=True)
+        summary = json.loads(out.read_text())
+        assert summary["files"] == count and sum(summary["outcomes"].values()) == count
+        assert summary["left_behind"] == {
+            "files": {6: 6, 10: 5}[count],
+            "processes": 0,
+            "descriptors": 0,
+            "temporary_files": 0,
+        }
+        lines = work.read_text().splitlines()
+        work.write_text("\n".join([*lines[:-1], lines[-1][:40]]))  # stopped in the middle of a line
+    assert {path.name for path in tmp_path.iterdir()} == {"work.jsonl", "folder"}
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_in_a_ray_actor(films: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    class Actor:
+        def decode(self, path: Path) -> tuple[int, int, int]:
+            from tccp.media.sandbox import Decoder
+
+            self.decoder = Decoder()
+            with self.decoder.sound(path) as sound:
+                frames = sum(1 for _ in self.decoder.frames(path))
+                assert self.decoder._process is not None
+                return frames, sound.num_frames, self.decoder._process.pid
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # its default is deprecated, and says so
+    root = str(Path(__file__).resolve().parent.parent.parent)
+    ray.init(
+        "local",
+        num_cpus=1,
+        include_dashboard=False,
+        log_to_driver=False,
+        runtime_env={"env_vars": {"PYTHONPATH": root}},
+    )
+    try:
+        actor = ray.remote(Actor).remote()
+        frames, sound_frames, child = ray.get(actor.decode.remote(films["mp4"]))
+        assert (frames, sound_frames) == (20, 20) and is_running(child)
+        ray.kill(actor)
+        wait_for(lambda: not is_running(child))
+    finally:
+        ray.shutdown()

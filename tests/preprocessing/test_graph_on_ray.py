@@ -1,0 +1,252 @@
+"""The graph on Ray Data, and runs that are killed: the same table as in one process, in one go."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from preprocessing.graph import Pools, clip_rows, pools_for
+from preprocessing.lip_step import AddLips, LipWork, lip_work
+from preprocessing.plan import make_plan
+from preprocessing.run import preprocess
+from preprocessing.sources.listing import list_sources
+from tccp import roundtable
+from tccp.clips.clip_table import ClipTable
+from tccp.clips.order import shuffled
+from tccp.clips.windows import windows
+from tccp.config import load_settings, toy
+from tccp.errors import TccpError
+from tccp.models.autoencoder import PictureAutoencoder
+from tccp.training.latent_cache import LatentCache
+from tccp.training.lip_folds import lip_pictures, train_liplets
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+TOY = toy()
+SHORT = {"max_clip_s": 1.4}
+
+
+def rows_of(out: Path) -> list[dict[str, Any]]:
+    with ClipTable(out) as opened:
+        return opened.rows(opened.ids).to_pylist()
+
+
+@pytest.fixture(scope="module")
+def footage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seven films of two seconds, and a file that is none."""
+    folder = tmp_path_factory.mktemp("footage")
+    roundtable.write_clips(folder, 7, 2.0, seed=5, width=128, height=96)
+    (folder / "none.mp4").write_text("no film")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(footage: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The table as one process makes it in one go."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    preprocess([footage], out, make_plan(TOY.picture_px, "truth", **SHORT))
+    return out
+
+
+SMALL_LIPS = load_settings("toy", ["lips.size_px=16", "lips.liplet_channels=8", "lips.liplet_steps=3"])
+
+
+@pytest.fixture(scope="module")
+def liplets(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> LipWork:
+    folder = tmp_path_factory.mktemp("liplets") / "lips"
+    with ClipTable(whole) as table:
+        return lip_work(SMALL_LIPS.lips, train_liplets(table, SMALL_LIPS, folder, seed=0))
+
+
+def lip_files(out: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(out)): path.read_bytes() for path in sorted((out / "lips").rglob("*.npy"))}
+
+
+# Killed and run again
+
+
+def command(footage: Path, out: Path, *options: str) -> list[str]:
+    return [
+        *(sys.executable, "-m", "tccp.cli", "preprocess", str(footage), str(out)),
+        *("--backend", "truth", "--max-clip-s", str(SHORT["max_clip_s"]), *options),
+    ]
+
+
+def parts_in(out: Path) -> int:
+    return len(list(out.glob("clips/*/*.parquet")))
+
+
+def kill_after(footage: Path, out: Path, parts: int, *options: str) -> bool:
+    """Kills a run with SIGKILL, and all it started, once so many parts are there; whether it was still at work."""
+    run = subprocess.Popen(
+        command(footage, out, *options),
+        cwd=ROOT,
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 240
+    while parts_in(out) < parts and run.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    at_work = run.poll() is None
+    os.kill(run.pid, signal.SIGKILL)
+    run.wait()
+    return at_work
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_a_killed_run_run_again_gives_the_table_of_one_that_was_not(
+    footage: Path, whole: Path, tmp_path: Path, parts: int
+) -> None:
+    out = tmp_path / "out"
+    assert kill_after(footage, out, parts)
+    assert not (out / "index.parquet").exists()
+    left = parts_in(out)
+    assert parts <= left < 7
+    report = preprocess([footage], out, make_plan(TOY.picture_px, "truth", **SHORT))
+    assert {step.name: step.items for step in report.steps}["render"] == 7 - left  # nothing twice
+    assert rows_of(out) == rows_of(whole)
+    assert (out / "index.parquet").read_bytes() == (whole / "index.parquet").read_bytes()
+    assert not [path for path in out.rglob(".*") if path.is_file() and path.stat().st_mtime > time.time()]
+
+
+# On Ray
+
+
+@pytest.fixture(scope="module")
+def ray_of_two() -> Iterator[Any]:
+    ray = pytest.importorskip("ray")
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield ray
+    ray.shutdown()
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_ray_gives_the_table_of_one_process_and_its_lips(
+    ray_of_two: Any, footage: Path, whole: Path, liplets: LipWork, tmp_path: Path
+) -> None:
+    out, plan = tmp_path / "out", make_plan(TOY.picture_px, "truth", **SHORT)
+    report = preprocess([footage], out, plan, workers=2, lips=liplets)
+    assert rows_of(out) == rows_of(whole)
+    assert (out / "index.parquet").read_bytes() == (whole / "index.parquet").read_bytes()
+    assert report.reasons == {"not_media": 1} and len(report.sources) == 8
+    again = preprocess([footage], out, plan, workers=2)
+    assert "render" not in {step.name for step in again.steps}
+    preprocess([footage], tmp_path / "here", plan, lips=liplets)
+    assert lip_files(out) == lip_files(tmp_path / "here") != {}
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_windows_straight_from_film_are_those_of_the_table_in_its_order(
+    ray_of_two: Any, footage: Path, whole: Path, liplets: LipWork
+) -> None:
+    from preprocessing.graph import clip_dataset, in_order, table_dataset, window_dataset, with_lips
+
+    plan = make_plan(TOY.picture_px, "truth", **SHORT)
+    listing = list_sources([footage])
+    with in_order():
+        streamed, stored = (
+            list(
+                window_dataset(with_lips(clips, liplets), SMALL_LIPS, 8, 7, draws=(0, 1)).iter_batches(
+                    batch_size=4, batch_format="numpy"
+                )
+            )
+            for clips in (clip_dataset(listing, plan, workers=2), table_dataset(whole))
+        )
+    assert len(streamed) == len(stored) > 5
+    for one, other in zip(streamed, stored, strict=True):
+        assert one["lips"].shape[1:] == (8, 16, 16, 3)
+        for name in other:
+            np.testing.assert_array_equal(one[name], other[name])
+    plain = windows(pa.concat_tables(clip_rows(listing, plan)), SMALL_LIPS, 8, 7, draws=(0, 1))
+    np.testing.assert_array_equal(np.concatenate([batch["face"] for batch in streamed]), plain["face"])
+
+
+# Lip references
+
+
+def test_lips_lie_beside_the_clips_where_training_finds_them(footage: Path, liplets: LipWork, tmp_path: Path) -> None:
+    out, plan = tmp_path / "out", make_plan(TOY.picture_px, "truth", **SHORT)
+    report = preprocess([footage], out, plan, lips=liplets)
+    sources = liplets.open()
+    with ClipTable(out) as table:
+        assert lip_files(out).keys() == {f"lips/{liplets.hash}/{clip_id}.npy" for clip_id in table.ids}
+        cache = LatentCache(
+            tmp_path / "storage", table, SMALL_LIPS, PictureAutoencoder.from_settings(SMALL_LIPS.autoencoder), sources
+        )
+        assert cache.lips is not None and cache.lips.write(table) == 0, "drawn by preprocessing, not drawn again"
+        for clip in table:
+            expected = lip_pictures(clip, sources.for_clip(clip.clip_id, clip.source_hash))
+            np.testing.assert_array_equal(cache.lips.read(clip.clip_id), expected)
+        rows = table.rows(table.ids)
+        assert AddLips(liplets, str(out))(rows).equals(AddLips(liplets)(rows)), "read or drawn, they are the same"
+    assert report.settings["lips"] == {"source": "liplet", "hash": liplets.hash}
+    assert {step.name: step.items for step in report.steps}["lips"] == report.clips
+
+    first = lip_files(out)
+    os.remove(out / next(iter(first)))
+    again = preprocess([footage], out, plan, lips=liplets)
+    assert lip_files(out) == first
+    assert {step.name: step.items for step in again.steps}["lips"] == 1, "only what is missing"
+    preprocess([footage / "roundtable_5_0000.mp4"], out, plan, lips=liplets)
+    with ClipTable(out) as table:
+        assert len(lip_files(out)) == len(table.ids) < len(first), "no lips of clips that are gone"
+
+
+def test_lip_weights_that_draw_nothing_are_refused(liplets: LipWork, tmp_path: Path) -> None:
+    with pytest.raises(TccpError, match=r"lips\.source=none: choose a source"):
+        lip_work(load_settings("toy", ["lips.source=none"]).lips, liplets.weights)
+    with pytest.raises(TccpError, match="no cross-fitted liplets"):
+        lip_work(SMALL_LIPS.lips, tmp_path)
+    with pytest.raises(TccpError, match="the run began with 0123: give every machine the same weights"):
+        replace(liplets, hash="0123").open()
+
+
+def test_a_shuffled_stream_is_the_same_from_film_and_table_and_another_in_every_epoch(
+    footage: Path, whole: Path
+) -> None:
+    def ids(rows: Any, epoch: int, buffer: int) -> list[tuple[int, int]]:
+        batches = (windows(row, TOY, 8, 7) for row in rows)
+        pairs = (pair for b in batches for pair in zip(b["clip_hash"].tolist(), b["start_frame"].tolist(), strict=True))
+        return list(shuffled(pairs, seed=1, epoch=epoch, buffer=buffer))
+
+    plan = make_plan(TOY.picture_px, "truth", **SHORT)
+    with ClipTable(whole) as table:
+        stored = [table.rows([clip_id]) for clip_id in table.ids]
+    first = ids(stored, 0, 16)
+    assert ids(clip_rows(list_sources([footage]), plan), 0, 16) == first
+    assert ids(stored, 1, 16) != first and sorted(ids(stored, 1, 16)) == sorted(first)
+    assert ids(stored, 0, 1) != first and len(set(first)) == len(first)
+
+
+def test_pools_fit_two_cpus_and_grow_with_the_cluster() -> None:
+    two = pools_for({"CPU": 2.0}, None, on_gpu=False)
+    assert (two.find, two.look, two.cut, two.look_gpus) == (1, 2, 1, 0.0)
+    large = pools_for({"CPU": 64.0, "GPU": 4.0}, None, on_gpu=False)
+    assert large.look > 32 and large.look_gpus == 0
+    gpus = pools_for({"CPU": 64.0, "GPU": 4.0}, None, on_gpu=True)
+    assert gpus.look == 4 and gpus.look_gpus == 1
+    assert pools_for({"CPU": 1.0}, 8, on_gpu=False).look == 1
+    beside = pools_for({"CPU": 2.0}, None, on_gpu=False, held=1.0, later=0.75)  # two ranks, then lips and windows
+    assert (beside.find, beside.look, beside.cut) == (1, 1, 1)
+    assert beside.scale * (Pools.FIND_CPUS + Pools.LOOK_CPUS + Pools.CUT_CPUS + 0.75) == pytest.approx(1)
+    with pytest.raises(TccpError, match=r"has 0\.5 CPUs, preprocessing needs 1: start Ray with more"):
+        pools_for({"CPU": 0.5}, None, on_gpu=False)
+
+
+def test_workers_are_at_least_one(footage: Path, tmp_path: Path) -> None:
+    with pytest.raises(TccpError, match="workers 0: give at least 1"):
+        preprocess([footage], tmp_path / "out", make_plan(TOY.picture_px, "truth"), workers=0)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,600 @@
+"""Raw footage to the clip table: every frame is accounted for, times are the film's, bad files stop nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import shutil
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from preprocessing.analysis.cut import cut_clips
+from preprocessing.analysis.face_tracks import find_tracks, part_of, runs
+from preprocessing.analysis.identity import Place
+from preprocessing.analysis.quality import QualityBounds
+from preprocessing.analysis.select import Networks, select
+from preprocessing.graph import clip_rows
+from preprocessing.plan import Plan, make_plan
+from preprocessing.reels import Faces, FilmSound, Reel, reels_from_table, reels_to_table
+from preprocessing.render import render_clips
+from preprocessing.report.record import RunReport
+from preprocessing.run import preprocess
+from preprocessing.sources import find_reels as probe
+from preprocessing.sources.find_reels import probe_source, reel_edges
+from preprocessing.sources.listing import list_sources
+from preprocessing.spans import Span, spans_from_table, spans_to_table
+from preprocessing.steps import Look, Work
+from tccp import headbox, media, roundtable
+from tccp.clips.clip_table import ClipTable, decode_still
+from tccp.clips.windows import view
+from tccp.config import FPS, SAMPLES_PER_FRAME, toy
+from tccp.errors import TccpError
+from tccp.media.sandbox import Decoder
+
+TOY = toy()
+
+
+@pytest.fixture(scope="module")
+def footage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One film of 160 frames and one of 50, each with its truth; lossless, so that pictures can be compared."""
+    folder = tmp_path_factory.mktemp("footage")
+    roundtable.write_clips(folder, 1, 6.4, seed=1, lossless=True)
+    roundtable.write_clips(folder, 1, 2.0, seed=2, lossless=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def long_film(footage: Path) -> Path:
+    return footage / "roundtable_1_0000.mp4"
+
+
+@pytest.fixture(scope="module")
+def decoder() -> Iterator[Decoder]:
+    with Decoder() as opened:
+        yield opened
+
+
+def truth_plan(**changes: Any) -> Plan:
+    return make_plan(TOY.picture_px, "truth", **changes)
+
+
+def probed(path: Path, decoder: Decoder, plan: Plan | None = None) -> list[Reel]:
+    return list(probe_source(Span(str(path), path.name), 0, plan or truth_plan(), decoder))
+
+
+def looked(path: Path, plan: Plan, decoder: Decoder) -> list[Reel]:
+    """The reels of a film with their faces."""
+    step = Look(Work(plan, None))
+    try:
+        return [
+            r
+            for reel in probed(path, decoder, plan)
+            for table in step(reels_to_table([reel]))
+            for r in reels_from_table(table)
+        ]
+    finally:
+        step.close()
+
+
+def selected(path: Path, plan: Plan, decoder: Decoder) -> list[Span]:
+    """Clips of a film before they are rendered, and what is set aside."""
+    networks = Networks(plan)
+    return [span for reel in looked(path, plan, decoder) for span in select(reel, plan, networks).spans]
+
+
+def covered(spans: list[Span]) -> list[int]:
+    return sorted(frame for span in spans for frame in range(span.start_frame, span.stop_frame))
+
+
+# Spans, reels
+
+
+def a_run(start: int = 100, num_frames: int = 60, track: int = 0, **changes: Any) -> Span:
+    rng = np.random.default_rng(start)
+    span = Span(
+        path="film.mp4",
+        source="film.mp4",
+        source_hash="ab",
+        width=64,
+        height=48,
+        start_frame=start,
+        num_frames=num_frames,
+        track=track,
+        landmarks_px=rng.random((num_frames, 68, 2), np.float32),
+        confidence=np.ones(num_frames, np.float32),
+        head_box=np.arange(start, start + num_frames, dtype=np.float32)[:, None] + np.array([0, 0, 9, 9], np.float32),
+    )
+    return dataclasses.replace(span, **changes)
+
+
+def places(*frames: int) -> list[Place]:
+    return [Place(frame, (frame, frame, frame + 9, frame + 9)) for frame in frames]
+
+
+def test_spans_come_back_from_their_table() -> None:
+    spans = [
+        a_run(audio=b"\1\0" * 640, av_offset_frames=-3, av_corrected=True, speaker_x=3.5),
+        Span("x.mp4", "x.mp4", reason="no_audio", message="silent film", warnings=("a", "b")),
+    ]
+    for before, after in zip(spans, spans_from_table(spans_to_table(spans)), strict=True):
+        for field in dataclasses.fields(Span):
+            np.testing.assert_equal(getattr(after, field.name), getattr(before, field.name))
+
+
+def test_a_bare_list_of_paths_is_a_batch_of_spans() -> None:
+    (span,) = spans_from_table(pa.table({"path": ["a/b.mp4"], "source": ["b.mp4"]}))
+    assert (span.path, span.source, span.reason, span.num_frames) == ("a/b.mp4", "b.mp4", None, 0)
+
+
+def a_reel(faces: Faces | None = None, cuts: tuple[int, ...] = (), num_frames: int = 100) -> Reel:
+    span = Span("film.mp4", "film.mp4", "ab", 640, 480, 500, num_frames)
+    sound = FilmSound(np.arange(150 * SAMPLES_PER_FRAME, dtype=np.int64).astype(np.int16), 475)
+    return Reel(span, 3, (510, 590), sound, cuts=cuts, faces=faces)
+
+
+def some_faces(frames: list[int], at: Any = lambda frame: (100.0, 100.0), side: float = 60) -> Faces:
+    corners = np.array([at(frame) for frame in frames], np.float32).reshape(-1, 2)
+    return Faces(
+        frame=np.array(frames, np.int32),
+        box=np.concatenate([corners, corners + side], 1).astype(np.float32),
+        landmarks=(corners[:, None] + np.linspace(0, side, 136, dtype=np.float32).reshape(68, 2)).astype(np.float32),
+        confidence=np.full(len(frames), 0.9, np.float32),
+        chips={i: b"chip" for i, frame in enumerate(frames) if frame % 5 == 0},
+    )
+
+
+def test_reels_come_back_from_their_table() -> None:
+    faces = some_faces([510, 511, 515])
+    reel = dataclasses.replace(a_reel(faces, (530,)), times_s={"look": 1.5}, share=0.25, head_box=faces.box)
+    aside = Reel(reel.span.set_aside("corrupt", "film.mp4: damaged"), 4)
+    for before, after in zip([reel, aside], reels_from_table(reels_to_table([reel, aside])), strict=True):
+        assert (after.order, after.usable, after.cuts, after.share) == (
+            before.order,
+            before.usable,
+            before.cuts,
+            before.share,
+        )
+        assert dict(after.times_s) == dict(before.times_s) and after.span.reason == before.span.reason
+        assert (after.faces is None) == (before.faces is None) and (after.sound is None) == (before.sound is None)
+    (after, _) = reels_from_table(reels_to_table([reel, aside]))
+    assert after.faces is not None and after.sound is not None and reel.sound is not None
+    for field in dataclasses.fields(Faces):
+        np.testing.assert_equal(getattr(after.faces, field.name), getattr(faces, field.name))
+    np.testing.assert_array_equal(after.sound.pcm, reel.sound.pcm)
+    assert (after.start_frame, after.stop_frame) == (510, 590)  # what has both picture and sound
+
+
+@given(st.integers(0, 20_000), st.floats(10, 200), st.booleans())
+def test_reels_cover_a_film_and_are_bounded(num_frames: int, reel_s: float, seeks: bool) -> None:
+    edges = reel_edges(num_frames, reel_s, seeks)
+    assert edges[0][0] == 0 and edges[-1][1] == num_frames
+    assert all(one[1] == other[0] for one, other in itertools.pairwise(edges))
+    lengths = [stop - first for first, stop in edges]
+    assert max(lengths) <= round(reel_s * FPS) * (1 if seeks else 10) and max(lengths) - min(lengths) <= 1
+    assert len(edges) == max(1, math.ceil(num_frames / (round(reel_s * FPS) * (1 if seeks else 10))))
+
+
+def test_sound_is_cut_exactly_padded_with_silence_and_moved_back() -> None:
+    sound = FilmSound(np.arange(1, 3 * SAMPLES_PER_FRAME + 1, dtype=np.int64).astype(np.int16), 10)
+    np.testing.assert_array_equal(sound.between(11, 12), sound.pcm[640:1280])
+    np.testing.assert_array_equal(sound.between(11, 12, shift=100), sound.pcm[740:1380])
+    early = sound.between(9, 11)
+    assert (early[:640] == 0).all() and (early[640:] == sound.pcm[:640]).all()
+    assert (sound.between(12, 14)[640:] == 0).all() and (sound.between(20, 21) == 0).all()
+
+
+# Tracks
+
+
+@given(st.lists(st.booleans(), max_size=60), st.integers(0, 5))
+def test_runs_bridge_short_gaps_only(seen: list[bool], max_bridged: int) -> None:
+    stretches = runs(np.array(seen, bool), max_bridged)
+    inside = {i for first, stop in stretches for i in range(first, stop)}
+    assert {i for i, s in enumerate(seen) if s} <= inside
+    text = "".join("x" if s else "." for s in seen)
+    for first, stop in stretches:
+        assert text[first] == text[stop - 1] == "x"
+        assert "." * (max_bridged + 1) not in text[first:stop]
+    for (_, stop), (first, _) in itertools.pairwise(stretches):
+        assert first - stop > max_bridged
+
+
+def test_gaps_end_a_track_or_are_bridged_in_a_straight_line() -> None:
+    away = {*range(520, 532), *range(550, 563)}  # 12 frames: 0.48 s; 13: 0.52 s
+    frames = [frame for frame in range(510, 590) if frame not in away]
+    tracks = find_tracks(a_reel(some_faces(frames, lambda frame: (frame - 400.0, 100.0))))
+    assert [(t.number, t.start_frame, t.stop_frame) for t in tracks] == [(0, 510, 550), (1, 563, 590)]
+    np.testing.assert_allclose(tracks[0].landmarks[:, 0, 0], np.arange(510, 550) - 400, atol=1e-3)
+    np.testing.assert_array_equal(np.flatnonzero(tracks[0].confidence == 0), np.arange(10, 22))
+    assert set(tracks[0].chips) == {frame for frame in frames if frame % 5 == 0 and frame < 550}
+
+
+def test_a_cut_ends_every_track_and_two_people_are_two() -> None:
+    left = some_faces(list(range(510, 590)))
+    both = Faces(
+        frame=np.repeat(left.frame, 2),
+        box=np.stack([left.box, left.box + np.array([300, 0, 300, 0], np.float32)], 1).reshape(-1, 4),
+        landmarks=np.stack([left.landmarks, left.landmarks + np.array([300, 0], np.float32)], 1).reshape(-1, 68, 2),
+        confidence=np.repeat(left.confidence, 2),
+        chips={},
+    )
+    tracks = find_tracks(a_reel(both, (540,)))
+    assert [(t.shot, t.start_frame, t.stop_frame) for t in tracks] == [(0, 510, 540)] * 2 + [(1, 540, 590)] * 2
+    assert [float(t.box[0, 0]) for t in tracks] == [100, 400, 100, 400]
+    part = part_of(tracks[2], 550, 560)
+    assert (part.start_frame, part.num_frames, part.number) == (550, 10, 2)
+    assert find_tracks(a_reel(some_faces([510, 511, 512]))) == []  # a false alarm
+
+
+# Cutting, identity
+
+
+@given(
+    num_frames=st.integers(1, 200),
+    max_frames=st.integers(32, 130),
+    elsewhere=st.booleans(),
+    given_identity=st.booleans(),
+)
+def test_clips_keep_their_bounds_and_every_frame_is_accounted_for(
+    num_frames: int, max_frames: int, elsewhere: bool, given_identity: bool
+) -> None:
+    path = "identity.png" if given_identity else None
+    run = a_run(100, num_frames, identity_path=path)
+    seen = places(*range(100, 100 + num_frames), *(range(900, 950) if elsewhere else ()))
+    cut = cut_clips(run, seen, max_frames / FPS)
+    assert covered(cut) == covered([run])
+    for clip in cut:
+        if clip.reason is None:
+            assert 16 <= clip.num_frames <= max_frames
+            if given_identity:
+                assert clip.identity_path == path and not clip.identity_frames
+            else:
+                own = set(range(clip.start_frame, clip.stop_frame))
+                assert 1 <= len(clip.identity_frames) <= 4 and not own & set(clip.identity_frames)
+                assert clip.identity_box is not None
+                np.testing.assert_array_equal(clip.identity_box[:, 0], clip.identity_frames)  # each with its own box
+        elif clip.reason == "too_short":
+            assert clip.num_frames < 17
+        else:
+            assert clip.reason == "identity" and clip.num_frames <= 4 and not elsewhere
+    if num_frames >= 17:
+        assert any(clip.reason is None for clip in cut)
+
+
+def test_a_single_short_film_makes_two_clips_that_show_each_others_person() -> None:
+    first, second = cut_clips(a_run(0, 73), places(*range(73)))
+    assert (first.start_frame, first.stop_frame, second.stop_frame) == (0, 36, 73)
+    assert min(first.identity_frames) >= 36 > max(second.identity_frames)
+    assert len(set(first.identity_frames)) == 4
+
+
+def test_a_person_who_is_seen_nowhere_else_gives_no_clip() -> None:
+    cut = cut_clips(a_run(0, 60), places(*range(30)))
+    assert [clip.reason for clip in cut] == ["no_identity", None]
+
+
+def test_a_clip_bound_that_cannot_be_kept_is_refused() -> None:
+    with pytest.raises(TccpError, match=r"max_clip_s 1 is too short: give at least 1.28 seconds, twice the shortest"):
+        cut_clips(a_run(), [], 1.0)
+
+
+# RoundTable, whole
+
+
+@pytest.fixture(scope="module")
+def run(footage: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunReport]:
+    out = tmp_path_factory.mktemp("table")
+    return out, preprocess([footage], out, make_plan(TOY.picture_px, "truth"))
+
+
+@pytest.fixture(scope="module")
+def table(run: tuple[Path, RunReport]) -> Iterator[ClipTable]:
+    out, report = run
+    assert (report.clips, report.frames, report.reasons) == (3, 210, {})
+    with ClipTable(out) as opened:
+        yield opened
+
+
+def test_rows_are_the_films_frames_sound_and_truth(table: ClipTable, footage: Path) -> None:
+    assert [(c.source, c.start_frame, c.num_frames) for c in table] == [
+        ("roundtable_1_0000.mp4", 0, 80),
+        ("roundtable_1_0000.mp4", 80, 80),
+        ("roundtable_2_0000.mp4", 0, 50),
+    ]
+    for clip in table:
+        path = footage / clip.source
+        truth = roundtable.read_truth(path)
+        part = slice(clip.start_frame, clip.start_frame + clip.num_frames)
+        frames = list(media.read_frames(path, clip.start_frame, clip.num_frames))
+        np.testing.assert_array_equal(clip.head_box, truth.head_box[part])
+        fit = headbox.SceneFit(clip.source_width, clip.source_height, TOY.picture_px)
+        seen = view(clip, TOY, None, 0)
+        for i in (0, 17, clip.num_frames - 1):
+            box = clip.head_box[i]
+            np.testing.assert_allclose(
+                headbox.from_crop(clip.landmarks[i], box), truth.landmarks_px[part][i], atol=1e-3
+            )
+            np.testing.assert_array_equal(decode_still(clip.scene[i]), fit.fit(frames[i]))
+            direct = headbox.crop(frames[i], box, TOY.picture_px)
+            error = np.abs(seen.face[i].astype(float) - direct)
+            assert error.mean() < 4  # cropped twice and JPEG-coded once
+        with media.open_audio(path) as sound:
+            heard = sound.samples[part.start * SAMPLES_PER_FRAME : part.stop * SAMPLES_PER_FRAME]
+            assert np.abs(clip.audio[: len(heard)] / 32768 - heard).max() <= 0.5 / 32768 + 1e-7
+            before = sound.samples[
+                part.start * SAMPLES_PER_FRAME - len(clip.audio_before) : part.start * SAMPLES_PER_FRAME
+            ]
+            assert np.abs(clip.audio_before / 32768 - before).max(initial=0) <= 0.5 / 32768 + 1e-7
+            behind = sound.samples[part.stop * SAMPLES_PER_FRAME :][: 5 * SAMPLES_PER_FRAME]
+            assert len(clip.audio_after) == len(behind)
+        identity = cv2.cvtColor(decode_still(clip.identity[0]), cv2.COLOR_RGB2GRAY)
+        given = cv2.cvtColor(roundtable.read_identity(path), cv2.COLOR_RGB2GRAY)
+        given = cv2.resize(given, identity.shape, interpolation=cv2.INTER_AREA)
+        assert np.corrcoef(identity.ravel(), given.ravel())[0, 1] > 0.97
+
+
+def rows_of(out: Path) -> list[dict[str, Any]]:
+    """Every value of every clip, in the table's order."""
+    with ClipTable(out) as opened:
+        return opened.rows(opened.ids).to_pylist()
+
+
+def test_the_same_footage_gives_the_same_table_wherever_it_lies(
+    footage: Path, run: tuple[Path, RunReport], tmp_path: Path
+) -> None:
+    shutil.copytree(footage, tmp_path / "moved")
+    preprocess([tmp_path / "moved"], tmp_path / "b", make_plan(TOY.picture_px, "truth"))
+    assert rows_of(run[0]) == rows_of(tmp_path / "b")
+    assert (run[0] / "index.parquet").read_bytes() == (tmp_path / "b" / "index.parquet").read_bytes()
+
+
+def test_what_is_done_is_not_done_again_and_what_changed_is(footage: Path, tmp_path: Path) -> None:
+    films = tmp_path / "films"
+    shutil.copytree(footage, films)
+    out = tmp_path / "out"
+    first = preprocess([films], out, make_plan(TOY.picture_px, "truth"))
+    parts = {path: path.stat().st_mtime_ns for path in out.glob("clips/*/*.parquet")}
+    again = preprocess([films], out, make_plan(TOY.picture_px, "truth"))
+    assert "render" not in {step.name for step in again.steps} and again.sources == first.sources
+    assert {path: path.stat().st_mtime_ns for path in out.glob("clips/*/*.parquet")} == parts
+    roundtable.write_clips(films, 1, 2.0, seed=3)
+    more = preprocess([films], out, make_plan(TOY.picture_px, "truth"))
+    assert more.clips == first.clips + 1
+    assert {step.name: step.items for step in more.steps}["render"] == 1
+    (films / "roundtable_2_0000.mp4").unlink()
+    fewer = preprocess([films], out, make_plan(TOY.picture_px, "truth"))
+    assert fewer.clips == first.clips and len(list(out.glob("clips/*/*.parquet"))) == 2
+    shorter = preprocess([films], out, make_plan(TOY.picture_px, "truth", max_clip_s=2.0))
+    assert {clip["num_frames"] for clip in rows_of(out)} == {40, 50}
+    assert {step.name: step.items for step in shorter.steps}["render"] == 2
+    assert len(list(out.glob("clips/*"))) == 1  # the parts of other settings are gone
+
+
+def test_clip_ids_follow_what_is_in_the_clip(footage: Path, run: tuple[Path, RunReport], tmp_path: Path) -> None:
+    preprocess([footage], tmp_path / "b", make_plan(TOY.picture_px, "truth", max_clip_s=2.0))
+    before, after = ({row["clip_id"]: row for row in rows_of(out)} for out in (run[0], tmp_path / "b"))
+    same = before.keys() & after.keys()
+    assert len(after) == 5 and [before[key]["source"] for key in same] == ["roundtable_2_0000.mp4"]  # as long as before
+    for key in same:
+        assert before[key] == after[key]
+
+
+def test_a_run_that_fails_leaves_the_table_that_was_there(footage: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    preprocess([footage / "roundtable_2_0000.mp4"], out, make_plan(TOY.picture_px, "truth"))
+    before = (out / "index.parquet").read_bytes()
+    (tmp_path / "empty.mp4").touch()
+    with pytest.raises(TccpError, match="empty"):
+        preprocess([tmp_path / "empty.mp4"], out, make_plan(TOY.picture_px, "truth"))
+    assert (out / "index.parquet").read_bytes() == before and len(rows_of(out)) == 1
+
+
+def test_straight_from_film_come_the_rows_of_the_table(footage: Path, run: tuple[Path, RunReport]) -> None:
+    streamed = [row for table in clip_rows(list_sources([footage]), truth_plan()) for row in table.to_pylist()]
+    assert streamed == rows_of(run[0])
+
+
+def test_max_clip_s_bounds_the_clips(long_film: Path, decoder: Decoder) -> None:
+    assert [s.num_frames for s in selected(long_film, truth_plan(max_clip_s=2.0), decoder)] == [40, 40, 40, 40]
+    assert len(selected(long_film, truth_plan(max_clip_s=8.0), decoder)) == 1
+
+
+def test_min_clip_s_keeps_shorter_clips_in(tmp_path: Path, decoder: Decoder) -> None:
+    (film,) = roundtable.write_clips(tmp_path, 1, 1.6, seed=1, excerpt_s=0.4)
+    (kept,) = selected(film, truth_plan(min_clip_s=0.4), decoder)
+    assert (kept.num_frames, kept.reason) == (10, None)
+    (gone,) = selected(film, truth_plan(min_clip_s=0.44), decoder)
+    assert gone.reason == "too_short"
+    with pytest.raises(TccpError, match="min_clip_s 0 is too short"):
+        truth_plan(min_clip_s=0.0)
+
+
+def test_memory_is_that_of_one_clip_however_long_the_film(long_film: Path, decoder: Decoder) -> None:
+    def peak(clips: int) -> int:
+        spans = selected(long_film, truth_plan(max_clip_s=32 / FPS), decoder)[:clips]
+        tracemalloc.start()
+        for _ in render_clips(spans, TOY.picture_px, decoder, QualityBounds()):
+            pass
+        high = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return high
+
+    two, five = peak(2), peak(5)  # a clip is made while the one before is still held here
+    assert five < 1.25 * two
+
+
+# Reports and bad files
+
+
+def test_every_frame_is_counted_and_every_bad_file_has_a_reason(footage: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / "empty.mp4").touch()
+    (bad / "text.mp4").write_text("no film at all " * 30)
+    shutil.copy(footage / "roundtable_2_0000.mp4", bad / "untold.mp4")  # no truth beside it
+    with media.VideoWriter(bad / "silent_film.mp4", 64, 48) as film:
+        for _ in range(20):
+            film.write(np.zeros((48, 64, 3), np.uint8))
+    media.write_audio_wav(bad / "sound.wav", np.zeros(16000, np.float32))
+    again = bad / "again.mp4"
+    shutil.copy(footage / "roundtable_1_0000.mp4", again)
+    sources = [footage / "roundtable_1_0000.mp4", bad, bad / "sound.wav", bad / "absent.mp4"]
+    report = preprocess(sources, tmp_path / "out", make_plan(TOY.picture_px, "truth"))
+    assert {s.source: s.reason for s in report.sources} == {
+        "roundtable_1_0000.mp4": None,
+        "again.mp4": "duplicate",
+        "empty.mp4": "empty_file",
+        "silent_film.mp4": "no_audio",
+        "text.mp4": "not_media",
+        "untold.mp4": "no_truth",
+        "sound.wav": "no_video",
+        "absent.mp4": "missing",
+    }
+    for source in report.sources:
+        assert source.frames == source.frames_in_clips + sum(source.left_out.values())
+        assert source.message is None or ("\n" not in source.message and source.source in source.message)
+    stored = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert stored["clips"] == report.clips == 2 and len(stored["sources"]) == 8
+    assert stored["reasons"]["duplicate"] == 1
+    assert "silent_film.mp4" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_no_clip_at_all_is_one_line_and_a_report_but_no_table(tmp_path: Path) -> None:
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "text.mp4").write_text("no film")
+    with pytest.raises(TccpError, match=r"empty\.mp4.*empty.*\(2 sources, none gave a clip\)") as caught:
+        preprocess([tmp_path], tmp_path / "out", make_plan(TOY.picture_px, "truth"))
+    assert "\n" not in str(caught.value)
+    assert {path.name for path in (tmp_path / "out").glob("*")} == {"report.json", "report.html"}
+
+
+def test_silence_is_valid_with_a_warning_and_sound_bounds_the_clips(tmp_path: Path, footage: Path) -> None:
+    source = footage / "roundtable_2_0000.mp4"
+    copy = tmp_path / "film.mp4"
+    with media.VideoWriter(copy, 256, 192, audio_from=np.zeros(50 * SAMPLES_PER_FRAME, np.float32)) as film:
+        for frame in media.read_frames(source):
+            film.write(frame)
+    shutil.copy(roundtable.truth_path(source), roundtable.truth_path(copy))
+    shutil.copy(roundtable.identity_path(source), roundtable.identity_path(copy))
+    (report,) = preprocess([copy], tmp_path / "out", make_plan(TOY.picture_px, "truth")).sources
+    assert report.clips == 1 and report.frames_in_clips == 50
+    assert len(report.warnings) == 1 and "silent" in report.warnings[0]
+
+
+def test_a_truth_file_of_another_film_is_noticed(tmp_path: Path, footage: Path, decoder: Decoder) -> None:
+    film = tmp_path / "film.mp4"
+    shutil.copy(footage / "roundtable_1_0000.mp4", film)
+    shutil.copy(footage / "roundtable_2_0000.truth.npz", roundtable.truth_path(film))
+    (reel,) = looked(film, truth_plan(), decoder)
+    assert reel.span.reason == "other_truth" and "tccp synth" in str(reel.span.message)
+
+
+def test_backends_that_give_no_landmarks_are_refused() -> None:
+    with pytest.raises(TccpError, match="backend lbp finds boxes only, and clips need 68 landmarks: choose mediapipe"):
+        make_plan(64, "lbp")
+
+
+def test_keys_change_with_what_results_depend_on_and_with_nothing_else() -> None:
+    plan = truth_plan()
+    assert truth_plan().part_key == plan.part_key
+    longer, larger = truth_plan(max_clip_s=4.0), make_plan(128, "truth")
+    assert longer.look_key == larger.look_key == plan.look_key  # faces need not be looked for again
+    assert len({plan.part_key, longer.part_key, larger.part_key}) == 3
+    other = dataclasses.replace(plan, backend_key="mediapipe 9")
+    assert other.look_key != plan.look_key and other.part_key != plan.part_key
+
+
+# Real footage
+
+
+def real_plan(weights: Path) -> Plan:
+    return make_plan(TOY.picture_px, "mediapipe", weights / "face_landmarker.task")
+
+
+def test_a_face_that_leaves_ends_a_clip_and_time_goes_on(
+    shared_clips: Path, shared_weights: Path, decoder: Decoder
+) -> None:
+    spans = selected(shared_clips / "face_gap.mp4", real_plan(shared_weights), decoder)
+    clips = [s for s in spans if s.reason is None]
+    assert covered(spans) == list(range(150))
+    assert all(s.stop_frame <= 52 or s.start_frame >= 98 for s in clips)
+    assert sum(s.num_frames for s in clips) >= 85
+
+
+def test_a_cut_ends_a_clip_and_identities_stay_on_their_side(
+    shared_clips: Path, shared_weights: Path, decoder: Decoder
+) -> None:
+    spans = selected(shared_clips / "hard_cut.mp4", real_plan(shared_weights), decoder)
+    clips = [s for s in spans if s.reason is None]
+    assert {(s.track, s.start_frame >= 73) for s in clips} == {(0, False), (1, True)}
+    for span in clips:
+        assert span.stop_frame <= 73 or span.start_frame >= 73
+        assert all((f >= 73) == (span.start_frame >= 73) for f in span.identity_frames)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("corrupt_empty.mp4", "empty_file"),
+        ("corrupt_text.mp4", "not_media"),
+        ("corrupt_truncated_no_moov.mp4", "no_index"),
+        ("corrupt_truncated_faststart.mp4", "truncated"),
+        ("corrupt_bitflips.mp4", "corrupt"),
+        ("audio_only.m4a", "no_video"),
+        ("no_audio.mp4", "no_audio"),
+    ],
+)
+def test_damaged_files_are_named_for_what_they_are(
+    shared_clips: Path, decoder: Decoder, name: str, reason: str
+) -> None:
+    (reel,) = probed(shared_clips / name, decoder)
+    assert reel.span.reason == reason
+    assert reel.span.message is not None and name in reel.span.message and "\n" not in reel.span.message
+
+
+def test_sound_shorter_than_the_picture_bounds_the_clips(shared_clips: Path, decoder: Decoder) -> None:
+    (reel,) = probed(shared_clips / "audio_short_2s.mp4", decoder)
+    assert reel.stop_frame == pytest.approx(50, abs=2) and reel.span.num_frames == 100
+
+
+def test_a_film_that_opens_with_sound_alone_starts_with_its_picture(shared_clips: Path, decoder: Decoder) -> None:
+    (reel,) = probed(shared_clips / "short_hamilton_clip.mp4", decoder)
+    assert reel.start_frame == 22  # (0.852 - 0.008) s at 25 fps, rounded up
+
+
+def test_a_film_without_a_face_gives_no_clip(shared_weights: Path, tmp_path: Path) -> None:
+    film = tmp_path / "wall.mp4"
+    rng = np.random.default_rng(0)
+    wall = cv2.GaussianBlur(rng.integers(0, 256, (96, 128, 3), np.uint8), (0, 0), 5)
+    with media.VideoWriter(film, 128, 96, audio_from=rng.normal(0, 0.1, 20 * SAMPLES_PER_FRAME)) as writer:
+        for _ in range(20):
+            writer.write(wall)
+    with pytest.raises(TccpError, match=r"wall\.mp4: nobody's face"):
+        preprocess([film], tmp_path / "out", make_plan(TOY.picture_px, "mediapipe", shared_weights))
+
+
+def test_a_film_without_an_index_is_seen_alike_in_one_reel_and_in_three(
+    shared_clips: Path, shared_weights: Path, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    film = shared_clips / "grid_bbaf2n.mpg"
+    assert not decoder.probe(film).seeks
+    plan = make_plan(TOY.picture_px, "mediapipe", shared_weights / "face_landmarker.task")
+    (whole,) = looked(film, plan, decoder)
+    monkeypatch.setattr(probe, "_LEAST_REEL_S", 1.0)
+    monkeypatch.setattr(probe, "_WITHOUT_INDEX", 1)
+    parts = [reel.faces for reel in looked(film, dataclasses.replace(plan, reel_s=1.0), decoder)]
+    assert whole.faces is not None and len(parts) == 3
+    for name in ("frame", "box", "landmarks"):
+        joined = np.concatenate([getattr(faces, name) for faces in parts])
+        np.testing.assert_array_equal(joined, getattr(whole.faces, name))

@@ -1,0 +1,645 @@
+"""Sources: every way of naming films comes to the same rows; a copy of what a URL names is whole or is not there."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import hashlib
+import http.server
+import importlib.util
+import json
+import multiprocessing
+import os
+import pickle
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import fsspec
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from preprocessing.sources.finding import SOURCE_SCHEMA, content_hash, find_sources, local_copy
+from preprocessing.spans import spans_from_table
+from tccp.errors import TccpError
+from tccp.media import MediaError, remote
+
+
+def make(folder: Path, *names: str) -> Path:
+    """Files that hold their own names: nothing may open them."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    return folder
+
+
+def names(table: pa.Table) -> list[str]:
+    return table.column("source").to_pylist()
+
+
+def paths(table: pa.Table) -> list[str]:
+    return table.column("path").to_pylist()
+
+
+def refusal(*given: str | Path) -> str:
+    with pytest.raises(TccpError) as caught:
+        find_sources(given)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def memory() -> Iterator[fsspec.AbstractFileSystem]:
+    """The filesystem of memory:// URLs, empty."""
+    fs = fsspec.filesystem("memory")
+    yield fs
+    fs.store.clear()
+    fs.pseudo_dirs[:] = [""]
+
+
+class Server(http.server.SimpleHTTPRequestHandler):
+    """Serves a folder, and misbehaves where a file's name says so."""
+
+    def __init__(self, *args: object, asked: list[str], stall: threading.Event, **kwargs: object) -> None:
+        self.asked, self.stall = asked, stall
+        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+
+    def log_message(self, *args: object) -> None: ...
+
+    def do_HEAD(self) -> None:
+        if "forbidden" in self.path:
+            self.send_error(403)
+        else:
+            super().do_HEAD()
+
+    def do_GET(self) -> None:
+        with suppress(ConnectionError):  # of a client that was killed
+            self._answer()
+
+    def _answer(self) -> None:
+        self.asked.append(self.path)
+        if "forbidden" in self.path:
+            self.send_error(403)
+        elif "vanishes" in self.path:
+            self.send_error(404)
+        elif "short" in self.path or ("hiccup" in self.path and self.asked.count(self.path) == 1):
+            data = Path(self.translate_path(self.path)).read_bytes()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data[: len(data) // 2])
+        else:
+            if "slow" in self.path:
+                time.sleep(0.3)
+            while "stalls" in self.path and self.stall.is_set():
+                time.sleep(0.01)
+            super().do_GET()
+
+
+class Served:
+    """A folder at a URL. asked: the paths of all GET requests. stall: while set, some answers do not come."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.asked, self.stall = folder, list[str](), threading.Event()
+        handler = functools.partial(Server, directory=str(folder), asked=self.asked, stall=self.stall)
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02})
+        self.thread.start()
+
+    def close(self) -> None:
+        if self.thread.is_alive():
+            self.server.shutdown()
+            self.thread.join()
+            self.server.server_close()
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[Served]:
+    (tmp_path / "served").mkdir()
+    server = Served(tmp_path / "served")
+    yield server
+    server.close()
+
+
+# Folders, files, patterns
+
+
+def test_a_folder_stands_for_its_films_in_order_of_name(tmp_path: Path) -> None:
+    films = make(
+        tmp_path / "films", "b.mp4", "a.MOV", "deep/c.mkv", "deep.mp4", "notes.txt", "what?.mp4", ".x.mp4", ".y/z.mp4"
+    )
+    (films / "loop").symlink_to(films, target_is_directory=True)
+    (films / "gone.mp4").symlink_to(films / "nowhere.mp4")
+    (films / "link.mp4").symlink_to(films / "b.mp4")
+    table = find_sources([films])
+    assert table.schema == SOURCE_SCHEMA
+    assert names(table) == ["a.MOV", "b.mp4", "deep/c.mkv", "deep.mp4", "link.mp4", "what?.mp4"]
+    assert paths(table) == [str(films / name) for name in names(table)]
+    assert table.column("speaker_x").null_count == table.column("person_picture").null_count == 6
+
+
+def test_relative_paths_stay_as_they_were_given_or_are_meant_from_the_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "here", "films/a.mp4")
+    monkeypatch.chdir(tmp_path / "here")
+    assert paths(find_sources(["films"])) == paths(find_sources(["films/*.mp4", "./films/a.mp4"])) == ["films/a.mp4"]
+    assert paths(find_sources(["."])) == paths(find_sources(["*/*.mp4"])) == ["films/a.mp4"]
+    monkeypatch.chdir("/")
+    assert paths(find_sources(["films"], base=tmp_path / "here")) == [str(tmp_path / "here/films/a.mp4")]
+
+
+def test_a_file_that_is_named_is_tried_whatever_its_name_even_if_it_is_not_there(tmp_path: Path) -> None:
+    make(tmp_path, "notes.txt", "film [1].mp4")
+    given = [tmp_path / "film [1].mp4", tmp_path / "notes.txt", tmp_path / "gone.mp4"]
+    assert names(find_sources(given)) == ["film [1].mp4", "notes.txt", "gone.mp4"]
+
+
+def test_patterns_name_films_and_what_their_ending_says(tmp_path: Path) -> None:
+    make(tmp_path, "x/a.mp4", "x/y/b.mp4", "x/y/c.txt", "x/.h/d.mp4", "e.mp4", "x/f.MP4")
+
+    def found(pattern: str) -> list[str]:
+        return names(find_sources([f"{tmp_path}/{pattern}"]))
+
+    assert found("x/*.mp4") == ["a.mp4"]
+    assert found("x/**/*.mp4") == ["a.mp4", "y/b.mp4"]
+    assert found("**/*.mp4") == ["e.mp4", "x/a.mp4", "x/y/b.mp4"]
+    assert found("x/*") == ["a.mp4", "f.MP4"]
+    assert found("x/**") == ["a.mp4", "f.MP4", "y/b.mp4"]
+    assert found("*/y/?.[a-m]*") == ["x/y/b.mp4"]
+    assert found("x/y/*.txt") == ["c.txt"]
+    assert "matches no film" in refusal(f"{tmp_path}/*.mov")
+    assert "no valid pattern" in refusal(f"{tmp_path}/a**/b.mp4")
+    assert "matches no film" in refusal(f"{tmp_path}/nowhere/*.mp4")
+
+
+def test_a_pattern_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path, "films/a.mp4")
+    monkeypatch.setenv("HOME", str(tmp_path))  # quoted, so the shell leaves the ~ to us
+    assert paths(find_sources(["~/films/*.mp4"])) == [str(tmp_path / "films/a.mp4")]
+
+
+def test_nothing_to_work_on_is_refused(tmp_path: Path) -> None:
+    assert "no source was given" in refusal()
+    assert "holds no film (.avi," in refusal(make(tmp_path, "notes.txt"))
+
+
+def test_a_folder_that_cannot_be_listed_is_refused_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path, "a.mp4", "shut/b.mp4")
+    scan = os.scandir
+
+    def scandir(path: str) -> Iterator[os.DirEntry]:  # a mode would not keep root out
+        if path.endswith("shut"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert "shut cannot be listed: Permission denied" in refusal(tmp_path)
+
+
+def test_a_name_that_is_not_text_is_refused(tmp_path: Path) -> None:
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.mp4")).touch()
+    assert "not UTF-8; rename the file" in refusal(tmp_path)
+
+
+def test_thousands_of_films_are_listed_quickly(tmp_path: Path) -> None:
+    for folder in range(20):
+        (tmp_path / f"{folder:02d}").mkdir()
+        for i in range(250):
+            os.mkfifo(tmp_path / f"{folder:02d}/{i:03d}.pipe")  # whoever opens one waits for ever
+            (tmp_path / f"{folder:02d}/{i:03d}.mp4").touch()
+    begin = time.perf_counter()
+    table = find_sources([tmp_path, f"{tmp_path}/**/*.mp4"])
+    assert table.num_rows == 5000 and names(table) == sorted(names(table))
+    assert time.process_time() - begin < 3
+
+
+# Names
+
+
+def test_names_that_are_alike_begin_where_their_paths_differ(tmp_path: Path) -> None:
+    make(tmp_path, "x/cam/1.mp4", "x/cam/2.mp4", "y/cam/1.mp4", "1.mp4")
+    given: list[str | Path] = [tmp_path / "x/cam", tmp_path / "y/cam", tmp_path / "1.mp4"]
+    expected = {
+        str(tmp_path / "x/cam/1.mp4"): "x/cam/1.mp4",
+        str(tmp_path / "x/cam/2.mp4"): "2.mp4",
+        str(tmp_path / "y/cam/1.mp4"): "y/cam/1.mp4",
+        str(tmp_path / "1.mp4"): f"{tmp_path.name}/1.mp4",
+    }
+    for order in (given, list(reversed(given))):
+        table = find_sources(order)
+        assert dict(zip(paths(table), names(table), strict=True)) == expected
+
+
+def test_chosen_names_that_are_alike_say_which_film(tmp_path: Path) -> None:
+    manifest = tmp_path / "m.csv"
+    manifest.write_text("path,source\na/1.mp4,talk\nb/1.mp4,talk\nb/2.mp4,talk\nb/2.mp4,\n")
+    assert names(find_sources([manifest])) == ["talk (a/1.mp4)", "talk (b/1.mp4)", "talk (2.mp4)"]
+
+
+def test_a_film_that_is_given_twice_is_listed_once_with_all_that_is_said(tmp_path: Path) -> None:
+    make(tmp_path, "a.mp4", "b.mp4")
+    manifest = tmp_path / "m.csv"
+    manifest.write_text("path,source,speaker_x,speaker_y\n./b.mp4,Bea,10,20\n")
+    again = f"file://{tmp_path}/a.mp4"
+    orders: list[list[str | Path]] = [[tmp_path, manifest, again, tmp_path], [tmp_path / "a.mp4", manifest, tmp_path]]
+    for given in orders:
+        table = find_sources(given)
+        assert names(table) == ["a.mp4", "Bea"] and table.column("speaker_x").to_pylist() == [None, 10]
+    (tmp_path / "other.csv").write_text("path,speaker_x,speaker_y\nb.mp4,11,20\n")
+    assert "different speaker points, (10.0, 20.0) and (11.0, 20.0)" in refusal(manifest, tmp_path / "other.csv")
+
+
+# Manifests
+
+
+ROWS = [
+    {"path": "films/a.mp4", "source": "A", "speaker_x": 1.5, "speaker_y": 2.0, "person": "pictures/ann.png"},
+    {"path": "/far/b, the 2nd.mp4", "source": None, "speaker_x": None, "speaker_y": None, "person": "/far/bob.png"},
+    {
+        "path": "memory://bucket/c.mp4",
+        "source": None,
+        "speaker_x": 0,
+        "speaker_y": 0,
+        "person": "memory://bucket/c.png",
+    },
+    {"path": "../d.mp4", "source": None, "speaker_x": None, "speaker_y": None, "person": None},
+    {"path": "file:///far/e.mp4", "source": None, "speaker_x": None, "speaker_y": None, "person": None},
+]
+
+
+def write_manifest(path: Path) -> None:
+    table = pa.Table.from_pylist(ROWS)
+    if path.suffix == ".csv":
+        pyarrow.csv.write_csv(table, path)
+    elif path.suffix == ".parquet":
+        pyarrow.parquet.write_table(table, path)
+    else:
+        path.write_text("\n".join(json.dumps(row) for row in ROWS) + "\n\n")
+
+
+@pytest.mark.parametrize("name", ["m.csv", "m.parquet", "m.jsonl", "M.NDJSON"])
+def test_every_kind_of_manifest_says_the_same(tmp_path: Path, name: str) -> None:
+    write_manifest(tmp_path / name)
+    table = find_sources([tmp_path / name])
+    assert table.schema == SOURCE_SCHEMA
+    base = str(tmp_path)
+    assert table.to_pydict() == {
+        "path": [
+            f"{base}/films/a.mp4",
+            "/far/b, the 2nd.mp4",
+            "memory://bucket/c.mp4",
+            f"{base}/../d.mp4",
+            "/far/e.mp4",
+        ],
+        "source": ["A", "b, the 2nd.mp4", "c.mp4", "d.mp4", "e.mp4"],
+        "speaker_x": [1.5, None, 0, None, None],
+        "speaker_y": [2, None, 0, None, None],
+        "person_picture": [f"{base}/pictures/ann.png", "/far/bob.png", "memory://bucket/c.png", None, None],
+    }
+    span = spans_from_table(table)[0]
+    assert (span.source, span.speaker_x, span.person_picture) == ("A", 1.5, f"{base}/pictures/ann.png")
+    assert find_sources([f"{tmp_path}/*{Path(name).suffix}"]).equals(table)  # as if the shell had expanded it
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("m.csv", "path,speakr_x\n", "line 1: unknown column 'speakr_x'; the columns are path, source, speaker_x"),
+        ("m.csv", "source\nA\n", "line 1: there is no column path"),
+        ("m.csv", "path,path\n", "line 1: a column is there twice"),
+        ("m.csv", "path\n", "names no film"),
+        ("m.csv", "", "line 1: there is no column path"),
+        ("m.csv", "path,source\na.mp4,A\n,B\n", "line 3: path is missing"),
+        ("m.csv", "path\na.mp4,\n", "line 2: has 2 values for 1 columns"),
+        ("m.csv", 'path,source\n"a\nb.mp4",A\n', "line 3: path is 'a\\nb.mp4', with control characters"),
+        ("m.csv", 'path\n"a.mp4\n', "is no valid CSV"),
+        ("m.csv", "path,speaker_x,speaker_y\na.mp4,left,3\n", "line 2: speaker_x is 'left'; it is a place"),
+        ("m.csv", "path,speaker_x,speaker_y\na.mp4,3,-1\n", "line 2: speaker_y is '-1'"),
+        ("m.csv", "path,speaker_x,speaker_y\na.mp4,3,inf\n", "line 2: speaker_y is 'inf'"),
+        ("m.csv", "path,speaker_x,speaker_y\na.mp4,3,\n", "line 2: speaker_x and speaker_y make a point together"),
+        ("m.jsonl", '{"path": "a.mp4"}\n\n{"path": 5}\n', "line 3: path is 5; it must be text"),
+        ("m.jsonl", '{"path": "a.mp4", "speaker_x": true, "speaker_y": 1}\n', "line 1: speaker_x is True"),
+        ("m.jsonl", '{"path": "a.mp4"}\n{"path": "b.mp4"\n', "line 2: is no valid JSON"),
+        ("m.jsonl", '["a.mp4"]\n', "line 1: is no JSON object"),
+        ("m.jsonl", '{"path": "a.mp4", "colour": "red"}\n', "line 1: unknown column 'colour'"),
+        ("m.parquet", "no table", "is no valid Parquet file"),
+    ],
+)
+def test_a_manifest_that_does_not_fit_says_where(tmp_path: Path, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_text(text)
+    assert message in refusal(tmp_path / name)
+
+
+def test_manifests_of_spreadsheets_and_of_tables_without_null(tmp_path: Path) -> None:
+    (tmp_path / "m.csv").write_bytes(
+        b"\xef\xbb\xbfpath,source,speaker_x,speaker_y\r\n\xc3\xa4.mp4\r\nb.mp4,,NaN,nan\r\n"
+    )
+    table = find_sources([tmp_path / "m.csv"])
+    assert names(table) == ["ä.mp4", "b.mp4"] and table.column("speaker_x").null_count == 2
+    (tmp_path / "latin.csv").write_bytes(b"path\n\xe4.mp4\n")
+    assert "is not UTF-8 text" in refusal(tmp_path / "latin.csv")
+    assert "cannot be read: No such file" in refusal(tmp_path / "gone.csv")
+
+
+# URLs
+
+
+def test_folders_patterns_and_manifests_at_a_url(memory: fsspec.AbstractFileSystem) -> None:
+    for name in ("b.mp4", "a.mp4", "deep/c.mkv", "notes.txt", ".x.mp4", ".y/z.mp4", "talks.v2/d.mp4"):
+        memory.pipe_file(f"/bucket/films/{name}", b"film")
+    memory.pipe_file("/bucket/lists/m.jsonl", b'{"path": "../films/b.mp4", "person": "bea.png"}\n')
+    found = find_sources(["memory://bucket/films"])
+    assert names(found) == ["a.mp4", "b.mp4", "deep/c.mkv", "talks.v2/d.mp4"]
+    assert paths(found) == [f"memory://bucket/films/{name}" for name in names(found)]
+    assert find_sources(["memory://bucket/films/"]).equals(found)
+    assert find_sources(["memory://bucket/films/**"]).equals(found)
+    assert names(find_sources(["memory://bucket/films/*.mp4"])) == ["a.mp4", "b.mp4"]
+    assert names(find_sources(["memory://bucket/*/*.mp4"])) == ["films/a.mp4", "films/b.mp4"]
+    assert paths(find_sources(["memory://*/films/?.mp4"])) == paths(found)[:2]
+    assert names(find_sources(["memory://bucket/films/talks.v2"])) == ["d.mp4"]
+    assert names(find_sources(["memory://bucket/films/notes.txt"])) == ["notes.txt"]
+    (row,) = find_sources(["memory://bucket/lists/m.jsonl"]).to_pylist()
+    assert (row["path"], row["source"]) == ("memory://bucket/films/b.mp4", "b.mp4")
+    assert row["person_picture"] == "memory://bucket/lists/bea.png"
+    assert "memory://bucket/none: there is nothing" in refusal("memory://bucket/none")
+    assert "matches no film" in refusal("memory://bucket/films/*.mov")
+
+
+def test_films_here_and_there_with_one_name_are_told_apart(tmp_path: Path, memory: fsspec.AbstractFileSystem) -> None:
+    films = make(tmp_path / "films", "a.mp4")
+    memory.pipe_file("/bucket/films/a.mp4", b"film")
+    table = find_sources([films, "memory://bucket/films"])
+    assert names(table) == [f"{tmp_path.name}/films/a.mp4", "bucket/films/a.mp4"]
+
+
+def test_films_behind_a_web_server(served: Served) -> None:
+    make(served.folder, "films/a.mp4", "films/my film.mp4", "films/deep/c.mkv", "films/notes.txt")
+    make(served.folder, "m.csv").joinpath("m.csv").write_text("path\nfilms/a.mp4\n")
+    found = find_sources([f"{served.url}/films"])
+    assert names(found) == ["a.mp4", "deep/c.mkv", "my film.mp4"]
+    assert paths(found)[2] == f"{served.url}/films/my%20film.mp4"
+    assert find_sources([f"{served.url}/films/"]).equals(found)
+    assert names(find_sources([f"{served.url}/**/*.mp4"])) == ["films/a.mp4", "films/my film.mp4"]
+    assert paths(find_sources([f"{served.url}/m.csv"])) == paths(found)[:1]
+    asked = len(served.asked)
+    signed = [f"{served.url}/films/a.mp4?key=secret{i}" for i in range(2)]
+    table = find_sources(signed)
+    assert paths(table) == signed and len(served.asked) == asked  # a film is not asked for before its turn
+    assert all(name.startswith("127.0.0.1:") and "secret" not in name for name in names(table))
+    assert len(set(names(table))) == 2
+
+
+def test_an_address_that_cannot_be_reached_is_one_line(served: Served) -> None:
+    make(served.folder, "forbidden/a.mp4")
+    assert "cannot be reached: HTTP status 403" in refusal(f"{served.url}/forbidden/")
+    assert f"{served.url}/gone.csv: there is nothing" in refusal(f"{served.url}/gone.csv?key=secret")
+    served.close()
+    text = refusal(f"{served.url.replace('//', '//user:secret@')}/films/")
+    assert "cannot be reached" in text and "check address, network" in text and "secret" not in text
+
+
+@pytest.mark.parametrize(("url", "package"), [("s3://bucket/films", "s3fs"), ("gs://bucket/a.mp4", "gcsfs")])
+def test_a_kind_of_url_without_its_package_names_the_package(url: str, package: str) -> None:
+    if importlib.util.find_spec(package):
+        pytest.skip(f"{package} is installed")
+    text = refusal(url)
+    assert text.startswith(f"{url}: a package is missing") and package in text
+
+
+def test_unknown_and_joined_urls_are_refused() -> None:
+    assert "Protocol not known: ftpx" in refusal("ftpx://host/a.mp4")
+    assert "joins several addresses" in refusal("zip://a.mp4::memory://b.zip")
+
+
+# Copies
+
+
+DATA = bytes(range(256)) * 4
+
+
+def cached(cache: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in cache.iterdir()}
+
+
+def test_what_is_here_is_used_where_it_is(tmp_path: Path) -> None:
+    make(tmp_path, "a.mp4")
+    for given in (str(tmp_path / "a.mp4"), f"file://{tmp_path}/a.mp4"):
+        with local_copy(given, tmp_path / "cache") as path:
+            assert path == tmp_path / "a.mp4"
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_copy_is_made_once_and_anew_when_the_object_is_another(
+    tmp_path: Path, memory: fsspec.AbstractFileSystem
+) -> None:
+    cache = tmp_path / "deep/cache"
+    memory.pipe_file("/bucket/a.mp4", DATA)
+    with local_copy("memory://bucket/a.mp4", cache) as path:
+        assert path.read_bytes() == DATA and path.suffix == ".mp4"
+        assert content_hash(path) == hashlib.blake2b(DATA, digest_size=16).hexdigest()
+        first = path, path.stat().st_ino
+    with local_copy("memory://bucket/a.mp4", cache) as path, local_copy("memory://bucket/a.mp4", cache) as again:
+        assert (path, path.stat().st_ino) == first and again == path
+    memory.pipe_file("/bucket/a.mp4", DATA[::-1])  # as long as before
+    with local_copy("memory://bucket/a.mp4", cache) as path:
+        assert path != first[0] and path.read_bytes() == DATA[::-1]
+    assert len(cached(cache)) == 2
+
+
+def test_the_cache_is_where_the_environment_says(
+    tmp_path: Path, memory: fsspec.AbstractFileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory.pipe_file("/a", DATA)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with local_copy("memory://a") as path:
+        assert path.parent.parent == tmp_path and path.parent.stat().st_mode & 0o777 == 0o700
+    monkeypatch.setenv("TCCP_CACHE", str(tmp_path / "mine"))
+    with local_copy("memory://a") as path:
+        assert path.parent == tmp_path / "mine"
+
+
+def test_the_longest_unused_copies_make_room(tmp_path: Path, memory: fsspec.AbstractFileSystem) -> None:
+    cache = make(tmp_path / "cache", "someone's.mp4", "tccp-notes.txt")
+    for name in "abcd":
+        memory.pipe_file(f"/{name}.mp4", name.encode() * 100)
+
+    def use(name: str) -> Path:
+        with local_copy(f"memory://{name}.mp4", cache, max_bytes=250) as path:
+            assert path.read_bytes() == name.encode() * 100
+        return path
+
+    a, b = use("a"), use("b")
+    assert use("a") == a  # now b is the one that was not used for longest
+    c = use("c")
+    assert a.exists() and c.exists() and not b.exists()
+    with local_copy("memory://a.mp4", cache, max_bytes=250) as held:
+        d = use("d")
+        assert not c.exists()
+        b = use("b")
+        assert held.exists() and b.exists() and not d.exists()  # a is the oldest by now, but in use
+    assert {path.name for path in (a, b)} | {"someone's.mp4", "tccp-notes.txt"} == set(cached(cache))
+
+
+def test_a_film_larger_than_the_cache_works_and_goes_after_use(
+    tmp_path: Path, memory: fsspec.AbstractFileSystem
+) -> None:
+    memory.pipe_file("/small.mp4", DATA[:10])
+    memory.pipe_file("/large.mp4", DATA)
+    with local_copy("memory://small.mp4", tmp_path, max_bytes=20) as small:
+        pass
+    with local_copy("memory://large.mp4", tmp_path, 20) as one:
+        with local_copy("memory://large.mp4", tmp_path, 20) as other:
+            assert one == other and other.read_bytes() == DATA
+        assert one.exists()  # as long as anybody uses it
+    assert cached(tmp_path) == {small.name: 10}
+
+
+def test_what_a_killed_download_left_is_removed(tmp_path: Path, memory: fsspec.AbstractFileSystem) -> None:
+    memory.pipe_file("/a.mp4", DATA)
+    with local_copy("memory://a.mp4", tmp_path) as path:
+        pass
+    for left in (path.with_suffix(".part"), tmp_path / f"tccp-{'0' * 32}.part"):
+        left.write_bytes(DATA[:100])
+    path.unlink()
+    with local_copy("memory://a.mp4", tmp_path) as path:
+        assert path.read_bytes() == DATA
+    assert list(cached(tmp_path)) == [path.name]
+
+
+def failure(url: str, cache: Path) -> MediaError:
+    with pytest.raises(MediaError) as caught, local_copy(url, cache):
+        pass
+    assert url.partition("?")[0] in str(caught.value) and "\n" not in str(caught.value)
+    assert pickle.loads(pickle.dumps(caught.value)).reason == caught.value.reason
+    assert not cache.exists() or not cached(cache)
+    return caught.value
+
+
+def test_an_object_that_does_not_arrive_whole_is_an_error_and_no_file(
+    tmp_path: Path, served: Served, memory: fsspec.AbstractFileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "_PAUSE_S", 0.01)
+    cache = tmp_path / "cache"
+    for name in ("short.mp4", "vanishes.mp4", "forbidden.mp4", "hiccup.mp4"):
+        (served.folder / name).write_bytes(DATA)
+    assert failure(f"{served.url}/none.mp4?key=secret", cache).reason == "missing"
+    assert failure(f"{served.url}/vanishes.mp4", cache).reason == "missing"  # between the question and the transfer
+    assert failure("memory://none.mp4", cache).reason == "missing"
+    assert failure(f"{served.url}/short.mp4", cache).reason == "unreadable"
+    assert served.asked.count("/short.mp4") == 3
+    forbidden = failure(f"{served.url}/forbidden.mp4", cache)
+    assert forbidden.reason == "unreadable" and "HTTP status 403" in str(forbidden)
+    memory.pipe_file("/folder/a.mp4", DATA)
+    assert failure("memory://folder", cache).reason == "not_a_file"
+    with local_copy(f"{served.url}/hiccup.mp4", cache) as path:  # the network may fail once
+        assert path.read_bytes() == DATA
+    path.unlink()
+    served.close()
+    assert failure(f"{served.url}/short.mp4", cache).reason == "unreadable"
+
+
+class ShortMemory(MemoryFileSystem):
+    """Promises ten bytes more than it has."""
+
+    protocol = "shortmemory"
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return super()._strip_protocol(path.replace("shortmemory://", "memory://"))
+
+    def info(self, path: str, **kwargs: object) -> dict[str, object]:
+        return super().info(path, **kwargs) | {"size": len(DATA) + 10}
+
+
+def test_a_silent_short_read_is_noticed(
+    tmp_path: Path, memory: fsspec.AbstractFileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "_PAUSE_S", 0.01)
+    fsspec.register_implementation("shortmemory", ShortMemory, clobber=True)
+    memory.pipe_file("/a.mp4", DATA)
+    assert "a.mp4: only 1024 of 1034 bytes arrived" in str(failure("shortmemory://a.mp4", tmp_path / "cache"))
+
+
+def test_a_cache_that_cannot_be_written_is_the_users_to_mend(tmp_path: Path, memory: fsspec.AbstractFileSystem) -> None:
+    memory.pipe_file("/a.mp4", DATA)
+    (tmp_path / "file").touch()
+    with pytest.raises(TccpError) as caught, local_copy("memory://a.mp4", tmp_path / "file"):
+        pass
+    assert f"cache {tmp_path}/file: File exists; make room there, or set TCCP_CACHE" in str(caught.value)
+    assert not isinstance(caught.value, MediaError)
+
+
+def test_an_error_in_use_is_the_users_own(tmp_path: Path, memory: fsspec.AbstractFileSystem) -> None:
+    memory.pipe_file("/a.mp4", DATA)
+    with pytest.raises(FileNotFoundError, match="mine"), local_copy("memory://a.mp4", tmp_path, max_bytes=1):
+        raise FileNotFoundError("mine")
+    assert not cached(tmp_path)
+
+
+def fetch(urls: list[str], cache: Path, max_bytes: int, wrong: multiprocessing.Queue) -> None:
+    """In a process of its own: every film must be whole for as long as it is in use."""
+    for url in urls:
+        with local_copy(url, cache, max_bytes) as path:
+            expected = url.rpartition("/")[2].encode() * 100
+            for _ in range(3):
+                if path.read_bytes() != expected:
+                    wrong.put(url)
+                time.sleep(0.003)
+
+
+def in_processes(*work: list[str], cache: Path, max_bytes: int) -> list[str]:
+    context = multiprocessing.get_context("spawn")
+    wrong = context.Queue()
+    processes = [context.Process(target=fetch, args=(urls, cache, max_bytes, wrong)) for urls in work]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    return [wrong.get() for _ in range(wrong.qsize())]
+
+
+def test_processes_that_want_one_film_fetch_it_once(tmp_path: Path, served: Served) -> None:
+    (served.folder / "slow.mp4").write_bytes(b"slow.mp4" * 100)
+    assert not in_processes(*[[f"{served.url}/slow.mp4"]] * 3, cache=tmp_path / "cache", max_bytes=10**6)
+    assert served.asked.count("/slow.mp4") == 1 and len(cached(tmp_path / "cache")) == 1
+
+
+def test_processes_that_compete_for_room_never_lose_a_film_in_use(tmp_path: Path, served: Served) -> None:
+    films = [f"{i:03d}.mp4" for i in range(12)]  # 700 bytes each, and room for two
+    for name in films:
+        (served.folder / name).write_bytes(name.encode() * 100)
+    urls = [f"{served.url}/{name}" for name in films]
+    orders = [urls * 2, urls[::-1] * 2, urls[::2] * 4]
+    assert not in_processes(*orders, cache=tmp_path / "cache", max_bytes=1500)
+    assert sum(cached(tmp_path / "cache").values()) <= 1500
+
+
+def test_a_killed_process_holds_nothing(tmp_path: Path, served: Served) -> None:
+    """Neither its half-made copy, nor the lock that others wait for."""
+    (served.folder / "stalls.mp4").write_bytes(b"stalls.mp4" * 100)
+    served.stall.set()
+    context = multiprocessing.get_context("spawn")
+    arguments = ([f"{served.url}/stalls.mp4"], tmp_path / "cache", 10**6, context.Queue())
+    process = context.Process(target=fetch, args=arguments)
+    process.start()
+    while "/stalls.mp4" not in served.asked:
+        assert process.is_alive()
+        time.sleep(0.01)
+    assert [name[-5:] for name in cached(tmp_path / "cache")] == [".part"]
+    process.kill()
+    process.join()
+    served.stall.clear()
+    with local_copy(f"{served.url}/stalls.mp4", tmp_path / "cache") as path:
+        assert path.read_bytes() == b"stalls.mp4" * 100
+    assert list(cached(tmp_path / "cache")) == [path.name]

@@ -1,0 +1,606 @@
+"""Who speaks: voice activity, moving mouths, and whose voice it is, on drawn mouths, RoundTable and real film."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from preprocessing.analysis.look import chip
+from preprocessing.analysis.speakers import MOVES, Stretch, mouth_motion, score_track, talking
+from preprocessing.analysis.voice_activity import articulation, reaching, runs, voice_activity
+from preprocessing.reels import SPEECH_CHIP_PX, FilmSound, Track
+from tccp.config import FPS, SAMPLES_PER_FRAME
+from tccp.errors import TccpError
+from tccp.faces import Face, MediapipeBackend, iou
+from tccp.landmarks import MEAN_FACE
+from tccp.media import open_audio, probe, read_frames
+from tccp.models.light_asd import load_light_asd
+from tccp.roundtable import synthesise
+
+# ---- mouths drawn by hand
+
+_UNIT_PX = 60.0
+_LOWER_LIP = (65, 66, 67)
+
+
+def _face(opening: np.ndarray, x: float = 0.0, noise_px: float = 0.0, seed: int = 0) -> np.ndarray:
+    """Landmarks of a face whose inner lips are as far open, in distances of the outer eye corners."""
+    points = np.repeat(MEAN_FACE[None, :, :2], len(opening), 0)
+    points[:, _LOWER_LIP, 1] += opening[:, None]
+    noise = np.random.default_rng(seed).normal(0, noise_px, points.shape)
+    return (points * _UNIT_PX + np.array([x, 100.0]) + noise).astype(np.float32)
+
+
+def _track(number: int, landmarks: np.ndarray, start_frame: int = 0, box: tuple[float, ...] | None = None) -> Track:
+    boxes = (
+        np.concatenate([landmarks.min(1), landmarks.max(1)], 1) if box is None else np.tile(box, (len(landmarks), 1))
+    )
+    ones = np.ones(len(landmarks), np.float32)
+    return Track(number, 0, start_frame, boxes.astype(np.float32), landmarks.astype(np.float32), ones, {})
+
+
+def _speech(frames: int, seed: int = 0, size: float = 0.12) -> np.ndarray:
+    """An opening that comes and goes about four times a second, in no regular way."""
+    rng = np.random.default_rng(seed)
+    at = np.cumsum(rng.integers(2, 5, frames))
+    return np.interp(np.arange(frames), at, np.where(np.arange(frames) % 2, rng.uniform(0.4, 1, frames) * size, 0))
+
+
+def _while(opening: np.ndarray, *parts: tuple[int, int]) -> np.ndarray:
+    """The opening in these parts, a closed mouth elsewhere."""
+    mask = np.zeros(len(opening), bool)
+    for first, stop in parts:
+        mask[first:stop] = True
+    return np.where(mask, opening, 0.0)
+
+
+def _voice(frames: int, *parts: tuple[int, int]) -> np.ndarray:
+    return _while(np.ones(frames), *parts).astype(np.float32)
+
+
+def _kept(stretches: Sequence[Stretch], number: int) -> list[tuple[int, int]]:
+    return [(s.start_frame, s.stop_frame) for s in stretches if s.track == number and s.reason is None]
+
+
+def _frames(stretches: Sequence[Stretch], number: int, reason: str | None = None) -> int:
+    return sum(s.stop_frame - s.start_frame for s in stretches if s.track == number and s.reason == reason)
+
+
+def _check_cover(tracks: Sequence[Track], stretches: Sequence[Stretch]) -> None:
+    """Each frame of a track is in one stretch; one speaks at a time; no two neighbours say the same."""
+    for track in tracks:
+        own = [s for s in stretches if s.track == track.number]
+        edges = [(s.start_frame, s.stop_frame) for s in own]
+        if edges:
+            assert edges[0][0] == track.start_frame and edges[-1][1] == track.stop_frame
+        assert all(before[1] == after[0] for before, after in pairwise(edges))
+        assert {s.reason for s in own} <= {None, "not_speaking", "several_speak"}
+    kept = sorted((s.start_frame, s.stop_frame) for s in stretches if s.reason is None)
+    assert all(before[1] <= after[0] for before, after in pairwise(kept))
+
+
+def test_a_sentence_keeps_its_pauses_and_a_second_of_quiet():
+    frames = 400
+    spoken = [(60, 130), (170, 200), (290, 350)]  # pauses of 1.6 and of 3.6 s
+    track = _track(3, _face(_while(_speech(frames), *spoken)), start_frame=1000)
+    stretches = talking([track], _voice(frames, *spoken), 1000)
+    _check_cover([track], stretches)
+    # The mouth is taken to move a third of a second longer than it does, but not without a voice.
+    assert _kept(stretches, 3) == [(1035, 1225), (1265, 1375)]
+    assert {s.reason for s in stretches} == {None, "not_speaking"}
+    assert all(s.score > 0.95 for s in stretches if s.reason is None)
+
+
+def test_short_rests_of_the_mouth_are_speech_and_long_ones_are_not():
+    frames = 250
+    opening = _speech(frames)
+    short = talking([_track(0, _face(_while(opening, (25, 112), (126, 225))))], _voice(frames, (25, 225)), 0)
+    assert _kept(short, 0) == [(0, 250)]
+    long = talking([_track(0, _face(_while(opening, (25, 110), (160, 225))))], _voice(frames, (25, 225)), 0)
+    (first, second) = _kept(long, 0)
+    assert first[0] == 0 and second[1] == 250 and second[0] - first[1] >= 20
+
+
+def test_voice_without_moving_mouth_and_moving_mouth_without_voice_are_not_speech():
+    frames = 150
+    still = _track(0, _face(np.zeros(frames)))
+    moving = _track(0, _face(_speech(frames)))
+    everything, nothing = _voice(frames, (0, frames)), _voice(frames)
+    for track, voice in ((still, everything), (moving, nothing), (still, nothing)):
+        assert talking([track], voice, 0) == [Stretch(0, 0, frames, "not_speaking")]
+    assert _kept(talking([moving], everything, 0), 0) == [(0, frames)]
+    # Half a second of talk is no more than a laugh.
+    assert not _kept(talking([moving], _voice(frames, (70, 82)), 0), 0)
+    # Nor is a mouth that moves now and then while somebody else talks.
+    now_and_then = _while(_speech(frames), *((at, at + 6) for at in range(10, frames, 50)))
+    assert _frames(talking([_track(0, _face(now_and_then))], everything, 0), 0) < frames / 2
+
+
+def test_frames_outside_the_sound_are_quiet():
+    track = _track(0, _face(_speech(200)), start_frame=100)
+    stretches = talking([track], _voice(60, (0, 60)), 150)
+    _check_cover([track], stretches)
+    assert _kept(stretches, 0) == [(125, 235)]
+    assert talking([], _voice(60), 0) == []
+
+
+def test_of_much_quiet_between_two_speakers_nobody_gets_all_and_of_little_each_gets_half():
+    frames = 220
+
+    def turns(first_stop: int, second_start: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        opening = _speech(frames)
+        tracks = [
+            _track(0, _face(_while(opening, (20, first_stop)))),
+            _track(1, _face(_while(opening, (second_start, 200)), x=400)),
+        ]
+        stretches = talking(tracks, _voice(frames, (20, first_stop), (second_start, 200)), 0)
+        _check_cover(tracks, stretches)
+        (one,), (other,) = _kept(stretches, 0), _kept(stretches, 1)
+        return one, other
+
+    one, other = turns(90, 150)
+    assert one == (0, 102) and other == (138, 220)
+    one, other = turns(90, 106)
+    assert one == (0, 98) and other == (98, 220)
+
+
+def test_of_two_moving_mouths_the_one_that_fits_the_sound_has_it_and_none_if_neither_does():
+    frames = 200
+    mine, theirs = _speech(frames, 1), _speech(frames, 2)
+    tracks = [_track(0, _face(theirs)), _track(1, _face(mine, x=400))]
+    voice = _voice(frames, (0, frames))
+    # In dB, some noise in it; width says nothing here.
+    level = np.random.default_rng(0).normal(60 * mine, 1.0).astype(np.float32)
+    heard = np.stack([level, np.zeros(frames, np.float32)], 1)
+    stretches = talking(tracks, voice, 0, articulation=heard)
+    _check_cover(tracks, stretches)
+    assert _kept(stretches, 1) == [(0, frames)] and _frames(stretches, 0, "not_speaking") == frames
+    # A sound that comes 80 ms late is nobody else's.
+    late = np.roll(heard, 2, axis=0)
+    assert _kept(talking(tracks, voice, 0, articulation=late), 1) == [(0, frames)]
+    third = np.stack([60 * _speech(frames, 3), np.zeros(frames)], 1).astype(np.float32)
+    for other in (third, None):
+        stretches = talking(tracks, voice, 0, articulation=other)
+        assert {s.reason for s in stretches} == {"several_speak"}
+        _check_cover(tracks, stretches)
+
+
+def test_a_listener_who_moves_the_mouth_a_little_does_not_take_the_voice():
+    frames = 150
+    speaker, listener = _speech(frames, 1, size=0.2), _speech(frames, 2, size=0.05)
+    assert mouth_motion(_face(listener)).mean() > MOVES
+    tracks = [_track(0, _face(listener)), _track(1, _face(speaker, x=400))]
+    heard = np.stack([40 * speaker + np.random.default_rng(0).normal(0, 6, frames), np.zeros(frames)], 1)
+    stretches = talking(tracks, _voice(frames, (0, frames)), 0, articulation=heard.astype(np.float32))
+    assert _kept(stretches, 1) == [(0, frames)] and not _kept(stretches, 0)
+
+
+def test_one_word_by_another_does_not_end_a_stretch():
+    frames = 200
+    opening = _speech(frames, 1)
+    tracks = [
+        _track(0, _face(_while(opening, (0, 90), (105, 200)))),
+        _track(1, _face(_while(_speech(frames, 2), (92, 103)), x=400)),
+    ]
+    heard = np.stack([60 * opening, np.zeros(frames)], 1).astype(np.float32)
+    stretches = talking(tracks, _voice(frames, (0, frames)), 0, articulation=heard)
+    assert _kept(stretches, 0) == [(0, frames)] and not _kept(stretches, 1)
+
+
+def test_the_chosen_person_has_the_word_by_decree():
+    frames = 120
+    tracks = [
+        _track(0, _face(_speech(frames))),
+        _track(1, _face(np.zeros(frames), x=400)),
+        _track(2, _face(np.zeros(30)), 130),
+    ]
+    voice = _voice(160, (0, frames))
+    stretches = talking(tracks, voice, 0, choose=(400.0, 130.0))
+    _check_cover(tracks, stretches)
+    assert _kept(stretches, 1) == [(0, frames)] and {s.reason for s in stretches if s.track != 1} == {"not_speaking"}
+    # The point is on two tracks at different times: both are that person.
+    stretches = talking(tracks, voice, 0, choose=(0.0, 130.0))
+    assert _kept(stretches, 0) == [(0, frames)] and _kept(stretches, 2) == [(130, 160)]
+    # Two faces at once on the point: the one that is there more.
+    long, short = _track(0, _face(np.zeros(100))), _track(1, _face(np.zeros(40)), 30)
+    stretches = talking([short, long], voice, 0, choose=(0.0, 130.0))
+    assert _kept(stretches, 0) == [(0, 100)] and not _kept(stretches, 1)
+    assert {s.reason for s in talking(tracks, voice, 0, choose=(900.0, 900.0))} == {"not_speaking"}
+
+
+def test_without_landmarks_a_lone_face_has_the_voice_and_two_are_in_doubt():
+    nothing = np.full((150, 68, 2), np.nan, np.float32)
+    box = (0.0, 0.0, 80.0, 80.0)
+    alone, second = _track(0, nothing, box=box), _track(1, nothing[:60], 90, box=(200.0, 0.0, 280.0, 80.0))
+    voice = _voice(150, (30, 150))
+    assert _kept(talking([alone], voice, 0), 0) == [(5, 150)]
+    stretches = talking([alone, second], voice, 0)
+    _check_cover([alone, second], stretches)
+    # A little of the doubtful voice is as good as quiet, as at every end.
+    ((first, stop),) = _kept(stretches, 0)
+    assert first == 5 and 90 <= stop <= 96
+    assert _frames(stretches, 0, "several_speak") == 150 - stop and _frames(stretches, 1, "several_speak") == 60
+    # A network that saw the pictures knows.
+    scores = {0: np.full(150, 3.0, np.float32), 1: np.full(60, -2.0, np.float32)}
+    assert _kept(talking([alone, second], voice, 0, scores), 0) == [(5, 150)]
+
+
+def test_a_speech_networks_scores_say_who_moves_but_not_whose_the_voice_is():
+    frames = 150
+    mine, theirs = _speech(frames, 1), _speech(frames, 2)
+    tracks = [_track(4, _face(theirs)), _track(7, _face(mine, x=400))]
+    heard = np.stack([60 * mine, np.zeros(frames)], 1).astype(np.float32)
+    voice = _voice(frames, (0, frames))
+    talk, still = np.full(frames, 3.0, np.float32), np.full(frames, -1.5, np.float32)
+    assert _kept(talking(tracks, voice, 0, {4: talk, 7: still}, None, heard), 4) == [(0, frames)]
+    assert _kept(talking(tracks, voice, 0, {4: talk, 7: talk}, None, heard), 7) == [(0, frames)]
+    assert _kept(talking(tracks, voice, 0, {7: still}, None, heard), 4) == [(0, frames)]
+    both_still = talking(tracks, voice, 0, {4: still, 7: still}, None, heard)
+    assert {s.reason for s in both_still} == {"not_speaking"}
+
+
+@given(st.integers(0, 10**6))
+@settings(max_examples=20)
+def test_every_frame_gets_one_answer_whatever_happens(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    tracks, scores = [], {}
+    for number in range(int(rng.integers(1, 5))):
+        frames = int(rng.integers(1, 160))
+        pauses = rng.integers(0, frames, (3, 2))
+        landmarks = _face(_while(_speech(frames, int(rng.integers(99))), *map(tuple, pauses)), x=200.0 * number)
+        if rng.random() < 0.3:
+            landmarks[int(rng.integers(frames)) :] = np.nan
+        tracks.append(
+            _track(number, landmarks, int(rng.integers(0, 80)), (200.0 * number, 0.0, 200.0 * number + 90, 90.0))
+        )
+        if rng.random() < 0.3:
+            scores[number] = rng.normal(1.5, 2, frames).astype(np.float32)
+    voice = _voice(200, *map(tuple, rng.integers(0, 200, (3, 2))))
+    heard = rng.normal(0, 5, (200, 2)).astype(np.float32)
+    choose = (50.0, 50.0) if rng.random() < 0.2 else None
+    stretches = talking(tracks, voice, 20, scores, choose, heard)
+    _check_cover(tracks, stretches)
+    assert stretches == talking(tracks, voice, 20, scores, choose, heard)
+
+
+def test_neither_a_moving_head_nor_trembling_points_are_a_moving_mouth():
+    frames = 100
+    at = np.arange(frames) / FPS
+    still = _face(np.full(frames, 0.02))
+    turned = MEAN_FACE[None] + np.zeros((frames, 1, 1))
+    yaw, nod = np.radians(25 * np.sin(2.5 * at)), np.radians(10 * np.sin(4 * at))
+    x, y, z = np.moveaxis(turned, -1, 0)
+    x, z = x * np.cos(yaw)[:, None] - z * np.sin(yaw)[:, None], x * np.sin(yaw)[:, None] + z * np.cos(yaw)[:, None]
+    y = y * np.cos(nod)[:, None] - z * np.sin(nod)[:, None]
+    head = (np.stack([x, y], -1) * _UNIT_PX * (1 + 0.1 * np.sin(3 * at))[:, None, None]).astype(np.float32)
+    # Eye corners 60 px apart and 24 px; MediaPipe trembles by 0.1 to 0.3 px.
+    for face in (still, head, _face(np.zeros(frames), noise_px=0.5), 0.4 * _face(np.zeros(frames), noise_px=0.8)):
+        assert np.median(mouth_motion(face)) < MOVES / 2 and (mouth_motion(face) >= MOVES).mean() < 0.1
+    for noise_px in (0.0, 0.5, 0.8):
+        assert np.median(mouth_motion(0.4 * _face(_speech(frames), noise_px=noise_px))) > 1.5 * MOVES
+    assert np.isnan(mouth_motion(np.full((9, 68, 2), np.nan, np.float32))).all()
+
+
+def test_chips_reach_the_speech_network_one_per_frame():
+    seen = []
+
+    class Mirror:
+        """Gives back what it is shown, as a speech network would its scores."""
+
+        def score(self, pcm: np.ndarray, chips: np.ndarray) -> np.ndarray:
+            seen.append((pcm, chips.shape))
+            return chips.mean((1, 2)).astype(np.float32)
+
+    landmarks = _face(np.zeros(6))
+    face = Face(np.array([10, 10, 90, 90], np.float32), None, 1.0)
+    pictures = {20 + i: np.full((120, 120, 3), 40 * i, np.uint8) for i in (1, 2, 4)}
+    chips = {frame: chip(picture, face, SPEECH_CHIP_PX) for frame, picture in pictures.items()}
+    track = Track(0, 0, 20, np.tile(face.box, (6, 1)), landmarks, np.ones(6, np.float32), chips)
+    sound = FilmSound(np.arange(30 * SAMPLES_PER_FRAME, dtype=np.int16), 0)
+    scores = score_track(Mirror(), track, sound)
+    np.testing.assert_allclose(scores, [40, 40, 80, 80, 160, 160], atol=2)
+    ((pcm, shape),) = seen
+    assert shape == (6, 112, 112) and np.array_equal(pcm, sound.pcm[20 * SAMPLES_PER_FRAME : 26 * SAMPLES_PER_FRAME])
+
+
+# ---- RoundTable
+
+
+def _pcm(samples: np.ndarray) -> np.ndarray:
+    return np.clip(np.round(samples * 32768), -32768, 32767).astype(np.int16)
+
+
+def test_round_table_talkers_are_kept_and_neither_bystanders_nor_other_mouths():
+    seconds, scenes = 3.0, 20
+    clips = [synthesise(seed, seconds, width=640, height=480) for seed in range(scenes)]
+    clear = 0
+    for number, clip in enumerate(clips):
+        sound = FilmSound(_pcm(clip.audio), 0)
+        voice, heard = voice_activity(sound, 0, clip.num_frames), articulation(sound, 0, clip.num_frames)
+        talker = _track(0, clip.landmarks_px)
+        others = [_track(1 + i, actor.landmarks[..., :2]) for i, actor in enumerate(clip.stage.others)]
+        stretches = talking([talker, *others], voice, 0, articulation=heard)
+        _check_cover([talker, *others], stretches)
+        assert _frames(stretches, 0) >= 0.95 * clip.num_frames
+        assert {s.reason for s in stretches if s.track > 0} == {"not_speaking"}
+        # The same size and kind of mouth, moving to another voice.
+        decoy = _track(1, clips[(number + 1) % scenes].landmarks_px)
+        stretches = talking([talker, decoy], voice, 0, articulation=heard)
+        assert _frames(stretches, 1) == 0
+        clear += _frames(stretches, 0) >= 0.9 * clip.num_frames
+    assert clear >= 0.85 * scenes  # the rest is in doubt
+
+
+# ---- voice
+
+
+def _tone_words(frames: int, words: Sequence[tuple[int, int]], level: float) -> np.ndarray:
+    """A buzz of 120 Hz with its harmonics, in words."""
+    at = np.arange(frames * SAMPLES_PER_FRAME)
+    buzz = sum(np.sin(2 * np.pi * 120 * k * at / 16000) / k for k in range(1, 30))
+    return level * buzz * np.repeat(_while(np.ones(frames), *words), SAMPLES_PER_FRAME)
+
+
+def test_the_noise_floor_follows_the_film():
+    frames = 1500
+    words = [(at, at + 40) for at in range(20, frames - 40, 80)]
+    rng = np.random.default_rng(0)
+    noise = rng.normal(0, 1, frames * SAMPLES_PER_FRAME) * np.repeat(np.where(np.arange(frames) < 750, 20, 400), 640)
+    samples = noise + _tone_words(frames, words, 3000)
+    sound = FilmSound(np.clip(samples, -32768, 32767).astype(np.int16), 100)
+    voice = voice_activity(sound, 100, frames)
+    truth = _voice(frames, *words) > 0
+    settled = np.r_[0:500, 1000:1500]  # apart from where the noise sets in
+    assert ((voice >= 0.5) == truth)[settled].mean() > 0.95
+    # Any part is as in the whole, as far as the floor's surroundings are known.
+    np.testing.assert_allclose(voice_activity(sound, 400, 200), voice[300:500], atol=0.02)
+
+
+@pytest.mark.parametrize("kind", ["silence", "noise", "hum", "none"])
+def test_what_nobody_says_is_no_voice(kind: str, request: pytest.FixtureRequest) -> None:
+    at = np.arange(5 * 16000)
+    samples = {
+        "silence": np.zeros(len(at)),
+        "noise": np.random.default_rng(0).normal(0, 300, len(at)),
+        "hum": 3000 * np.sin(2 * np.pi * 100 * at / 16000),
+        "none": np.zeros(0),
+    }[kind]
+    sound = FilmSound(samples.astype(np.int16), 0)
+    assert voice_activity(sound, 0, 125).max(initial=0) < 0.45
+    if kind in ("silence", "none"):
+        assert voice_activity(sound, 0, 125).max() < 0.01
+        assert np.array_equal(articulation(sound, 0, 125), np.full((125, 2), [-60, 0], np.float32))
+    assert voice_activity(sound, 0, 0).shape == (0,) and articulation(sound, 0, 0).shape == (0, 2)
+    weights = request.getfixturevalue("shared_weights") / "silero_vad.onnx"
+    assert voice_activity(sound, 0, 125, weights).max() < 0.45
+
+
+def test_runs_of_frames():
+    values = np.array([0.0, 1, 2, 1, 0, 1, 1, 3, 0])
+    assert reaching(values, 1.0, 2.5).tolist() == [False] * 5 + [True] * 3 + [False]
+    assert runs(np.array([1, 1, 0, 0, 1, 0, 1], bool)) == [(0, 2), (4, 5), (6, 7)]
+    assert runs(np.zeros(3, bool)) == [] and runs(np.ones(0, bool)) == []
+
+
+def test_open_and_spread_mouths_are_heard():
+    clip = synthesise(3, 6.0, width=640, height=480)
+    heard = articulation(FilmSound(_pcm(clip.audio), 7), 7, clip.num_frames)
+    said = np.stack([clip.mouth_opening, clip.mouth_width], 1)
+    for i in (0, 1):
+        assert np.corrcoef(heard[:, i], said[:, i])[0, 1] > 0.4
+    later = articulation(FilmSound(_pcm(clip.audio), 7), 17, 50)
+    np.testing.assert_allclose(np.diff(later, axis=0), np.diff(heard[10:60], axis=0), atol=12)
+
+
+def test_bad_voice_weights_are_refused_in_one_line(tmp_path: Path, shared_weights: Path) -> None:
+    sound = FilmSound(np.zeros(16000, np.int16), 0)
+    text = tmp_path / "text.onnx"
+    text.write_bytes(b"not a network")
+    for path, what in (
+        (tmp_path / "none.onnx", "no such file"),
+        (text, "not Silero's network"),
+        (shared_weights / "face_landmarker.task", "not Silero's network"),
+    ):
+        with pytest.raises(TccpError, match=what) as error:
+            voice_activity(sound, 0, 25, path)
+        assert "\n" not in str(error.value) and "silero_vad.onnx" in str(error.value)
+
+
+# ---- real film
+
+
+@dataclass(frozen=True)
+class _Film:
+    tracks: list[Track]
+    sound: FilmSound
+    num_frames: int
+
+
+def _linked(frames: Sequence[Sequence[Face]], chips: Sequence[Sequence[bytes]]) -> list[Track]:
+    """Tracks by overlap from frame to frame, over gaps of up to half a second; straight lines in the gaps."""
+    chains: list[list[tuple[int, Face, bytes]]] = []
+    for at, (found, pictures) in enumerate(zip(frames, chips, strict=True)):
+        free = list(range(len(found)))
+        for chain in chains:
+            if at - chain[-1][0] <= FPS // 2 and free:
+                best = max(free, key=lambda i: iou(chain[-1][1], found[i]))
+                if iou(chain[-1][1], found[best]) > 0.3:
+                    chain.append((at, found[best], pictures[best]))
+                    free.remove(best)
+        chains += [[(at, found[i], pictures[i])] for i in free]
+    tracks = []
+    for number, chain in enumerate(chains):
+        known = np.array([at for at, _, _ in chain])
+        every = np.arange(known[0], known[-1] + 1)
+
+        def filled(values: np.ndarray, known: np.ndarray = known, every: np.ndarray = every) -> np.ndarray:
+            columns = values.reshape(len(values), -1).T
+            lines = [np.interp(every, known, column) for column in columns]
+            return np.stack(lines, 1).reshape(len(every), *values.shape[1:]).astype(np.float32)
+
+        box = filled(np.stack([face.box for _, face, _ in chain]))
+        landmarks = filled(np.stack([face.landmarks_px for _, face, _ in chain if face.landmarks_px is not None]))
+        confidence = np.isin(every, known).astype(np.float32)
+        by_frame = {at: jpeg for at, _, jpeg in chain}
+        tracks.append(Track(number, 0, int(known[0]), box, landmarks, confidence, by_frame))
+    return tracks
+
+
+def _sound(path: Path) -> FilmSound:
+    with open_audio(path) as audio:
+        return FilmSound(_pcm(np.array(audio.samples)), 0)
+
+
+Look = Callable[..., _Film]
+
+
+@pytest.fixture(scope="module")
+def look(shared_clips: Path, shared_weights: Path) -> Iterator[Look]:
+    """Faces, tracks and sound of a shared clip; each film is looked at once. sound: of another clip, dubbed over it."""
+    detector = MediapipeBackend(shared_weights / "face_landmarker.task")
+    seen: dict[tuple[str, int], list[Track]] = {}
+
+    def look(name: str, most: int = 75, sound: str | None = None) -> _Film:
+        path = shared_clips / name
+        count = min(most, probe(path).num_frames)
+        if (name, count) not in seen:
+            frames, chips = [], []
+            for picture in read_frames(path, 0, count):
+                frames.append(detector.detect(picture))
+                chips.append([chip(picture, face, SPEECH_CHIP_PX) for face in frames[-1]])
+            seen[name, count] = _linked(frames, chips)
+        return _Film(seen[name, count], _sound(shared_clips / (sound or name)), count)
+
+    yield look
+    detector.close()
+
+
+def _talking(film: _Film, vad: Path | None, network: Path | None = None) -> list[Stretch]:
+    scores = None
+    if network is not None:
+        light_asd = load_light_asd(network)
+        scores = {track.number: score_track(light_asd, track, film.sound) for track in film.tracks}
+    voice = voice_activity(film.sound, 0, film.num_frames, vad)
+    heard = articulation(film.sound, 0, film.num_frames)
+    stretches = talking(film.tracks, voice, 0, scores, None, heard)
+    _check_cover(film.tracks, stretches)
+    return stretches
+
+
+def _share_kept(film: _Film, stretches: Sequence[Stretch]) -> float:
+    return sum(_frames(stretches, track.number) for track in film.tracks) / film.num_frames
+
+
+@pytest.mark.parametrize("detector", ["silero", "own"])
+@pytest.mark.parametrize(
+    ("name", "share"),
+    [
+        ("grid_bbaf2n.mpg", 1.0),
+        ("grid_brbk7n.mpg", 1.0),
+        ("grid_lwbsza.mpg", 1.0),
+        pytest.param("latentsync_demo1.mp4", 1.0, marks=pytest.mark.slow),
+        pytest.param("latentsync_demo2.mp4", 1.0, marks=pytest.mark.slow),
+        ("lowres_180x320.mp4", 0.9),  # a face of 42 px
+        pytest.param("fps_29.97.mp4", 0.9, marks=pytest.mark.slow),
+        pytest.param(
+            "audio_short_2s.mp4", 0.9, marks=pytest.mark.slow
+        ),  # the sound ends after two of the three seconds looked at
+        ("sync_grid_audio_late_200ms.mp4", 0.9),
+    ],
+)
+def test_lone_speakers_are_kept_with_the_silence_at_the_ends(
+    name: str, share: float, detector: str, look: Look, shared_weights: Path
+) -> None:
+    film = look(name)
+    stretches = _talking(film, shared_weights / "silero_vad.onnx" if detector == "silero" else None)
+    assert _share_kept(film, stretches) >= share
+
+
+@pytest.mark.parametrize("detector", ["silero", "own"])
+def test_two_who_take_turns(detector: str, look: Look, shared_weights: Path) -> None:
+    film = look("two_person_turns.mp4", 148)
+    stretches = _talking(film, shared_weights / "silero_vad.onnx" if detector == "silero" else None)
+    _check_turns(film, stretches)
+
+
+def _check_turns(film: _Film, stretches: Sequence[Stretch]) -> None:
+    left, right = sorted(film.tracks, key=lambda track: track.box[:, 0].mean())
+    assert len(film.tracks) == 2
+    assert all(stop <= 74 for _, stop in _kept(stretches, left.number))
+    assert all(start >= 73 for start, _ in _kept(stretches, right.number))
+    assert _share_kept(film, stretches) >= 0.85
+
+
+def test_two_who_talk_at_once_are_not_taken_apart(look: Look, shared_weights: Path) -> None:
+    film = look("two_person_overlap.mp4")
+    for vad in (shared_weights / "silero_vad.onnx", None):
+        stretches = _talking(film, vad)
+        assert _share_kept(film, stretches) == 0
+        assert all(_frames(stretches, track.number, "several_speak") >= 0.8 * track.num_frames for track in film.tracks)
+
+
+@pytest.mark.parametrize("sound", ["grid_bbaf2n.mpg", "grid_brbk7n.mpg", "latentsync_demo1.mp4"])
+def test_neither_a_printed_face_nor_a_signing_person_speaks(sound: str, look: Look, shared_weights: Path) -> None:
+    film = look("intel_asl_again.mkv", sound=sound)
+    assert film.tracks
+    for vad in (shared_weights / "silero_vad.onnx", None):
+        assert _share_kept(film, _talking(film, vad)) == 0
+
+
+@pytest.mark.slow
+def test_a_real_mouth_beside_another_one_that_moves(look: Look) -> None:
+    """Film of 3 s is often not enough to say whose the voice is; then it is nobody's, never the wrong one's."""
+    names = ["grid_bbaf2n.mpg", "grid_brbk7n.mpg", "grid_lwbsza.mpg", "latentsync_demo1.mp4", "latentsync_demo2.mp4"]
+    right = 0
+    for name in names:
+        film = look(name)
+        voice, heard = voice_activity(film.sound, 0, 75), articulation(film.sound, 0, 75)
+        for other in set(names) - {name}:
+            pair = [_track(0, film.tracks[0].landmarks), _track(1, look(other).tracks[0].landmarks)]
+            stretches = talking(pair, voice, 0, articulation=heard)
+            assert _frames(stretches, 1) == 0
+            right += _frames(stretches, 0) >= 60
+    assert right >= 4  # of 20
+
+
+def test_both_voice_detectors_agree(shared_clips: Path, shared_weights: Path) -> None:
+    for name, share in (("grid_bbaf2n.mpg", 0.95), ("grid_lwbsza.mpg", 0.95), ("latentsync_demo2.mp4", 0.9)):
+        sound = _sound(shared_clips / name)
+        frames = len(sound.pcm) // SAMPLES_PER_FRAME
+        silero = voice_activity(sound, 0, frames, shared_weights / "silero_vad.onnx") >= 0.5
+        own = voice_activity(sound, 0, frames) >= 0.5
+        assert 0.3 < silero.mean() < 0.9 and (silero == own).mean() >= share
+    music = _sound(shared_clips / "moviepy_chaplin.mp4")
+    assert (voice_activity(music, 0, 200, shared_weights / "silero_vad.onnx") >= 0.5).mean() == 0
+    # Asked in the middle, it says what it says having heard everything before.
+    part = voice_activity(sound, 200, 100, shared_weights / "silero_vad.onnx") >= 0.5
+    assert (part == silero[200:300]).mean() >= 0.95
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["grid_bbaf2n.mpg", "grid_lwbsza.mpg", "lowres_180x320.mp4", "fps_29.97.mp4"])
+def test_lone_speakers_are_kept_with_light_asd(name: str, look: Look, shared_weights: Path) -> None:
+    film = look(name)
+    stretches = _talking(
+        film, shared_weights / "silero_vad.onnx", shared_weights / "light_asd_finetuning_TalkSet.model"
+    )
+    assert _share_kept(film, stretches) >= 0.9
+
+
+@pytest.mark.slow
+def test_two_people_with_light_asd(look: Look, shared_weights: Path) -> None:
+    network, vad = shared_weights / "light_asd_finetuning_TalkSet.model", shared_weights / "silero_vad.onnx"
+    film = look("two_person_turns.mp4", 148)
+    _check_turns(film, _talking(film, vad, network))
+    film = look("two_person_overlap.mp4")
+    stretches = _talking(film, vad, network)
+    assert _share_kept(film, stretches) == 0 and {s.reason for s in stretches} >= {"several_speak"}
+    film = look("intel_asl_again.mkv", sound="grid_brbk7n.mpg")
+    assert _share_kept(film, _talking(film, vad, network)) == 0

@@ -1,0 +1,170 @@
+"""From a clip table to a pipeline folder, by the same functions as `tccp train`."""
+
+import hashlib
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_networks import AS_TOY, small
+
+from preprocessing.plan import make_plan
+from preprocessing.run import preprocess
+from tccp.errors import TccpError
+from tccp.inference.pipeline import MANIFEST, Pipeline
+from tccp.models.variants import TWO_STAGE
+from tccp.roundtable import write_clips
+from tccp.training.recipe import Trainer, recipe
+
+SHORT = {
+    "autoencoder.max_steps": 2,
+    "training.max_steps": 2,
+    "training.batch_size": 2,
+    "headbox.draws": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recipe")
+    write_clips(folder / "films", 2, 0.8, seed=5, width=128, height=96)
+    preprocess([folder / "films"], folder / "clips", make_plan(small().picture_px, "truth"))
+    return folder / "clips"
+
+
+def files_of(weights):
+    return {
+        str(path.relative_to(weights)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(weights.rglob("*.safetensors"))
+    }
+
+
+def test_a_network_comes_after_what_it_needs():
+    settings = small()
+    assert recipe(settings)[0] == ("autoencoder", "lips")
+    assert set(recipe(settings)[1]) == set(TWO_STAGE)
+    generated = recipe(small(**{"training.initial_frames": "generated"}))
+    assert generated[1:] == (("landmark_first", "face_first"), ("landmark_sequence", "face_sequence"))
+    assert recipe(small(**{"training.start_from_first": True})) == generated
+    assert recipe(small(**{"lips.source": "none"}))[0] == ("autoencoder",)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes", [pytest.param({}, id="plain"), pytest.param(AS_TOY, id="as toy", marks=pytest.mark.soak)]
+)
+def test_side_by_side_gives_the_same_weights(data, tmp_path, changes):
+    settings = small(**SHORT, **changes)
+    one = Trainer(data, tmp_path / "one", settings, tmp_path / "storage1")
+    assert set(one.train_missing()) == {"autoencoder", "lips", *TWO_STAGE}
+    assert one.missing() == ()
+    assert one.train_missing() == ()
+    two = Trainer(data, tmp_path / "two", settings, tmp_path / "storage2")
+    two.train_missing(jobs=2)
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+    assert len(files_of(tmp_path / "one")) == 6
+    manifest = json.loads((tmp_path / "two" / MANIFEST).read_text())
+    for component in manifest["components"].values():
+        assert component["provenance"]["clips"] == 2
+        assert component["provenance"]["git_commit"]
+        assert component["provenance"]["machine"]
+        assert component["provenance"]["steps"] == 2
+        assert component["provenance"]["core_minutes"] >= 0
+    pipeline = Pipeline.load(tmp_path / "two")
+    assert not any(torch.isnan(p).any() for network in pipeline.networks.values() for p in network.parameters())
+
+
+def test_networks_are_shown_the_lips_of_their_pipeline(data, tmp_path):
+    """Whatever footage they are trained on: generation will show them those."""
+    write_clips(tmp_path / "films", 2, 0.8, seed=6, width=128, height=96)
+    preprocess([tmp_path / "films"], tmp_path / "clips", make_plan(small().picture_px, "truth"))
+    settings, weights = small(**SHORT, **{"lips.liplet_steps": 2}), tmp_path / "w"
+    Trainer(data, weights, settings, tmp_path / "storage").train(["autoencoder", "lips"])
+
+    def sources(clips, storage):
+        return Trainer(clips, weights, settings, tmp_path / storage).cache_for(["face_first"]).lips.sources
+
+    lips = Pipeline.load(weights, ()).lips
+    known, other = sources(data, "storage"), sources(tmp_path / "clips", "storage")
+    assert known.hash == other.hash
+    assert known.for_new_footage.hash == lips.hash
+    elsewhere = sources(tmp_path / "clips", "elsewhere")
+    assert [source.hash for source in elsewhere.sources] == [lips.hash]
+
+
+def test_a_run_that_exists_is_taken_up_only_on_request(data, tmp_path):
+    settings = small(**SHORT)
+    folder = tmp_path / "storage"
+    Trainer(data, tmp_path / "w", settings, folder).train(["autoencoder"])
+    again = Trainer(data, tmp_path / "w", settings, folder)
+    with pytest.raises(TccpError, match="--resume"):
+        again.train(["autoencoder"])
+    Trainer(data, tmp_path / "w", settings, folder, resume=True).train(["autoencoder"])
+
+
+def test_unknown_components_and_weights_of_other_settings_are_refused(data, tmp_path):
+    settings = small(**SHORT)
+    trainer = Trainer(data, tmp_path / "w", settings, tmp_path / "storage")
+    with pytest.raises(TccpError, match="unknown component 'face'"):
+        trainer.train(["face"])
+    trainer.train(["autoencoder"])
+    with pytest.raises(TccpError, match="holds weights of other settings"):
+        Trainer(data, tmp_path / "w", small(**SHORT, window=5), tmp_path / "storage")
+    longer, wider = {"training.max_steps": 9}, {"network.first_frame_channels": True}
+    Trainer(data, tmp_path / "w", small(**SHORT, **{"variant_overrides.face_first": longer}), tmp_path / "storage")
+    sparing = {"network.gradient_checkpointing": True, "network.dropout": 0.2}
+    Trainer(data, tmp_path / "w", small(**SHORT, **sparing), tmp_path / "storage")
+    Trainer(data, tmp_path / "w", small(**SHORT, **{"variant_overrides.face_first": sparing}), tmp_path / "storage")
+    with pytest.raises(TccpError, match=r"of other settings: network\.base_channels is \d+ there and 48 here"):
+        Trainer(data, tmp_path / "w", small(**SHORT, **{"network.base_channels": 48}), tmp_path / "storage")
+    with pytest.raises(TccpError, match=r"holds weights of other settings: variant_overrides\.face_first"):
+        Trainer(data, tmp_path / "w", small(**SHORT, **{"variant_overrides.face_first": wider}), tmp_path / "storage")
+
+
+_WAITING = """
+import sys, time
+from pathlib import Path
+from tccp.training.recipe import _in_processes
+
+def wait(path):
+    import os
+    path.write_text(str(os.getpid()))
+    time.sleep(300)
+
+if __name__ == "__main__":
+    _in_processes(2, wait, [(Path(name),) for name in sys.argv[1:]])
+"""
+
+
+def test_training_processes_end_with_the_process_that_started_them(tmp_path):
+    """Even if that is killed outright: orphans would go on writing the checkpoints of the next run."""
+    script = tmp_path / "waiting.py"
+    script.write_text(_WAITING)
+    marks = [tmp_path / "one", tmp_path / "two"]
+    parent = subprocess.Popen([sys.executable, script, *marks])
+    try:
+        _until(lambda: all(mark.exists() and mark.read_text() for mark in marks))
+    finally:
+        parent.kill()
+        parent.wait()
+    for mark in marks:
+        _until(lambda mark=mark: not _runs(int(mark.read_text())))
+
+
+def _until(true, seconds=60):
+    ends = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < ends, "it did not happen in time"
+        time.sleep(0.1)
+
+
+def _runs(pid):
+    """A process that has ended but was not waited for (no init collects it in a container) does not run."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
