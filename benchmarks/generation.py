@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tccp.config import override, toy
-from tccp.inference.pipeline import write_untrained
+from tccp.inference.pipeline_folder import write_untrained
 from tccp.roundtable import identity_path, write_clips
 
 SMALL = {"picture_px": 32, "network.base_channels": 16, "network.attention_head_dim": 16}

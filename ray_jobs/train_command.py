@@ -116,7 +116,7 @@ def train(
         mlflow: address of an MLflow server, or none (default: a database in the storage, on one machine).
         register: name under which the pipeline is registered with MLflow at the end, with the alias `newest`.
     """
-    from tccp.inference.pipeline import TOY_WEIGHTS
+    from tccp.inference.pipeline_folder import TOY_WEIGHTS
     from tccp.training.launcher.launch import launch
     from tccp.training.launcher.request import Request
 
@@ -172,7 +172,7 @@ VALIDATION_CLIPS = 4
 def validate(job: Any, step: int, network: Any, folder: Path) -> dict[str, float]:
     """`tccp.training.launcher.rank.Validate`; imports are inside, for it travels to where nothing is measured."""
     from tccp.evaluation.validation import validate_network, validation_clips, with_network
-    from tccp.inference.pipeline import has_component
+    from tccp.inference.pipeline_folder import has_component
 
     with job.pipeline.here() as place:
         if job.component in FIRST_OF and not has_component(place, FIRST_OF[job.component]):

@@ -1,3 +1,55 @@
-"""TCCP: a talking head, generated into a scene from audio, a masked video and a picture."""
+"""TCCP generates a talking head into a scene, from audio, a film with the head masked, and a picture of the person.
+
+    import tccp
+
+    pipeline = tccp.Pipeline.from_pretrained("toy")
+    for frame in pipeline.generate("film.mp4", "speech.wav", "face.png"):
+        show(frame.picture)
+
+Names are imported when they are first used, so `import tccp` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tccp.errors import TccpError
+    from tccp.inference.film import FilmRequest, FilmResult
+    from tccp.inference.frames import GeneratedFrame
+    from tccp.inference.pipeline import Pipeline, generate_film
+    from tccp.progress import ProgressEvent
 
 __version__ = "0.1.0"
+
+_HOME = {
+    "FilmRequest": "tccp.inference.film",
+    "FilmResult": "tccp.inference.film",
+    "GeneratedFrame": "tccp.inference.frames",
+    "Pipeline": "tccp.inference.pipeline",
+    "ProgressEvent": "tccp.progress",
+    "TccpError": "tccp.errors",
+    "generate_film": "tccp.inference.pipeline",
+}
+
+__all__ = [
+    "FilmRequest",
+    "FilmResult",
+    "GeneratedFrame",
+    "Pipeline",
+    "ProgressEvent",
+    "TccpError",
+    "__version__",
+    "generate_film",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'tccp' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

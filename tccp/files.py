@@ -164,6 +164,11 @@ class Folder:
             self._fs.rm(f"{self._root}/{name}", recursive=True)
 
 
+def cache_folder() -> Path:
+    """Where copies of remote files lie: `TCCP_CACHE`, else a folder of this user in the system's temporary folder."""
+    return Path(os.environ.get("TCCP_CACHE") or Path(tempfile.gettempdir()) / f"tccp-cache-{os.getuid()}")
+
+
 def fetched(folder: Folder, name: str) -> Path:
     """A file of a folder as one of this machine: itself if it is here, else a copy that is made once and kept.
 
@@ -173,8 +178,7 @@ def fetched(folder: Folder, name: str) -> Path:
     if folder.local is not None:
         return folder.local / name
     key = hashlib.blake2b(folder.path(name).encode(), digest_size=16).hexdigest()
-    root = Path(os.environ.get("TCCP_CACHE") or Path(tempfile.gettempdir()) / f"tccp-cache-{os.getuid()}")
-    copy = root / "fetched" / f"{key}-{name.rsplit('/', 1)[-1]}"
+    copy = cache_folder() / "fetched" / f"{key}-{name.rsplit('/', 1)[-1]}"
     if not copy.exists():
         with atomic_path(copy) as temporary:
             folder.download(name, temporary)

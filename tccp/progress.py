@@ -1,67 +1,138 @@
-"""Progress with an ETA, on stderr, so that stdout stays clean for `--json`."""
+"""Progress of long work, as events to a callback. Without a callback nothing is shown.
+
+Library code reports through `progress()`. A program that wants to show it sets a handler for its process
+(`set_progress_handler`), as the command line does (`tccp.cli.progress_display`), or passes one to the call.
+"""
 
 from __future__ import annotations
 
-import os
+import itertools
+import logging
 import time
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    Task,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+logger = logging.getLogger(__name__)
 
 LINE_EVERY_S = 15.0
-LINES_ONLY = "TCCP_PROGRESS_LINES"
-"""Environment variable that asks for lines on a terminal too."""
 
 
-class LineProgress(Progress):
-    """For logs and pipes: a plain line per task now and then, and one at the end of a task that took so long."""
+@dataclass(frozen=True)
+class ProgressEvent:
+    """How far one task is.
 
-    def __init__(self, *columns: Any, **options: Any):
-        super().__init__(*columns, **options)
-        self._printed: dict[TaskID, float] = {}
+    task_id: the same for all events of one task, unique in its process. description: for people; it may change.
+    done, total: in units of the task; total is None while it is unknown. ended: the last event of the task.
+    """
 
-    def update(self, task_id: TaskID, *args: Any, **fields: Any) -> None:
-        super().update(task_id, *args, **fields)
-        self._line(self._tasks[task_id])
+    task_id: int
+    description: str
+    done: float = 0.0
+    total: float | None = None
+    ended: bool = False
 
-    def advance(self, task_id: TaskID, advance: float = 1) -> None:
-        super().advance(task_id, advance)
-        self._line(self._tasks[task_id])
 
-    def _line(self, task: Task) -> None:
+ProgressHandler = Callable[[ProgressEvent], object]
+
+_handler: ProgressHandler | None = None
+_numbers = itertools.count()
+
+
+def set_progress_handler(handler: ProgressHandler | None) -> None:
+    """Who hears of progress in this process where a call names nobody. Processes started later do not inherit it."""
+    global _handler
+    _handler = handler
+
+
+def progress_handler() -> ProgressHandler | None:
+    return _handler
+
+
+class Tasks:
+    """The tasks of one piece of work; see `progress`."""
+
+    def __init__(self, handler: ProgressHandler | None):
+        self._handler = handler
+        self._tasks: dict[int, ProgressEvent] = {}
+
+    def add_task(self, description: str, total: float | None = None, completed: float = 0.0) -> int:
+        """Returns the number by which `advance` and `update` know it."""
+        task_id = next(_numbers)
+        self._tell(ProgressEvent(task_id, description, completed, total))
+        return task_id
+
+    def advance(self, task_id: int, advance: float = 1.0) -> None:
+        self.update(task_id, advance=advance)
+
+    def update(
+        self,
+        task_id: int,
+        *,
+        completed: float | None = None,
+        advance: float = 0.0,
+        total: float | None = None,
+        description: str | None = None,
+    ) -> None:
+        """completed: units done in all; advance: units done since the last event."""
+        event = self._tasks[task_id]
+        done = event.done + advance if completed is None else completed
+        self._tell(
+            replace(
+                event,
+                done=done,
+                total=event.total if total is None else total,
+                description=description or event.description,
+            )
+        )
+
+    def end(self) -> None:
+        for event in list(self._tasks.values()):
+            self._tell(replace(event, ended=True))
+
+    def _tell(self, event: ProgressEvent) -> None:
+        self._tasks[event.task_id] = event
+        if self._handler is not None:
+            self._handler(event)
+
+
+@contextmanager
+def progress(handler: ProgressHandler | None = None, shown: bool = True) -> Iterator[Tasks]:
+    """Tasks whose progress goes to `handler`, else to the process's handler; to nobody unless `shown`."""
+    tasks = Tasks((handler or _handler) if shown else None)
+    try:
+        yield tasks
+    finally:
+        tasks.end()
+
+
+class ProgressLines:
+    """A handler for logs and pipes: one line per task every 15 seconds, and one at the end of a task that took longer.
+
+    write: takes a line; by default it is logged.
+    """
+
+    def __init__(self, write: Callable[[str], object] = logger.info):
+        self._write = write
+        self._started: dict[int, tuple[float, float]] = {}  # time and amount done at the first event
+        self._written: dict[int, float] = {}
+
+    def __call__(self, event: ProgressEvent) -> None:
         now = time.monotonic()
-        last = self._printed.setdefault(task.id, now)
-        done = task.total is not None and task.completed >= task.total
-        due = now - last >= LINE_EVERY_S or (done and (task.elapsed or 0) >= LINE_EVERY_S)
-        if last == float("inf") or not due:
-            return
-        self._printed[task.id] = float("inf") if done else now
-        total = "?" if task.total is None else f"{task.total:g}"
-        eta = "" if done or task.time_remaining is None else f", ETA {task.time_remaining:.0f} s"
-        self.console.print(f"{task.description}: {task.completed:g}/{total}, {task.elapsed or 0:.0f} s{eta}")
-
-
-def progress(shown: bool = True) -> Progress:
-    """A live bar on a terminal; elsewhere a line every quarter of a minute."""
-    console = Console(stderr=True, soft_wrap=True, quiet=not shown)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-    )
-    if console.is_terminal and not os.environ.get(LINES_ONLY):
-        return Progress(*columns, console=console)
-    return LineProgress(*columns, console=console, disable=True)
+        started, done_then = self._started.setdefault(event.task_id, (now, event.done))
+        written = self._written.setdefault(event.task_id, now)
+        complete = event.total is not None and event.done >= event.total
+        elapsed = now - started
+        if written != float("inf") and (now - written >= LINE_EVERY_S or (complete and elapsed >= LINE_EVERY_S)):
+            self._written[event.task_id] = float("inf") if complete else now
+            rate = (event.done - done_then) / elapsed
+            eta = (
+                ""
+                if complete or event.total is None or not rate
+                else f", ETA {(event.total - event.done) / rate:.0f} s"
+            )
+            total = "?" if event.total is None else f"{event.total:g}"
+            self._write(f"{event.description}: {event.done:g}/{total}, {elapsed:.0f} s{eta}")
+        if event.ended:
+            self._started.pop(event.task_id)
+            self._written.pop(event.task_id)

@@ -183,8 +183,10 @@ def test_no_two_modules_have_one_name() -> None:
 
 
 def imports_of(path: Path, modules: Container[str]) -> Iterator[str]:
-    """The project's modules that a module imports, at its top or in a function."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    """The project's modules that a module imports when it runs, at its top or in a function."""
+    tree = ast.parse(path.read_text())
+    tree.body = [node for node in tree.body if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node))]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in modules)
         elif isinstance(node, ast.ImportFrom) and node.module:

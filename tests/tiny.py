@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from tccp.config import override, toy
-from tccp.inference.film import FilmRequest, FilmResult, generate_film
-from tccp.inference.generation import GeneratedFrame
+from tccp.inference.film import FilmRequest, FilmResult
+from tccp.inference.frames import GeneratedFrame
+from tccp.inference.pipeline import generate_film
 from tccp.media import VideoWriter, read_frames
 from tccp.roundtable import identity_path
 

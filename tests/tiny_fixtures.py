@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from tccp.inference.pipeline import write_untrained
+from tccp.inference.pipeline_folder import write_untrained
 from tccp.roundtable import write_clips
 
 

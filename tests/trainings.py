@@ -65,7 +65,7 @@ def make_data(folder: Path) -> tuple[Path, Path]:
 def write_untrained_pipeline(folder: Path) -> Path:
     """Auto-encoder and lips for OVERRIDES."""
     from tccp.config import load_settings
-    from tccp.inference.pipeline import write_untrained
+    from tccp.inference.pipeline_folder import write_untrained
 
     write_untrained(folder, load_settings("toy", OVERRIDES), ())
     return folder

@@ -54,7 +54,9 @@ def one_line_errors() -> Iterator[None]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     warnings.simplefilter("ignore", FutureWarning)  # of other packages; no news to a user
-    with one_line_errors():
+    from tccp.cli.progress_display import shown_on_stderr
+
+    with one_line_errors(), shown_on_stderr():
         tyro.extras.subcommand_cli_from_dict(
             VERBS, prog="tccp", description="Talking heads, generated into scenes from sound.", args=argv
         )

@@ -25,9 +25,10 @@ from tccp.errors import TccpError
 from tccp.evaluation.benchmark_clips import true_points as true_points_of
 from tccp.evaluation.figures import correlation, psnr
 from tccp.files import atomic_path
-from tccp.inference.film import FilmRequest, FilmResult, generate_film
-from tccp.inference.generation import GeneratedFrame
-from tccp.inference.pipeline import TOY_WEIGHTS, read_settings
+from tccp.inference.film import FilmRequest, FilmResult
+from tccp.inference.frames import GeneratedFrame
+from tccp.inference.pipeline import generate_film
+from tccp.inference.pipeline_folder import TOY_WEIGHTS, read_settings
 from tccp.media import VideoWriter, mark_generated, read_frames
 from tccp.progress import progress
 from tccp.roundtable import Truth, identity_path, read_truth, write_clips

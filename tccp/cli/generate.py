@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from tccp.cli.options import Device, Json, Storage, device_of, emit, note
+from tccp.cli.options import Device, Json, Storage, device_of, emit
 from tccp.config import storage_root
 
 
@@ -15,7 +15,7 @@ def generate(
     scene: Path,
     audio: Path,
     identity: Path,
-    weights: Path,
+    weights: str,
     out: Path,
     mask: Path | None = None,
     box: str | None = None,
@@ -49,7 +49,7 @@ def generate(
         scene: the film.
         audio: any media file with sound.
         identity: a picture or a film of the person; with --truth, a picture is taken as the head crop it is there.
-        weights: pipeline folder; `toy` is the packaged one, which knows RoundTable only.
+        weights: pipeline folder, URL or Hugging Face Hub id; `toy` is the packaged one, which knows RoundTable only.
         out: the film to write, .mp4.
         mask: a film of the scene's size, bright where the head is to be.
         box: x0,y0,x1,y1 in scene pixels, or a JSON track file {"boxes": [[x0, y0, x1, y1], null, ...]}.
@@ -70,14 +70,14 @@ def generate(
         lossless: every pixel outside the mask bit-equal to the decoded scene.
         lip_weights: the published Wav2Lip checkpoint, for weights trained with lips.source=wav2lip.
     """
-    from tccp.inference.film import FilmRequest, generate_film
-    from tccp.inference.pipeline import weights_folder
+    from tccp.inference.film import FilmRequest
+    from tccp.inference.pipeline import generate_film
 
     request = FilmRequest(
         scene=scene,
         audio=audio,
         identity=identity,
-        weights=weights_folder(weights),
+        weights=weights,
         out=out,
         mask=mask,
         box=box,
@@ -102,7 +102,7 @@ def generate(
         lip_weights=lip_weights,
         device=device_of(device),
     )
-    result = generate_film(request, warn=note)
+    result = generate_film(request)
     text = f"{result.out}: {result.frames} frames, {result.passed_through} passed through, {result.seconds:.1f} s"
     emit(json, result.to_json(), text)
 

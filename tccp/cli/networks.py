@@ -93,8 +93,8 @@ def export(
         half: store weights in half precision, at half the size.
         set: settings of sampling that the copy is to have, e.g. sampling.steps=20; training has decided the others.
     """
-    from tccp.inference.pipeline import export as export_components
-    from tccp.inference.pipeline import read_manifest
+    from tccp.inference.pipeline_folder import export as export_components
+    from tccp.inference.pipeline_folder import read_manifest
 
     copied = export_components(weights, out, components, half=half, sampling=set)
     files = [path for path in out.rglob("*") if path.is_file()]
@@ -148,7 +148,7 @@ def evaluate(
 
     from tccp.evaluation.runner import FULL, QUICK, evaluate_roundtable
     from tccp.evaluation.score_table import text_table
-    from tccp.inference.pipeline import weights_folder
+    from tccp.inference.pipeline_folder import weights_folder
 
     place = device_of(device)
     extent = QUICK if quick else FULL

@@ -135,7 +135,8 @@ def _predict(model: Denoiser, states: Sequence[WindowState], t: Sequence[int]) -
             times[row, 0] = CLEAN_TIME
     dropped = torch.arange(len(rows), device=latents.device) >= len(states)
     conditions = Conditions.cat([states[i].conditions for i in rows]).drop(dropped)
-    predicted = model(latents, times, conditions, control).double()
+    dtype = getattr(model, "dtype", latents.dtype)  # states stay in single precision whatever the network computes in
+    predicted = model(latents.to(dtype), times, conditions.in_precision(dtype), control.to(dtype)).double()
     out = predicted[: len(states)].clone()
     for row, i in enumerate(guided, start=len(states)):
         out[i] = predicted[row] + states[i].guidance_scale * (predicted[i] - predicted[row])
@@ -167,11 +168,6 @@ class FrameInputs:
     control: Float[Tensor, "c2 h w"]
     audio: Float[Tensor, "80 16"] | None = None
     lips: Float[Tensor, "3 s s"] | None = None
-
-
-def with_surround(control: Float[Tensor, "c h w"], surround: Float[Tensor, "c h w"] | None) -> Float[Tensor, "c2 h w"]:
-    """A frame's control latents for a network that is shown the surround too; as they are for one that is not."""
-    return control if surround is None else torch.cat([control, surround])
 
 
 @dataclass(frozen=True)
@@ -230,18 +226,19 @@ class Stage:
 
     def chain(
         self, frames: Iterable[FrameInputs], identity: Float[Tensor, "3 h w"], seed: int
-    ) -> Iterator[Float[Tensor, "c h w"]]:
-        """Latents of every frame of one uninterrupted run, in order, as windows finish.
+    ) -> Iterator[Float[Tensor, "c f h w"]]:
+        """Latents of one uninterrupted chain, window by window: the new frames of each window as it finishes.
 
-        The first-frame network makes frame 0; each window continues from the last frame before it, whose latents are
-        handed on as they are, never decoded, and adds `window - 1` frames. The last window is filled up by repeating
-        its last inputs and what is surplus is not given out. Memory does not grow with the number of frames.
+        The first-frame network generates frame 0, alone; each window continues from the last frame before it and adds
+        `window - 1` frames. That frame's latents are passed on unchanged, never decoded. If the frames end inside a
+        window, its last inputs are repeated and the surplus frames are dropped. Memory use does not grow with the
+        number of frames.
         """
         windows = self._windows(frames, identity, seed)
         window = next(windows, None)
         while window is not None:
             generated = run_window(window.model, self.schedule, window.state)
-            yield from generated[:, window.new].unbind(dim=1)
+            yield generated[:, window.new]
             window = _answer(windows, generated)
 
     def chain_batch(

@@ -15,6 +15,7 @@ from jaxtyping import Float32, UInt8
 
 from tccp import headbox
 from tccp.config import FPS, SAMPLES_PER_FRAME, Settings
+from tccp.inference.conditioning import identity_picture, masked_scenes
 from tccp.media.mel import mel_windows
 from tccp.roundtable import Truth, synthesise
 
@@ -93,18 +94,17 @@ def make_clip(seed: int, num_frames: int, settings: Settings, start: int = 0, **
     scenes = np.stack([clip.render(frame) for frame in range(start, start + num_frames)])
     audio = clip.audio[start * SAMPLES_PER_FRAME :]
     size, boxes = settings.picture_px, truth.head_box
-    fit = headbox.SceneFit(clip.width, clip.height, size)
-    height, width = clip.identity.shape[:2]
+    masked, mask_box = masked_scenes(scenes, boxes, size)
     return EvaluationClip(
         truth=truth,
         scenes=scenes,
         faces=np.stack([headbox.crop(scene, box, size) for scene, box in zip(scenes, boxes, strict=True)]),
         points=true_points(truth),
-        masked_scenes=headbox.mask_scene(np.stack([fit.fit(scene) for scene in scenes]), fit.boxes(boxes)),
+        masked_scenes=masked,
         mel=mel_windows(audio, 0, num_frames),
         audio=audio,
-        identity=headbox.crop(clip.identity, np.array([0, 0, width, height], np.float32), size),
-        fitted_boxes=fit.boxes(boxes),
+        identity=identity_picture(clip.identity, size),
+        fitted_boxes=mask_box,
     )
 
 

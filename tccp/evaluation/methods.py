@@ -19,22 +19,22 @@ from torch import Tensor
 
 from tccp import headbox, landmarks
 from tccp.config import VariantName
-from tccp.diffusion.sampling import FrameInputs, with_surround
+from tccp.diffusion.sampling import FrameInputs
 from tccp.errors import TccpError
 from tccp.evaluation.benchmark_clips import EvaluationClip
 from tccp.evaluation.face_probe import FaceProbe, load_probe, read_faces
 from tccp.evaluation.figures import Shown
-from tccp.inference.pipeline import (
+from tccp.inference.components import Components, load_components
+from tccp.inference.conditioning import LandmarkReader, control_kinds, landmark_pictures, lip_pictures, picture_of
+from tccp.inference.pipeline_folder import (
     MANIFEST,
-    Pipeline,
     check_network,
     has_component,
     load_network,
     read_settings,
     same_component,
 )
-from tccp.models.autoencoder import to_bytes, to_model
-from tccp.models.variants import FIRST_OF, TWO_STAGE, PictureKind
+from tccp.models.variants import FIRST_OF, TWO_STAGE, VARIANTS, ControlKind, PictureKind
 from tccp.seeds import rng_seed
 
 Ablation = Literal["no_lip", "one_stage", "context_blind"]
@@ -54,18 +54,18 @@ class Models:
     ablations: pipelines that hold only the networks that differ. missing: rows that cannot be made, and why.
     """
 
-    pipeline: Pipeline
-    ablations: Mapping[Ablation, Pipeline]
+    pipeline: Components
+    ablations: Mapping[Ablation, Components]
     missing: Mapping[str, str]
     probe: FaceProbe
 
     @classmethod
     def load(cls, weights: Path, ablations: Path | None, device: torch.device | str = "cpu") -> Models:
         """Raises TccpError for a folder that is missing, incomplete or damaged, or ablations that do not fit."""
-        pipeline = Pipeline.load(weights, TWO_STAGE, device=device)
+        pipeline = load_components(weights, TWO_STAGE, device=device)
         if ablations is not None and not ablations.is_dir():
             raise TccpError(f"--ablations {ablations} is not a folder: give one with {', '.join(ABLATIONS)} in it")
-        found: dict[Ablation, Pipeline] = {}
+        found: dict[Ablation, Components] = {}
         missing: dict[str, str] = {}
         for name in ABLATIONS:
             if ablations is None:
@@ -80,7 +80,7 @@ class Models:
         return cls(pipeline, found, missing, load_probe())
 
 
-def _load_ablation(name: Ablation, folder: Path, weights: Path, main: Pipeline) -> Pipeline:
+def _load_ablation(name: Ablation, folder: Path, weights: Path, main: Components) -> Components:
     """The networks that differ, on the auto-encoder and the lip source of `main`."""
     settings = read_settings(folder)
     for key in _SHARED:
@@ -100,7 +100,7 @@ def _load_ablation(name: Ablation, folder: Path, weights: Path, main: Pipeline) 
     for variant, network in networks.items():
         check_network(folder, settings, variant, network)
     lips = None if settings.lips.source == "none" else main.lips
-    return Pipeline(settings, main.autoencoder, networks, lips, main.device)
+    return Components(settings, main.autoencoder, networks, lips, main.device)
 
 
 class Shard:
@@ -113,49 +113,39 @@ class Shard:
         self.tick = tick
         self.pipeline = models.pipeline
 
-    def tensor(self, pictures: UInt8[np.ndarray, "*n h w 3"]) -> Float[Tensor, "*n 3 h w"]:
-        return to_model(torch.from_numpy(np.ascontiguousarray(pictures))).to(self.pipeline.device)
-
-    def encode(self, pictures: UInt8[np.ndarray, "f s s 3"], kind: PictureKind) -> Float[Tensor, "f c h w"]:
-        with torch.inference_mode():
-            return self.pipeline.autoencoder.encode(self.tensor(pictures).unsqueeze(2), kind)[:, :, 0].clone()
-
-    def decode(self, latents: Float[Tensor, "c f h w"], kind: PictureKind) -> UInt8[np.ndarray, "f s s 3"]:
-        with torch.inference_mode():
-            pictures = self.pipeline.autoencoder.decode(latents.transpose(0, 1).unsqueeze(2), kind)[:, :, 0]
-        return to_bytes(pictures).cpu().numpy()
-
     @cached_property
     def identities(self) -> list[Float[Tensor, "3 s s"]]:
-        return [self.tensor(clip.identity) for clip in self.clips]
+        return [self.pipeline.encoder.tensor(clip.identity) for clip in self.clips]
 
     @cached_property
     def scene_latents(self) -> list[Float[Tensor, "f c h w"]]:
-        return [self.encode(clip.masked_scenes, "scene") for clip in self.clips]
+        return [self.pipeline.encoder.encode(picture_of("scene", _seen(clip)), "scene") for clip in self.clips]
 
     @cached_property
-    def surround_latents(self) -> list[list[Float[Tensor, "c h w"] | None]]:
-        """What networks that generate faces are shown of the colours around the mask; None if they are not."""
-        if not self.pipeline.settings.surround:
-            return [[None] * clip.num_frames for clip in self.clips]
-        pictures = [headbox.surround(clip.masked_scenes, clip.fitted_boxes) for clip in self.clips]
-        return [list(self.encode(one, "scene")) for one in pictures]
+    def surround_latents(self) -> list[Float[Tensor, "f c h w"]]:
+        return [self.pipeline.encoder.encode(picture_of("surround", _seen(clip)), "surround") for clip in self.clips]
 
     @cached_property
     def true_landmark_latents(self) -> list[Float[Tensor, "c f h w"]]:
         """Latents of the true landmarks' pictures."""
-        pictures = [landmarks.draw(clip.points, self.pipeline.settings.picture_px) for clip in self.clips]
-        return [self.encode(one, "landmark").transpose(0, 1) for one in pictures]
+        return [self.encode_landmarks(clip.points) for clip in self.clips]
 
     @cached_property
     def landmark_latents(self) -> list[Float[Tensor, "c f h w"]]:
-        """Stage 1's latents, as two_stage_generated hands them to stage 2."""
+        """Stage 1's latents, as two_stage_generated passes them to stage 2."""
         return self.stage_one(self.pipeline, self.clips)
+
+    def encode_landmarks(self, points: Float[np.ndarray, "f 68 2"]) -> Float[Tensor, "c f h w"]:
+        pictures = landmark_pictures(points, self.pipeline.settings.picture_px)
+        return self.pipeline.encoder.encode(pictures, "landmark").transpose(0, 1)
+
+    def decode(self, latents: Float[Tensor, "c f h w"], kind: PictureKind) -> UInt8[np.ndarray, "f s s 3"]:
+        return self.pipeline.encoder.decode(latents.transpose(0, 1), kind)
 
     def read_points(
         self, latents: Float[Tensor, "c f h w"], frames: Sequence[int] | None = None
     ) -> Float32[np.ndarray, "f 68 2"]:
-        """Points read back from landmarks; NaN where nothing can be read, and beyond `frames` (default: all)."""
+        """Points read back from landmarks; NaN where none can be read, and outside `frames` (default: all)."""
         at = list(range(latents.shape[1])) if frames is None else list(frames)
         points = np.full((latents.shape[1], landmarks.NUM_POINTS, 2), np.nan, np.float32)
         points[at] = landmarks.read(self.decode(latents[:, at], "landmark"))[0]
@@ -166,58 +156,62 @@ class Shard:
         runs = [rng_seed(clip.truth.seed, "run", 0) for clip in self.clips]
         return [rng_seed(run, stage) if stage else run for run in runs]
 
-    def control(self, pipeline: Pipeline) -> list[Float[Tensor, "f c h w"]]:
-        sees = pipeline.settings.context == "scene"
-        return [latents if sees else torch.zeros_like(latents) for latents in self.scene_latents]
+    def inputs(
+        self,
+        pipeline: Components,
+        variant: VariantName,
+        sounds: Sequence[EvaluationClip],
+        marks: Sequence[Float[Tensor, "c f h w"]] | None = None,
+    ) -> list[list[FrameInputs]]:
+        """What a variant's network of `pipeline` is shown of every clip.
 
-    def mel(self, sounds: Sequence[EvaluationClip]) -> list[Float[Tensor, "f 80 16"]]:
-        return [torch.from_numpy(sound.mel).to(self.pipeline.device) for sound in sounds]
+        sounds: the clips whose sound is heard. marks: latents of landmarks, for networks that are shown landmarks.
+        """
+        row = VARIANTS[variant]
+        kinds = control_kinds(row, pipeline.settings)
+        conditions = row.conditions_with(pipeline.settings.lips.source)
+        inputs = []
+        for i, (clip, sound) in enumerate(zip(self.clips, sounds, strict=True)):
+            known: dict[ControlKind, Tensor] = {}
+            for kind in kinds:
+                if kind == "landmark":
+                    assert marks is not None
+                    known[kind] = marks[i].transpose(0, 1)
+                else:
+                    known[kind] = (self.scene_latents if kind == "scene" else self.surround_latents)[i]
+            lips = None
+            if "lips" in conditions:
+                assert pipeline.lips is not None
+                lips = lip_pictures(pipeline.lips, sound.audio, 0, clip.num_frames, clip.identity)
+            inputs.append(pipeline.encoder.inputs(row, _seen(clip), sound.mel, lips, known))
+        return inputs
 
-    def lips(self, pipeline: Pipeline, sounds: Sequence[EvaluationClip]) -> list[Sequence[Tensor | None]]:
-        """Lip references `3 s s` per frame: each clip's person to the sound of `sounds`."""
-        source = pipeline.lips
-        if source is None:
-            return [[None] * clip.num_frames for clip in self.clips]
-        pairs = zip(self.clips, sounds, strict=True)
-        windows = [(clip, source.windows(sound.audio, 0, clip.num_frames)) for clip, sound in pairs]
-        return [list(self.tensor(source.lips(mel, clip.identity))) for clip, mel in windows]
+    def chains(
+        self,
+        pipeline: Components,
+        sequence: VariantName,
+        sounds: Sequence[EvaluationClip],
+        seeds: Sequence[int],
+        marks: Sequence[Float[Tensor, "c f h w"]] | None = None,
+    ) -> list[Float[Tensor, "c f h w"]]:
+        """Latents that a stage generates for every clip, all clips in lockstep."""
+        inputs = self.inputs(pipeline, sequence, sounds, marks)
+        return pipeline.stage(sequence).chain_batch(inputs, self.identities, seeds, on_frames=self.tick)
 
-    def stage_one(self, pipeline: Pipeline, sounds: Sequence[EvaluationClip]) -> list[Float[Tensor, "c f h w"]]:
+    def stage_one(self, pipeline: Components, sounds: Sequence[EvaluationClip]) -> list[Float[Tensor, "c f h w"]]:
         """Latents of generated landmarks, redrawn if the settings say so."""
-        told = zip(self.control(pipeline), self.mel(sounds), strict=True)
-        inputs = [[FrameInputs(*frame) for frame in zip(*clip, strict=True)] for clip in told]
-        stage = pipeline.stage("landmark_sequence")
-        latents = stage.chain_batch(inputs, self.identities, self.seeds("landmark"), on_frames=self.tick)
+        latents = self.chains(pipeline, "landmark_sequence", sounds, self.seeds("landmark"))
         return [self.redrawn(one) for one in latents] if pipeline.settings.sampling.redraw_landmarks else latents
 
     def redrawn(self, latents: Float[Tensor, "c f h w"]) -> Float[Tensor, "c f h w"]:
-        """Points read back and drawn anew; where none can be read, those of the frame before."""
-        points = self.read_points(latents)
-        for frame in range(1, len(points)):
-            if not np.isfinite(points[frame]).all():
-                points[frame] = points[frame - 1]
-        return self.encode(landmarks.draw(points, self.pipeline.settings.picture_px), "landmark").transpose(0, 1)
-
-    def face_inputs(
-        self, pipeline: Pipeline, marks: Sequence[Float[Tensor, "c f h w"]], sounds: Sequence[EvaluationClip]
-    ) -> list[list[FrameInputs]]:
-        """What stage 2 is told: landmark latents, the surround, and lips."""
-        told = zip(marks, self.surround_latents, self.lips(pipeline, sounds), strict=True)
-        return [
-            [
-                FrameInputs(with_surround(mark, around), lips=lip)
-                for mark, around, lip in zip(latents.unbind(1), surround, lips, strict=True)
-            ]
-            for latents, surround, lips in told
-        ]
+        """Latents of the points read back and drawn anew, as generation does with `redraw`."""
+        return self.encode_landmarks(LandmarkReader().read(self.decode(latents, "landmark"))[0])
 
     def stage_two(
-        self, pipeline: Pipeline, marks: Sequence[Float[Tensor, "c f h w"]], sounds: Sequence[EvaluationClip]
+        self, pipeline: Components, marks: Sequence[Float[Tensor, "c f h w"]], sounds: Sequence[EvaluationClip]
     ) -> list[Float[Tensor, "c f h w"]]:
         """Latents of generated faces."""
-        inputs = self.face_inputs(pipeline, marks, sounds)
-        stage = pipeline.stage("face_sequence")
-        return stage.chain_batch(inputs, self.identities, self.seeds("face"), on_frames=self.tick)
+        return self.chains(pipeline, "face_sequence", sounds, self.seeds("face"), marks)
 
     def truth(self) -> list[Shown]:
         """The pictures themselves: the ceiling of every instrument."""
@@ -237,6 +231,11 @@ class Shard:
         marks = [None] * len(self.clips) if made.marks is None else [self.read_points(one) for one in made.marks]
         pairs = zip(self.clips, made.faces, marks, strict=True)
         return [composed(self.models.probe, clip, self.decode(faces, "face"), points) for clip, faces, points in pairs]
+
+
+def _seen(clip: EvaluationClip) -> dict[str, np.ndarray]:
+    """The clip's scene as `tccp.inference.conditioning.picture_of` takes it."""
+    return {"masked_scene": clip.masked_scenes, "mask_box": clip.fitted_boxes}
 
 
 def composed(
@@ -259,7 +258,7 @@ class Made:
 
 def reconstruction(shard: Shard) -> Made:
     """True pictures through the auto-encoder: the ceiling of what generates latents."""
-    faces = [shard.encode(clip.faces, "face").transpose(0, 1) for clip in shard.clips]
+    faces = [shard.pipeline.encoder.encode(clip.faces, "face").transpose(0, 1) for clip in shard.clips]
     return Made(faces, shard.true_landmark_latents)
 
 
@@ -282,20 +281,13 @@ def no_lip(shard: Shard) -> Made:
 def one_stage(shard: Shard) -> Made:
     """Faces straight from scene, sound, lips and identity."""
     pipeline = shard.models.ablations["one_stage"]
-    lips = shard.lips(pipeline, shard.clips)
-    told = zip(shard.control(pipeline), shard.surround_latents, shard.mel(shard.clips), lips, strict=True)
-    inputs = [
-        [FrameInputs(with_surround(seen, around), mel, lip) for seen, around, mel, lip in zip(*clip, strict=True)]
-        for clip in told
-    ]
-    stage = pipeline.stage("one_stage_sequence")
-    return Made(stage.chain_batch(inputs, shard.identities, shard.seeds(), on_frames=shard.tick))
+    return Made(shard.chains(pipeline, "one_stage_sequence", shard.clips, shard.seeds()))
 
 
 def per_frame(shard: Shard) -> Made:
     """Every face by the first-frame network, from the same generated landmarks."""
     stage = shard.pipeline.stage("face_sequence")
-    inputs = shard.face_inputs(shard.pipeline, shard.landmark_latents, shard.clips)
+    inputs = shard.inputs(shard.pipeline, "face_sequence", shard.clips, shard.landmark_latents)
     told = zip(inputs, shard.identities, shard.seeds("face"), strict=True)
     faces = []
     for clip in told:

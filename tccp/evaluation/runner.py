@@ -50,7 +50,7 @@ from tccp.evaluation.worker import (
     held_out_work,
     reference_work,
 )
-from tccp.inference.pipeline import read_manifest, read_settings
+from tccp.inference.pipeline_folder import read_manifest, read_settings
 from tccp.models.variants import VARIANTS
 from tccp.processes import end_with_parent
 from tccp.progress import progress

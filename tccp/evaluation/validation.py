@@ -14,13 +14,13 @@ from jaxtyping import UInt8
 
 from tccp import landmarks
 from tccp.config import Settings, VariantName
-from tccp.diffusion.sampling import FrameInputs, Stage
+from tccp.diffusion.sampling import Stage
 from tccp.diffusion.schedule import NoiseSchedule
 from tccp.evaluation.benchmark_clips import HELD_OUT_FRAMES, EvaluationClip, clip_seeds, make_clip
 from tccp.evaluation.face_probe import load_probe, read_faces
 from tccp.evaluation.figures import correlation, psnr
 from tccp.evaluation.methods import Models, Shard
-from tccp.inference.pipeline import Pipeline
+from tccp.inference.components import Components, load_components
 from tccp.media import VideoWriter
 from tccp.models.mvcontrolnet import MVControlNet
 from tccp.models.variants import FIRST_OF
@@ -39,13 +39,13 @@ def validation_clips(settings: Settings, count: int) -> list[EvaluationClip]:
 
 
 def validate_network(
-    pipeline: Pipeline, variant: VariantName, clips: list[EvaluationClip], folder: Path | None = None
+    pipeline: Components, variant: VariantName, clips: list[EvaluationClip], folder: Path | None = None
 ) -> Figures:
     """Figures of one network of a pipeline, the same for the same network; and a film of the first clip in `folder`.
 
     `score` among them is what a better network has more of: correlation of the mouth for landmarks, PSNR for faces.
     """
-    measure: dict[VariantName, Callable[[Pipeline, list[EvaluationClip]], tuple[Figures, np.ndarray]]] = {
+    measure: dict[VariantName, Callable[[Components, list[EvaluationClip]], tuple[Figures, np.ndarray]]] = {
         "landmark_first": _landmark_first,
         "landmark_sequence": _landmark_sequence,
         "face_first": _face_first,
@@ -84,18 +84,18 @@ def _landmark_figures(points: np.ndarray, truth: np.ndarray) -> Figures:
     }
 
 
-def _landmark_first(pipeline: Pipeline, clips: list[EvaluationClip]) -> tuple[Figures, np.ndarray]:
+def _landmark_first(pipeline: Components, clips: list[EvaluationClip]) -> tuple[Figures, np.ndarray]:
     stage, shard = single(pipeline, "landmark_first"), Shard(_models(pipeline), clips)
-    told = zip(clips, shard.control(pipeline), shard.mel(clips), shard.identities, strict=True)
-    pictures = []
-    for clip, control, mel, identity in told:
-        inputs = [FrameInputs(control[k], mel[k]) for k in range(0, FRAMES, EVERY)]
-        pictures.append(shard.decode(stage.each_frame(inputs, identity, clip.truth.seed), "landmark"))
+    given = zip(clips, shard.inputs(pipeline, "landmark_first", clips), shard.identities, strict=True)
+    pictures = [
+        shard.decode(stage.each_frame(inputs[::EVERY], identity, clip.truth.seed), "landmark")
+        for clip, inputs, identity in given
+    ]
     read = np.concatenate([landmarks.read(one)[0] for one in pictures])
     return _landmark_figures(read, np.concatenate([clip.points[::EVERY] for clip in clips])), pictures[0]
 
 
-def _landmark_sequence(pipeline: Pipeline, clips: list[EvaluationClip]) -> tuple[Figures, np.ndarray]:
+def _landmark_sequence(pipeline: Components, clips: list[EvaluationClip]) -> tuple[Figures, np.ndarray]:
     shard = Shard(_models(pipeline), clips)
     made = shard.stage_one(pipeline, clips)
     read = np.concatenate([shard.read_points(latents) for latents in made])
@@ -103,11 +103,12 @@ def _landmark_sequence(pipeline: Pipeline, clips: list[EvaluationClip]) -> tuple
     return figures, shard.decode(made[0], "landmark")
 
 
-def _face_first(pipeline: Pipeline, clips: list[EvaluationClip]) -> tuple[Figures, np.ndarray]:
+def _face_first(pipeline: Components, clips: list[EvaluationClip]) -> tuple[Figures, np.ndarray]:
     stage, probe = single(pipeline, "face_first"), load_probe()
     shard = Shard(_models(pipeline), clips)
-    told = zip(shard.face_inputs(pipeline, shard.true_landmark_latents, clips), shard.identities, clips, strict=True)
-    made = [stage.each_frame(inputs[::EVERY], identity, clip.truth.seed) for inputs, identity, clip in told]
+    inputs_of_clips = shard.inputs(pipeline, "face_first", clips, shard.true_landmark_latents)
+    given = zip(inputs_of_clips, shard.identities, clips, strict=True)
+    made = [stage.each_frame(inputs[::EVERY], identity, clip.truth.seed) for inputs, identity, clip in given]
     shown = [shard.decode(latents, "face") for latents in made]
     faces, true = np.concatenate(shown), np.concatenate([clip.faces[::EVERY] for clip in clips])
     opening = np.concatenate([clip.truth.mouth_opening[::EVERY] for clip in clips])
@@ -122,7 +123,7 @@ def _face_first(pipeline: Pipeline, clips: list[EvaluationClip]) -> tuple[Figure
     return figures, shown[0]
 
 
-def _face_sequence(pipeline: Pipeline, clips: list[EvaluationClip]) -> tuple[Figures, np.ndarray]:
+def _face_sequence(pipeline: Components, clips: list[EvaluationClip]) -> tuple[Figures, np.ndarray]:
     probe, shard = load_probe(), Shard(_models(pipeline), clips)
     made = shard.stage_two(pipeline, shard.true_landmark_latents, clips)
     faces = [shard.decode(latents, "face") for latents in made]
@@ -135,21 +136,21 @@ def _face_sequence(pipeline: Pipeline, clips: list[EvaluationClip]) -> tuple[Fig
     return {"mouth_corr_face": float(np.mean(corr)), **windows, "score": windows["psnr_window_5"]}, faces[0]
 
 
-def _models(pipeline: Pipeline) -> Models:
+def _models(pipeline: Components) -> Models:
     return Models(pipeline, {}, {}, load_probe())
 
 
-def single(pipeline: Pipeline, variant: VariantName) -> Stage:
+def single(pipeline: Components, variant: VariantName) -> Stage:
     """A stage of which only the first-frame network is used."""
     network = pipeline.networks[variant]
     settings = pipeline.settings.for_variant(variant)
     return Stage(network, network, NoiseSchedule.from_settings(settings.diffusion), *[settings.sampling] * 2)
 
 
-def with_network(folder: Path, variant: VariantName, network: MVControlNet, device: str = "cpu") -> Pipeline:
+def with_network(folder: Path, variant: VariantName, network: MVControlNet, device: str = "cpu") -> Components:
     """The pipeline in a folder, with this network in place of its own, and with its first-frame network."""
     companions = (FIRST_OF[variant],) if variant in FIRST_OF else ()
-    whole = Pipeline.load(folder, companions, device=device)
-    return Pipeline(
+    whole = load_components(folder, companions, device=device)
+    return Components(
         whole.settings, whole.autoencoder, {**whole.networks, variant: network.to(device)}, whole.lips, whole.device
     )

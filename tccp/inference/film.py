@@ -1,63 +1,71 @@
-"""`tccp generate` as a function: check every input, find the head, then stream the film."""
+"""One film: check every input, find the head, generate the frames, write the film."""
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import cv2
-import numpy as np
-from jaxtyping import Float, UInt8
-from rich.progress import Progress
-
-from tccp import faces, headbox
-from tccp.config import Solver, override
+from tccp import faces
+from tccp.config import Settings, Solver, override
 from tccp.errors import TccpError
-from tccp.inference.generation import (
-    Extend,
-    GeneratedFrame,
-    Generator,
-    LandmarkTrack,
-    landmark_writer,
-    scene_frames,
-    scene_indices,
-    variants_needed,
-)
+from tccp.inference.components import Components
+from tccp.inference.frames import GeneratedFrame
+from tccp.inference.generation import Generator, variants_needed
 from tccp.inference.head_tracks import (
     HeadTrack,
     Point,
     find_cuts,
-    square_box,
     track_from_boxes,
     track_from_detector,
     track_from_mask,
     track_from_truth,
 )
-from tccp.inference.pipeline import Pipeline
-from tccp.media import MediaError, MediaInfo, VideoWriter, mark_generated, open_audio, probe, read_frames
+from tccp.inference.identity_crop import identity_candidates, identity_head
+from tccp.inference.landmark_file import LandmarkFile, landmark_writer
+from tccp.inference.scene import Extend, scene_frames, scene_indices
+from tccp.media import AudioTrack, MediaError, MediaInfo, VideoWriter, mark_generated, open_audio, probe
 from tccp.media.mel import check_audio
-from tccp.progress import progress
-from tccp.roundtable import read_truth
+from tccp.models.variants import VariantName
+from tccp.progress import ProgressHandler, Tasks, progress
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
-_IDENTITY_CANDIDATES = 16  # frames of an identity film that are looked at
+logger = logging.getLogger(__name__)
+
+OnFrame = Callable[[GeneratedFrame], object]
 
 
 @dataclass(frozen=True)
 class FilmRequest:
-    """What `tccp generate` is asked for; see its --help. Boxes are x0,y0,x1,y1 in pixels."""
+    """What to generate, and how.
+
+    scene: the film to generate into. audio: any media file with sound; the film becomes as long as it. identity: a
+    picture or a film of the person. out: the film to write (.mp4); None where frames are taken instead.
+    weights: a pipeline folder of this machine, a URL, a Hub id, or `toy`; not used where a pipeline is given.
+
+    Where the head is, one of: mask (a film of the scene's size, bright where the head is to be), box (`x0,y0,x1,y1` in
+    scene pixels, or a JSON track file), truth (the truth file beside a film of `tccp synth`); else a face detector
+    looks for it: detector, detector_weights, person (x, y in pixels of the person to replace).
+    identity_box: `x0,y0,x1,y1` of the head in the identity picture, or `whole`.
+
+    extend: what to do if the scene is shorter than the sound. steps, solver, guidance_scale, temperature: sampling;
+    None is as the weights say. seed: of all random numbers. preset: refuse weights of another preset. one_stage: use
+    the one-stage networks. landmarks, save_landmarks: files of stage 1's points to generate from, or to write.
+    redraw: read stage 1's points back and draw them anew for stage 2. color_match: match the head's colours to the ring
+    around the mask. lossless: keep every pixel outside the mask. lip_weights: the published Wav2Lip checkpoint.
+    device: cpu, cuda or cuda:N.
+    """
 
     scene: Path
     audio: Path
     identity: Path
-    weights: Path
-    out: Path
+    weights: Path | str = "toy"
+    out: Path | None = None
     mask: Path | None = None
     box: str | None = None
     truth: bool = False
@@ -81,10 +89,22 @@ class FilmRequest:
     lip_weights: Path | None = None
     device: str = "cpu"
 
+    def __post_init__(self) -> None:
+        """Paths may be given as strings."""
+        for name in ("scene", "audio", "identity", "out", "mask", "detector_weights", "save_landmarks", "landmarks"):
+            given = getattr(self, name)
+            if isinstance(given, str):
+                object.__setattr__(self, name, Path(given))
+
+    @property
+    def variants(self) -> tuple[VariantName, ...]:
+        """The networks it needs."""
+        return variants_needed(self.one_stage, from_landmarks=self.landmarks is not None)
+
 
 @dataclass(frozen=True)
 class FilmResult:
-    """frames = generated + passed_through (frames without the person). seconds: wall clock, set-up included."""
+    """frames = generated + passed_through (frames without the person). seconds: wall clock, with loading and checks."""
 
     out: Path
     frames: int
@@ -97,82 +117,137 @@ class FilmResult:
         return {**dataclasses.asdict(self), "out": str(self.out), "warnings": list(self.warnings)}
 
 
-def generate_film(
-    request: FilmRequest,
-    warn: Callable[[str], object] = lambda text: None,
-    on_frame: Callable[[GeneratedFrame], object] = lambda frame: None,
-) -> FilmResult:
-    """Generates the film. Nothing stands under `request.out` unless it is whole.
+class FilmInputs:
+    """The opened and checked inputs of a request. Use as a context manager.
 
-    on_frame: is shown every finished frame.
-    Raises TccpError for whatever is wrong with the inputs, before any work is done wherever that can be known.
+    Everything that can be refused before the networks are loaded is refused when it is opened: raises TccpError or
+    MediaError.
+    """
+
+    def __init__(self, request: FilmRequest):
+        self.request = request
+        self.warnings: list[str] = []
+        self._open = ExitStack()
+
+    def __enter__(self) -> FilmInputs:
+        request = self.request
+        _check_options(request)
+        self.scene = probe(request.scene)
+        if not self.scene.has_video:
+            message = "the file has no pictures; --scene needs a film with a video track"
+            raise MediaError(request.scene, "no_video", message)
+        self.candidates = identity_candidates(request.identity)
+        with ExitStack() as opened:
+            self.landmarks = opened.enter_context(
+                LandmarkFile(request.landmarks) if request.landmarks else nullcontext()
+            )
+            self.audio: AudioTrack = opened.enter_context(open_audio(request.audio))
+            for text in check_audio(self.audio):
+                self.warn(f"{request.audio}: {text}")
+            # Refuses a scene that is too short.
+            scene_indices(self.scene.num_frames, self.num_frames, request.extend, request.scene)
+            self._open = opened.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._open.close()
+
+    @property
+    def num_frames(self) -> int:
+        """Length of the film to be, at 25 fps."""
+        return self.audio.num_frames
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+        logger.warning("%s", text)
+
+
+def film_frames(components: Components, inputs: FilmInputs, tasks: Tasks) -> Iterator[GeneratedFrame]:
+    """The frames of the film, in order, as windows finish. Raises TccpError if no head or face is found."""
+    request = inputs.request
+    components = dataclasses.replace(components, settings=_with_sampling(components.settings, request))
+    identity = identity_head(
+        request.identity,
+        inputs.candidates,
+        box=request.identity_box,
+        truth=request.truth,
+        open_detector=lambda: _detector(request),
+    )
+    track = _find_head(inputs, tasks)
+    generator = Generator(
+        components,
+        inputs.audio,
+        identity,
+        request.seed,
+        one_stage=request.one_stage,
+        landmark_points=inputs.landmarks,
+        redraw=request.redraw or None,
+        color_match=request.color_match,
+    )
+    task = tasks.add_task("generating", total=inputs.num_frames)
+    scene = scene_frames(request.scene, inputs.scene, track, inputs.num_frames, request.extend)
+    for frame in generator.frames(scene):
+        yield frame
+        tasks.advance(task)
+
+
+def write_film(
+    request: FilmRequest,
+    load: Callable[[FilmRequest], Components],
+    on_frame: OnFrame = lambda frame: None,
+    on_progress: ProgressHandler | None = None,
+) -> FilmResult:
+    """Generates and writes the film. Nothing stands under `request.out` unless it is whole.
+
+    load: gives the components, once the inputs are checked. on_frame: gets every finished frame.
+    Raises TccpError or MediaError for whatever is wrong with the inputs, before any work wherever that can be known.
     """
     started = time.monotonic()
-    warnings: list[str] = []
-
-    def note(text: str) -> None:
-        warnings.append(text)
-        warn(text)
-
-    _check_options(request)
-    scene = probe(request.scene)
-    if not scene.has_video:
-        raise MediaError(request.scene, "no_video", "the file has no pictures; --scene needs a film with a video track")
-    candidates = _identity_pictures(request.identity)
-    with (
-        LandmarkTrack(request.landmarks) if request.landmarks else nullcontext() as points,
-        open_audio(request.audio) as audio,
-    ):
-        for text in check_audio(audio):
-            note(f"{request.audio}: {text}")
-        num_frames = audio.num_frames
-        scene_indices(scene.num_frames, num_frames, request.extend, request.scene)  # refuses a scene that is too short
-        marks = mark_generated(seed=str(request.seed), weights=request.weights.resolve().name)
-        film = VideoWriter(request.out, scene.width, scene.height, audio, lossless=request.lossless, metadata=marks)
-        needed = variants_needed(request.one_stage, from_landmarks=points is not None)
-        pipeline = Pipeline.load(
-            request.weights, needed, preset=request.preset, device=request.device, lip_weights=request.lip_weights
+    if request.out is None:
+        raise TccpError("no film to write to: give out (a name that ends in .mp4)")
+    with FilmInputs(request) as inputs, progress(on_progress) as tasks:
+        film = VideoWriter(
+            request.out,
+            inputs.scene.width,
+            inputs.scene.height,
+            inputs.audio,
+            lossless=request.lossless,
+            metadata=mark_generated(seed=str(request.seed), weights=Path(request.weights).absolute().name),
         )
-        pipeline = _with_sampling(pipeline, request)
-        identity = read_identity(request, candidates)
+        frames = film_frames(load(request), inputs, tasks)
+        first = next(frames)  # every input is checked by now; only then is a folder made
+        request.out.parent.mkdir(parents=True, exist_ok=True)
         generated = 0
-        with progress() as bar:
-            track = _find_head(request, scene, min(num_frames, scene.num_frames), bar, note)
-            generator = Generator(
-                pipeline,
-                audio,
-                identity,
-                request.seed,
-                one_stage=request.one_stage,
-                landmark_points=points,
-                redraw=request.redraw or None,
-                color_match=request.color_match,
-            )
-            task = bar.add_task("generating", total=num_frames)
-            request.out.parent.mkdir(parents=True, exist_ok=True)
-            with film, landmark_writer(request.save_landmarks) as save:
-                for frame in generator.frames(scene_frames(request.scene, scene, track, num_frames, request.extend)):
-                    film.write(frame.picture)
-                    save(frame)
-                    on_frame(frame)
-                    generated += frame.face is not None
-                    bar.advance(task)
+        with film, landmark_writer(request.save_landmarks) as save:
+            frame: GeneratedFrame | None = first
+            while frame is not None:
+                film.write(frame.picture)
+                save(frame)
+                on_frame(frame)
+                generated += frame.face is not None
+                frame = next(frames, None)
     seconds = round(time.monotonic() - started, 2)
-    return FilmResult(request.out, num_frames, generated, num_frames - generated, seconds, tuple(warnings))
+    passed_through = inputs.num_frames - generated
+    return FilmResult(request.out, inputs.num_frames, generated, passed_through, seconds, tuple(inputs.warnings))
 
 
 def _check_options(request: FilmRequest) -> None:
-    """Refuses what contradicts itself or could not be written in the end."""
+    """Refuses options that contradict each other, and outputs that could not be written in the end."""
     if sum((request.mask is not None, request.box is not None, request.truth)) > 1:
         raise TccpError("--mask, --box and --truth say the same thing in three ways: give one of them")
     if request.one_stage and (request.landmarks or request.save_landmarks or request.redraw):
         raise TccpError("--one-stage has no landmarks: leave out --landmarks, --save-landmarks and --redraw")
-    _check_writable(request.out, "--out")
-    if request.save_landmarks is not None:
-        _check_writable(request.save_landmarks, "--save-landmarks")
-    inputs = (request.scene, request.audio, request.identity, request.mask)
-    if request.out.exists() and any(path and path.exists() and path.samefile(request.out) for path in inputs):
-        raise TccpError(f"--out {request.out} is one of the inputs, which it would overwrite: give another name")
+    track_file = Path(request.box) if request.box else None
+    inputs = [request.scene, request.audio, request.identity, request.mask, request.landmarks, track_file]
+    outputs = {"--out": request.out, "--save-landmarks": request.save_landmarks}
+    for option, path in outputs.items():
+        if path is None:
+            continue
+        _check_writable(path, option)
+        if path.exists() and any(one and one.exists() and one.samefile(path) for one in inputs):
+            raise TccpError(f"{option} {path} is one of the inputs, which it would overwrite: give another name")
+    if request.out and request.save_landmarks and request.out.absolute() == request.save_landmarks.absolute():
+        raise TccpError(f"--out and --save-landmarks are both {request.out}: give two names")
 
 
 def _check_writable(path: Path, option: str) -> None:
@@ -189,31 +264,31 @@ def _check_writable(path: Path, option: str) -> None:
         ) from None
 
 
-def _with_sampling(pipeline: Pipeline, request: FilmRequest) -> Pipeline:
-    """The pipeline with what the command line says about sampling, also where a variant has settings of its own."""
+def _with_sampling(settings: Settings, request: FilmRequest) -> Settings:
+    """The pipeline's settings with the request's sampling, also where a variant has sampling settings of its own."""
     names = ("solver", "steps", "guidance_scale", "temperature")
     given = {name: getattr(request, name) for name in names}
     changes = {f"sampling.{name}": value for name, value in given.items() if value is not None}
-    settings = override(pipeline.settings, changes)
+    settings = override(settings, changes)
     for variant, own in settings.variant_overrides.items():
         again = {key: value for key, value in changes.items() if key in own}
         settings = override(settings, {f"variant_overrides.{variant}": {**own, **again}})
     most = settings.diffusion.num_train_timesteps
     if settings.sampling.steps > most:
         raise TccpError(f"--steps {settings.sampling.steps}: at most {most}, as many as the networks were trained with")
-    return dataclasses.replace(pipeline, settings=settings)
+    return settings
 
 
-def _find_head(
-    request: FilmRequest, scene: MediaInfo, num_frames: int, bar: Progress, note: Callable[[str], object]
-) -> HeadTrack:
-    """The head in the first `num_frames` of the scene, and the cuts there."""
+def _find_head(inputs: FilmInputs, tasks: Tasks) -> HeadTrack:
+    """The head in as much of the scene as the film shows, and the cuts there."""
+    request, scene = inputs.request, inputs.scene
+    num_frames = min(inputs.num_frames, scene.num_frames)
     if request.truth:
         return track_from_truth(scene)
-    task = bar.add_task("looking for the head", total=num_frames)
+    task = tasks.add_task("looking for the head", total=num_frames)
 
     def on_frame() -> None:
-        bar.advance(task)
+        tasks.advance(task)
 
     if request.mask is None and request.box is None:
         with _detector(request) as backend:
@@ -225,13 +300,20 @@ def _find_head(
         track = track_from_boxes(scene, request.box)
     if track.cuts is not None:
         return track
+    return dataclasses.replace(track, cuts=_cuts(inputs, scene, num_frames, on_frame))
+
+
+def _cuts(
+    inputs: FilmInputs, scene: MediaInfo, num_frames: int, on_frame: Callable[[], object]
+) -> frozenset[int] | None:
+    """The cuts; None, with a warning, where the optional package that finds them is not installed."""
     try:
-        return dataclasses.replace(track, cuts=find_cuts(scene, num_frames, on_frame))
+        return find_cuts(scene, num_frames, on_frame)
     except MediaError:
         raise
-    except TccpError as error:  # a plain installation, without a detector of cuts, generates too
-        note(f"{scene.path} is taken for one shot: {error}")
-        return track
+    except TccpError as error:
+        inputs.warn(f"{scene.path} is taken for one shot: {error}")
+        return None
 
 
 @contextmanager
@@ -241,67 +323,3 @@ def _detector(request: FilmRequest) -> Iterator[faces.FaceBackend]:
         yield backend
     finally:
         backend.close()
-
-
-def read_identity(request: FilmRequest, pictures: dict[int, UInt8[np.ndarray, "_ _ 3"]]) -> UInt8[np.ndarray, "h w 3"]:
-    """The head crop of the identity picture, or of that of a film's `pictures` that shows the face largest.
-
-    pictures: by the number of their frame. A box that is given, or known, is that of the one in the middle.
-    Raises TccpError if there is no face where one is looked for.
-    """
-    given = request.identity_box
-    frame, middle = list(pictures.items())[len(pictures) // 2]
-    if given == "whole":
-        return middle
-    if given is not None:
-        try:
-            box = np.array([float(part) for part in given.split(",")]).reshape(4)
-        except ValueError:
-            raise TccpError(f"--identity-box {given}: give x0,y0,x1,y1 in pixels, or whole") from None
-        height, width = middle.shape[:2]
-        return _crop_native(middle, square_box(box, width, height, f"--identity-box {given} of {request.identity}"))
-    if request.truth:
-        if _is_picture(request.identity):
-            return middle  # `tccp synth` writes head crops
-        return _crop_native(middle, read_truth(request.identity).head_box[frame])
-    with _detector(request) as backend:
-        found = [(face, picture) for picture in pictures.values() for face in backend.detect(picture)]
-    if not found:
-        raise TccpError(
-            f"no face found in {request.identity} with {request.detector}: give --identity-box x0,y0,x1,y1, or "
-            "--identity-box whole if the picture shows the head alone"
-        )
-    face, picture = max(found, key=lambda pair: pair[0].side)
-    if face.landmarks_px is not None:
-        return _crop_native(picture, headbox.head_boxes(face.landmarks_px[None])[0])
-    return _crop_native(picture, faces.head_boxes_from_faces([face])[0])
-
-
-def _crop_native(picture: UInt8[np.ndarray, "h w 3"], box: Float[np.ndarray, "4"]) -> UInt8[np.ndarray, "s s 3"]:
-    return headbox.crop(picture, box, int(box[2] - box[0]))
-
-
-def _is_picture(path: Path) -> bool:
-    return path.suffix.lower() in PICTURE_SUFFIXES
-
-
-def _identity_pictures(path: Path) -> dict[int, UInt8[np.ndarray, "_ _ 3"]]:
-    """The picture, or up to _IDENTITY_CANDIDATES frames spread over the film, by their number.
-
-    Raises TccpError if there is nothing to be seen.
-    """
-    if _is_picture(path):
-        try:
-            data = np.frombuffer(path.read_bytes(), np.uint8)
-        except OSError as error:
-            raise TccpError(f"{path}: {error.strerror}; give a picture or a film of the person") from None
-        picture = cv2.imdecode(data, cv2.IMREAD_COLOR) if len(data) else None
-        if picture is None:
-            raise TccpError(f"{path} is not a picture that can be read: give PNG, JPEG, BMP or WebP, or a film")
-        return {0: np.asarray(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB), np.uint8)}
-    info = probe(path)
-    if not info.has_video:
-        raise MediaError(path, "no_video", "it has sound only; give a picture or a film of the person")
-    count = min(_IDENTITY_CANDIDATES, info.num_frames)
-    wanted = [(2 * k + 1) * info.num_frames // (2 * count) for k in range(count)]
-    return {i: frame for i, frame in enumerate(read_frames(path, num_frames=wanted[-1] + 1)) if i in wanted}

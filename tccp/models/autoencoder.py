@@ -90,21 +90,21 @@ class PictureAutoencoder(nn.Module):
 
     def posterior(self, pictures: Float[Tensor, "n 3 h w"]) -> DiagonalGaussianDistribution:
         """Distribution of the raw latents of single pictures."""
-        return self.vae.encode(nn.functional.pixel_unshuffle(pictures, self.patch)).latent_dist
+        return self.vae.encode(nn.functional.pixel_unshuffle(pictures.to(self.vae.dtype), self.patch)).latent_dist
 
     def reconstruct(self, raw: Float[Tensor, "n c hl wl"]) -> Float[Tensor, "n 3 h w"]:
         """Pictures from raw latents."""
-        return nn.functional.pixel_shuffle(self.vae.decode(raw).sample, self.patch)
+        return nn.functional.pixel_shuffle(self.vae.decode(raw.to(self.vae.dtype)).sample, self.patch)
 
     def encode(self, pictures: Float[Tensor, "b 3 f h w"], kind: PictureKind) -> Float[Tensor, "b c f hl wl"]:
         """Mean of the posterior, normalised for its kind."""
         mean, std = self._scale(kind)
-        raw = self.posterior(rearrange(pictures, "b c f h w -> (b f) c h w")).mode()
+        raw = self.posterior(rearrange(pictures, "b c f h w -> (b f) c h w")).mode().to(mean.dtype)
         return (rearrange(raw, "(b f) c h w -> b c f h w", f=pictures.shape[2]) - mean) / std
 
     def decode(self, latents: Float[Tensor, "b c f hl wl"], kind: PictureKind) -> Float[Tensor, "b 3 f h w"]:
         mean, std = self._scale(kind)
-        pictures = self.reconstruct(rearrange(latents * std + mean, "b c f h w -> (b f) c h w"))
+        pictures = self.reconstruct(rearrange(latents * std + mean, "b c f h w -> (b f) c h w")).to(mean.dtype)
         return rearrange(pictures, "(b f) c h w -> b c f h w", f=latents.shape[2])
 
     @torch.no_grad()

@@ -39,6 +39,12 @@ class Conditions:
     def to(self, device: torch.device | str) -> Conditions:
         return Conditions(**{k: None if v is None else v.to(device) for k, v in vars(self).items()})
 
+    def in_precision(self, dtype: torch.dtype) -> Conditions:
+        """All numbers but `dropped` in another floating-point type."""
+        return Conditions(
+            **{k: v.to(dtype) if v is not None and v.is_floating_point() else v for k, v in vars(self).items()}
+        )
+
     def __getitem__(self, index: slice) -> Conditions:
         return Conditions(**{k: None if v is None else v[index] for k, v in vars(self).items()})
 

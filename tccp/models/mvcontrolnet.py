@@ -131,7 +131,7 @@ class MVControlNet(ModelMixin, ConfigMixin):
             pooled_conditions=network.pooled_conditions,
             first_frame_channels=network.first_frame_channels and row.continues,
             control_embedding=network.control_embedding,
-            surround=resolved.surround and row.generates == "face",
+            surround="surround" in row.control_with(resolved.surround),
         )
         if network.gradient_checkpointing:
             model.enable_gradient_checkpointing()

@@ -10,6 +10,8 @@ from tccp.errors import TccpError
 
 PictureKind = Literal["landmark", "face", "scene"]
 """What a picture shows. Each kind of latents has its own mean and spread; `scene` means the head-masked scene."""
+ControlKind = Literal["scene", "landmark", "surround"]
+"""Pictures for the control branch; `surround` shows the colours around the head box (`tccp.headbox.surround`)."""
 ConditionKind = Literal["audio", "identity", "lips"]
 
 PICTURE_KINDS: tuple[PictureKind, ...] = get_args(PictureKind)
@@ -33,6 +35,14 @@ class Variant:
 
     def num_frames(self, window: int) -> int:
         return window if self.continues else 1
+
+    def control_with(self, surround: bool) -> tuple[ControlKind, ...]:
+        """The pictures whose latents the control branch takes, joined on the channel axis in this order.
+
+        surround: the setting of that name; only networks that generate faces follow it.
+        """
+        assert self.control != "face"
+        return (self.control, "surround") if surround and self.generates == "face" else (self.control,)
 
     def conditions_with(self, lips: LipSource) -> tuple[ConditionKind, ...]:
         """The conditions left when the lip source is `none` (the ablation of section 5.5)."""

@@ -17,14 +17,15 @@ from tccp.clips.clip_table import ClipTable
 from tccp.clips.windows import view
 from tccp.config import AutoencoderSettings, Settings, TrainingSettings
 from tccp.errors import TccpError
+from tccp.inference.conditioning import picture_of
 from tccp.models.autoencoder import PictureAutoencoder, to_model
-from tccp.models.variants import PictureKind
+from tccp.models.variants import PICTURE_KINDS, PictureKind
 from tccp.seeds import rng_seed
 from tccp.training.engine import Engine, TorchEngine, with_weights
 from tccp.training.loop import FitResult, fit
 from tccp.training.precision import arithmetic
 from tccp.training.run_folder import Run, Unkept
-from tccp.training.window_files import PICTURES, PictureBatch, TablePictures
+from tccp.training.window_files import PictureBatch, TablePictures
 
 STATISTICS_CLIPS = 64
 STATISTICS_FRAMES = 8
@@ -111,13 +112,13 @@ def _statistics_batches(table: ClipTable, settings: Settings, kind: PictureKind)
     for index in sorted(chosen):
         clip = table[table.ids[index]]
         frames = np.linspace(0, clip.num_frames - 1, STATISTICS_FRAMES).astype(int)
-        seen = [getattr(view(clip, settings, 0, settings.seed, int(i), 1), PICTURES[kind])[0] for i in frames]
+        seen = [picture_of(kind, vars(view(clip, settings, 0, settings.seed, int(i), 1)))[0] for i in frames]
         yield to_model(torch.from_numpy(np.stack(seen)))
 
 
 def fit_latent_statistics(autoencoder: PictureAutoencoder, table: ClipTable, settings: Settings) -> None:
     """Mean and spread of each kind's latents, from up to 512 pictures each."""
-    autoencoder.fit_statistics({kind: _statistics_batches(table, settings, kind) for kind in PICTURES})
+    autoencoder.fit_statistics({kind: _statistics_batches(table, settings, kind) for kind in PICTURE_KINDS})
 
 
 def _check_shape(autoencoder: PictureAutoencoder, settings: Settings, folder: Path) -> None:

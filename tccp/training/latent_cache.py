@@ -18,22 +18,21 @@ from jaxtyping import Float
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from tccp import headbox
 from tccp.clips.clip_table import Clip, ClipTable
 from tccp.clips.lip_table import LIPS
 from tccp.clips.order import PlannedWindow
 from tccp.clips.windows import view
 from tccp.config import Settings
 from tccp.files import Folder
+from tccp.inference.conditioning import as_shown, control_kinds, picture_of, training_conditions
+from tccp.inference.encoding import Encoder
 from tccp.models.autoencoder import PictureAutoencoder, to_model
 from tccp.models.conditions import Conditions
 from tccp.models.lip_sources import weights_hash
-from tccp.models.variants import VARIANTS, ConditionKind, PictureKind, Variant
+from tccp.models.variants import VARIANTS, ConditionKind, ControlKind, PictureKind, Variant
 from tccp.progress import progress
 from tccp.training.lip_folds import LipSources, LipTable
-from tccp.training.window_files import PICTURES, FileKind, LatentFiles, conditions_of, files_needed, latent_name
-
-ENCODE_BATCH = 64
+from tccp.training.window_files import FileKind, LatentFiles, files_needed, latent_name
 
 
 @dataclass(frozen=True)
@@ -90,28 +89,17 @@ def encode_clip(
 ) -> dict[FileKind, dict[str, np.ndarray]]:
     """One clip under one draw: latents `f c h w` in half precision, mel `f 80 16`, identity `s s 3`.
 
-    The colours of `headbox.surround` count as a scene's.
+    kinds: the files that are wanted.
     """
-    seen = view(clip, settings, draw, seed)
-    device = autoencoder.mean.device
+    seen = vars(view(clip, settings, draw, seed))
+    encoder = Encoder(autoencoder, settings)
     files: dict[FileKind, dict[str, np.ndarray]] = {}
-    with torch.inference_mode():
-        for file in kinds:
-            if file == "inputs":
-                files[file] = {name: np.ascontiguousarray(getattr(seen, name)) for name in ("mel", "identity")}
-                continue
-            kind: PictureKind = "scene" if file == "surround" else file
-            shown = (
-                headbox.surround(seen.masked_scene, seen.mask_box)
-                if file == "surround"
-                else getattr(seen, PICTURES[kind])
-            )
-            parts = []
-            for batch in torch.from_numpy(shown).split(ENCODE_BATCH):
-                latents = autoencoder.encode(to_model(batch).to(device).unsqueeze(2), kind)
-                parts.append(latents.squeeze(2).half().cpu().numpy())
-            # In C order: safetensors writes memory as it lies.
-            files[file] = {"latents": np.ascontiguousarray(np.concatenate(parts))}
+    for kind in kinds:
+        if kind == "inputs":
+            files[kind] = {name: np.ascontiguousarray(seen[name]) for name in ("mel", "identity")}
+            continue
+        latents = encoder.encode(picture_of(kind, seen), kind).half().cpu().numpy()
+        files[kind] = {"latents": np.ascontiguousarray(latents)}  # in C order: safetensors writes memory as it lies
     return files
 
 
@@ -123,34 +111,24 @@ def to_batch(columns: Mapping[str, np.ndarray]) -> TrainingBatch:
     """Columns of `LatentFiles.columns` as tensors."""
     told = {name: _tensor(columns[name]) for name in get_args(ConditionKind) if name in columns}
     pictures = {name: to_model(value) for name, value in told.items() if name != "audio"}
-    latents, *control = (
-        _tensor(columns[name]).float().transpose(1, 2) for name in ("latents", "control", "surround") if name in columns
-    )
-    return TrainingBatch(
-        latents.contiguous(), torch.cat(control, dim=1).contiguous(), Conditions(audio=told.get("audio"), **pictures)
-    )
+    latents, control = (_tensor(columns[name]).float().transpose(1, 2).contiguous() for name in ("latents", "control"))
+    return TrainingBatch(latents, control, Conditions(audio=told.get("audio"), **pictures))
 
 
-@torch.inference_mode()
 def encode_columns(
     columns: Mapping[str, np.ndarray], autoencoder: PictureAutoencoder, row: Variant, settings: Settings
 ) -> dict[str, np.ndarray]:
     """Columns of `PictureFiles` to those of `LatentFiles`: rounded to half precision as those are."""
-    encoded = dict(columns)
-    device = autoencoder.mean.device
-    kinds: dict[str, PictureKind] = {"latents": row.generates, "control": row.control, "surround": "scene"}
-    for name, kind in kinds.items():
-        if name not in columns:
-            continue
-        pictures = _tensor(columns[name])
-        parts = [
-            autoencoder.encode(to_model(batch).to(device).unsqueeze(2), kind).squeeze(2).half().cpu()
-            for batch in pictures.flatten(0, 1).split(ENCODE_BATCH)
-        ]
-        latents = torch.cat(parts).unflatten(0, pictures.shape[:2]).numpy()
-        blind = settings.context == "none" and (name == "surround" or kind == "scene")
-        encoded[name] = np.zeros_like(latents) if blind else latents
-    return encoded
+    encoder = Encoder(autoencoder, settings)
+
+    def encoded(name: str, kind: PictureKind | ControlKind) -> np.ndarray:
+        pictures = columns[name]
+        latents = encoder.encode(np.concatenate(pictures), kind).half().cpu()
+        return latents.unflatten(0, pictures.shape[:2]).numpy()
+
+    control = [as_shown(kind, encoded(kind, kind), settings) for kind in control_kinds(row, settings)]
+    others = {name: values for name, values in columns.items() if name not in control_kinds(row, settings)}
+    return {**others, "latents": encoded("latents", row.generates), "control": np.concatenate(control, axis=2)}
 
 
 class LatentCache:
@@ -188,7 +166,7 @@ class LatentCache:
     def batch(
         self, planned: Sequence[PlannedWindow], row: Variant, num_frames: int, kinds: Sequence[ConditionKind] = ()
     ) -> TrainingBatch:
-        return to_batch(self.files.columns(planned, row, num_frames, kinds or conditions_of(row, self.settings)))
+        return to_batch(self.files.columns(planned, row, num_frames, kinds or training_conditions(row, self.settings)))
 
     def build(self, part: int = 0, parts: int = 1) -> None:
         """Computes what is missing, in all or of one part of the clips. Interrupted, it goes on where it was."""

@@ -26,7 +26,7 @@ from tccp.clips.windows import clip_sound
 from tccp.config import LipSettings, Settings
 from tccp.errors import TccpError
 from tccp.files import Folder, atomic_path
-from tccp.inference.pipeline import has_component, read_manifest, verified
+from tccp.inference.pipeline_folder import has_component, read_manifest, verified
 from tccp.models.lip_sources import LipletSource, LipSource, load_liplet, open_lip_source
 from tccp.progress import progress
 from tccp.seeds import rng_seed

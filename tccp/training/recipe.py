@@ -19,11 +19,11 @@ from tccp.clips.clip_table import ClipTable
 from tccp.config import Settings, VariantName
 from tccp.errors import TccpError
 from tccp.files import Folder
-from tccp.inference.pipeline import check_settings, has_component, load_network, save_component, verified
+from tccp.inference.pipeline_folder import check_settings, has_component, load_network, save_component, verified
 from tccp.models.autoencoder import PictureAutoencoder
 from tccp.models.variants import FIRST_OF, TWO_STAGE, VARIANTS
 from tccp.processes import end_with_parent
-from tccp.progress import LINES_ONLY
+from tccp.progress import ProgressHandler, progress_handler, set_progress_handler
 from tccp.training.fit_autoencoder import train_autoencoder
 from tccp.training.fit_variant import needs_first, train_variant
 from tccp.training.latent_cache import LatentCache
@@ -252,7 +252,7 @@ class Trainer:
 def _in_processes(jobs: int, work: Callable[..., None], calls: Sequence[tuple[Any, ...]]) -> None:
     threads = max(1, torch.get_num_threads() // jobs)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(jobs, len(calls)), context, _start_process, (threads,)) as pool:
+    with ProcessPoolExecutor(min(jobs, len(calls)), context, _start_process, (threads, progress_handler())) as pool:
         running = [pool.submit(work, *arguments) for arguments in calls]
         try:
             for future in as_completed(running):
@@ -264,10 +264,10 @@ def _in_processes(jobs: int, work: Callable[..., None], calls: Sequence[tuple[An
             raise
 
 
-def _start_process(threads: int) -> None:
+def _start_process(threads: int, handler: ProgressHandler | None) -> None:
     end_with_parent()
     torch.set_num_threads(threads)
-    os.environ[LINES_ONLY] = "1"  # several live bars on one terminal would overwrite each other
+    set_progress_handler(handler)
 
 
 def _build_part(arguments: dict[str, Any], names: Sequence[str], part: int, parts: int) -> None:

@@ -5,31 +5,27 @@ Nothing here needs torch: Ray Data's workers import this module, and start in a 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Int64, UInt8
+from jaxtyping import Float16, Int64, UInt8
 from safetensors import safe_open
 
-from tccp import headbox
 from tccp.clips.clip_table import ClipTable
 from tccp.clips.lip_table import LipFiles
 from tccp.clips.order import PlannedWindow, TrainingOrder, window_ids
 from tccp.clips.windows import mirrored, view
 from tccp.config import Settings, TrainingSettings, VariantName
 from tccp.files import Folder, fetched
-from tccp.models.variants import FIRST_OF, VARIANTS, ConditionKind, PictureKind, Variant
+from tccp.inference.conditioning import as_shown, control_kinds, picture_of, training_pictures
+from tccp.models.variants import VARIANTS, ConditionKind, PictureKind, Variant
 from tccp.seeds import rng_seed
 
 FRAMES_PER_CLIP = 4
 """Frames a step takes of each clip it reads: fewer clips are decoded for the same number of pictures."""
-
-PICTURES: dict[PictureKind, str] = {"face": "face", "landmark": "landmark_pictures", "scene": "masked_scene"}
-"""Kind of latents -> the field of ClipView they are encoded from."""
 
 FileKind = Literal["inputs", "face", "landmark", "scene", "surround"]
 """What a clip and draw have a file each of: `inputs` (mel and identity) and latents."""
@@ -39,26 +35,12 @@ def files_needed(names: Iterable[str], settings: Settings) -> tuple[FileKind, ..
     """What training these variants reads."""
     kinds: list[FileKind] = ["inputs"]
     for row in (VARIANTS[name] for name in VARIANTS if name in names):
-        kinds += [row.generates, row.control]
-        kinds += ["surround"] if shows_surround(row, settings) else []
+        kinds += [row.generates, *control_kinds(row, settings)]
     return tuple(dict.fromkeys(kinds))
-
-
-def shows_surround(row: Variant, settings: Settings) -> bool:
-    return settings.surround and row.generates == "face"
 
 
 def latent_name(clip_id: str, draw: int, kind: FileKind) -> str:
     return f"{clip_id}-{draw}.{kind}.safetensors"
-
-
-def conditions_of(row: Variant, settings: Settings) -> tuple[ConditionKind, ...]:
-    """The conditions that training this variant reads: its own, and those of the network that makes initial frames."""
-    rows = [row]
-    if row.continues and settings.for_variant(row.name).training.initial_frames != "truth":
-        rows.append(VARIANTS[FIRST_OF[row.name]])
-    kinds = itertools.chain.from_iterable(one.conditions_with(settings.lips.source) for one in rows)
-    return tuple(dict.fromkeys(kinds))
 
 
 def training_order(lengths: Mapping[str, int], variant: VariantName, settings: Settings) -> TrainingOrder:
@@ -89,20 +71,20 @@ class LatentFiles:
     def columns(
         self, planned: Sequence[PlannedWindow], row: Variant, num_frames: int, kinds: Sequence[ConditionKind]
     ) -> dict[str, np.ndarray]:
-        """The windows, stacked: latents, control, surround float16 `n f c h w`, and conditions as they are at rest.
+        """The windows, stacked: latents float16 `n f c h w`, control float16 `n f c2 h w`, and conditions as at rest.
 
         Which jitter draw a window takes is drawn from (seed, id, epoch).
         """
-        read: dict[str, FileKind] = {"latents": row.generates, "control": row.control}
-        if shows_surround(row, self.settings):
-            read["surround"] = "surround"
-        columns: dict[str, list[np.ndarray]] = {name: [] for name in (*read, *kinds)}
+        columns: dict[str, list[np.ndarray]] = {name: [] for name in ("latents", "control", *kinds)}
         for epoch, (clip_id, start) in planned:
             draw = rng_seed(self.settings.seed, "draw", clip_id, start, epoch) % self.settings.headbox.draws
             frames = slice(start, start + num_frames)
-            for name, kind in read.items():
-                with self._opened(clip_id, draw, kind) as file:
-                    columns[name].append(file.get_slice("latents")[frames])
+            columns["latents"].append(self._latents(clip_id, draw, row.generates, frames))
+            control = [
+                as_shown(kind, self._latents(clip_id, draw, kind, frames), self.settings)
+                for kind in control_kinds(row, self.settings)
+            ]
+            columns["control"].append(np.concatenate(control, axis=1))
             if "audio" in kinds or "identity" in kinds:
                 with self._opened(clip_id, draw, "inputs") as file:
                     if "audio" in kinds:
@@ -113,10 +95,11 @@ class LatentFiles:
                 assert self.lips is not None
                 lips = self.lips.read(clip_id, start, num_frames)
                 columns["lips"].append(lips[..., ::-1, :] if mirrored(self.settings, draw) else lips)
-        if self.settings.context == "none":
-            for name in ("control", "surround") if row.control == "scene" else ("surround",):
-                columns[name] = [np.zeros_like(latents) for latents in columns.get(name, [])]
-        return {name: np.stack(values) for name, values in columns.items() if values}
+        return {name: np.stack(values) for name, values in columns.items()}
+
+    def _latents(self, clip_id: str, draw: int, kind: FileKind, frames: slice) -> Float16[np.ndarray, "f c h w"]:
+        with self._opened(clip_id, draw, kind) as file:
+            return np.asarray(file.get_slice("latents")[frames])
 
     def _opened(self, clip_id: str, draw: int, kind: FileKind) -> Any:
         name = latent_name(clip_id, draw, kind)
@@ -139,25 +122,22 @@ class PictureFiles:
         self, planned: Sequence[PlannedWindow], row: Variant, num_frames: int, kinds: Sequence[ConditionKind]
     ) -> dict[str, np.ndarray]:
         """As `LatentFiles.columns`, with pictures uint8 `n f s s 3` in place of latents: see `encode_columns`."""
-        around = shows_surround(row, self.settings)
-        names = ["latents", "control", *(["surround"] if around else [])]
-        columns: dict[str, list[np.ndarray]] = {name: [] for name in (*names, *kinds)}
+        columns: dict[str, list[np.ndarray]] = {}
         for epoch, (clip_id, start) in planned:
             seed = self.settings.seed
             draw = rng_seed(seed, "draw", clip_id, start, epoch) % self.settings.headbox.draws
             seen = view(self.clips[clip_id], self.settings, draw, seed, start, num_frames)
-            columns["latents"].append(getattr(seen, PICTURES[row.generates]))
-            columns["control"].append(getattr(seen, PICTURES[row.control]))
-            if around:
-                columns["surround"].append(headbox.surround(seen.masked_scene, seen.mask_box))
+            parts = training_pictures(row, self.settings, vars(seen))
             if "audio" in kinds:
-                columns["audio"].append(seen.mel)
+                parts["audio"] = seen.mel
             if "identity" in kinds:
-                columns["identity"].append(seen.identity)
+                parts["identity"] = seen.identity
             if "lips" in kinds:
                 assert self.lips is not None
                 lips = self.lips.read(clip_id, start, num_frames)
-                columns["lips"].append(lips[..., ::-1, :] if mirrored(self.settings, draw) else lips)
+                parts["lips"] = lips[..., ::-1, :] if mirrored(self.settings, draw) else lips
+            for name, values in parts.items():
+                columns.setdefault(name, []).append(values)
         return {name: np.stack(values) for name, values in columns.items()}
 
 
@@ -182,7 +162,7 @@ class TablePictures:
         count = settings.autoencoder.batch_size
         share = count // num_ranks
         mine = range(rank * share, (rank + 1) * share)
-        kinds = ["face", "landmark_pictures", "face", "masked_scene"]
+        kinds: list[PictureKind] = ["face", "landmark", "face", "scene"]
         pictures: list[np.ndarray] = []
         number = 0
         while number < count:
@@ -191,6 +171,6 @@ class TablePictures:
             for frame in rng.integers(table.num_frames[clip_id], size=FRAMES_PER_CLIP):
                 if number in mine:
                     seen = view(table[clip_id], settings, draw, settings.seed, int(frame), 1)
-                    pictures.append(getattr(seen, kinds[number % 4])[0])
+                    pictures.append(picture_of(kinds[number % 4], vars(seen))[0])
                 number += 1
         return PictureBatch(np.stack(pictures), np.array(mine, np.int64) + step * count)

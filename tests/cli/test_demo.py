@@ -14,7 +14,7 @@ from tiny import tccp as command
 
 from tccp.cli import demo
 from tccp.cli.demo import run_demo
-from tccp.inference.pipeline import TOY_WEIGHTS, read_manifest, read_settings, verified, weights_folder
+from tccp.inference.pipeline_folder import TOY_WEIGHTS, read_manifest, read_settings, verified, weights_folder
 from tccp.media import probe, read_metadata
 from tccp.models.variants import TWO_STAGE
 

@@ -50,8 +50,10 @@ from tccp.evaluation.worker import (
     held_out_work,
     reference_work,
 )
-from tccp.inference.generation import Generator, SceneFrame
-from tccp.inference.pipeline import Pipeline, export, write_untrained
+from tccp.inference.components import load_components
+from tccp.inference.frames import SceneFrame
+from tccp.inference.generation import Generator
+from tccp.inference.pipeline_folder import export, write_untrained
 from tccp.landmarks import head_pose
 from tccp.media import open_audio, write_audio_wav
 from tccp.media.mel import mel_windows
@@ -154,8 +156,8 @@ def test_the_listener_of_a_counterfactual_can_be_moved() -> None:
 @pytest.fixture(scope="module")
 def models(weights: Path) -> Models:
     """The same untrained networks for everything; the blind one is merely not shown the scene."""
-    pipeline = Pipeline.load(weights, TWO_STAGE)
-    single = Pipeline.load(weights, ("one_stage_first", "one_stage_sequence"))
+    pipeline = load_components(weights, TWO_STAGE)
+    single = load_components(weights, ("one_stage_first", "one_stage_sequence"))
     blind = dataclasses.replace(pipeline, settings=override(pipeline.settings, {"context": "none"}))
     torch.manual_seed(0)
     ablations = {"no_lip": pipeline, "one_stage": single, "context_blind": blind}

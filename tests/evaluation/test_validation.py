@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 from tccp.evaluation.validation import EVERY, FILM, FRAMES, validate_network, validation_clips, with_network
-from tccp.inference.pipeline import load_network
+from tccp.inference.pipeline_folder import load_network
 from tccp.models.variants import FIRST_OF, TWO_STAGE
 
 pytest_plugins = ["tiny_fixtures"]

@@ -23,10 +23,14 @@ from tiny import ROOT, SETTINGS, generated, pictures, request_of, write_film, wr
 from tccp.config import SAMPLE_RATE_HZ, SAMPLES_PER_FRAME, override
 from tccp.errors import TccpError
 from tccp.headbox import mask_from_box
-from tccp.inference.film import generate_film
-from tccp.inference.generation import Extend, Generator, LandmarkTrack, scene_frames, scene_indices
+from tccp.inference.components import Components, load_components
+from tccp.inference.encoding import Encoder
+from tccp.inference.generation import Generator
 from tccp.inference.head_tracks import HeadTrack
-from tccp.inference.pipeline import Pipeline, write_untrained
+from tccp.inference.landmark_file import LandmarkFile
+from tccp.inference.pipeline import generate_film
+from tccp.inference.pipeline_folder import write_untrained
+from tccp.inference.scene import Extend, scene_frames, scene_indices
 from tccp.media import open_audio, probe, read_metadata, write_audio_wav
 from tccp.models.variants import TWO_STAGE, VariantName
 from tccp.roundtable import identity_path, read_identity, read_truth, truth_path
@@ -104,7 +108,7 @@ def test_what_comes_later_does_not_change_what_is_finished(film: Path, weights: 
 class Calls:
     """How often each network was asked in a run, and by which initial frames."""
 
-    def __init__(self, pipeline: Pipeline):
+    def __init__(self, pipeline: Components):
         self.count: dict[VariantName, int] = dict.fromkeys(pipeline.networks, 0)
         for name, network in pipeline.networks.items():
             network.register_forward_pre_hook(lambda module, arguments, name=name: self._add(name))
@@ -117,7 +121,7 @@ def run(
     film: Path, weights: Path, track: HeadTrack, num_frames: int, extend: Extend = "no", **options: Any
 ) -> tuple[list[Any], dict[VariantName, int]]:
     """Generation without a film around it; the number of evaluations per network, in windows."""
-    loaded = Pipeline.load(weights)
+    loaded = load_components(weights)
     pipeline = dataclasses.replace(loaded, settings=override(loaded.settings, {"sampling.steps": 1}))
     calls = Calls(pipeline)
     with open_audio(film) as audio:
@@ -156,7 +160,7 @@ def test_windows_add_all_their_frames_but_the_first(film: Path, weights: Path) -
 def test_frames_come_as_windows_finish(film: Path, weights: Path) -> None:
     """Two windows of the scene, at most, are read before the frame that needs the first of them is handed out."""
     track, read = HeadTrack(read_truth(film).head_box), 0
-    pipeline = Pipeline.load(weights)
+    pipeline = load_components(weights)
 
     def counted() -> Any:
         nonlocal read
@@ -370,28 +374,27 @@ def test_landmark_files_with_mistakes_are_named(
 def test_what_is_no_landmark_file_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "points.jsonl"
     path.write_bytes(content)
-    with pytest.raises(TccpError, match=r"points\.jsonl"), LandmarkTrack(path) as track:
+    with pytest.raises(TccpError, match=r"points\.jsonl"), LandmarkFile(path) as track:
         track.read(0)
     with pytest.raises(TccpError, match="No such file"):
-        LandmarkTrack(tmp_path / "absent.jsonl")
+        LandmarkFile(tmp_path / "absent.jsonl")
 
 
-def test_points_that_cannot_be_read_are_those_of_the_frame_before(
-    film: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_points_that_cannot_be_read_are_those_of_the_frame_before(film: Path, weights: Path) -> None:
     """An untrained stage 1 draws no face: black pictures come back as null, and as black pictures."""
-    pipeline = Pipeline.load(weights)
+    pipeline = load_components(weights)
     with open_audio(film) as audio:
         generator = Generator(pipeline, audio, read_identity(film), redraw=True)
-        real = generator._decode
         black = {0, 1, 5}
         count = itertools.count()
 
-        def decode(latents: Any, kind: Any) -> Any:
-            picture = real(latents, kind)
-            return picture * 0 if kind == "landmark" and next(count) in black else picture
+        class Dark(Encoder):
+            def decode(self, latents: Any, kind: Any) -> Any:
+                pictures = super().decode(latents, kind)
+                dark = [kind == "landmark" and next(count) in black for _ in pictures]
+                return np.stack([picture * (not hidden) for picture, hidden in zip(pictures, dark, strict=True)])
 
-        monkeypatch.setattr(generator, "_decode", decode)
+        generator.encoder = Dark(pipeline.autoencoder, pipeline.settings)
         track = HeadTrack(read_truth(film).head_box)
         frames = list(generator.frames(scene_frames(film, probe(film), track, 8, "no")))
     assert [frame.confidence == 0 for frame in frames] == [i in black for i in range(8)]
@@ -486,15 +489,16 @@ def test_what_had_the_name_before_stays_until_the_film_is_whole(
     assert out.read_bytes() == b"before"
 
 
-def test_silence_is_generated_with_a_warning(film: Path, weights: Path, tmp_path: Path) -> None:
-    heard: list[str] = []
+def test_silence_is_generated_with_a_warning(
+    film: Path, weights: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     for name, samples in {"silent": np.zeros(3000), "clipped": np.tile([1.0, -1.0], 1500)}.items():
         write_audio_wav(tmp_path / f"{name}.wav", samples)
         request = request_of(film, weights, tmp_path / "out.mp4", audio=tmp_path / f"{name}.wav", steps=1)
-        result = generate_film(request, warn=heard.append)
+        result = generate_film(request)
         assert result.frames == 5
         assert name in result.warnings[0] and f"{name}.wav" in result.warnings[0]
-    assert len(heard) == 2
+    assert [record.levelname for record in caplog.records if record.name.startswith("tccp")] == ["WARNING"] * 2
 
 
 # Memory

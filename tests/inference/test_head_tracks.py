@@ -14,7 +14,6 @@ from tiny import generated, pictures, request_of, write_film, write_track
 
 from tccp import faces, headbox
 from tccp.errors import TccpError
-from tccp.inference.film import generate_film
 from tccp.inference.head_tracks import (
     find_cuts,
     square_box,
@@ -23,6 +22,7 @@ from tccp.inference.head_tracks import (
     track_from_mask,
     track_from_truth,
 )
+from tccp.inference.pipeline import generate_film
 from tccp.media import VideoWriter, probe, read_frames, write_audio_wav
 from tccp.roundtable import read_truth
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -15,8 +16,8 @@ import torch
 
 from tccp.config import FPS, override
 from tccp.errors import TccpError
-from tccp.inference.pipeline import (
-    Pipeline,
+from tccp.inference.components import load_components
+from tccp.inference.pipeline_folder import (
     check_settings,
     export,
     has_component,
@@ -34,7 +35,7 @@ pytest_plugins = ["tiny_fixtures"]
 
 
 def test_what_is_written_is_what_is_read(weights: Path) -> None:
-    pipeline = Pipeline.load(weights, VARIANTS)
+    pipeline = load_components(weights, VARIANTS)
     assert pipeline.settings == tiny.SETTINGS
     assert set(pipeline.networks) == set(VARIANTS)
     assert pipeline.lips is not None
@@ -45,8 +46,8 @@ def test_what_is_written_is_what_is_read(weights: Path) -> None:
 
 
 def test_only_what_is_asked_for_is_loaded(weights: Path) -> None:
-    assert set(Pipeline.load(weights).networks) == set(TWO_STAGE)
-    assert set(Pipeline.load(weights, ("face_first",)).networks) == {"face_first"}
+    assert set(load_components(weights).networks) == set(TWO_STAGE)
+    assert set(load_components(weights, ("face_first",)).networks) == {"face_first"}
 
 
 def test_the_same_seed_writes_the_same_weights(tmp_path: Path) -> None:
@@ -121,9 +122,9 @@ def test_has_component(weights: Path, tmp_path: Path) -> None:
 
 
 def test_another_preset_is_refused(weights: Path) -> None:
-    assert Pipeline.load(weights, (), preset="toy").settings.preset == "toy"
+    assert load_components(weights, (), preset="toy").settings.preset == "toy"
     with pytest.raises(TccpError, match=r"holds weights of preset 'toy', not 'paper': .* --preset toy"):
-        Pipeline.load(weights, (), preset="paper")
+        load_components(weights, (), preset="paper")
 
 
 def test_settings_of_a_variant_reach_its_stage(tmp_path: Path) -> None:
@@ -133,7 +134,7 @@ def test_settings_of_a_variant_reach_its_stage(tmp_path: Path) -> None:
     }
     settings = override(tiny.SETTINGS, own)
     write_untrained(tmp_path, settings, ("face_first", "face_sequence", "landmark_first", "landmark_sequence"))
-    pipeline = Pipeline.load(tmp_path)
+    pipeline = load_components(tmp_path)
     assert pipeline.stage("face_sequence").settings.steps == 5
     assert pipeline.stage("face_sequence").settings.temperature == settings.sampling.temperature
     assert pipeline.stage("face_sequence").first_settings.temperature == 0.3
@@ -146,18 +147,19 @@ def test_the_command_line_speaks_louder_than_a_variants_settings(film: Path, tmp
 
     own = override(tiny.SETTINGS, {"variant_overrides.face_sequence": {"sampling.steps": 5}})
     write_untrained(tmp_path, own, TWO_STAGE)
-    pipeline = Pipeline.load(tmp_path)
+    pipeline = load_components(tmp_path)
     request = tiny.request_of(film, tmp_path, tmp_path / "out.mp4", steps=3)
-    heard = _with_sampling(pipeline, request)
+    heard = dataclasses.replace(pipeline, settings=_with_sampling(pipeline.settings, request))
     assert heard.stage("face_sequence").settings.steps == heard.stage("landmark_sequence").settings.steps == 3
-    assert _with_sampling(pipeline, tiny.request_of(film, tmp_path, tmp_path / "x.mp4")) == pipeline
+    unchanged = tiny.request_of(film, tmp_path, tmp_path / "x.mp4")
+    assert _with_sampling(pipeline.settings, unchanged) == pipeline.settings
 
 
 def test_a_pipeline_without_lips(film: Path, tmp_path: Path) -> None:
     """The ablation of section 5.5 has no lip source at all, and generates."""
     settings = override(tiny.SETTINGS, {"lips.source": "none"})
     write_untrained(tmp_path / "weights", settings)
-    assert Pipeline.load(tmp_path / "weights").lips is None
+    assert load_components(tmp_path / "weights").lips is None
     result, frames = tiny.generated(film, tmp_path / "weights", tmp_path / "out.mp4", steps=1)
     assert result.generated == len(frames) == FPS
     assert all(np.isfinite(frame.face).all() for frame in frames)
@@ -192,7 +194,7 @@ def test_an_export_in_half_precision_is_half_the_size_and_nearly_the_same(weight
         for f in (weights, tmp_path / "out")
     ]
     assert sizes[1] < 0.6 * sizes[0]
-    before, after = (Pipeline.load(folder, ("face_first",)) for folder in (weights, tmp_path / "out"))
+    before, after = (load_components(folder, ("face_first",)) for folder in (weights, tmp_path / "out"))
     for one, other in (
         (before.networks["face_first"], after.networks["face_first"]),
         (before.autoencoder, after.autoencoder),
@@ -209,7 +211,7 @@ def test_an_export_can_be_sampled_otherwise(weights: Path, tmp_path: Path) -> No
     """And in no other way differ; without a lip source it needs none."""
     given = ["sampling.steps=3", "variant_overrides.face_first.sampling.temperature=0.4"]
     assert export(weights, tmp_path / "out", sampling=given) == ("autoencoder", "lips", *TWO_STAGE)
-    stage = Pipeline.load(tmp_path / "out").stage("face_sequence")
+    stage = load_components(tmp_path / "out").stage("face_sequence")
     assert (stage.settings.steps, stage.first_settings.steps) == (3, 3)
     assert (stage.settings.temperature, stage.first_settings.temperature) == (tiny.SETTINGS.sampling.temperature, 0.4)
     with pytest.raises(TccpError, match="--set seed=3"):

@@ -19,6 +19,7 @@ from tccp.clips.windows import windows
 from tccp.config import load_settings, override
 from tccp.errors import TccpError
 from tccp.files import Folder
+from tccp.inference.conditioning import training_conditions
 from tccp.models.autoencoder import PictureAutoencoder
 from tccp.models.variants import VARIANTS
 from tccp.training.latent_cache import LatentCache, encode_columns, to_batch
@@ -28,7 +29,7 @@ from tccp.training.launcher.ingest import PictureReader, WindowReader
 from tccp.training.launcher.job import Spread
 from tccp.training.launcher.sizing import readers_now
 from tccp.training.launcher.streams import StreamedPictures, StreamedWindows
-from tccp.training.window_files import PictureFiles, TablePictures, conditions_of, micro_batch, training_order
+from tccp.training.window_files import PictureFiles, TablePictures, micro_batch, training_order
 
 SETTINGS = load_settings("toy", [*trainings.OVERRIDES, "training.accumulation=2", "lips.source=none"])
 NAME = "face_sequence"
@@ -61,7 +62,7 @@ def test_ranks_read_the_plans_windows_between_them(cache: LatentCache, num_ranks
         assert [len(micros) for micros in read] == [2] * num_ranks
         together = {name: np.concatenate([m[name] for micros in read for m in micros]) for name in read[0][0]}
         planned = order.step(step, training.batch_size)
-        whole = cache.files.columns(planned, row, SETTINGS.window, conditions_of(row, SETTINGS))
+        whole = cache.files.columns(planned, row, SETTINGS.window, training_conditions(row, SETTINGS))
         for name, values in whole.items():
             np.testing.assert_array_equal(together[name], values, err_msg=name)
         assert together["start"].tolist() == [window.id.start_frame for window in planned]
@@ -84,7 +85,7 @@ def test_latents_made_in_the_step_are_those_made_ahead(cache: LatentCache, conte
     settings = SETTINGS.model_copy(update={"context": context})
     for name in ("face_sequence", "landmark_first"):
         row = VARIANTS[name]
-        frames, kinds = row.num_frames(settings.window), conditions_of(row, settings)
+        frames, kinds = row.num_frames(settings.window), training_conditions(row, settings)
         ahead = LatentCache(
             Path(cache.folder.place).parent.parent, cache.table, settings, cache.autoencoder, None, [name]
         )

@@ -21,7 +21,7 @@ from tccp.cluster import CLUSTER_MAX, connected, could_have, num_nodes
 from tccp.config import DeepSpeedSettings, load_settings, override, storage_root
 from tccp.errors import TccpError
 from tccp.files import Folder, fetched
-from tccp.inference.pipeline import export, write_untrained
+from tccp.inference.pipeline_folder import export, write_untrained
 from tccp.training.launcher.inherited import fits, lendable
 from tccp.training.launcher.rank import due
 from tccp.training.launcher.records import COPY, RAYS_RECORD, keep_record, tidy

@@ -19,7 +19,7 @@ import tiny
 import trainings
 from trainings import ROOT, assert_same_trace, command, committed, run_folder, trace
 
-from tccp.inference.pipeline import read_manifest
+from tccp.inference.pipeline_folder import read_manifest
 from tccp.roundtable import identity_path
 
 pytest_plugins = ["tiny_fixtures"]

@@ -14,7 +14,8 @@ from tiny_networks import AS_TOY, small
 from preprocessing.plan import make_plan
 from preprocessing.run import preprocess
 from tccp.errors import TccpError
-from tccp.inference.pipeline import MANIFEST, Pipeline
+from tccp.inference.components import load_components
+from tccp.inference.pipeline_folder import MANIFEST
 from tccp.models.variants import TWO_STAGE
 from tccp.roundtable import write_clips
 from tccp.training.recipe import Trainer, recipe
@@ -73,7 +74,7 @@ def test_side_by_side_gives_the_same_weights(data, tmp_path, changes):
         assert component["provenance"]["machine"]
         assert component["provenance"]["steps"] == 2
         assert component["provenance"]["core_minutes"] >= 0
-    pipeline = Pipeline.load(tmp_path / "two")
+    pipeline = load_components(tmp_path / "two")
     assert not any(torch.isnan(p).any() for network in pipeline.networks.values() for p in network.parameters())
 
 
@@ -87,7 +88,7 @@ def test_networks_are_shown_the_lips_of_their_pipeline(data, tmp_path):
     def sources(clips, storage):
         return Trainer(clips, weights, settings, tmp_path / storage).cache_for(["face_first"]).lips.sources
 
-    lips = Pipeline.load(weights, ()).lips
+    lips = load_components(weights, ()).lips
     known, other = sources(data, "storage"), sources(tmp_path / "clips", "storage")
     assert known.hash == other.hash
     assert known.for_new_footage.hash == lips.hash

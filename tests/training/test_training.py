@@ -17,16 +17,17 @@ from tccp.clips.windows import mirrored, view
 from tccp.config import override
 from tccp.diffusion.sampling import run_windows, start_window
 from tccp.errors import TccpError
+from tccp.inference.conditioning import picture_of
 from tccp.models.autoencoder import PictureAutoencoder, to_model
 from tccp.models.mvcontrolnet import MVControlNet
-from tccp.models.variants import VARIANTS
+from tccp.models.variants import PICTURE_KINDS, VARIANTS
 from tccp.roundtable import write_clips
 from tccp.seeds import rng_seed
 from tccp.training import precision as precision_module
 from tccp.training.engine import TorchEngine, learning_rate_factor
 from tccp.training.fit_autoencoder import fit_latent_statistics, train_autoencoder
 from tccp.training.fit_variant import VariantLoss, _DrawsAhead, draw, train_variant
-from tccp.training.latent_cache import PICTURES, LatentCache
+from tccp.training.latent_cache import LatentCache
 from tccp.training.lip_folds import open_lip_sources, train_liplets
 from tccp.training.loop import NonFiniteLoss, fit
 from tccp.training.run_folder import RunFolder
@@ -482,7 +483,7 @@ def test_a_window_holds_what_its_pictures_encode_to(cache, name):
     fits = []
     for number in range(settings.headbox.draws):
         seen = view(clip, settings, number, settings.seed, 7, settings.window)
-        pictures = {kind: getattr(seen, field) for kind, field in PICTURES.items()}
+        pictures = {kind: picture_of(kind, vars(seen)) for kind in PICTURE_KINDS}
         pictures["surround"] = headbox.surround(seen.masked_scene, seen.mask_box)
         latents = {}
         for kind, shown in pictures.items():

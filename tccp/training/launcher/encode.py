@@ -13,7 +13,7 @@ from tccp.clips.clip_table import ClipTable
 from tccp.cluster import could_have
 from tccp.config import Settings, VariantName
 from tccp.files import Folder
-from tccp.inference.pipeline import verified
+from tccp.inference.pipeline_folder import verified
 from tccp.models.autoencoder import PictureAutoencoder
 from tccp.training.latent_cache import LatentCache
 from tccp.training.launcher.job import AUTOENCODER, Spread

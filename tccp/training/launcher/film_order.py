@@ -16,13 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from tccp import headbox
 from tccp.clips.order import shuffled
 from tccp.config import Settings, VariantName
 from tccp.errors import TccpError
 from tccp.files import Folder
+from tccp.inference.conditioning import training_conditions, training_pictures
 from tccp.models.variants import VARIANTS, ConditionKind
-from tccp.training.window_files import PICTURES, conditions_of, shows_surround
 
 SHUFFLE_WINDOWS = 512
 AHEAD = 4
@@ -43,7 +42,7 @@ class FilmOrder:
         self.windows, self.settings, self.run = windows, settings, run
         self.row = VARIANTS[variant]
         self.training = settings.for_variant(variant).training
-        self.kinds = conditions_of(self.row, settings)
+        self.kinds = training_conditions(self.row, settings)
         self.start, self.num_ranks = start, num_ranks
         ahead = AHEAD * self.training.accumulation
         self.ready: list[queue.Queue[Any]] = [queue.Queue(maxsize=ahead) for _ in range(num_ranks)]
@@ -102,15 +101,13 @@ class FilmOrder:
 
     def _columns(self, share: list[tuple[int, Mapping[str, np.ndarray]]]) -> dict[str, np.ndarray]:
         rows = [row for _, row in share]
-        columns = {
-            "latents": np.stack([row[PICTURES[self.row.generates]] for row in rows]),
-            "control": np.stack([row[PICTURES[self.row.control]] for row in rows]),
+        pictures = [training_pictures(self.row, self.settings, row) for row in rows]
+        columns = {name: np.stack([one[name] for one in pictures]) for name in pictures[0]}
+        columns |= {
             "clip": np.array([row["clip_hash"] for row in rows], np.int64),
             "start": np.array([row["start_frame"] for row in rows], np.int32),
             "epoch": np.array([epoch for epoch, _ in share], np.int32),
         }
-        if shows_surround(self.row, self.settings):
-            columns["surround"] = np.stack([headbox.surround(row["masked_scene"], row["mask_box"]) for row in rows])
         for kind in self.kinds:
             columns[kind] = np.stack([row[_CONDITIONS[kind]] for row in rows])
         return columns

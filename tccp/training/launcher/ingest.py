@@ -20,13 +20,13 @@ from tccp.clips.clip_table import ClipTable
 from tccp.clips.order import PlannedWindow, TrainingOrder
 from tccp.clips.windows import clip_hash
 from tccp.config import Settings, VariantName
+from tccp.inference.conditioning import training_conditions
 from tccp.models.variants import VARIANTS
 from tccp.training.launcher.remote_errors import unwrapped
 from tccp.training.window_files import (
     LatentFiles,
     PictureFiles,
     TablePictures,
-    conditions_of,
     micro_batch,
     training_order,
 )
@@ -64,7 +64,7 @@ class WindowReader:
     def read(self, step: int) -> Iterator[dict[str, np.ndarray]]:
         row = VARIANTS[self.variant]
         training = self.settings.for_variant(self.variant).training
-        kinds = conditions_of(row, self.settings)
+        kinds = training_conditions(row, self.settings)
         for micro in range(training.accumulation):
             planned = micro_batch(self.order, training, step, micro, self.rank, self.num_ranks)
             columns = self.files.columns(planned, row, row.num_frames(self.settings.window), kinds)

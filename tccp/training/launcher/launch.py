@@ -26,7 +26,8 @@ from tccp.cluster import connected, could_have, num_nodes
 from tccp.config import Settings, VariantName, settings_from_json, settings_to_json
 from tccp.errors import TccpError
 from tccp.files import Folder
-from tccp.inference.pipeline import MANIFEST, TOY_WEIGHTS, check_settings, export, has_component, save_component
+from tccp.inference.conditioning import training_conditions
+from tccp.inference.pipeline_folder import MANIFEST, TOY_WEIGHTS, check_settings, export, has_component, save_component
 from tccp.models.autoencoder import PictureAutoencoder
 from tccp.models.variants import FIRST_OF, VARIANTS
 from tccp.progress import progress
@@ -45,7 +46,6 @@ from tccp.training.lip_folds import LipPlace, lip_place, liplet_folder, open_lip
 from tccp.training.recipe import COMPONENTS, recipe
 from tccp.training.run_folder import SETTINGS_FILE, check_same_settings, run_record
 from tccp.training.tracking import Tracker, tracking_place
-from tccp.training.window_files import conditions_of
 
 PIPELINE = "pipeline"
 TRACKING = "mlflow.json"
@@ -150,7 +150,7 @@ class _Launch:
         self._take_over(asked)
         networks = [name for name in asked if name in VARIANTS]
         needed = [AUTOENCODER]
-        if any("lips" in conditions_of(VARIANTS[name], self.settings) for name in networks):
+        if any("lips" in training_conditions(VARIANTS[name], self.settings) for name in networks):
             needed.append(LIPS)
         needed += [FIRST_OF[name] for name in networks if needs_first(name, self.settings)]
         missing = [name for name in needed if name not in asked and not has_component(self.pipeline, name)]
@@ -275,7 +275,7 @@ class _Launch:
 
     def _encoder(self, name: VariantName) -> ClipEncoder:
         lips = None
-        if "lips" in conditions_of(VARIANTS[name], self.settings):
+        if "lips" in training_conditions(VARIANTS[name], self.settings):
             lips = lip_place(
                 self.settings, self.pipeline, self.data_hash, self.request.storage, self.request.lip_weights
             )

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tccp.clips.clip_table import ClipTable
 from tccp.config import Settings, TrainingSettings, VariantName
 from tccp.errors import TccpError
-from tccp.inference.pipeline import load_network, verified
+from tccp.inference.pipeline_folder import load_network, verified
 from tccp.models.autoencoder import PictureAutoencoder
 from tccp.models.mvcontrolnet import MVControlNet
 from tccp.models.variants import FIRST_OF

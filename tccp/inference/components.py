@@ -1,0 +1,80 @@
+"""The loaded components of a pipeline folder: settings, auto-encoder, networks and lip source."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from tccp.config import Settings
+from tccp.diffusion.sampling import Stage
+from tccp.diffusion.schedule import NoiseSchedule
+from tccp.errors import TccpError
+from tccp.inference.encoding import Encoder
+from tccp.inference.pipeline_folder import check_network, load_network, read_settings, verified
+from tccp.models.autoencoder import PictureAutoencoder
+from tccp.models.lip_sources import LipSource, open_lip_source
+from tccp.models.mvcontrolnet import MVControlNet
+from tccp.models.variants import FIRST_OF, TWO_STAGE, VariantName
+
+
+@dataclass(frozen=True)
+class Components:
+    """What generation computes with. All networks are on one device and in evaluation mode."""
+
+    settings: Settings
+    autoencoder: PictureAutoencoder
+    networks: Mapping[VariantName, MVControlNet]
+    lips: LipSource | None
+    device: torch.device
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        return Encoder(self.autoencoder, self.settings)
+
+    def stage(self, sequence: VariantName) -> Stage:
+        """The chain of the first-frame network and then the network `sequence`."""
+        first = FIRST_OF[sequence]
+        settings, first_settings = self.settings.for_variant(sequence), self.settings.for_variant(first)
+        schedule = NoiseSchedule.from_settings(settings.diffusion)
+        return Stage(
+            self.networks[first], self.networks[sequence], schedule, first_settings.sampling, settings.sampling
+        )
+
+
+def load_components(
+    folder: Path,
+    variants: Iterable[VariantName] = TWO_STAGE,
+    *,
+    preset: str | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    lip_weights: Path | None = None,
+) -> Components:
+    """Loads a pipeline folder of this machine and checks every file against the manifest.
+
+    preset: raises TccpError if the folder's weights are of another preset.
+    dtype: of the networks' and the auto-encoder's weights and arithmetic. Latents between them stay in single
+    precision, and so does the lip source.
+    lip_weights: take the place of the folder's own.
+    Raises TccpError for a folder that is missing, incomplete or damaged.
+    """
+    settings = read_settings(folder)
+    if preset is not None and settings.preset != preset:
+        raise TccpError(
+            f"{folder} holds weights of preset {settings.preset!r}, not {preset!r}: "
+            f"give the weights of {preset!r}, or --preset {settings.preset}"
+        )
+    autoencoder = PictureAutoencoder.load(verified(folder, "autoencoder")).to(device).eval()
+    autoencoder.vae.to(dtype)
+    lips = None
+    if settings.lips.source != "none":
+        lips = open_lip_source(settings.lips, lip_weights or verified(folder, "lips"), device)
+    networks = {name: load_network(folder, name, device) for name in variants}
+    for name, network in networks.items():
+        check_network(folder, settings, name, network)
+        network.to(dtype)
+    return Components(settings, autoencoder, networks, lips, torch.device(device))

@@ -1,0 +1,162 @@
+"""What each network is shown: the rules, in one place.
+
+Generation, evaluation, validation, the latent cache and the training readers all follow this module, so that a network
+is shown the same in training and in use. `tccp.inference.encoding` turns the pictures named here into latents.
+
+Nothing here imports torch: Ray Data workers import this module and start in about a second.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float, Float32, UInt8
+
+from tccp import headbox, landmarks
+from tccp.config import Settings
+from tccp.models.variants import FIRST_OF, VARIANTS, ConditionKind, ControlKind, PictureKind, Variant
+
+LANDMARK_DIGITS = 5
+"""Decimal places of landmark coordinates in files. A hundred-thousandth of the head box is far below a pixel."""
+
+_Array = TypeVar("_Array", bound=Any)  # of numpy or of torch
+_FIELDS: dict[PictureKind, str] = {"face": "face", "landmark": "landmark_pictures", "scene": "masked_scene"}
+
+
+@runtime_checkable
+class LipPainter(Protocol):
+    """`tccp.models.lip_sources.LipSource`, as far as conditioning uses it."""
+
+    def windows(self, samples: Any, start_frame: int, num_frames: int) -> Float32[np.ndarray, "f 80 16"]: ...
+
+    def lips(
+        self, mel: Float[np.ndarray, "f 80 16"], identity: UInt8[np.ndarray, "h w 3"]
+    ) -> UInt8[np.ndarray, "f l l 3"]: ...
+
+
+# Which pictures
+
+
+def control_kinds(row: Variant, settings: Settings) -> tuple[ControlKind, ...]:
+    """The pictures whose latents the control branch takes, joined on the channel axis in this order."""
+    return row.control_with(settings.surround)
+
+
+def is_hidden(kind: ControlKind, settings: Settings) -> bool:
+    """Whether the network gets zeros in place of the latents of these pictures.
+
+    With `context=none` a network sees nothing of the scene: neither the masked scene nor the colours around the head.
+    """
+    return settings.context == "none" and kind in ("scene", "surround")
+
+
+def as_shown(kind: ControlKind, latents: _Array, settings: Settings) -> _Array:
+    """These latents, or zeros of the same shape if the settings hide the pictures (see `is_hidden`)."""
+    return latents - latents if is_hidden(kind, settings) else latents
+
+
+def latent_kind(kind: PictureKind | ControlKind) -> PictureKind:
+    """The kind whose latent statistics normalise these pictures: the surround's colours are a scene's."""
+    return "scene" if kind == "surround" else kind
+
+
+def picture_of(kind: PictureKind | ControlKind, seen: Mapping[str, Any]) -> UInt8[np.ndarray, "f s s 3"]:
+    """The pictures of one kind out of consecutive frames.
+
+    seen: fields of `tccp.clips.windows.ClipView`, or columns of `tccp.clips.windows.windows`; only those that the kind
+    needs are read: `face`, `landmark_pictures`, `masked_scene`, and `mask_box` for the surround.
+    """
+    if kind == "surround":
+        return headbox.surround(seen["masked_scene"], seen["mask_box"])
+    return np.asarray(seen[_FIELDS[kind]])
+
+
+def training_pictures(row: Variant, settings: Settings, seen: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """What training this variant encodes of consecutive frames: `latents` (the pictures it generates) and, by kind, its
+    control pictures. seen: as for `picture_of`."""
+    pictures: dict[str, np.ndarray] = {"latents": picture_of(row.generates, seen)}
+    pictures.update((kind, picture_of(kind, seen)) for kind in control_kinds(row, settings))
+    return pictures
+
+
+def training_conditions(row: Variant, settings: Settings) -> tuple[ConditionKind, ...]:
+    """The conditions that training this variant reads: its own, and those of the network that makes initial frames."""
+    rows = [row]
+    if row.continues and settings.for_variant(row.name).training.initial_frames != "truth":
+        rows.append(VARIANTS[FIRST_OF[row.name]])
+    kinds = itertools.chain.from_iterable(one.conditions_with(settings.lips.source) for one in rows)
+    return tuple(dict.fromkeys(kinds))
+
+
+# The pictures themselves
+
+
+def masked_scenes(
+    pictures: UInt8[np.ndarray, "f h w 3"], boxes: Float[np.ndarray, "f 4"], size_px: int
+) -> tuple[UInt8[np.ndarray, "f s s 3"], Float32[np.ndarray, "f 4"]]:
+    """Scenes fitted into a square of `size_px` with the head covered, and the boxes of the masks in its pixels.
+
+    boxes: head boxes x0 y0 x1 y1 in pixels of `pictures`.
+    """
+    height, width = pictures.shape[1:3]
+    fit = headbox.SceneFit(width, height, size_px)
+    fitted_boxes = fit.boxes(boxes)
+    return headbox.mask_scene(np.stack([fit.fit(picture) for picture in pictures]), fitted_boxes), fitted_boxes
+
+
+def identity_picture(head: UInt8[np.ndarray, "h w 3"], size_px: int) -> UInt8[np.ndarray, "s s 3"]:
+    """The identity picture from a head crop of any size."""
+    whole = np.array([0, 0, head.shape[1], head.shape[0]], np.float32)
+    return headbox.crop(head, whole, size_px)
+
+
+def lip_pictures(
+    source: LipPainter,
+    samples: Any,
+    start_frame: int,
+    num_frames: int,
+    identity: UInt8[np.ndarray, "h w 3"],
+) -> UInt8[np.ndarray, "f l l 3"]:
+    """Lip references of these frames, from the sound and the identity picture alone.
+
+    samples: 16 kHz, -1..1; frame 0 begins with sample 0.
+    """
+    return source.lips(source.windows(samples, start_frame, num_frames), identity)
+
+
+# Landmarks between the stages
+
+
+def rounded(points: Float[np.ndarray, "*f 68 2"]) -> Float32[np.ndarray, "*f 68 2"]:
+    """Landmarks as a landmark file holds them, so that an unedited file gives the very same pictures."""
+    return points.astype(np.float64).round(LANDMARK_DIGITS).astype(np.float32)
+
+
+def landmark_pictures(points: Float[np.ndarray, "f 68 2"], size_px: int) -> UInt8[np.ndarray, "f s s 3"]:
+    """Landmarks drawn as stage 2 sees them. A frame whose points are NaN gives an empty picture."""
+    return landmarks.draw(points, size_px)
+
+
+class LandmarkReader:
+    """Reads the landmarks of one chain of stage 1 back from its pictures, window by window, in order.
+
+    A picture in which no face can be read takes the points of the frame before; they are NaN until one was read.
+    """
+
+    def __init__(self) -> None:
+        self._before = np.full((landmarks.NUM_POINTS, 2), np.nan, np.float32)
+
+    def read(
+        self, pictures: UInt8[np.ndarray, "f s s 3"]
+    ) -> tuple[Float32[np.ndarray, "f 68 2"], Float32[np.ndarray, "f"]]:
+        """Points in 0..1 of the head box, rounded as in files, and the confidence of each frame (0..1)."""
+        found, confidence = landmarks.read(pictures)
+        points = rounded(found)
+        for index in range(len(points)):
+            if np.isfinite(found[index]).all():
+                self._before = points[index]
+            points[index] = self._before
+        return points, confidence

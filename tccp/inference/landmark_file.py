@@ -1,0 +1,103 @@
+"""Landmarks of a film as JSON lines: written by generation, edited by people, and generated from again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from jaxtyping import Float32
+
+from tccp.config import FPS
+from tccp.errors import TccpError
+from tccp.files import atomic_path
+from tccp.inference.conditioning import LANDMARK_DIGITS, rounded
+from tccp.inference.frames import GeneratedFrame
+
+
+class LandmarkFile:
+    """Landmarks of a film as JSON lines, one frame a line, to be looked at, edited and generated from again.
+
+    A header line, then `{"frame": i, "confidence": c, "points": [[x, y] x 68]}` with points in 0..1 of the head box, or
+    null where no face could be read (drawn as an empty picture). Read in step with the film: one line is in memory at a
+    time. Use as a context manager.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self._file: IO[str] = path.open(encoding="utf-8")
+        except OSError as error:
+            raise self._refused(error.strerror or str(error)) from None
+        try:
+            header = json.loads(self._file.readline())
+            if not isinstance(header, dict) or header.get("tccp") != "landmarks":
+                raise ValueError("its first line is no landmark header")
+        except (OSError, ValueError) as error:
+            self.close()
+            raise self._refused(str(error)) from None
+
+    def _refused(self, reason: str) -> TccpError:
+        return TccpError(
+            f"{self.path} is not a landmark file ({reason}): make one with `tccp generate --save-landmarks`"
+        )
+
+    def read(self, frame: int) -> tuple[Float32[np.ndarray, "68 2"], float]:
+        """Points (NaN where the file says null) and confidence of a frame; frames must be asked for in order.
+
+        Raises TccpError for a line that cannot be understood, and if the file has no such frame.
+        """
+        try:
+            for line in self._file:
+                record = json.loads(line)
+                if record["frame"] != frame:
+                    continue
+                confidence = float(record.get("confidence", 1.0))
+                if record["points"] is None:
+                    return np.full((68, 2), np.nan, np.float32), confidence
+                points = np.array(record["points"], np.float32)
+                if points.shape != (68, 2) or not np.isfinite(points).all():
+                    raise ValueError(f"68 finite pairs of numbers are needed, not an array of {points.shape}")
+                return points, confidence
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise TccpError(
+                f"{self.path}: a line at or before frame {frame} is not as `--save-landmarks` writes it "
+                f"({type(error).__name__}: {error}); correct it"
+            ) from None
+        raise TccpError(
+            f"{self.path} has no landmarks for frame {frame}: it must hold every frame with a head, in order; "
+            "use the same scene, sound and head box"
+        )
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> LandmarkFile:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+@contextmanager
+def landmark_writer(path: Path | None) -> Iterator[Callable[[GeneratedFrame], None]]:
+    """A function that appends a frame's landmarks to `path`, which appears when the block succeeds; None writes
+    nothing."""
+    if path is None:
+        yield lambda frame: None
+        return
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        header = {"tccp": "landmarks", "fps": FPS, "coordinates": "0..1 of the head box", "order": "iBUG 68"}
+        file.write(json.dumps(header) + "\n")
+
+        def write(frame: GeneratedFrame) -> None:
+            if frame.points is not None:
+                points = rounded(frame.points).astype(np.float64).round(LANDMARK_DIGITS).tolist()
+                known = bool(np.isfinite(frame.points).all())
+                record = {"frame": frame.index, "confidence": frame.confidence, "points": points if known else None}
+                file.write(json.dumps(record) + "\n")
+
+        yield write

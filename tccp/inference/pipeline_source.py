@@ -1,0 +1,103 @@
+"""Where a pipeline comes from: a folder, the packaged weights, a URL, or a repository on the Hugging Face Hub.
+
+What is not on this machine is copied to its cache: the manifest first, then the files of the components asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from tccp.errors import TccpError
+from tccp.files import Folder, cache_folder, is_url
+from tccp.inference.pipeline_folder import MANIFEST, TOY_WEIGHTS, read_manifest, read_settings
+from tccp.models.variants import VariantName
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def component_names(variants: Iterable[VariantName], own_lips: bool = True) -> list[str]:
+    """The components that generation with these networks loads."""
+    return ["autoencoder", *(["lips"] if own_lips else []), *variants]
+
+
+def pipeline_folder(source: str | Path, components: Iterable[str], revision: str | None = None) -> Path:
+    """The pipeline as a folder of this machine that holds at least these components (of those that it has).
+
+    Raises TccpError if there is no such pipeline.
+    """
+    text = str(source)
+    if is_url(text):
+        folder = Folder(text)
+        if folder.local is not None:
+            return folder.local
+        return _copied(text, lambda name, to: folder.download(name, to), components)
+    local = Path(source)
+    if local.exists():
+        return local
+    if text == "toy":
+        return TOY_WEIGHTS
+    if isinstance(source, str) and _HUB_ID.fullmatch(text) and not local.parent.exists():
+        return _from_hub(text, components, revision)
+    return local  # `read_manifest` says that nothing is there
+
+
+def _copied(name: str, download: Callable[[str, Path], object], components: Iterable[str]) -> Path:
+    """Copies what is missing. The manifest is fetched anew each time, for it says which files are meant."""
+    key = hashlib.blake2b(name.encode(), digest_size=12).hexdigest()
+    place = cache_folder() / "pipelines" / key
+    place.mkdir(parents=True, exist_ok=True)
+    partial = place / f".{MANIFEST}.part"
+    try:
+        download(MANIFEST, partial)
+    except FileNotFoundError:
+        raise TccpError(f"no pipeline at {name} ({MANIFEST} is missing): check the address") from None
+    partial.replace(place / MANIFEST)
+    manifest = read_manifest(place)
+    for component in components:
+        for file, digest in manifest["components"].get(component, {"files": {}})["files"].items():
+            target = place / component / file
+            if not target.resolve().is_relative_to(place.resolve()):
+                raise TccpError(f"{name}: {MANIFEST} names {component}/{file}, which lies outside the pipeline")
+            if target.is_file() and _sha256(target) == digest:
+                continue
+            target.parent.mkdir(parents=True, exist_ok=True)
+            part = target.with_name(f".{target.name}.part")
+            download(f"{component}/{file}", part)
+            part.replace(target)
+    return place
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _from_hub(repository: str, components: Iterable[str], revision: str | None) -> Path:
+    """From the Hub's own cache; HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE hold as everywhere."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+    def download(name: str) -> Path:
+        try:
+            return Path(hf_hub_download(repository, name, revision=revision))
+        except EntryNotFoundError as error:
+            if isinstance(error, LocalEntryNotFoundError):
+                raise TccpError(
+                    f"{repository}: {name} is not in the Hub's cache and the Hub cannot be reached: check the network, "
+                    "or give a local folder"
+                ) from None
+            raise TccpError(f"{repository} has no {name}: it is no TCCP pipeline, or not a complete one") from None
+        except HfHubHTTPError as error:
+            reason = str(error).splitlines()[0]
+            raise TccpError(f"{repository} on the Hugging Face Hub: {reason}; check the id, or give a folder") from None
+
+    folder = download(MANIFEST).parent
+    manifest = read_manifest(folder)
+    for component in components:
+        for file in manifest["components"].get(component, {"files": {}})["files"]:
+            download(f"{component}/{file}")
+    read_settings(folder)
+    return folder

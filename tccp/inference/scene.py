@@ -1,0 +1,74 @@
+"""The frames of the film to be: which picture of the scene each shows, its head box, and where shots begin."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from jaxtyping import UInt8
+
+from tccp.config import FPS
+from tccp.errors import TccpError
+from tccp.inference.frames import SceneFrame
+from tccp.inference.head_tracks import HeadTrack
+from tccp.media import MediaInfo, read_frames
+
+Extend = Literal["no", "freeze", "pingpong"]
+_REVERSED_CHUNK = 16  # frames held in memory to play a stretch of film backwards
+
+
+def scene_indices(num_scene: int, num_frames: int, extend: Extend, name: str | Path = "scene") -> Iterator[int]:
+    """Which frame of the scene each frame of the film shows.
+
+    Raises TccpError if the scene is shorter than the sound and `extend` is "no".
+    """
+    if num_scene >= num_frames or extend == "freeze":
+        return (min(i, num_scene - 1) for i in range(num_frames))
+    if extend == "no":
+        raise TccpError(
+            f"{name} lasts {num_scene / FPS:.2f} s and the sound {num_frames / FPS:.2f} s: give a longer scene or "
+            "shorter sound, or say how to go on with --extend freeze or --extend pingpong"
+        )
+    period = max(1, 2 * (num_scene - 1))
+    return (min(i % period, period - i % period) for i in range(num_frames))
+
+
+def _scene_pictures(path: Path, indices: Iterable[int]) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
+    """The pictures of these frames, decoded forwards; a stretch that runs backwards is decoded in short chunks."""
+    reader: Iterator[np.ndarray] = iter(())
+    next_of_reader, shown_at = -1, -1
+    shown: np.ndarray | None = None
+    held: dict[int, np.ndarray] = {}
+    for index in indices:
+        if index == shown_at and shown is not None:
+            yield shown
+            continue
+        if index in held:
+            shown = held[index]
+        elif index < shown_at:
+            first = max(0, index - _REVERSED_CHUNK + 1)
+            held = dict(enumerate(read_frames(path, first, index - first + 1), first))
+            shown = held[index]
+        else:
+            if next_of_reader != index:
+                reader, next_of_reader = read_frames(path, index), index
+            held = {}
+            shown = next(reader)
+            next_of_reader += 1
+        shown_at = index
+        yield shown
+
+
+def scene_frames(
+    path: Path, info: MediaInfo, track: HeadTrack, num_frames: int, extend: Extend
+) -> Iterator[SceneFrame]:
+    """The frames of the film to be."""
+    indices = list(scene_indices(info.num_frames, num_frames, extend, path))
+    cuts = track.cuts or frozenset()
+    # Played backwards, a cut lies between the same two frames.
+    starts = [True, *(a != b and max(a, b) in cuts for a, b in pairwise(indices))]
+    for i, picture in enumerate(_scene_pictures(path, indices)):
+        yield SceneFrame(i, picture, track.box(indices[i]), starts[i])
