@@ -28,8 +28,8 @@ class ProgressEvent:
 
     task_id: int
     description: str
-    done: float = 0.0
-    total: float | None = None
+    done: float | int = 0
+    total: float | int | None = None
     ended: bool = False
 
 
@@ -56,22 +56,22 @@ class Tasks:
         self._handler = handler
         self._tasks: dict[int, ProgressEvent] = {}
 
-    def add_task(self, description: str, total: float | None = None, completed: float = 0.0) -> int:
+    def add_task(self, description: str, total: float | int | None = None, completed: float | int = 0.0) -> int:
         """Returns the number by which `advance` and `update` know it."""
         task_id = next(_numbers)
         self._tell(ProgressEvent(task_id, description, completed, total))
         return task_id
 
-    def advance(self, task_id: int, advance: float = 1.0) -> None:
+    def advance(self, task_id: int, advance: float | int = 1) -> None:
         self.update(task_id, advance=advance)
 
     def update(
         self,
         task_id: int,
         *,
-        completed: float | None = None,
-        advance: float = 0.0,
-        total: float | None = None,
+        completed: float | int | None = None,
+        advance: float | int = 0,
+        total: float | int | None = None,
         description: str | None = None,
     ) -> None:
         """completed: units done in all; advance: units done since the last event."""

@@ -68,13 +68,11 @@ def load_components(
             f"{folder} holds weights of preset {settings.preset!r}, not {preset!r}: "
             f"give the weights of {preset!r}, or --preset {settings.preset}"
         )
-    autoencoder = PictureAutoencoder.load(verified(folder, "autoencoder")).to(device).eval()
-    autoencoder.vae.to(dtype)
+    autoencoder = PictureAutoencoder.load(verified(folder, "autoencoder"), dtype).to(device).eval()
     lips = None
     if settings.lips.source != "none":
         lips = open_lip_source(settings.lips, lip_weights or verified(folder, "lips"), device)
-    networks = {name: load_network(folder, name, device) for name in variants}
+    networks = {name: load_network(folder, name, device, dtype) for name in variants}
     for name, network in networks.items():
         check_network(folder, settings, name, network)
-        network.to(dtype)
     return Components(settings, autoencoder, networks, lips, torch.device(device))

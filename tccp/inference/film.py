@@ -142,6 +142,7 @@ class FilmInputs:
                 LandmarkFile(request.landmarks) if request.landmarks else nullcontext()
             )
             self.audio: AudioTrack = opened.enter_context(open_audio(request.audio))
+            self.num_frames = self.audio.num_frames  # of the film to be, at 25 fps
             for text in check_audio(self.audio):
                 self.warn(f"{request.audio}: {text}")
             # Refuses a scene that is too short.
@@ -151,11 +152,6 @@ class FilmInputs:
 
     def __exit__(self, *exception: object) -> None:
         self._open.close()
-
-    @property
-    def num_frames(self) -> int:
-        """Length of the film to be, at 25 fps."""
-        return self.audio.num_frames
 
     def warn(self, text: str) -> None:
         self.warnings.append(text)

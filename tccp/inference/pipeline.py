@@ -102,9 +102,9 @@ class Pipeline(Components):
             folder = pipeline_folder(self.source, missing, self.revision)
             networks = dict(self.networks)
             for name in missing:
-                network = load_network(folder, name, self.device)
+                network = load_network(folder, name, self.device, self.dtype)
                 check_network(folder, self.settings, name, network)
-                networks[name] = network.to(self.dtype)
+                networks[name] = network
             self.networks.update(networks)  # type: ignore[attr-defined]
         return self
 

@@ -293,11 +293,13 @@ def has_component(folder: Path, name: str) -> bool:
     return (folder / MANIFEST).exists() and name in read_manifest(folder)["components"]
 
 
-def load_network(folder: Path, name: VariantName, device: torch.device | str = "cpu") -> MVControlNet:
+def load_network(
+    folder: Path, name: VariantName, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> MVControlNet:
     path = verified(folder, name)
     try:
         network = MVControlNet.from_pretrained(
-            path, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False, torch_dtype=torch.float32
+            path, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False, torch_dtype=dtype
         )
         return network.to(device).eval()
     except Exception as error:  # diffusers and safetensors raise many kinds for a broken folder

@@ -135,11 +135,11 @@ class PictureAutoencoder(nn.Module):
         (folder / STATISTICS_FILE).write_text(json.dumps(statistics, indent=2) + "\n")
 
     @classmethod
-    def load(cls, folder: Path) -> PictureAutoencoder:
+    def load(cls, folder: Path, dtype: torch.dtype = torch.float32) -> PictureAutoencoder:
         """Loads what `save` wrote, or any AutoencoderKL folder; without statistics, fit them before use."""
         try:
             vae = AutoencoderKL.from_pretrained(
-                folder, local_files_only=True, low_cpu_mem_usage=False, torch_dtype=torch.float32
+                folder, local_files_only=True, low_cpu_mem_usage=False, torch_dtype=dtype
             )
             autoencoder = cls(vae)
         except (OSError, ValueError) as error:
