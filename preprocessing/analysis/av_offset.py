@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float32, Float64, Int64, UInt8
 from preprocessing.reels import FilmSound, Track
 from tccp.config import FPS, SAMPLE_RATE_HZ, SAMPLES_PER_FRAME
 from tccp.landmarks import mouth_opening, normalise, smooth_over_time
+from tccp.sequences import correlation, true_runs
 
 MAX_OFFSET = 15
 """Offsets of -15..15 frames (0.6 s) are told apart; those of a sound that is further off are not found."""
@@ -145,13 +146,7 @@ def _correlations(
     moving: Float64[np.ndarray, " n"], heard: Float64[np.ndarray, "lags n"]
 ) -> Float64[np.ndarray, " lags"]:
     """Pearson's, for each lag over the frames that have sound there (others are NaN); 0 where a signal is constant."""
-    known = np.isfinite(heard)
-    count = np.maximum(known.sum(1, keepdims=True), 1)
-    lips, sound = known * moving, np.where(known, heard, 0)
-    lips = lips - known * lips.sum(1, keepdims=True) / count
-    sound = sound - known * sound.sum(1, keepdims=True) / count
-    scale = np.sqrt((lips**2).sum(1) * (sound**2).sum(1))
-    return (lips * sound).sum(1) / np.maximum(scale, 1e-9)
+    return np.nan_to_num([correlation(moving, sound) for sound in heard])
 
 
 def _chance(moving: Float64[np.ndarray, " n"], heard: Float64[np.ndarray, " n"]) -> float:
@@ -190,10 +185,9 @@ def _by_syncnet(network: Any, track: Track, sound: FilmSound, talks: Bool[np.nda
 
 def _stretches(track: Track, talks: Bool[np.ndarray, " f"]) -> list[tuple[int, int]]:
     """Frames [start, stop) of the source's clock that are spoken and have a picture each."""
-    has_chip = [talks[i] and track.start_frame + i in track.chips for i in range(track.num_frames)]
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], np.array(has_chip, np.int8), [0]]))) + track.start_frame
-    runs = zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
-    return [(start, stop) for start, stop in runs if stop - start >= _SHORTEST_FRAMES]
+    has_chip = np.array([frame in track.chips for frame in range(track.start_frame, track.stop_frame)], bool)
+    runs = [run for run in true_runs(talks & has_chip) if run[1] - run[0] >= _SHORTEST_FRAMES]
+    return [(track.start_frame + start, track.start_frame + stop) for start, stop in runs]
 
 
 def _pictures(chips: Mapping[int, bytes], start: int, stop: int) -> Iterator[UInt8[np.ndarray, "224 224 3"]]:

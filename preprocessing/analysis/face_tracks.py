@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
-from jaxtyping import Bool, Float32
+from jaxtyping import Float32
 
 from preprocessing.reels import Faces, Reel, Track
 from tccp.config import FPS
 from tccp.faces import Face, link
+from tccp.sequences import true_runs
 
 MAX_BRIDGED_FRAMES = FPS // 2
 """Gaps without a face up to here, just under half a second, are bridged; longer ones end the track."""
@@ -30,7 +31,7 @@ def find_tracks(reel: Reel) -> list[Track]:
         for person in _people(reel.faces, start, stop):
             seen = np.zeros(stop - start, bool)
             seen[[reel.faces.frame[i] - start for i in person]] = True
-            for first, end in runs(seen):
+            for first, end in true_runs(seen, MAX_BRIDGED_FRAMES):
                 indices = [i for i in person if first <= reel.faces.frame[i] - start < end]
                 if len(indices) >= MIN_TRACK_FRAMES:
                     found.append(_track(reel.faces, indices, shot))
@@ -89,14 +90,3 @@ def _bridged(values: np.ndarray, at: np.ndarray, frames: np.ndarray) -> Float32[
     flat = values.reshape(len(values), -1).astype(np.float64)
     filled = np.stack([np.interp(frames, at, column) for column in flat.T], axis=1)
     return filled.reshape(len(frames), *values.shape[1:]).astype(np.float32)
-
-
-def runs(seen: Bool[np.ndarray, "f"], max_bridged: int = MAX_BRIDGED_FRAMES) -> list[tuple[int, int]]:
-    """[first, stop) of each stretch that begins and ends with a face and has no longer gap in it than `max_bridged`."""
-    stretches: list[tuple[int, int]] = []
-    for i in map(int, np.flatnonzero(seen)):
-        if stretches and i - stretches[-1][1] <= max_bridged:
-            stretches[-1] = (stretches[-1][0], i + 1)
-        else:
-            stretches.append((i, i + 1))
-    return stretches

@@ -28,6 +28,7 @@ from tccp.clips.clip_table import AUDIO_CONTEXT_FRAMES, audio_context_start
 from tccp.config import FPS, SAMPLES_PER_FRAME
 from tccp.headbox import head_boxes
 from tccp.landmarks import smooth
+from tccp.sequences import true_runs
 
 SAMPLES = 4
 """Pictures for the report, per reel, of tracks that are in clips; and as many of others."""
@@ -303,15 +304,9 @@ class _Choice:
             self.outcome.reject(start, stop, reason)
             return []
         free = _is_free(cover[start - track.start_frame : stop - track.start_frame], self._bounds.max_occlusion)
-        good, at = [], start
-        for is_free, group in groupby(free.tolist()):
-            end = at + len(list(group))
-            if is_free:
-                good.append((at, end))
-            else:
-                self.outcome.reject(at, end, "occluded")
-            at = end
-        return good
+        for first, stop_covered in true_runs(~free):
+            self.outcome.reject(start + first, start + stop_covered, "occluded")
+        return [(start + first, start + end) for first, end in true_runs(free)]
 
     def _run(
         self,

@@ -13,12 +13,13 @@ from typing import Protocol, runtime_checkable
 
 import cv2
 import numpy as np
-from jaxtyping import Bool, Float, Float32, Float64, Int16, Int64, UInt8
+from jaxtyping import Bool, Float32, Float64, Int16, Int64, UInt8
 
-from preprocessing.analysis.voice_activity import reaching, runs
+from preprocessing.analysis.voice_activity import reaching
 from preprocessing.reels import FilmSound, Track
 from tccp.config import FPS
 from tccp.landmarks import MEAN_FACE, RIGID, head_pose, mouth_opening, mouth_width, smooth_over_time
+from tccp.sequences import correlation, true_runs
 
 # Frames and shares below were set on the shared clips and on RoundTable (tests/preprocessing/test_speakers.py holds them to it).
 VOICE = 0.5
@@ -180,7 +181,7 @@ class _Scene:
         """
         count: Int64[np.ndarray, " f"] = self.talks.sum(0)
         owner = np.where(count == 1, self.talks.argmax(0), -1)
-        for first, stop in runs(count > 1):
+        for first, stop in true_runs(count > 1):
             for start in range(first, stop, _BLOCK):
                 block = slice(start, min(start + _BLOCK, stop))
                 rivals = np.flatnonzero(self.talks[:, block].any(1))
@@ -189,7 +190,7 @@ class _Scene:
                     self.unclear[:, block] = self.talks[:, block]
                 else:
                     owner[block] = winner
-        for first, stop in runs(self.unclear.max(axis=0)):
+        for first, stop in true_runs(self.unclear.max(axis=0)):
             around = owner[max(first - FPS, 0) : first], owner[stop : stop + FPS]
             before, after = (part[part >= 0] for part in around)
             if stop - first <= _BLIP_FRAMES and len(before) and len(after) and before[-1] == after[0]:
@@ -219,7 +220,8 @@ class _Scene:
         for lag in _SYNC_LAGS:
             heard = np.clip(window + lag, 0, len(self.heard) - 1)
             sound = np.where(np.isfinite(self.heard[heard]), self.heard[heard], 0)
-            best = max(best, sum(_correlation(self.mouth[row, window, i], sound[:, i]) for i in (0, 1)))
+            each = [correlation(self.mouth[row, window, i], sound[:, i]) for i in (0, 1)]
+            best = max(best, float(np.nansum(each)))
         return best
 
     # ---- from frames to stretches
@@ -233,7 +235,7 @@ class _Scene:
         for row, first, stop in sorted(
             found, key=lambda core: (-(self.owner[core[1] : core[2]] == core[0]).sum(), core)
         ):
-            for free_first, free_stop in runs(~taken[first:stop]):
+            for free_first, free_stop in true_runs(~taken[first:stop]):
                 mine = np.flatnonzero(self.owner[first + free_first : first + free_stop] == row)
                 if len(mine):
                     core = _Part(row, first + free_first + int(mine[0]), first + free_first + int(mine[-1]) + 1)
@@ -246,7 +248,7 @@ class _Scene:
     def _joined(self, mine: Bool[np.ndarray, " f"], row: int) -> list[tuple[int, int]]:
         """Runs of a person's frames, joined over pauses and over short rests of the mouth."""
         joined: list[tuple[int, int]] = []
-        for first, stop in runs(mine & self.present[row]):
+        for first, stop in true_runs(mine & self.present[row]):
             if joined:
                 gap = self.voice[joined[-1][1] : first]
                 if gap.sum() <= STILL_FRAMES and (~gap).sum() <= PAUSE_FRAMES:
@@ -304,7 +306,7 @@ class _Scene:
             where = self.present[row]
             if count and not (taken & where).any():
                 taken |= where
-                parts += [_Part(row, first, stop) for first, stop in runs(where)]
+                parts += [_Part(row, first, stop) for first, stop in true_runs(where)]
         return parts
 
     def stretches(self, row: int, kept: Sequence[_Part], doubts: bool) -> list[Stretch]:
@@ -319,7 +321,7 @@ class _Scene:
         state[~self.present[row]] = -1
         found = []
         for value, name in enumerate(names):
-            for first, stop in runs(state == value):
+            for first, stop in true_runs(state == value):
                 score = self._talk_share(_Part(row, first, stop))[1] if value == 0 else 0.0
                 found.append(
                     Stretch(self.tracks[row].number, self.origin + first, self.origin + stop, name, round(score, 3))
@@ -386,13 +388,3 @@ def _mean_around(values: Float64[np.ndarray, " f"], reach: int) -> Float64[np.nd
 
 def _without_slow(series: Float64[np.ndarray, "f 2"]) -> Float64[np.ndarray, "f 2"]:
     return series - smooth_over_time(series, _SLOW_FRAMES)
-
-
-def _correlation(a: Float[np.ndarray, " n"], b: Float[np.ndarray, " n"]) -> float:
-    """Of the frames where both are known; 0 if either does not change."""
-    known = np.isfinite(a) & np.isfinite(b)
-    if known.sum() < 3:
-        return 0.0
-    a, b = a[known] - a[known].mean(), b[known] - b[known].mean()
-    scale = float(np.sqrt((a @ a) * (b @ b)))
-    return float(a @ b) / scale if scale > 1e-9 else 0.0

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Float32, Int16
 from preprocessing.reels import FilmSound
 from tccp.config import SAMPLE_RATE_HZ, SAMPLES_PER_FRAME
 from tccp.errors import TccpError
+from tccp.sequences import true_runs
 
 _FULL_SCALE = 32768.0
 
@@ -116,27 +117,17 @@ def _floor(level: Float[np.ndarray, " f"]) -> Float[np.ndarray, " f"]:
 def _with_hysteresis(above: Float[np.ndarray, " f"]) -> Bool[np.ndarray, " f"]:
     """Runs above the lower threshold that also reach the upper one, short pauses closed, clicks left out."""
     speaks = reaching(above, _OFF_DB, _ON_DB)
-    for first, stop in runs(~speaks):
-        if first > 0 and stop < len(speaks) and stop - first <= _HANGOVER_FRAMES:
-            speaks[first:stop] = True
-    for first, stop in runs(speaks):
-        if stop - first < _SHORTEST_FRAMES:
-            speaks[first:stop] = False
+    for first, stop in true_runs(speaks, max_gap=_HANGOVER_FRAMES):
+        speaks[first:stop] = stop - first >= _SHORTEST_FRAMES
     return speaks
 
 
 def reaching(values: Float[np.ndarray, " f"], low: float, high: float) -> Bool[np.ndarray, " f"]:
     """Runs of values of at least `low` that somewhere reach `high`."""
     reached = np.zeros(len(values), bool)
-    for first, stop in runs(values >= low):
+    for first, stop in true_runs(values >= low):
         reached[first:stop] = values[first:stop].max() >= high
     return reached
-
-
-def runs(marked: Bool[np.ndarray, " f"]) -> list[tuple[int, int]]:
-    """[first, stop) of each unbroken run of marked frames, in order."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], marked, [False]]).astype(np.int8)))
-    return [(int(first), int(stop)) for first, stop in zip(edges[::2], edges[1::2], strict=True)]
 
 
 # ---- the mouth in the sound

@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from preprocessing.analysis.cut import cut_clips
-from preprocessing.analysis.face_tracks import find_tracks, part_of, runs
+from preprocessing.analysis.face_tracks import find_tracks, part_of
 from preprocessing.analysis.identity import Place
 from preprocessing.analysis.quality import QualityBounds
 from preprocessing.analysis.select import Networks, select
@@ -195,19 +195,6 @@ def test_sound_is_cut_exactly_padded_with_silence_and_moved_back() -> None:
 
 
 # Tracks
-
-
-@given(st.lists(st.booleans(), max_size=60), st.integers(0, 5))
-def test_runs_bridge_short_gaps_only(seen: list[bool], max_bridged: int) -> None:
-    stretches = runs(np.array(seen, bool), max_bridged)
-    inside = {i for first, stop in stretches for i in range(first, stop)}
-    assert {i for i, s in enumerate(seen) if s} <= inside
-    text = "".join("x" if s else "." for s in seen)
-    for first, stop in stretches:
-        assert text[first] == text[stop - 1] == "x"
-        assert "." * (max_bridged + 1) not in text[first:stop]
-    for (_, stop), (first, _) in itertools.pairwise(stretches):
-        assert first - stop > max_bridged
 
 
 def test_gaps_end_a_track_or_are_bridged_in_a_straight_line() -> None:

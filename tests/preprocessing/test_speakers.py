@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from preprocessing.analysis.look import chip
 from preprocessing.analysis.speakers import MOVES, Stretch, mouth_motion, score_track, talking
-from preprocessing.analysis.voice_activity import articulation, reaching, runs, voice_activity
+from preprocessing.analysis.voice_activity import articulation, reaching, voice_activity
 from preprocessing.reels import SPEECH_CHIP_PX, FilmSound, Track
 from tccp.config import FPS, SAMPLES_PER_FRAME
 from tccp.errors import TccpError
@@ -382,11 +382,9 @@ def test_what_nobody_says_is_no_voice(kind: str, request: pytest.FixtureRequest)
     assert voice_activity(sound, 0, 125, weights).max() < 0.45
 
 
-def test_runs_of_frames():
+def test_hysteresis_keeps_runs_that_reach_the_upper_threshold():
     values = np.array([0.0, 1, 2, 1, 0, 1, 1, 3, 0])
     assert reaching(values, 1.0, 2.5).tolist() == [False] * 5 + [True] * 3 + [False]
-    assert runs(np.array([1, 1, 0, 0, 1, 0, 1], bool)) == [(0, 2), (4, 5), (6, 7)]
-    assert runs(np.zeros(3, bool)) == [] and runs(np.ones(0, bool)) == []
 
 
 def test_open_and_spread_mouths_are_heard():
