@@ -12,7 +12,8 @@ from typing import Any
 
 import cv2
 import numpy as np
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float, Float32, UInt8
+from scipy.cluster.hierarchy import fcluster, linkage
 
 from preprocessing.analysis.chips import CHEEKS, Chip, chip_frames, lab, read_chip, values_at
 from preprocessing.analysis.quality import blur
@@ -200,7 +201,7 @@ def group(tracks: Sequence[Track], embedder: FaceEmbedder | None) -> list[int]:
         for j, b in enumerate(tracks[:i]):
             if a.stop_frame <= b.start_frame or b.stop_frame <= a.start_frame:
                 distance[i, j] = distance[j, i] = unlike(i, j)
-    return _agglomerate(distance, limit)
+    return average_linkage(distance, limit)
 
 
 def _unlike_embeddings(tracks: Sequence[Track], embedder: FaceEmbedder) -> tuple[float, _Unlike]:
@@ -228,27 +229,24 @@ def _unlike_looks(tracks: Sequence[Track]) -> tuple[float, _Unlike]:
     return 1.0, unlike
 
 
-def _agglomerate(distance: np.ndarray, limit: float) -> list[int]:
-    """Average linkage: joins the two nearest groups while they are within `limit`. An infinite distance forbids."""
-    distance = distance.copy()
-    np.fill_diagonal(distance, np.inf)
-    groups: list[list[int]] = [[i] for i in range(len(distance))]
-    while len(groups) > 1:
-        a, b = divmod(int(np.argmin(distance)), len(groups))
-        if distance[a, b] > limit:
-            break
-        a, b = min(a, b), max(a, b)
-        sizes = len(groups[a]), len(groups[b])
-        joined = (distance[a] * sizes[0] + distance[b] * sizes[1]) / sum(sizes)
-        joined[a] = np.inf
-        distance[a], distance[:, a] = joined, joined
-        groups[a] += groups.pop(b)
-        distance = np.delete(np.delete(distance, b, axis=0), b, axis=1)
-    numbers = [0] * sum(map(len, groups))
-    for number, members in enumerate(sorted(groups, key=min)):
-        for member in members:
-            numbers[member] = number
-    return numbers
+def average_linkage(distance: Float[np.ndarray, "n n"], limit: float) -> list[int]:
+    """Group number of each of n items, counted from 0 in the order of the items.
+
+    Agglomerative clustering with average linkage (UPGMA): groups whose mean distance is at most `limit` are joined,
+    nearest first. Two items at an infinite distance never come into one group. distance: symmetric; its diagonal is
+    ignored.
+    """
+    count = len(distance)
+    if count < 2:
+        return list(range(count))
+    pairs = distance[np.triu_indices(count, 1)]
+    # SciPy takes finite distances only. Two groups have at most n * n / 4 pairs: one forbidden pair among them lifts
+    # their mean distance above `limit`.
+    forbidden = count**2 * max(limit, 1.0)
+    tree = linkage(np.where(np.isfinite(pairs), pairs, forbidden), "average")
+    labels = fcluster(tree, limit, "distance").tolist()
+    numbers = {label: number for number, label in enumerate(dict.fromkeys(labels))}
+    return [numbers[label] for label in labels]
 
 
 # ---- The person who is wanted
