@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int16, Int64, UInt8
 
-from preprocessing.analysis.voice_activity import reaching
+from preprocessing.analysis.voice_activity import hysteresis
 from preprocessing.reels import FilmSound, Track
 from tccp.config import FPS
 from tccp.landmarks import MEAN_FACE, RIGID, head_pose, mouth_opening, mouth_width, smooth_over_time
@@ -167,7 +167,7 @@ class _Scene:
                 self.motion[row, part] = mouth_motion(track.landmarks)
                 moves = self.motion[row, part] >= MOVES
             if track.number in scores:
-                moves = reaching(_mean_around(scores[track.number].astype(np.float64), 2), ASD_STOPS, ASD_TALKS)
+                moves = hysteresis(_mean_around(scores[track.number].astype(np.float64), 2), ASD_STOPS, ASD_TALKS)
             self.talks[row, part] = moves & self.voice[part]
         self.unclear = np.zeros_like(self.talks)
         self.owner = self._owners()

@@ -116,18 +116,21 @@ def _floor(level: Float[np.ndarray, " f"]) -> Float[np.ndarray, " f"]:
 
 def _with_hysteresis(above: Float[np.ndarray, " f"]) -> Bool[np.ndarray, " f"]:
     """Runs above the lower threshold that also reach the upper one, short pauses closed, clicks left out."""
-    speaks = reaching(above, _OFF_DB, _ON_DB)
+    speaks = hysteresis(above, _OFF_DB, _ON_DB)
     for first, stop in true_runs(speaks, max_gap=_HANGOVER_FRAMES):
         speaks[first:stop] = stop - first >= _SHORTEST_FRAMES
     return speaks
 
 
-def reaching(values: Float[np.ndarray, " f"], low: float, high: float) -> Bool[np.ndarray, " f"]:
-    """Runs of values of at least `low` that somewhere reach `high`."""
-    reached = np.zeros(len(values), bool)
-    for first, stop in true_runs(values >= low):
-        reached[first:stop] = values[first:stop].max() >= high
-    return reached
+def hysteresis(values: Float[np.ndarray, " f"], low: float, high: float) -> Bool[np.ndarray, " f"]:
+    """True in every run of values >= `low` that contains a value >= `high`; NaN ends a run."""
+    from skimage.filters import apply_hysteresis_threshold  # a slow import
+
+    if not len(values):  # scikit-image fails on an empty array
+        return np.zeros(0, bool)
+    # scikit-image compares with `>`: thresholds just below the given ones make that `>=`.
+    just_below_low, just_below_high = np.nextafter([low, high], -np.inf)
+    return apply_hysteresis_threshold(values.astype(np.float64), just_below_low, just_below_high)
 
 
 # ---- the mouth in the sound

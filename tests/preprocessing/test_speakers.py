@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from preprocessing.analysis.look import chip
 from preprocessing.analysis.speakers import MOVES, Stretch, mouth_motion, score_track, talking
-from preprocessing.analysis.voice_activity import articulation, reaching, voice_activity
+from preprocessing.analysis.voice_activity import articulation, hysteresis, voice_activity
 from preprocessing.reels import SPEECH_CHIP_PX, FilmSound, Track
 from tccp.config import FPS, SAMPLES_PER_FRAME
 from tccp.errors import TccpError
@@ -23,6 +23,7 @@ from tccp.landmarks import MEAN_FACE
 from tccp.media import open_audio, probe, read_frames
 from tccp.models.light_asd import load_light_asd
 from tccp.roundtable import synthesise
+from tccp.sequences import true_runs
 
 # ---- mouths drawn by hand
 
@@ -384,7 +385,19 @@ def test_what_nobody_says_is_no_voice(kind: str, request: pytest.FixtureRequest)
 
 def test_hysteresis_keeps_runs_that_reach_the_upper_threshold():
     values = np.array([0.0, 1, 2, 1, 0, 1, 1, 3, 0])
-    assert reaching(values, 1.0, 2.5).tolist() == [False] * 5 + [True] * 3 + [False]
+    assert hysteresis(values, 1.0, 2.5).tolist() == [False] * 5 + [True] * 3 + [False]
+    assert hysteresis(values, 1.0, 3.0).tolist() == [False] * 5 + [True] * 3 + [False]
+    assert hysteresis(np.array([1.0, np.nan, 3.0]), 1.0, 3.0).tolist() == [False, False, True]
+    assert hysteresis(np.zeros(0), 1.0, 3.0).shape == (0,)
+
+
+@given(st.lists(st.sampled_from([0.0, 1.0, 2.0, 3.0, np.nan]), max_size=60), st.integers(0, 3), st.integers(0, 3))
+def test_hysteresis_is_that_of_a_loop_over_runs(numbers: list[float], lower: int, rise: int) -> None:
+    values, low, high = np.array(numbers, np.float64), float(lower), float(lower + rise)
+    expected = np.zeros(len(values), bool)
+    for start, stop in true_runs(values >= low):
+        expected[start:stop] = values[start:stop].max() >= high
+    np.testing.assert_array_equal(hysteresis(values, low, high), expected)
 
 
 def test_open_and_spread_mouths_are_heard():
