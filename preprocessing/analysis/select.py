@@ -20,7 +20,7 @@ from preprocessing.analysis.identity import Place, places_seen
 from preprocessing.analysis.speakers import Stretch, score_track, talking
 from preprocessing.analysis.voice_activity import articulation, voice_activity
 from preprocessing.plan import Plan, detector_of
-from preprocessing.reasons import RANK, REASONS, set_aside
+from preprocessing.reasons import FRAME_REASONS, RANK, set_aside
 from preprocessing.reels import Reel, Track
 from preprocessing.report.record import TrackSample
 from preprocessing.spans import Span
@@ -121,7 +121,7 @@ class _Outcome:
         """The reason of most of a track's frames."""
         first = self.reel.span.start_frame
         ranks = self._rank[track.start_frame - first : track.stop_frame - first]
-        return list(REASONS)[int(np.bincount(ranks).argmax())]
+        return FRAME_REASONS[int(np.bincount(ranks).argmax())]
 
     def keep(self, clip: Span) -> None:
         part = slice(clip.start_frame - self.reel.span.start_frame, clip.stop_frame - self.reel.span.start_frame)
@@ -131,14 +131,14 @@ class _Outcome:
 
     def spans(self) -> list[Span]:
         """Clips by time, then what is left out, by time."""
-        span, names = self.reel.span, list(REASONS)
+        span = self.reel.span
         left_out = []
         states = np.where(self._in_clip, -1, self._rank)
         start = span.start_frame
         for state, group in groupby(states.tolist()):
             stop = start + len(list(group))
             if state >= 0:
-                left_out.append(set_aside(span.cut(start, stop), names[state]))
+                left_out.append(set_aside(span.cut(start, stop), FRAME_REASONS[state]))
             start = stop
         return sorted(self.clips, key=lambda clip: clip.start_frame) + left_out
 

@@ -567,7 +567,7 @@ def test_a_film_without_a_face_gives_no_clip(shared_weights: Path, tmp_path: Pat
     with media.VideoWriter(film, 128, 96, audio_from=rng.normal(0, 0.1, 20 * SAMPLES_PER_FRAME)) as writer:
         for _ in range(20):
             writer.write(wall)
-    with pytest.raises(TccpError, match=r"wall\.mp4: nobody's face"):
+    with pytest.raises(TccpError, match=r"wall\.mp4: no face was found"):
         preprocess([film], tmp_path / "out", make_plan(TOY.picture_px, "mediapipe", shared_weights))
 
 
