@@ -17,7 +17,7 @@ from preprocessing.analysis import persons, quality
 from preprocessing.analysis.cut import cut_clips
 from preprocessing.analysis.face_tracks import find_tracks, numbered, part_of
 from preprocessing.analysis.identity import Place, places_seen
-from preprocessing.analysis.speakers import Stretch, score_track, talking
+from preprocessing.analysis.speakers import Stretch, score_track, speaking_stretches
 from preprocessing.analysis.voice_activity import articulation, voice_activity
 from preprocessing.plan import Plan, detector_of
 from preprocessing.reasons import FRAME_REASONS, RANK, set_aside
@@ -252,7 +252,7 @@ class _Choice:
             choose = (span.speaker_x, span.speaker_y)
         kept = []
         heard = articulation(reel.sound, first, count)
-        for stretch in talking(self.tracks, voice, first, self._asd_scores(), choose, heard):
+        for stretch in speaking_stretches(self.tracks, voice, first, self._asd_scores(), choose, heard):
             self._speaking[stretch.track] = max(stretch.score, self._speaking.get(stretch.track, 0.0))
             if stretch.reason is None:
                 kept.append(stretch)

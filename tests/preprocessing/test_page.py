@@ -327,11 +327,12 @@ def test_the_page_appears_whole_or_not_at_all(run: RunReport, tmp_path: Path) ->
 
 def test_every_code_is_explained_in_plain_words() -> None:
     listed = re.sub(r"\s+", " ", str(MediaError.__doc__)).split("From here:")[1]
-    assert FRAME_REASONS == [
+    ascending_rank = [
         *("before_video", "after_audio", "no_face", "not_speaking", "several_speak", "other_person", "too_turned"),
         *("too_small", "jittery", "occluded", "too_dark", "too_bright", "too_blurred", "too_short", "no_identity"),
         "identity",
-    ]  # a frame with several reasons is counted under the last of them
+    ]
+    assert ascending_rank == FRAME_REASONS  # a frame with several reasons is counted under the last of them
     codes = {*re.findall(r"\w+", listed), *FRAME_REASONS, "bad_audio", "duplicate", "unsafe", "too_long_to_decode"}
     codes |= {"decoder_crashed", "no_truth", "other_truth", "bad_identity"}
     assert codes <= set(REASONS)

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from preprocessing.analysis.cut import cut_clips
 from preprocessing.analysis.face_tracks import find_tracks, part_of
-from preprocessing.analysis.identity import Place
+from preprocessing.analysis.identity import Sighting
 from preprocessing.analysis.quality import QualityBounds
 from preprocessing.analysis.select import Networks, select
 from preprocessing.graph import clip_rows
@@ -118,8 +118,8 @@ def a_run(start: int = 100, num_frames: int = 60, track: int = 0, **changes: Any
     return dataclasses.replace(span, **changes)
 
 
-def places(*frames: int) -> list[Place]:
-    return [Place(frame, (frame, frame, frame + 9, frame + 9)) for frame in frames]
+def sightings(*frames: int) -> list[Sighting]:
+    return [Sighting(frame, (frame, frame, frame + 9, frame + 9)) for frame in frames]
 
 
 def test_spans_come_back_from_their_table() -> None:
@@ -238,7 +238,7 @@ def test_clips_keep_their_bounds_and_every_frame_is_accounted_for(
 ) -> None:
     path = "identity.png" if given_identity else None
     run = a_run(100, num_frames, identity_path=path)
-    seen = places(*range(100, 100 + num_frames), *(range(900, 950) if elsewhere else ()))
+    seen = sightings(*range(100, 100 + num_frames), *(range(900, 950) if elsewhere else ()))
     cut = cut_clips(run, seen, max_frames / FPS)
     assert covered(cut) == covered([run])
     for clip in cut:
@@ -260,14 +260,14 @@ def test_clips_keep_their_bounds_and_every_frame_is_accounted_for(
 
 
 def test_a_single_short_film_makes_two_clips_that_show_each_others_person() -> None:
-    first, second = cut_clips(a_run(0, 73), places(*range(73)))
+    first, second = cut_clips(a_run(0, 73), sightings(*range(73)))
     assert (first.start_frame, first.stop_frame, second.stop_frame) == (0, 36, 73)
     assert min(first.identity_frames) >= 36 > max(second.identity_frames)
     assert len(set(first.identity_frames)) == 4
 
 
 def test_a_person_who_is_seen_nowhere_else_gives_no_clip() -> None:
-    cut = cut_clips(a_run(0, 60), places(*range(30)))
+    cut = cut_clips(a_run(0, 60), sightings(*range(30)))
     assert [clip.reason for clip in cut] == ["no_identity", None]
 
 
