@@ -251,7 +251,7 @@ def test_reference_pictures_that_cannot_be_used_are_refused(
         ("absent.png", "No such file"),
         ("text.png", "not a picture"),
         ("empty.png", "not a picture"),
-        ("wall.png", "no face is to be seen"),
+        ("wall.png", "no face was found"),
     ]:
         with pytest.raises(TccpError, match=text) as error:
             embedder.embed_reference(tmp_path / name, backend)
