@@ -66,6 +66,8 @@ def _people(faces: Faces, start: int, stop: int) -> list[list[int]]:
         face = Face(faces.box[i], known, float(faces.confidence[i]))
         frames[faces.frame[i] - start].append(face)
         index[id(face)] = i
+    # `link` pairs greedily, largest overlap first. SciPy's linear_sum_assignment would maximise the sum of all overlaps
+    # instead, and so could give a face to another person than the one whose last box it overlaps most.
     return [[index[id(face)] for _, face in sorted(person.items())] for person in link(frames)]
 
 

@@ -56,8 +56,8 @@ def _by_silero(sound: FilmSound, start_frame: int, num_frames: int, weights: Pat
     pcm = sound.between(start_frame - _WARM_UP_FRAMES, start_frame + num_frames + 1)
     count = -(-(lead + num_frames * SAMPLES_PER_FRAME) // _WINDOW)
     samples = np.zeros(_CONTEXT + count * _WINDOW, np.float32)
-    heard = pcm[: count * _WINDOW] / np.float32(_FULL_SCALE)
-    samples[_CONTEXT : _CONTEXT + len(heard)] = heard
+    scaled = pcm[: count * _WINDOW] / np.float32(_FULL_SCALE)
+    samples[_CONTEXT : _CONTEXT + len(scaled)] = scaled
     state, rate = np.zeros(_STATE_SHAPE, np.float32), np.array(SAMPLE_RATE_HZ, np.int64)
     speech = np.zeros(count, np.float32)
     try:

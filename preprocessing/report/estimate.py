@@ -96,8 +96,8 @@ class Estimate:
 
 def _figure(value: float) -> str:
     """A number with three significant digits, which is about as precise as the estimates are."""
-    places = 2 if value == 0 else min(max(2 - math.floor(math.log10(value)), 0), 6)
-    return f"{float(f'{value:.3g}'):,.{places}f}"
+    decimals = 2 if value == 0 else min(max(2 - math.floor(math.log10(value)), 0), 6)
+    return f"{float(f'{value:.3g}'):,.{decimals}f}"
 
 
 def choose_sample(listing: Sequence[SourceSize], count: int, seed: int = 0) -> list[SourceSize]:

@@ -119,8 +119,8 @@ class Histogram:
         if self.lowest is None or self.highest is None:
             return None
         masses = [self.below, *self.counts, self.above]
-        places = [min(self.lowest, self.edges[0]), *self.edges, max(self.highest, self.edges[-1])]
-        value = float(np.interp(share * self.known, np.cumsum([0, *masses]), places))
+        values = [min(self.lowest, self.edges[0]), *self.edges, max(self.highest, self.edges[-1])]
+        value = float(np.interp(share * self.known, np.cumsum([0, *masses]), values))
         half_a_bin = (self.edges[1] - self.edges[0]) / 2
         value = round(round(value / half_a_bin) * half_a_bin, 6)
         return min(max(value, self.lowest), self.highest)

@@ -104,13 +104,13 @@ def frames_by_reason(report: RunReport) -> str:
 
 def films(report: RunReport) -> str:
     """The table of films."""
-    shown: list[SourceReport] = report.sources
-    if not shown:
+    listed: list[SourceReport] = report.sources
+    if not listed:
         return ""
     note = ""
-    if len(shown) > MOST_FILMS:
-        troubled = [source for source in shown if not source.clips or source.warnings]
-        shown = troubled[:MOST_FILMS]
+    if len(listed) > MOST_FILMS:
+        troubled = [source for source in listed if not source.clips or source.warnings]
+        listed = troubled[:MOST_FILMS]
         rest = f", the first {MOST_FILMS:,} of {len(troubled):,}" if len(troubled) > MOST_FILMS else ""
         note = (
             f"<p>Of {len(report.sources):,} films only those without a clip or with a warning are listed{rest}; "
@@ -128,7 +128,7 @@ def films(report: RunReport) -> str:
         f"<h2>Films</h2>\n{note}"
         '<input type="search" id="films" placeholder="Search films and reasons" aria-label="Search films" hidden>\n'
         f'<table class="stack sort" data-search="films"><thead><tr>{head}<th>Left out, and warnings</th></tr></thead>'
-        f"<tbody>{''.join(map(_film, shown))}</tbody></table>"
+        f"<tbody>{''.join(map(_film, listed))}</tbody></table>"
     )
 
 

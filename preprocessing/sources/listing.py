@@ -20,7 +20,7 @@ def list_sources(given: Sequence[str | Path]) -> pa.Table:
     """
     table = find_sources(given)
     sizes: list[int] = []
-    seen: dict[object, int] = {}
+    first_with: dict[object, int] = {}  # content to the number of the first source
     reasons: list[str | None] = []
     messages: list[str | None] = []
     by_size: dict[int, list[int]] = {}
@@ -31,7 +31,7 @@ def list_sources(given: Sequence[str | Path]) -> pa.Table:
     for number, path in enumerate(paths):
         reason = message = None
         if sizes[number] and not is_url(path) and len(by_size[sizes[number]]) > 1:
-            first = seen.setdefault(_content(path, number), number)
+            first = first_with.setdefault(_content(path, number), number)
             if first != number:
                 reason, message = "duplicate", f"{path}: has the same content as {names[first]}"
         reasons.append(reason)
