@@ -213,7 +213,7 @@ def _embedding_distances(tracks: Sequence[Track], embedder: FaceEmbedder) -> tup
 
     def distance_of(i: int, j: int) -> float:
         a, b = vectors[i], vectors[j]
-        return float("inf") if a is None or b is None else 1 - float(a @ b)
+        return float("inf") if a is None or b is None else max(1 - float(a @ b), 0.0)  # rounding can give -1e-7
 
     return 1 - SAME_PERSON_COSINE, distance_of
 
@@ -238,8 +238,8 @@ def average_linkage(distance: Float[np.ndarray, "n n"], limit: float) -> list[in
     """Group number of each of n items, counted from 0 in the order of the items.
 
     Agglomerative clustering with average linkage (UPGMA): groups whose mean distance is at most `limit` are joined,
-    nearest first. Two items at an infinite distance never come into one group. distance: symmetric; its diagonal is
-    ignored.
+    nearest first. Two items at an infinite distance never come into one group. distance: symmetric, at least 0; its
+    diagonal is ignored.
     """
     count = len(distance)
     if count < 2:
