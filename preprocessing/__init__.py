@@ -1,1 +1,1 @@
-"""Raw videos to the clip table. Each step is a pure function on columnar batches; `pipeline` joins them."""
+"""Raw videos to the clip table: steps on columnar batches, which `preprocessing.graph` connects."""

@@ -1,4 +1,4 @@
-"""What a run of preprocessing is to do, resolved once, on the machine that starts it, and the same for every worker."""
+"""The settings of a preprocessing run: resolved once, where the run is started, and sent to every worker."""
 
 from __future__ import annotations
 
@@ -23,27 +23,31 @@ Backend = Literal["mediapipe", "fan", "truth"]
 Speakers = Literal["active", "main"]
 
 LOOK_VERSION = 2
-"""Raised when pass 1 finds other faces, cuts or chips in the same film."""
+"""Increased when pass 1 (`preprocessing.analysis.look`) finds other faces, cuts or chips in the same film."""
 SELECT_VERSION = 2
-"""Raised when the same faces and sound give other clips."""
+"""Increased when the same faces and sound give other clips."""
 RENDER_VERSION = 1
-"""Raised when the same clips give other rows."""
+"""Increased when the same clips give other rows."""
 
 REEL_S = 60.0
-UNBOUND = QualityBounds(**{item.name: None for item in fields(QualityBounds)})
-"""Of footage whose truth is known nothing is left out."""
-_OPTIONAL = {"light-asd": "who speaks", "silero-vad": "voice activity", "syncnet": "a/v offset", "sface": "persons"}
+NO_BOUNDS = QualityBounds(**{item.name: None for item in fields(QualityBounds)})
+"""For footage with known truth, of which nothing is left out."""
+_OPTIONAL_NETWORKS = {
+    "light-asd": "who speaks",
+    "silero-vad": "voice activity",
+    "syncnet": "a/v offset",
+    "sface": "persons",
+}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that results depend on but the films.
+    """Everything except the films that the results depend on.
 
-    backend: where landmarks come from: a face detector, or (`truth`) the truth files of RoundTable footage.
-    backend_key: its versions and weights. weights: files by name; weight_hashes: their SHA-256. Workers take these
-    files or none: what one of them happened to find makes no difference.
-    speakers: `active`: clips are cut where somebody is seen to speak; `main`: of each shot's most present person,
-    speaking or not. person_pictures: clips are made of this person alone.
+    backend: the source of landmarks: a face detector, or `truth`, the truth files of RoundTable footage. backend_key:
+    its versions and weights. weights: files by name; weight_hashes: their SHA-256. Workers use exactly these files,
+    whatever other weights are on their machines. speakers: `active` makes clips where a person is seen to speak, `main`
+    of the main person of each shot, speaking or not. person_pictures: only clips of this person are made.
     """
 
     picture_px: int
@@ -62,48 +66,48 @@ class Plan:
 
     @property
     def speech_chips(self) -> bool:
-        """Whether pass 1 keeps a picture of every face for the speech networks."""
+        """Whether pass 1 stores a picture of every face, for the speech networks."""
         return self.backend != "truth" and bool({"light-asd", "syncnet"} & self.weights.keys())
 
     @property
     def look_key(self) -> str:
-        """Hash of what pass 1 depends on: 16 hex digits."""
+        """Hash of everything that pass 1 (`preprocessing.analysis.look`) depends on except the film: 16 hex digits."""
         cuts = "" if self.backend == "truth" else importlib.metadata.version("scenedetect")
         return _hash(LOOK_VERSION, self.backend_key, self.speech_chips, self.reel_s, cuts)
 
     @property
     def provenance(self) -> str:
-        """Hash of all that the landmarks and boxes of a clip depend on but the film."""
+        """Hash of everything that a clip's landmarks and head boxes depend on except the film: 16 hex digits."""
         return _hash(self.look_key, GEOMETRY_VERSION)
 
     @property
     def part_key(self) -> str:
-        """Hash of what the rows of a clip depend on: 16 hex digits."""
-        chosen = {name: self.weight_hashes[name] for name in sorted(self.weights) if name in _OPTIONAL}
+        """Hash of everything that a clip's row depends on except the film: 16 hex digits."""
+        chosen = {name: self.weight_hashes[name] for name in sorted(self.weights) if name in _OPTIONAL_NETWORKS}
         lengths = (self.speakers, self.person_key, self.max_clip_s, self.min_clip_s)
         versions = (SELECT_VERSION, RENDER_VERSION, SCHEMA_VERSION)
         return _hash(self.provenance, *versions, self.picture_px, chosen, *lengths, asdict(self.bounds))
 
     def part_name(self, span: Span) -> str:
-        """Where the clips of a reel are kept, relative to the output folder."""
-        own = _hash(span.source, span.speaker_x, span.speaker_y, span.person_picture)
-        return f"clips/{self.part_key}/{span.source_hash}-{span.start_frame}-{own[:8]}.parquet"
+        """Path of the file with the clips of a reel, relative to the output folder."""
+        listed = _hash(span.source, span.speaker_x, span.speaker_y, span.person_picture)
+        return f"clips/{self.part_key}/{span.source_hash}-{span.start_frame}-{listed[:8]}.parquet"
 
     def look_name(self, span: Span) -> str:
-        """Where what pass 1 found in a reel is kept. It depends on the film's content alone, not on its name."""
+        """Path of the file with the results of pass 1 for a reel. It depends on the film's content, not on its name."""
         return f"work/looks/{self.look_key}/{span.source_hash}-{span.start_frame}.parquet"
 
     def record(self) -> dict[str, Any]:
-        """For the report: what was decided, for people to read, without paths of this machine."""
+        """The settings for the report, without paths of this machine."""
         values = asdict(self)
         for name in ("weights", "limits", "person_key"):
             values.pop(name)
-        found = sorted(self.weights.keys() & _OPTIONAL.keys())
-        absent = sorted(_OPTIONAL.keys() - self.weights.keys())
+        found = sorted(self.weights.keys() & _OPTIONAL_NETWORKS.keys())
+        absent = sorted(_OPTIONAL_NETWORKS.keys() - self.weights.keys())
         values["person_pictures"] = [Path(path).name for path in self.person_pictures]
         return values | {
             "weights": found,
-            "without": [f"{name} ({_OPTIONAL[name]})" for name in absent],
+            "without": [f"{name} ({_OPTIONAL_NETWORKS[name]})" for name in absent],
             "look_key": self.look_key,
             "part_key": self.part_key,
         }
@@ -120,25 +124,25 @@ def make_plan(
     bounds: QualityBounds | None = None,
     limits: Limits | None = None,
 ) -> Plan:
-    """Looks for weights and decides what is used.
+    """Resolves the settings of a run and finds the weights.
 
-    weights_place: the face landmark model's file, or a folder of weights; by default as in `tccp.weights`. Of the
-    optional networks those are used that are found there.
-    Raises TccpError for lengths that cannot be, for a backend that does not exist, and if its weights are absent.
+    weights_place: the file of the face landmark model, or a folder of weights; by default as in `tccp.weights`. An
+    optional network is used if its weights are found there.
+    Raises TccpError for impossible clip lengths, for an unknown backend, and if the backend's weights are missing.
     """
     clip_frames(min_clip_s, max_clip_s)
     found: dict[str, Path] = {}
     if backend == "truth":
-        key, bounds = "truth", bounds or UNBOUND
+        key, bounds = "truth", bounds or NO_BOUNDS
     elif backend != "mediapipe" and backend != "fan":
-        known = "finds boxes only, and clips need 68 landmarks" if str(backend) == "lbp" else "is not a backend"
-        raise TccpError(f"backend {backend} {known}: choose mediapipe, fan or truth")
+        problem = "finds boxes only, and clips need 68 landmarks" if str(backend) == "lbp" else "is not a backend"
+        raise TccpError(f"backend {backend} {problem}: choose mediapipe, fan or truth")
     else:
         detector = faces.open_backend(backend, weights_place)
         key = detector.key
         detector.close()
         folder = weights_place if weights_place is not None and weights_place.is_dir() else None
-        for name in _OPTIONAL:
+        for name in _OPTIONAL_NETWORKS:
             path = weights.available(name, folder)
             if path is not None:
                 found[name] = path.resolve()
@@ -175,14 +179,14 @@ def _hash(*parts: object) -> str:
 
 
 def detector_of(plan: Plan) -> faces.FaceBackend | None:
-    """The face detector of a plan; None for `truth`. Raises TccpError if this machine has another one."""
+    """The face detector of a plan; None for `truth`. Raises TccpError if this machine has another version of it."""
     if plan.backend == "truth":
         return None
     detector = faces.open_backend(plan.backend, plan.weights.get("backend"))
     if detector.key != plan.backend_key:
         detector.close()
         raise TccpError(
-            f"face detector {plan.backend} on {platform.node()} is {detector.key}, the run began with "
-            f"{plan.backend_key}: give every machine the same packages and weights"
+            f"face detector {plan.backend} on {platform.node()} is {detector.key}, the run started with "
+            f"{plan.backend_key}: install the same packages and weights on every machine"
         )
     return detector

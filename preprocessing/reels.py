@@ -1,6 +1,6 @@
-"""What is known of a stretch of film before anybody decides what it is good for: its sound, its cuts, its faces.
+"""Reels and tracks: the sound, cuts and faces of a part of a film, from which clips are selected.
 
-A *reel* is a bounded stretch of one source, the unit of work: a two-hour film is sixty of them, and only one is in
+A *reel* is a part of one source of bounded length, the unit of work: a two-hour film is 120 reels, one of which is in
 memory at a time. A *track* is one person in one shot of a reel. Both hold numbers and small pictures, no frames.
 """
 
@@ -18,16 +18,16 @@ from preprocessing.spans import SPAN_SCHEMA, Span, span_row, spans_from_table
 from tccp.config import SAMPLES_PER_FRAME
 
 CHIP_PX = 112
-"""Side of the small face pictures kept of every fifth frame."""
+"""Side of the small face pictures that are kept of every fifth frame."""
 SPEECH_CHIP_PX = 224
-"""Their side where a speech network (Light-ASD, SyncNet) is to see them; then every frame has one."""
+"""Their side if a speech network (Light-ASD, SyncNet) uses them; then they are kept of every frame."""
 CHIP_MARGIN = 0.4
-"""Room around the face in a chip, as the speech networks were trained (syncnet_python's crop scale)."""
+"""Margin around the face in a chip, as in the training of the speech networks (syncnet_python's crop scale)."""
 
 
 @dataclass(frozen=True, eq=False)
 class FilmSound:
-    """16 kHz mono sound around a reel. Its first sample belongs to frame `start_frame` of the source's 25 fps clock."""
+    """16 kHz mono sound of a reel and its surroundings, from frame `start_frame` of the source's 25 fps clock on."""
 
     pcm: Int16[np.ndarray, " n"]
     start_frame: int
@@ -35,7 +35,7 @@ class FilmSound:
     def between(self, start_frame: int, stop_frame: int, shift: int = 0) -> Int16[np.ndarray, " m"]:
         """The samples of frames [start_frame, stop_frame), padded with silence where there is no sound.
 
-        shift: samples by which the sound is heard later than the picture; what is returned is moved back by as many.
+        shift: samples by which the sound is late; the returned sound is moved back by them.
         """
         first = (start_frame - self.start_frame) * SAMPLES_PER_FRAME + shift
         count = (stop_frame - start_frame) * SAMPLES_PER_FRAME
@@ -48,11 +48,11 @@ class FilmSound:
 
 @dataclass(frozen=True, eq=False)
 class Faces:
-    """All faces of a reel, n of them, in order of frame.
+    """The n faces of a reel, in order of frame.
 
-    frame: of the source's clock. box: x0 y0 x1 y1 around the face, landmarks: 68 iBUG points, both in source pixels;
-    landmarks are NaN from a detector without them. confidence: 0..1. chips: JPEG pictures (`chip_box`) of some of the
-    faces, by index 0..n-1; all have the same side.
+    frame: on the source's clock. box: x0 y0 x1 y1 around the face, landmarks: 68 iBUG points, both in source pixels;
+    landmarks are NaN if the detector gives none. confidence: 0..1. chips: JPEG pictures (`chip_box`) of some of the
+    faces, by index 0..n-1, all of the same side.
     """
 
     frame: Int32[np.ndarray, " n"]
@@ -64,14 +64,13 @@ class Faces:
 
 @dataclass(frozen=True, eq=False)
 class Reel:
-    """A bounded stretch of one source on its way to clips.
+    """A part of one source, of bounded length.
 
-    span: the source, and where in it the reel lies; with a reason, it is set aside whole. order: the source's number in
-    the listing. usable: the frames [first, stop) of the whole source that have picture and sound; what lies outside is
-    counted, not used. sound: from a second before the reel to a second after it. done: a run before this one has made
-    its clips. share: of the source's frames. The rest is there once somebody has looked at the pictures. cuts: frames
-    at which a new shot begins, ascending. head_box: of each frame, where it is known from elsewhere. times_s: how long
-    each step took.
+    span: the source and the frames of the reel; if it has a reason, the whole reel is set aside. order: the source's
+    number in the listing. usable: the frames [first, stop) of the whole source that have picture and sound; frames
+    outside are counted, but not used. sound: from a second before the reel to a second after it. done: whether an
+    earlier run has made its clips. share: the reel's share of the source's frames. times_s: duration of each step.
+    Pass 1 adds the rest. cuts: frames at which a new shot begins, ascending. head_box: per frame, from truth files.
     """
 
     span: Span
@@ -87,11 +86,12 @@ class Reel:
 
     @property
     def start_frame(self) -> int:
-        """The first frame of the reel that can be used."""
+        """The first usable frame of the reel."""
         return min(max(self.span.start_frame, self.usable[0]), self.stop_frame)
 
     @property
     def stop_frame(self) -> int:
+        """The end of the usable frames of the reel."""
         return max(min(self.span.stop_frame, self.usable[1]), self.span.start_frame)
 
 
@@ -99,9 +99,9 @@ class Reel:
 class Track:
     """One person in one shot: a row for each frame from `start_frame` on, without gaps.
 
-    Where a short gap was bridged, confidence is 0 and box and landmarks lie on a straight line between their
-    neighbours. chips: JPEG pictures of the face, by frame of the source's clock. number: within the reel. shot: number
-    of the shot within the reel.
+    Where a short gap was bridged, confidence is 0, and box and landmarks are interpolated linearly. box: x0 y0 x1 y1,
+    landmarks: 68 iBUG points, both in source pixels. chips: JPEG pictures of the face, by frame on the source's clock.
+    number: of the track within the reel. shot: number of the shot within the reel.
     """
 
     number: int
@@ -122,9 +122,9 @@ class Track:
 
 
 def chip_box(box: Float32[np.ndarray, "4"]) -> Float32[np.ndarray, "4"]:
-    """What a face's chip shows: a square around its box, with room at the sides and, twice as much, below.
+    """The square that a face's chip shows: the face box with a margin at the sides and twice that margin below.
 
-    With b half the longer side: from x - 1.4 b to x + 1.4 b and from y - b to y + 1.8 b about the box's centre (x, y).
+    With centre (x, y) and b half the longer side of the box: x - 1.4 b to x + 1.4 b and y - b to y + 1.8 b.
     """
     x, y = (box[:2] + box[2:]) / 2
     half = float(np.max(box[2:] - box[:2])) / 2
@@ -143,7 +143,7 @@ _LOOKED = [
     ("reel_head_box", pa.list_(pa.float32())),  # f x 4
 ]
 LOOKED_SCHEMA = pa.schema(_LOOKED)
-"""What pass 1 adds to a reel: numbers and chips."""
+"""The columns that pass 1 adds to a reel: numbers and chips."""
 REEL_SCHEMA = pa.schema(
     [
         *SPAN_SCHEMA,
@@ -160,12 +160,12 @@ REEL_SCHEMA = pa.schema(
 
 
 def looked_to_table(reel: Reel) -> pa.Table:
-    """What pass 1 found in a reel, as one row of LOOKED_SCHEMA."""
+    """The results of pass 1 for a reel, as one row of LOOKED_SCHEMA."""
     return pa.Table.from_pylist([_looked_row(reel)], schema=LOOKED_SCHEMA)
 
 
 def with_looked(reel: Reel, table: pa.Table, row: int = 0) -> Reel:
-    """The reel with what a row of LOOKED_SCHEMA says of it."""
+    """The reel with the results of pass 1 from a row of LOOKED_SCHEMA."""
     cells = {name: table.column(name)[row] for name in LOOKED_SCHEMA.names}
     if not cells["face_frame"].is_valid:
         return reel

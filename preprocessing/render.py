@@ -1,4 +1,4 @@
-"""Pass 2 over a film, for the clips alone: pictures cut and encoded, sound attached, quality measured."""
+"""Pass 2 over a film: makes the rows of its clips, with encoded pictures, sound and quality figures."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from tccp.media import MediaError
 from tccp.media.remote import local_copy, shown
 from tccp.media.sandbox import Decoder
 
-_OVERSAMPLING = 1.25  # pixels of a face still per pixel of a crop, as far as the film has them: crops are resampled
+_OVERSAMPLING = 1.25  # pixels of a face still per pixel of a crop, if the film is fine enough: crops are resampled
 _QUALITY_EVERY = 5  # frames
 
 _Key = tuple[object, ...]
-"""Of an identity picture: its path, or its frame and box."""
+"""Identifies an identity picture: by its path, or by its frame and head box."""
 
 
 def render_clips(
@@ -33,11 +33,11 @@ def render_clips(
     bounds: QualityBounds,
     on_frame: Callable[[], object] = lambda: None,
 ) -> Iterator[Clip | Span]:
-    """The clips of one source from the spans that `select` kept, ascending in time; a span for each that is set aside.
+    """Makes the clips of one source from the spans that `select` kept, in order of time.
 
-    One clip's encoded pictures are in memory at a time. A film that turns out damaged midway keeps the clips before the
-    damage, the others get its reason; what is blurred, dark or too bright is found out here, on the pictures.
-    on_frame is called after each frame, for progress.
+    For each span it yields a clip, or the span with a reason: blur and brightness are checked here, on the pictures. If
+    the film turns out to be damaged, the clips before the damage are kept, and the later spans get that reason. One
+    clip's encoded pictures are in memory at a time. on_frame: called after each frame, for progress.
     """
     if not spans:
         return
@@ -77,9 +77,9 @@ def _render(
         scene.append(encode_still(fit.fit(picture), lossless=True))
         face.append(encode_still(crop(picture, stored_box[i], face_side_px)))
         if i % _QUALITY_EVERY == 0:
-            head = _head(picture, span.head_box[i], span.landmarks_px[i])
-            blurs.append(blur(head))
-            lights.append(brightness(head))
+            pixels = _face_pixels(picture, span.head_box[i], span.landmarks_px[i])
+            blurs.append(blur(pixels))
+            lights.append(brightness(pixels))
         on_frame()
     offset_ms = None if span.av_offset_frames is None else 1000 * span.av_offset_frames / FPS
     before, audio, after = (
@@ -122,16 +122,16 @@ def _render(
 
 
 def _content_of(span: Span) -> bytes:
-    """What makes two clips that begin alike differ: where their landmarks come from, length, boxes, sound, identity."""
+    """Hash input that differs between clips of one start: source of landmarks, length, head boxes, sound, identity."""
     assert span.head_box is not None and span.audio is not None
     numbers = [span.num_frames, *span.identity_frames]
     return b"/".join([(span.provenance or "").encode(), repr(numbers).encode(), span.head_box.tobytes(), span.audio])
 
 
-def _head(
+def _face_pixels(
     picture: UInt8[np.ndarray, "h w 3"], box: Float32[np.ndarray, "4"], points: Float32[np.ndarray, "68 2"]
 ) -> UInt8[np.ndarray, "a b 3"]:
-    """The face's own pixels, not resampled: what blur and brightness are measured on."""
+    """The pixels of the face, not resampled, on which blur and brightness are measured."""
     height, width = picture.shape[:2]
     low = np.maximum(points.min(0), box[:2]).clip(0, (width - 2, height - 2)).astype(int)
     high = np.minimum(points.max(0), box[2:]).clip(low + 2, (width, height)).astype(int)
@@ -139,7 +139,7 @@ def _head(
 
 
 def _identity_stills(spans: Sequence[Span], path: Path, picture_px: int, decoder: Decoder) -> dict[_Key, bytes]:
-    """The identity pictures that the clips use, by frame of the source, or by path if they came along."""
+    """The encoded identity pictures of the clips, by key (`_Key`)."""
     keys = sorted({key for span in spans for key in _identity_keys(span)}, key=repr)
     stills: dict[_Key, bytes] = {key: _still_of_file(Path(str(key[0])), picture_px) for key in keys if len(key) == 1}
     boxes: dict[int, list[_Key]] = {}
@@ -162,7 +162,7 @@ def _identity_keys(span: Span) -> list[_Key]:
 def _still_of_file(path: Path, picture_px: int) -> bytes:
     picture = cv2.imread(str(path), cv2.IMREAD_COLOR) if path.is_file() else None
     if picture is None:
-        raise MediaError(path, "bad_identity", "is not a readable picture; restore it or make the footage again")
+        raise MediaError(path, "bad_identity", "is not a readable picture; restore it, or write the footage again")
     height, width = picture.shape[:2]
     rgb = np.asarray(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB), np.uint8)
     return encode_still(crop(rgb, np.array([0, 0, width, height], np.float32), picture_px))

@@ -1,8 +1,8 @@
-"""What flows between the preprocessing steps: spans of footage, one row each, as a columnar batch.
+"""Spans of footage, which flow between the preprocessing steps as columnar batches, one row each.
 
-A span is a stretch of one source. A step cuts spans, adds columns to them, or sets them aside by giving a `reason`;
-rows with a reason pass through every later step untouched. So the spans of a source always cover each of its frames
-exactly once, and nothing is dropped without being counted.
+A span is a range of frames of one source. A step cuts spans, adds columns to them, or sets them aside with a `reason`;
+later steps do not change rows with a reason. So the spans of a source cover each of its frames exactly once, and
+every frame that is not used is counted.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ SPAN_SCHEMA = pa.schema(
         ("start_frame", pa.int64()),
         ("num_frames", pa.int64()),
         ("warnings", pa.list_(pa.string())),
-        ("speaker_x", pa.float32()),  # a point on the person who speaks, if the manifest names one; source pixels
+        ("speaker_x", pa.float32()),  # a point on the speaker, if the manifest gives one; source pixels
         ("speaker_y", pa.float32()),
-        ("person_picture", pa.string()),  # path of a picture of the person who is wanted
-        ("reason", pa.string()),  # null: still in
+        ("person_picture", pa.string()),  # path of a picture of the requested person
+        ("reason", pa.string()),  # null: not set aside
         ("message", pa.string()),
         ("track", pa.int32()),  # one person in one shot; number within the reel
         ("person", pa.int32()),  # number within the reel
         ("landmarks_px", pa.list_(pa.float32())),  # f x 68 x 2, source pixels
         ("confidence", pa.list_(pa.float32())),  # f; 0 where a gap was bridged
         ("head_box", pa.list_(pa.float32())),  # f x 4, source pixels
-        ("identity_path", pa.string()),  # an identity picture that comes with the footage
+        ("identity_path", pa.string()),  # an identity picture that belongs to the footage
         ("identity_frames", pa.list_(pa.int64())),  # else k frames of the source ...
         ("identity_box", pa.list_(pa.float32())),  # ... and the head's box in each, k x 4
         ("audio_before", pa.binary()),  # 16 kHz PCM, int16: from audio_context_start to the clip
-        ("audio", pa.binary()),  # its own, num_frames * 640 samples
+        ("audio", pa.binary()),  # the clip's own, num_frames * 640 samples
         ("audio_after", pa.binary()),
-        ("av_offset_frames", pa.int32()),  # by which the source's sound comes late
+        ("av_offset_frames", pa.int32()),  # by which the source's sound is late
         ("av_corrected", pa.bool_()),  # whether `audio` is moved back by that
         ("sync_confidence", pa.float32()),
         ("speaking_score", pa.float32()),
         ("occlusion", pa.float32()),
         ("jitter", pa.float32()),
-        ("provenance", pa.string()),  # hash of all that landmarks and boxes depend on but the film
+        ("provenance", pa.string()),  # hash of what landmarks and boxes depend on except the film
     ]
 )
 _FLOAT_SHAPES = {"landmarks_px": (68, 2), "confidence": (), "head_box": (4,), "identity_box": (4,)}
@@ -55,7 +55,7 @@ _FLOAT_SHAPES = {"landmarks_px": (68, 2), "confidence": (), "head_box": (4,), "i
 
 @dataclass(frozen=True, eq=False)
 class Span:
-    """One row of SPAN_SCHEMA; columns of steps still to come are None or empty."""
+    """One row of SPAN_SCHEMA; columns that later steps add are None or empty."""
 
     path: str
     source: str
@@ -94,7 +94,7 @@ class Span:
         return self.start_frame + self.num_frames
 
     def cut(self, start_frame: int, stop_frame: int) -> Span:
-        """The part from one frame of the source to another, with its columns cut alike."""
+        """The frames [start_frame, stop_frame) of the source, with the columns cut to them."""
         part = slice(start_frame - self.start_frame, stop_frame - self.start_frame)
         return replace(
             self,
@@ -106,7 +106,7 @@ class Span:
         )
 
     def set_aside(self, reason: str, message: str) -> Span:
-        """This span, out: with a short stable reason code and one line for people, without its columns."""
+        """This span, excluded, with a code of `preprocessing.reasons` and a one-line message; without its arrays."""
         return replace(
             self, reason=reason, message=message, landmarks_px=None, confidence=None, head_box=None, identity_box=None
         )
@@ -122,13 +122,13 @@ def spans_to_table(spans: Iterable[Span]) -> pa.Table:
 
 
 def span_row(span: Span) -> dict[str, Any]:
-    """A span as a row of SPAN_SCHEMA, arrays flat."""
+    """A span as a row of SPAN_SCHEMA, with flat arrays."""
     row = {name: getattr(span, name) for name in _NAMES}
     return row | {name: None if row[name] is None else row[name].ravel() for name in _FLOAT_SHAPES}
 
 
 def spans_from_table(batch: pa.Table) -> list[Span]:
-    """Inverse of `spans_to_table`. Columns that are absent (a bare list of paths) take their defaults."""
+    """Inverse of `spans_to_table`. Missing columns take their defaults, as for a list of paths alone."""
     present = [name for name in _NAMES if name in batch.column_names]
     spans = []
     for row in range(batch.num_rows):

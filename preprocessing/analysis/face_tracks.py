@@ -1,28 +1,30 @@
-"""Faces of a reel to tracks: one person in one shot, gaps bridged."""
+"""Links the faces of a reel into tracks: one person in one shot, with short gaps bridged."""
 
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
-from jaxtyping import Bool, Float32
+from jaxtyping import Float32
 
 from preprocessing.reels import Faces, Reel, Track
 from tccp.config import FPS
 from tccp.faces import Face, link
+from tccp.sequences import true_runs
 
 MAX_BRIDGED_FRAMES = FPS // 2
-"""Gaps without a face up to here, just under half a second, are bridged; longer ones end the track."""
+"""Longest gap without a face that is bridged, just under half a second; longer gaps end the track."""
 MIN_TRACK_FRAMES = 5
-"""What is seen for less is a false alarm as a rule, and no clip in any case."""
+"""Shorter tracks are mostly false detections, and too short for a clip in any case."""
 
 
 def find_tracks(reel: Reel) -> list[Track]:
-    """The tracks of all persons in all shots of a reel, by shot, then by time. Numbers count from 0.
+    """The tracks of all persons in all shots of a reel, by shot, then by time, numbered from 0.
 
-    Within a shot a face is linked to the person whose last box it overlaps most (`tccp.faces.link`).
+    Within a shot, a face is linked to the person whose last box it overlaps most (`tccp.faces.link`).
     """
-    assert reel.faces is not None, "find_tracks comes after look"
+    assert reel.faces is not None, "find_tracks needs a reel whose faces have been detected"
     tracks: list[Track] = []
     edges = [reel.start_frame, *reel.cuts, reel.stop_frame]
     for shot, (start, stop) in enumerate(itertools.pairwise(edges)):
@@ -30,7 +32,7 @@ def find_tracks(reel: Reel) -> list[Track]:
         for person in _people(reel.faces, start, stop):
             seen = np.zeros(stop - start, bool)
             seen[[reel.faces.frame[i] - start for i in person]] = True
-            for first, end in runs(seen):
+            for first, end in true_runs(seen, MAX_BRIDGED_FRAMES):
                 indices = [i for i in person if first <= reel.faces.frame[i] - start < end]
                 if len(indices) >= MIN_TRACK_FRAMES:
                     found.append(_track(reel.faces, indices, shot))
@@ -40,9 +42,8 @@ def find_tracks(reel: Reel) -> list[Track]:
 
 
 def numbered(track: Track, number: int) -> Track:
-    return Track(
-        number, track.shot, track.start_frame, track.box, track.landmarks, track.confidence, track.chips
-    )  # fmt: skip
+    """The track with another number."""
+    return replace(track, number=number)
 
 
 def part_of(track: Track, start_frame: int, stop_frame: int) -> Track:
@@ -55,7 +56,7 @@ def part_of(track: Track, start_frame: int, stop_frame: int) -> Track:
 
 
 def _people(faces: Faces, start: int, stop: int) -> list[list[int]]:
-    """Numbers of the faces of each person in the frames [start, stop)."""
+    """Indices of the faces of each person in the frames [start, stop)."""
     low, high = np.searchsorted(faces.frame, [start, stop])
     frames: list[list[Face]] = [[] for _ in range(stop - start)]
     index: dict[int, int] = {}
@@ -65,6 +66,8 @@ def _people(faces: Faces, start: int, stop: int) -> list[list[int]]:
         face = Face(faces.box[i], known, float(faces.confidence[i]))
         frames[faces.frame[i] - start].append(face)
         index[id(face)] = i
+    # `link` pairs greedily, largest overlap first. SciPy's linear_sum_assignment would maximise the sum of all overlaps
+    # instead, and so could give a face to another person than the one whose last box it overlaps most.
     return [[index[id(face)] for _, face in sorted(person.items())] for person in link(frames)]
 
 
@@ -72,7 +75,7 @@ def _track(faces: Faces, indices: list[int], shot: int) -> Track:
     at = faces.frame[indices]
     frames = np.arange(at[0], at[-1] + 1)
     confidence = np.zeros(len(frames), np.float32)
-    confidence[at - at[0]] = np.maximum(faces.confidence[indices], 1e-3)  # 0 stands for bridged frames
+    confidence[at - at[0]] = np.maximum(faces.confidence[indices], 1e-3)  # 0 marks bridged frames
     return Track(
         number=0,
         shot=shot,
@@ -85,18 +88,7 @@ def _track(faces: Faces, indices: list[int], shot: int) -> Track:
 
 
 def _bridged(values: np.ndarray, at: np.ndarray, frames: np.ndarray) -> Float32[np.ndarray, "f ..."]:
-    """Values known at some frames, on straight lines between them. NaN where nothing is known at all."""
+    """The values known at the frames `at`, interpolated linearly to all `frames`; NaN where values are NaN."""
     flat = values.reshape(len(values), -1).astype(np.float64)
     filled = np.stack([np.interp(frames, at, column) for column in flat.T], axis=1)
     return filled.reshape(len(frames), *values.shape[1:]).astype(np.float32)
-
-
-def runs(seen: Bool[np.ndarray, "f"], max_bridged: int = MAX_BRIDGED_FRAMES) -> list[tuple[int, int]]:
-    """[first, stop) of each stretch that begins and ends with a face and has no longer gap in it than `max_bridged`."""
-    stretches: list[tuple[int, int]] = []
-    for i in map(int, np.flatnonzero(seen)):
-        if stretches and i - stretches[-1][1] <= max_bridged:
-            stretches[-1] = (stretches[-1][0], i + 1)
-        else:
-            stretches.append((i, i + 1))
-    return stretches

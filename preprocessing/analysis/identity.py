@@ -1,4 +1,4 @@
-"""Which frames show a clip's person from elsewhere: never from the clip itself, or the picture would give it away."""
+"""Chooses the frames for a clip's identity pictures: outside the clip, so that they do not show what is generated."""
 
 from __future__ import annotations
 
@@ -12,38 +12,37 @@ from preprocessing.reels import Track
 
 PICTURES = 4
 """Identity pictures per clip, at most."""
-_POOL = 16  # places of a person that the clips choose from: enough for variety, few to decode
+_POOL = 16  # sightings of a person that the clips choose from: enough for variety, few to decode
 
 
-class Place(NamedTuple):
-    """Where a person is to be seen: a frame of the source, and the head's box in it."""
+class Sighting(NamedTuple):
+    """A frame of the source that shows a person, and the head box x0 y0 x1 y1 in it, in source pixels."""
 
     frame: int
     box: tuple[float, float, float, float]
 
 
-def places_seen(track: Track, head_box: Float32[np.ndarray, "f 4"], fit: Bool[np.ndarray, " f"]) -> list[Place]:
-    """Where a track's face was seen, not bridged, and is `fit` to be shown."""
-    usable = np.flatnonzero(fit & (track.confidence > 0))
-    return [_place(track.start_frame + int(i), head_box[i]) for i in usable]
+def sightings_of(track: Track, head_box: Float32[np.ndarray, "f 4"], usable: Bool[np.ndarray, " f"]) -> list[Sighting]:
+    """The frames of a track in which the face was detected, not bridged, and which are `usable` as pictures."""
+    return [_sighting(track.start_frame + int(i), head_box[i]) for i in np.flatnonzero(usable & (track.confidence > 0))]
 
 
-def _place(frame: int, box: Float32[np.ndarray, "4"]) -> Place:
+def _sighting(frame: int, box: Float32[np.ndarray, "4"]) -> Sighting:
     x0, y0, x1, y1 = map(float, box)
-    return Place(frame, (x0, y0, x1, y1))
+    return Sighting(frame, (x0, y0, x1, y1))
 
 
-def choose_places(seen: Sequence[Place], start_frame: int, stop_frame: int) -> list[Place]:
-    """Up to PICTURES of a person's places, spread over them, outside [start_frame, stop_frame); empty if none is."""
+def choose_sightings(sightings: Sequence[Sighting], start_frame: int, stop_frame: int) -> list[Sighting]:
+    """Up to PICTURES sightings outside the frames [start_frame, stop_frame), evenly spaced; empty if there is none."""
 
-    def outside(places: Sequence[Place]) -> list[Place]:
-        return [place for place in places if not start_frame <= place.frame < stop_frame]
+    def outside(items: Sequence[Sighting]) -> list[Sighting]:
+        return [item for item in items if not start_frame <= item.frame < stop_frame]
 
-    return _spread(outside(_spread(seen, _POOL)) or outside(seen), PICTURES)
+    return _evenly_spaced(outside(_evenly_spaced(sightings, _POOL)) or outside(sightings), PICTURES)
 
 
-def _spread(items: Sequence[Place], count: int) -> list[Place]:
-    """`count` of the items at even distances, each from the middle of its share."""
+def _evenly_spaced(items: Sequence[Sighting], count: int) -> list[Sighting]:
+    """`count` of the items: the sequence is divided into `count` equal parts, and the middle item of each is taken."""
     if len(items) <= count:
         return list(items)
     return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]

@@ -1,4 +1,4 @@
-"""Pass 1 over a film: cuts, and every face in every frame. Only numbers and small pictures of faces are kept."""
+"""Pass 1 over a film: finds the cuts and detects all faces. Only numbers and small face pictures are kept."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from tccp.roundtable import identity_path, read_truth
 
 CHIP_EVERY = 5
 _CHIP_QUALITY = 90
-# Where nobody has been seen for a while, one frame in three is looked at until somebody is: looking closer at every
-# empty frame costs twenty times as much as a frame with a face.
+# After so many frames without a face, the detector runs on every third frame until it finds one: it searches frames
+# without a face more closely, at twenty times the cost of a frame with a face.
 _PATIENCE_FRAMES = 12
 _STRIDE_WITHOUT_FACES = 3
 
@@ -31,7 +31,10 @@ _STRIDE_WITHOUT_FACES = 3
 def look(
     reel: Reel, plan: Plan, decoder: Decoder, detector: FaceBackend | None, on_frame: Callable[[], object]
 ) -> Reel:
-    """The reel with its cuts and faces. Set aside whole if it does not decode, with the reason."""
+    """The reel with its cuts and faces. If it cannot be decoded, the whole reel is set aside with the reason.
+
+    on_frame: called after each frame, for progress.
+    """
     try:
         with local_copy(reel.span.path) as path:
             if plan.backend == "truth":
@@ -61,17 +64,17 @@ def _with_faces(
             for face in detector.detect(picture):
                 last_seen = frame
                 if plan.speech_chips or frame % CHIP_EVERY == 0:
-                    chips[len(faces)] = chip(picture, face, SPEECH_CHIP_PX if plan.speech_chips else CHIP_PX)
+                    chips[len(faces)] = encode_chip(picture, face, SPEECH_CHIP_PX if plan.speech_chips else CHIP_PX)
                 frames.append(frame)
                 faces.append(face)
         on_frame()
     cuts += [first + cut for cut in cutter.finish()]
-    without = np.full((68, 2), np.nan, np.float32)
+    missing = np.full((68, 2), np.nan, np.float32)
     found = Faces(
         frame=np.array(frames, np.int32),
         box=np.array([face.box for face in faces], np.float32).reshape(-1, 4),
         landmarks=np.array(
-            [without if face.landmarks_px is None else face.landmarks_px for face in faces], np.float32
+            [missing if face.landmarks_px is None else face.landmarks_px for face in faces], np.float32
         ).reshape(-1, 68, 2),
         confidence=np.array([face.confidence for face in faces], np.float32),
         chips=chips,
@@ -79,13 +82,13 @@ def _with_faces(
     return replace(reel, cuts=tuple(cut for cut in cuts if reel.start_frame < cut < reel.stop_frame), faces=found)
 
 
-def chip(picture: UInt8[np.ndarray, "h w 3"], face: Face, side_px: int) -> bytes:
-    """A face's picture as JPEG, edges of the frame repeated: see `preprocessing.reels.chip_box`."""
+def encode_chip(picture: UInt8[np.ndarray, "h w 3"], face: Face, side_px: int) -> bytes:
+    """The picture of a face (`preprocessing.reels.chip_box`) as JPEG; outside the frame, its edges are repeated."""
     x0, y0, x1, _ = chip_box(face.box)
     step = float(x1 - x0) / side_px
-    # Whole coordinates of OpenCV are pixel centres, ours are corners.
+    # In OpenCV, whole coordinates are pixel centres; here they are pixel corners.
     matrix = np.array([[step, 0, x0 + step / 2 - 0.5], [0, step, y0 + step / 2 - 0.5]])
-    if step > 1.5:  # linear sampling would skip pixels: shrink what is needed first
+    if step > 1.5:  # linear sampling would skip pixels: shrink the part that is needed first
         height, width = picture.shape[:2]
         left, top = int(np.clip(x0, 0, width - 1)), int(np.clip(y0, 0, height - 1))
         part = picture[top : max(int(y0 + step * side_px) + 2, top + 1), left : max(int(x1) + 2, left + 1)]
@@ -102,7 +105,7 @@ def chip(picture: UInt8[np.ndarray, "h w 3"], face: Face, side_px: int) -> bytes
 
 
 def _with_truth(reel: Reel, path: Path) -> Reel:
-    """Landmarks and head boxes of RoundTable footage, from the truth files that were written beside it."""
+    """The reel with the landmarks and head boxes of RoundTable footage, read from the truth file beside the film."""
     span = reel.span
     try:
         truth = read_truth(path)
@@ -111,7 +114,7 @@ def _with_truth(reel: Reel, path: Path) -> Reel:
     frames = len(truth.landmarks_px)
     if frames < reel.usable[1] or (truth.width, truth.height) != (span.width, span.height):
         what = f"{frames} frames of {truth.width}x{truth.height}"
-        text = f"{shown(span.path)}: its truth is of {what}; write both anew: tccp synth"
+        text = f"{shown(span.path)}: its truth file is for {what}; write both again with tccp synth"
         return replace(reel, span=span.set_aside("other_truth", text), sound=None)
     part = slice(reel.start_frame, reel.stop_frame)
     points = truth.landmarks_px[part].astype(np.float32)

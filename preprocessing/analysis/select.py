@@ -1,4 +1,4 @@
-"""What a reel's faces and sound come to: clips, and a reason for every frame that is in none."""
+"""Selects the clips of a reel from its faces and sound, and gives a reason for every frame that is in no clip."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from preprocessing.analysis import av_offset as sync
 from preprocessing.analysis import persons, quality
 from preprocessing.analysis.cut import cut_clips
 from preprocessing.analysis.face_tracks import find_tracks, numbered, part_of
-from preprocessing.analysis.identity import Place, places_seen
-from preprocessing.analysis.speakers import Stretch, score_track, talking
+from preprocessing.analysis.identity import Sighting, sightings_of
+from preprocessing.analysis.speakers import Stretch, score_track, speaking_stretches
 from preprocessing.analysis.voice_activity import articulation, voice_activity
 from preprocessing.plan import Plan, detector_of
-from preprocessing.reasons import RANK, REASONS, set_aside
+from preprocessing.reasons import FRAME_REASONS, RANK, set_aside
 from preprocessing.reels import Reel, Track
 from preprocessing.report.record import TrackSample
 from preprocessing.spans import Span
@@ -28,13 +28,14 @@ from tccp.clips.clip_table import AUDIO_CONTEXT_FRAMES, audio_context_start
 from tccp.config import FPS, SAMPLES_PER_FRAME
 from tccp.headbox import head_boxes
 from tccp.landmarks import smooth
+from tccp.sequences import true_runs
 
-SAMPLES = 4
-"""Pictures for the report, per reel, of tracks that are in clips; and as many of others."""
+SAMPLE_TRACKS = 4
+"""Most tracks per reel, for the report's sample, that are in clips, and most of the others."""
 
 
 class Networks:
-    """The optional networks of a plan, loaded when first asked for."""
+    """The optional networks of a plan, loaded at first use."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
@@ -60,10 +61,10 @@ class Networks:
         return self._load("syncnet")
 
     def references(self, pictures: Sequence[str]) -> list[Float32[np.ndarray, " d"]]:
-        """Embeddings of the faces in pictures of the person who is wanted."""
+        """Embeddings of the faces in pictures of the requested person."""
         embedder = self.embedder
         if embedder is None:
-            return []  # `persons.matches` says what is missing
+            return []  # `persons.matches` raises the error
         missing = [picture for picture in pictures if picture not in self._references]
         if missing:
             detector = detector_of(self._plan)
@@ -79,27 +80,27 @@ class Networks:
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """Spans cover the reel's frames exactly once; those without a reason are clips. samples: for the report."""
+    """spans: cover the reel's frames exactly once; spans without a reason are clips. samples: for the report."""
 
     spans: list[Span]
     samples: list[TrackSample]
 
 
 def select(reel: Reel, plan: Plan, networks: Networks) -> Selection:
-    """The clips of a reel, and what becomes of the rest."""
+    """The clips of a reel, and the reasons of all other frames."""
     if reel.span.reason is not None:
         return Selection([reel.span], [])
-    assert reel.faces is not None and reel.sound is not None, "select comes after look"
+    assert reel.faces is not None and reel.sound is not None, "select needs a reel whose faces have been detected"
     outcome = _Outcome(reel)
     if plan.backend == "truth":
-        _take_truth(reel, plan, outcome)
+        _cut_truth(reel, plan, outcome)
     else:
-        _Choice(reel, plan, networks, outcome).run()
+        _TrackSelection(reel, plan, networks, outcome).select_clips()
     return Selection(outcome.spans(), outcome.samples)
 
 
 class _Outcome:
-    """The reason of every frame of a reel, and its clips."""
+    """The clips of a reel, and the reason of every other frame: the highest-ranking of the reasons given for it."""
 
     def __init__(self, reel: Reel) -> None:
         self.reel = reel
@@ -113,40 +114,42 @@ class _Outcome:
         self.samples: list[TrackSample] = []
 
     def reject(self, start_frame: int, stop_frame: int, reason: str) -> None:
+        """Adds a reason for the frames [start_frame, stop_frame)."""
         part = slice(start_frame - self.reel.span.start_frame, stop_frame - self.reel.span.start_frame)
         self._rank[part] = np.maximum(self._rank[part], RANK[reason])
 
     def main_reason(self, track: Track) -> str:
-        """The reason of most of a track's frames."""
+        """The most frequent reason of a track's frames."""
         first = self.reel.span.start_frame
         ranks = self._rank[track.start_frame - first : track.stop_frame - first]
-        return list(REASONS)[int(np.bincount(ranks).argmax())]
+        return FRAME_REASONS[int(np.bincount(ranks).argmax())]
 
     def keep(self, clip: Span) -> None:
+        """Adds a clip."""
         part = slice(clip.start_frame - self.reel.span.start_frame, clip.stop_frame - self.reel.span.start_frame)
-        assert not self._in_clip[part].any(), "one speaker at a time"
+        assert not self._in_clip[part].any(), "clips do not overlap: there is one speaker at a time"
         self._in_clip[part] = True
         self.clips.append(clip)
 
     def spans(self) -> list[Span]:
-        """Clips by time, then what is left out, by time."""
-        span, names = self.reel.span, list(REASONS)
+        """The clips in order of time, then the spans that are left out, in order of time."""
+        span = self.reel.span
         left_out = []
         states = np.where(self._in_clip, -1, self._rank)
         start = span.start_frame
         for state, group in groupby(states.tolist()):
             stop = start + len(list(group))
             if state >= 0:
-                left_out.append(set_aside(span.cut(start, stop), names[state]))
+                left_out.append(set_aside(span.cut(start, stop), FRAME_REASONS[state]))
             start = stop
         return sorted(self.clips, key=lambda clip: clip.start_frame) + left_out
 
 
-def _take_truth(reel: Reel, plan: Plan, outcome: _Outcome) -> None:
+def _cut_truth(reel: Reel, plan: Plan, outcome: _Outcome) -> None:
     assert reel.faces is not None and reel.head_box is not None
     if reel.start_frame == reel.stop_frame:
         return
-    run = replace(
+    span = replace(
         reel.span.cut(reel.start_frame, reel.stop_frame),
         track=0,
         person=0,
@@ -155,13 +158,16 @@ def _take_truth(reel: Reel, plan: Plan, outcome: _Outcome) -> None:
         head_box=reel.head_box,
         provenance=plan.provenance,
     )
-    _cut(run, [], plan, outcome, reel, 0)
+    _cut(span, [], plan, outcome, reel, 0)
 
 
-def _cut(run: Span, seen: Sequence[Place], plan: Plan, outcome: _Outcome, reel: Reel, shift: int) -> int:
-    """Clips of a run, with their sound; returns how many frames are in them."""
+def _cut(span: Span, sightings: Sequence[Sighting], plan: Plan, outcome: _Outcome, reel: Reel, shift: int) -> int:
+    """Cuts a span into clips with their sound, adds them to the outcome, and returns their number of frames.
+
+    shift: samples by which the sound of the film is late.
+    """
     frames = 0
-    for part in cut_clips(run, seen, plan.max_clip_s, plan.min_clip_s):
+    for part in cut_clips(span, sightings, plan.max_clip_s, plan.min_clip_s):
         if part.reason is None:
             outcome.keep(_with_sound(part, reel, shift))
             frames += part.num_frames
@@ -171,65 +177,68 @@ def _cut(run: Span, seen: Sequence[Place], plan: Plan, outcome: _Outcome, reel: 
 
 
 def _with_sound(clip: Span, reel: Reel, shift: int) -> Span:
-    """The clip with its own sound and that around it; `shift`: samples by which the film's comes late."""
+    """The clip with its own sound and the sound before and after it."""
     sound = reel.sound
     assert sound is not None
     before = sound.between(audio_context_start(clip.start_frame), clip.start_frame, shift)
     own = sound.between(clip.start_frame, clip.stop_frame, shift)
-    behind = max((clip.stop_frame - sound.start_frame) * SAMPLES_PER_FRAME + shift, 0)
-    after = sound.pcm[behind : behind + AUDIO_CONTEXT_FRAMES * SAMPLES_PER_FRAME]  # no longer than there is sound
+    stop_sample = max((clip.stop_frame - sound.start_frame) * SAMPLES_PER_FRAME + shift, 0)
+    after = sound.pcm[stop_sample : stop_sample + AUDIO_CONTEXT_FRAMES * SAMPLES_PER_FRAME]  # not padded
     return replace(clip, audio_before=before.tobytes(), audio=own.tobytes(), audio_after=after.tobytes())
 
 
-class _Choice:
-    """From tracks to clips: the steps in their order, for film whose faces were found by a detector."""
+class _TrackSelection:
+    """Selects clips from the tracks of a reel whose faces were found by a detector."""
 
     def __init__(self, reel: Reel, plan: Plan, networks: Networks, outcome: _Outcome) -> None:
         self.reel, self.plan, self.networks, self.outcome = reel, plan, networks, outcome
         self.tracks = self._without_switches(find_tracks(reel))
         self.persons = persons.group(self.tracks, networks.embedder)
         self._bounds = plan.bounds
-        self._occluded = [quality.occlusion(track) for track in self.tracks]
-        self._speaking: dict[int, float] = {}  # best score of a track's stretches
+        self._occlusion = [quality.occlusion(track) for track in self.tracks]
+        self._speaking: dict[int, float] = {}  # track number to the best score of its stretches
 
     def _without_switches(self, tracks: Sequence[Track]) -> list[Track]:
+        """The tracks, cut where another person begins, and numbered anew."""
         parts: list[Track] = []
         for track in tracks:
             edges = [track.start_frame, *persons.switches(track, self.networks.embedder), track.stop_frame]
             parts += [part_of(track, first, stop) for first, stop in pairwise(edges)]
         return [numbered(track, number) for number, track in enumerate(parts)]
 
-    def run(self) -> None:
-        for track in self.tracks:  # somebody is there: what else comes is for a better reason
+    def select_clips(self) -> None:
+        """Adds clips, reasons and samples to the outcome."""
+        for track in self.tracks:  # the lowest-ranking reason of a frame with a face
             self.outcome.reject(track.start_frame, track.stop_frame, "not_speaking")
-        wanted = self._wanted()
+        requested = self._requested()
         boxes = [head_boxes(track.landmarks, track.confidence) if _has_points(track) else None for track in self.tracks]
         kept = self._kept_stretches()
         offsets = {number: self._offset(number, kept) for number in {stretch.track for stretch in kept}}
-        seen: dict[int, list[Place]] = {}
-        for track, box, cover in zip(self.tracks, boxes, self._occluded, strict=True):
+        sightings: dict[int, list[Sighting]] = {}  # by person
+        for track, box, occlusion in zip(self.tracks, boxes, self._occlusion, strict=True):
             if box is not None:
-                free = _is_free(cover, self._bounds.max_occlusion)
-                seen.setdefault(self.persons[track.number], []).extend(places_seen(track, box, free))
+                uncovered = _is_uncovered(occlusion, self._bounds.max_occlusion)
+                sightings.setdefault(self.persons[track.number], []).extend(sightings_of(track, box, uncovered))
         in_clips = dict.fromkeys(range(len(self.tracks)), 0)
         for stretch in kept:
             number, start, stop = stretch.track, stretch.start_frame, stretch.stop_frame
             track, box = self.tracks[number], boxes[number]
-            if not wanted[number]:
+            if not requested[number]:
                 self.outcome.reject(start, stop, "other_person")
                 continue
             if box is None:
                 self.outcome.reject(start, stop, "no_face")
                 continue
-            for first, end in self._good(track, self._occluded[number], start, stop):
-                run = self._run(track, box, self._occluded[number], first, end, offsets[number])
-                run = replace(run, speaking_score=stretch.score if self.plan.speakers == "active" else None)
+            for first, end in self._good_parts(track, start, stop):
+                span = self._annotated(track, box, first, end, offsets[number])
+                span = replace(span, speaking_score=stretch.score if self.plan.speakers == "active" else None)
                 shift = sync.correction_frames(offsets[number]) * SAMPLES_PER_FRAME
-                places = seen.get(self.persons[number], [])
-                in_clips[number] += _cut(run, places, self.plan, self.outcome, self.reel, shift)
-        self._sample(in_clips)
+                seen = sightings.get(self.persons[number], [])
+                in_clips[number] += _cut(span, seen, self.plan, self.outcome, self.reel, shift)
+        self._add_samples(in_clips)
 
-    def _wanted(self) -> list[bool]:
+    def _requested(self) -> list[bool]:
+        """Whether each track shows the requested person; true for all tracks if no person is requested."""
         pictures = self.plan.person_pictures
         own = self.reel.span.person_picture
         if own is not None:
@@ -239,7 +248,7 @@ class _Choice:
         return persons.matches(self.tracks, self.networks.references(pictures), self.networks.embedder)
 
     def _kept_stretches(self) -> list[Stretch]:
-        """The stretches of those who speak; the reasons of the others go to the outcome."""
+        """The stretches in which a person speaks. Adds the reasons of the other stretches to the outcome."""
         if self.plan.speakers == "main":
             return self._main_stretches()
         reel, span = self.reel, self.reel.span
@@ -250,8 +259,8 @@ class _Choice:
         if span.speaker_x is not None and span.speaker_y is not None:
             choose = (span.speaker_x, span.speaker_y)
         kept = []
-        heard = articulation(reel.sound, first, count)
-        for stretch in talking(self.tracks, voice, first, self._asd_scores(), choose, heard):
+        sound_features = articulation(reel.sound, first, count)
+        for stretch in speaking_stretches(self.tracks, voice, first, self._asd_scores(), choose, sound_features):
             self._speaking[stretch.track] = max(stretch.score, self._speaking.get(stretch.track, 0.0))
             if stretch.reason is None:
                 kept.append(stretch)
@@ -260,7 +269,7 @@ class _Choice:
         return kept
 
     def _main_stretches(self) -> list[Stretch]:
-        """Of each shot, the tracks of the person who is there most, larger faces counting more."""
+        """For each shot, the tracks of the person with the largest sum of face sizes over its frames."""
         kept = []
         for _, group in groupby(self.tracks, key=lambda track: track.shot):
             weight: dict[int, float] = {}
@@ -289,8 +298,8 @@ class _Choice:
         speaking = [(s.start_frame, s.stop_frame) for s in kept if s.track == number]
         return sync.av_offset(self.tracks[number], self.reel.sound, speaking, self.networks.syncnet)
 
-    def _good(self, track: Track, cover: Float32[np.ndarray, " f"], start: int, stop: int) -> list[tuple[int, int]]:
-        """The stretches of [start, stop) that are good enough; the reasons of the rest go to the outcome."""
+    def _good_parts(self, track: Track, start: int, stop: int) -> list[tuple[int, int]]:
+        """The parts of [start, stop) that keep the bounds on quality. Adds the reasons of the rest to the outcome."""
         part = part_of(track, start, stop)
         reason = self._bounds.reason(
             {
@@ -302,26 +311,16 @@ class _Choice:
         if reason is not None:
             self.outcome.reject(start, stop, reason)
             return []
-        free = _is_free(cover[start - track.start_frame : stop - track.start_frame], self._bounds.max_occlusion)
-        good, at = [], start
-        for is_free, group in groupby(free.tolist()):
-            end = at + len(list(group))
-            if is_free:
-                good.append((at, end))
-            else:
-                self.outcome.reject(at, end, "occluded")
-            at = end
-        return good
+        occlusion = self._occlusion[track.number][start - track.start_frame : stop - track.start_frame]
+        uncovered = _is_uncovered(occlusion, self._bounds.max_occlusion)
+        for first, end in true_runs(~uncovered):
+            self.outcome.reject(start + first, start + end, "occluded")
+        return [(start + first, start + end) for first, end in true_runs(uncovered)]
 
-    def _run(
-        self,
-        track: Track,
-        box: Float32[np.ndarray, "f 4"],
-        cover: Float32[np.ndarray, " f"],
-        start: int,
-        stop: int,
-        offset: sync.Offset,
+    def _annotated(
+        self, track: Track, box: Float32[np.ndarray, "f 4"], start: int, stop: int, offset: sync.Offset
     ) -> Span:
+        """The span of the frames [start, stop) of a track, with its landmarks, head boxes and figures."""
         rows = slice(start - track.start_frame, stop - track.start_frame)
         points = smooth(track.landmarks).astype(np.float32)
         return replace(
@@ -334,28 +333,28 @@ class _Choice:
             av_offset_frames=offset.frames,
             av_corrected=sync.correction_frames(offset) != 0,
             sync_confidence=offset.confidence,
-            occlusion=float(cover[rows].max(initial=0.0)),
+            occlusion=float(self._occlusion[track.number][rows].max(initial=0.0)),
             jitter=quality.jitter(part_of(track, start, stop)),
             provenance=self.plan.provenance,
         )
 
-    def _sample(self, in_clips: Mapping[int, int]) -> None:
-        """Pictures of some of the tracks, evenly over the reel."""
+    def _add_samples(self, in_clips: Mapping[int, int]) -> None:
+        """Adds evenly spaced tracks to the report's sample: some with clips, some without."""
         for kept in (True, False):
             tracks = [track for track in self.tracks if (in_clips[track.number] > 0) == kept]
-            count = min(len(tracks), SAMPLES)
+            count = min(len(tracks), SAMPLE_TRACKS)
             for track in (tracks[(2 * i + 1) * len(tracks) // (2 * count)] for i in range(count)):
                 reason = None if kept else self.outcome.main_reason(track)
-                self.outcome.samples.append(self._sample_of(track, kept, reason))
+                self.outcome.samples.append(self._sample(track, kept, reason))
 
-    def _sample_of(self, track: Track, kept: bool, reason: str | None) -> TrackSample:
+    def _sample(self, track: Track, kept: bool, reason: str | None) -> TrackSample:
         frames = sorted(track.chips)
         figures: dict[str, float] = {}
         if _has_points(track):
             figures["face_px"] = quality.face_px(track.landmarks)
             figures["yaw_deg"] = quality.median_yaw_deg(track.landmarks)
             figures["jitter"] = quality.jitter(track)
-            figures["occlusion"] = float(self._occluded[track.number].max(initial=0.0))
+            figures["occlusion"] = float(self._occlusion[track.number].max(initial=0.0))
         if track.number in self._speaking:
             figures["speaking"] = self._speaking[track.number]
         return TrackSample(
@@ -370,8 +369,8 @@ class _Choice:
         )
 
 
-def _is_free(cover: Float32[np.ndarray, " f"], bound: float | None) -> Bool[np.ndarray, " f"]:
-    return np.ones(len(cover), bool) if bound is None else cover <= bound
+def _is_uncovered(occlusion: Float32[np.ndarray, " f"], bound: float | None) -> Bool[np.ndarray, " f"]:
+    return np.ones(len(occlusion), bool) if bound is None else occlusion <= bound
 
 
 def _has_points(track: Track) -> bool:

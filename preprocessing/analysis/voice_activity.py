@@ -1,4 +1,4 @@
-"""Is somebody heard to speak, and what does the sound say of the mouth it comes from: numbers per frame of film."""
+"""Voice activity, and features of the sound that follow the speaker's mouth; one value per frame of film."""
 
 from __future__ import annotations
 
@@ -12,34 +12,35 @@ from jaxtyping import Bool, Float, Float32, Int16
 from preprocessing.reels import FilmSound
 from tccp.config import SAMPLE_RATE_HZ, SAMPLES_PER_FRAME
 from tccp.errors import TccpError
+from tccp.sequences import true_runs
 
 _FULL_SCALE = 32768.0
 
 # ---- voice activity
 
-# Silero's window, and what it sees of the one before. Four windows are as long as 3.2 frames; sixteen, as 12.8.
+# Samples in Silero's window, and samples of the window before it that it also receives.
 _WINDOW, _CONTEXT = 512, 64
 _STATE_SHAPE = (2, 1, 128)
-_WARM_UP_FRAMES = 48  # 60 windows: after as many the network no longer knows when it was started
+_WARM_UP_FRAMES = 48  # 60 windows: after them, the network's output no longer depends on its initial state
 
-_SPEECH_HZ = (300.0, 3400.0)  # the telephone's band: voices, without most of hum, rumble and hiss
-_FLOOR_FRAMES = 250  # the noise floor is looked for 10 s to either side: nobody speaks for 20 s without a breath
+_SPEECH_HZ = (300.0, 3400.0)  # the telephone band: it contains voices, but little hum, rumble or hiss
+_FLOOR_FRAMES = 250  # to either side, 10 s: within 20 s every speaker pauses, so the noise floor is audible
 _FLOOR_SHARE = 0.1
-_SILENCE_DB = -60.0  # of full scale; a floor below it (digital silence) makes no whisper a voice
-# Above the floor, of the clips with pauses at hand: 8 to 45 dB in speech, -3 to 6 dB in pauses.
+_SILENCE_DB = -60.0  # of full scale: least noise floor, so that faint noise after digital silence is not a voice
+# Above the floor; in the shared clips with pauses, levels are 8 to 45 dB in speech and -3 to 6 dB in pauses.
 _ON_DB, _OFF_DB = 9.0, 5.0
 _DB_PER_LOGIT = 1.5
-_SHORTEST_FRAMES = 3  # a click is shorter than any syllable
-_HANGOVER_FRAMES = 4  # a stop consonant's closure is no pause
+_SHORTEST_FRAMES = 3  # clicks are shorter than any syllable
+_HANGOVER_FRAMES = 4  # the closure of a stop consonant is not a pause
 
 
 def voice_activity(
     sound: FilmSound, start_frame: int, num_frames: int, weights: Path | None = None
 ) -> Float32[np.ndarray, " f"]:
-    """Probability that somebody is heard to speak, for each frame from `start_frame` on.
+    """Probability that a voice is heard, for each of `num_frames` frames from `start_frame` on.
 
-    weights: silero_vad.onnx; without it, a detector of our own looks for what is louder than the noise around, and
-    takes music for a voice, which Silero does not.
+    weights: silero_vad.onnx. Without it, a detector based on the level in the speech band is used; unlike Silero, it
+    also reacts to music.
     Raises TccpError if the weights are missing or are not Silero's.
     """
     if num_frames == 0:
@@ -55,8 +56,8 @@ def _by_silero(sound: FilmSound, start_frame: int, num_frames: int, weights: Pat
     pcm = sound.between(start_frame - _WARM_UP_FRAMES, start_frame + num_frames + 1)
     count = -(-(lead + num_frames * SAMPLES_PER_FRAME) // _WINDOW)
     samples = np.zeros(_CONTEXT + count * _WINDOW, np.float32)
-    heard = pcm[: count * _WINDOW] / np.float32(_FULL_SCALE)
-    samples[_CONTEXT : _CONTEXT + len(heard)] = heard
+    scaled = pcm[: count * _WINDOW] / np.float32(_FULL_SCALE)
+    samples[_CONTEXT : _CONTEXT + len(scaled)] = scaled
     state, rate = np.zeros(_STATE_SHAPE, np.float32), np.array(SAMPLE_RATE_HZ, np.int64)
     speech = np.zeros(count, np.float32)
     try:
@@ -64,18 +65,18 @@ def _by_silero(sound: FilmSound, start_frame: int, num_frames: int, weights: Pat
             window = samples[None, i * _WINDOW : (i + 1) * _WINDOW + _CONTEXT]
             probability, state = network.run(None, {"input": window, "state": state, "sr": rate})
             speech[i] = probability[0, 0]
-    except Exception as error:  # onnxruntime's own classes, which differ from build to build
+    except Exception as error:  # onnxruntime's exception classes, which differ between builds
         raise _not_silero(weights, error) from None
     middle = lead + (np.arange(num_frames) + 0.5) * SAMPLES_PER_FRAME
     return np.interp(middle, (np.arange(count) + 0.5) * _WINDOW, speech).astype(np.float32)
 
 
 def _open_silero(weights: Path) -> Any:
-    """One thread: the networks are small, and the machine's other cores have films of their own."""
+    """Opens the network with one thread: it is small, and other workers use the other cores."""
     import onnxruntime
 
     if not weights.is_file():
-        raise TccpError(f"voice activity weights {weights}: no such file; give silero_vad.onnx, or leave them out")
+        raise TccpError(f"voice activity weights {weights}: no such file; give silero_vad.onnx, or leave it out")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 4
@@ -94,7 +95,7 @@ def _not_silero(weights: Path, error: Exception | None) -> TccpError:
 
 
 def _by_energy(sound: FilmSound, start_frame: int, num_frames: int) -> Float32[np.ndarray, " f"]:
-    """Level in the band of speech over a floor that follows the film; begins at 9 dB, goes on down to 5."""
+    """Voice activity from the level in the speech band above a moving noise floor: starts at 9 dB, ends below 5 dB."""
     before, after = start_frame - _FLOOR_FRAMES, start_frame + num_frames + _FLOOR_FRAMES
     first = max(before, min(sound.start_frame, start_frame))
     stop = min(after, max(sound.start_frame - (-len(sound.pcm) // SAMPLES_PER_FRAME), start_frame + num_frames))
@@ -107,52 +108,45 @@ def _by_energy(sound: FilmSound, start_frame: int, num_frames: int) -> Float32[n
 
 
 def _floor(level: Float[np.ndarray, " f"]) -> Float[np.ndarray, " f"]:
-    """The level that is undercut for a tenth of the time around each frame, at every tenth frame and between them."""
+    """Noise floor: the 10 % quantile of the level around each frame, computed at every tenth frame and interpolated."""
     at = np.arange(0, len(level), 10)
     around = [level[max(i - _FLOOR_FRAMES, 0) : i + _FLOOR_FRAMES + 1] for i in at]
     return np.interp(np.arange(len(level)), at, [np.quantile(part, _FLOOR_SHARE) for part in around])
 
 
 def _with_hysteresis(above: Float[np.ndarray, " f"]) -> Bool[np.ndarray, " f"]:
-    """Runs above the lower threshold that also reach the upper one, short pauses closed, clicks left out."""
-    speaks = reaching(above, _OFF_DB, _ON_DB)
-    for first, stop in runs(~speaks):
-        if first > 0 and stop < len(speaks) and stop - first <= _HANGOVER_FRAMES:
-            speaks[first:stop] = True
-    for first, stop in runs(speaks):
-        if stop - first < _SHORTEST_FRAMES:
-            speaks[first:stop] = False
+    """Hysteresis between _OFF_DB and _ON_DB; then short pauses are closed, and runs as short as a click removed."""
+    speaks = hysteresis(above, _OFF_DB, _ON_DB)
+    for first, stop in true_runs(speaks, max_gap=_HANGOVER_FRAMES):
+        speaks[first:stop] = stop - first >= _SHORTEST_FRAMES
     return speaks
 
 
-def reaching(values: Float[np.ndarray, " f"], low: float, high: float) -> Bool[np.ndarray, " f"]:
-    """Runs of values of at least `low` that somewhere reach `high`."""
-    reached = np.zeros(len(values), bool)
-    for first, stop in runs(values >= low):
-        reached[first:stop] = values[first:stop].max() >= high
-    return reached
+def hysteresis(values: Float[np.ndarray, " f"], low: float, high: float) -> Bool[np.ndarray, " f"]:
+    """True in every run of values >= `low` that contains a value >= `high`; NaN ends a run."""
+    from skimage.filters import apply_hysteresis_threshold  # a slow import
 
-
-def runs(marked: Bool[np.ndarray, " f"]) -> list[tuple[int, int]]:
-    """[first, stop) of each unbroken run of marked frames, in order."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], marked, [False]]).astype(np.int8)))
-    return [(int(first), int(stop)) for first, stop in zip(edges[::2], edges[1::2], strict=True)]
+    if not len(values):  # scikit-image fails on an empty array
+        return np.zeros(0, bool)
+    # scikit-image compares with `>`: thresholds just below the given ones make that `>=`.
+    just_below_low, just_below_high = np.nextafter([low, high], -np.inf)
+    return apply_hysteresis_threshold(values.astype(np.float64), just_below_low, just_below_high)
 
 
 # ---- the mouth in the sound
 
-# An open mouth lets the upper formants out; a spread one is a short tract, whose second formant lies high. Of a dozen
-# bands and pairs of bands, these tell a mouth's own sound from others' best, on five real speakers each judged without
-# the others' help, and on RoundTable: 3 s of film are right in 94 and 100 of 100 cases (level alone: 77).
+# An open mouth emits the upper formants; spread lips shorten the vocal tract, which raises the second formant. Of a
+# dozen bands and pairs of bands, these distinguish a mouth's own sound from other people's best: in five real speakers
+# (leave-one-out) 3 s of film are decided right in 94 of 100 cases, in RoundTable in 100 (by level alone: 77).
 _OPEN_HZ = (1000.0, 4000.0)
 _SPREAD_HZ, _ROUND_HZ = (1700.0, 5500.0), (200.0, 1000.0)
-_DEPTH_DB = 40.0  # below the loud parts of the film: further down there is noise, and no mouth
+_DEPTH_DB = 40.0  # below the loud parts of the film; lower levels are noise
 
 
 def articulation(sound: FilmSound, start_frame: int, num_frames: int) -> Float32[np.ndarray, "f 2"]:
-    """What the sound of each frame says of the mouth: how open it is, how widely spread.
+    """Two features of the sound of each frame: one rises with the mouth's opening, the other with its width.
 
-    In dB, each in a scale of its own without a zero: for comparing (by correlation) with how a mouth is seen to move.
+    In dB, with arbitrary offsets: for correlation with the movement of a mouth.
     """
     stop = start_frame + num_frames
     bands = [_OPEN_HZ, _SPREAD_HZ, _ROUND_HZ]
@@ -165,19 +159,21 @@ def articulation(sound: FilmSound, start_frame: int, num_frames: int) -> Float32
     return np.stack([opened, spread - rounded], 1).astype(np.float32)
 
 
-_SEEN = 800  # samples (50 ms) around the middle of a frame
+_SPECTRUM_SAMPLES = 800  # samples (50 ms) around the middle of a frame
 _NFFT = 1024
-_PART_FRAMES = 1000  # bounds memory
+_PART_FRAMES = 1000  # frames that are computed together; bounds memory
 
 
 def _power(sound: FilmSound, start_frame: int, stop_frame: int) -> Iterator[Float[np.ndarray, "f bins"]]:
-    """Power spectra around the middles of frames, in parts; a full-scale sine has a power of 1/4 in its bins."""
-    window = np.hanning(_SEEN)
-    margin = (SAMPLES_PER_FRAME - _SEEN) // 2 + SAMPLES_PER_FRAME
+    """Power spectra around the middle of each frame, in parts. A full-scale sine has the power 1/4 in its bin."""
+    window = np.hanning(_SPECTRUM_SAMPLES)
+    margin = (SAMPLES_PER_FRAME - _SPECTRUM_SAMPLES) // 2 + SAMPLES_PER_FRAME
     for first in range(start_frame, stop_frame, _PART_FRAMES):
         stop = min(first + _PART_FRAMES, stop_frame)
         pcm: Int16[np.ndarray, " n"] = sound.between(first - 1, stop + 1)
-        views = np.lib.stride_tricks.sliding_window_view(pcm[margin:], _SEEN)[::SAMPLES_PER_FRAME][: stop - first]
+        views = np.lib.stride_tricks.sliding_window_view(pcm[margin:], _SPECTRUM_SAMPLES)[::SAMPLES_PER_FRAME][
+            : stop - first
+        ]
         yield np.abs(np.fft.rfft(views * (window / _FULL_SCALE / window.sum()), _NFFT)) ** 2
 
 

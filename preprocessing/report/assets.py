@@ -1,4 +1,4 @@
-"""Look and behaviour of the page: one style sheet, and the few lines of script that sort and search the films."""
+"""The page's style sheet, and its script, which sorts and searches the table of films."""
 
 from __future__ import annotations
 

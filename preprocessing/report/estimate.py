@@ -1,4 +1,4 @@
-"""What a run would take and give, from a sample of its films: film and clips, storage, time and cost, with ranges."""
+"""Estimates the results of a run from a sample of its films: film, clips, storage, time and cost, with ranges."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from scipy.special import ndtri, stdtrit
 from tccp.errors import TccpError
 
 COVERAGE = 0.8
-"""Share of all samples whose ranges hold the truth, as far as films vary like those of the sample."""
-_DRAWS = 1000
-_FEW = 8  # fewer films than this, and a reader is warned
+"""Share of samples whose range contains the true value, if all films vary like those of the sample."""
+_RESAMPLES = 1000
+_FEW_FILMS = 8  # below it, a note warns that the ranges are rough
 
 
 @dataclass(frozen=True)
 class SampleResult:
-    """What one film took and gave, measured. A film that could not be used has film_s and clip_s 0.
+    """Measurements of one film. A film that could not be used has film_s and clip_s 0.
 
     wall_s: with one worker that did nothing else. cpu_s: seconds of processor time by step.
     """
@@ -37,7 +37,7 @@ class SampleResult:
 
 @dataclass(frozen=True)
 class SourceSize:
-    """One film of the run. file_bytes: None if its address does not tell. film_s: None if it was not probed."""
+    """One film of the run. file_bytes: None if its server does not state it. film_s: None if it was not probed."""
 
     source: str
     file_bytes: int | None
@@ -46,7 +46,7 @@ class SourceSize:
 
 @dataclass(frozen=True)
 class Range:
-    """low, high: None where the sample cannot say, being of one film."""
+    """An estimate with its range. low, high: None if the sample has one film only."""
 
     estimate: float
     low: float | None
@@ -74,7 +74,7 @@ class Estimate:
         return json.dumps(asdict(self), indent=2) + "\n"
 
     def to_text(self) -> str:
-        """A table for people, and what to keep in mind."""
+        """A table for the terminal, with notes below it."""
         rows = [
             ("film in, hours", self.film_h, 1.0),
             ("clips out, hours", self.clip_h, 1.0),
@@ -95,18 +95,19 @@ class Estimate:
 
 
 def _figure(value: float) -> str:
-    """Three significant digits: more would promise too much."""
-    places = 2 if value == 0 else min(max(2 - math.floor(math.log10(value)), 0), 6)
-    return f"{float(f'{value:.3g}'):,.{places}f}"
+    """A number with three significant digits, which is about as precise as the estimates are."""
+    decimals = 2 if value == 0 else min(max(2 - math.floor(math.log10(value)), 0), 6)
+    return f"{float(f'{value:.3g}'):,.{decimals}f}"
 
 
 def choose_sample(listing: Sequence[SourceSize], count: int, seed: int = 0) -> list[SourceSize]:
-    """`count` films, one at random from each of as many groups of about equal number and like file size.
+    """`count` films: one at random from each of `count` equally large groups of films of similar file size.
 
-    The same for the same films in whatever order. All of them if there are no more. Raises TccpError below one.
+    The choice does not depend on the order of the listing. If there are at most `count` films, all are chosen.
+    Raises TccpError if count is below 1.
     """
     if count < 1:
-        raise TccpError(f"a sample of {count} films says nothing; give at least 1")
+        raise TccpError(f"a sample of {count} films is too small: give at least 1")
     by_size = sorted(listing, key=lambda item: (item.file_bytes or 0, item.source))
     rng = np.random.default_rng(seed)
     total, groups = len(by_size), min(count, len(by_size))
@@ -119,17 +120,17 @@ def estimate(
     workers: int,
     price_per_cpu_hour: float | None = None,
 ) -> Estimate:
-    """The whole listing, from a sample of it: what was measured, and for the other films their share by length.
+    """Totals for the whole listing: the measured films, plus the others in proportion to their length.
 
-    A film that was not probed is taken to have as many seconds per byte as the sample had. Ranges come from drawing the
-    sample anew (bootstrap, fixed seed); they shrink to nothing when all of the listing was measured. wall_h supposes as
-    many cores for each worker as the sample had. cost: CPU hours by their price.
-    Raises TccpError without a sample, or for fewer than one worker.
+    A film that was not probed is assumed to have as many seconds per byte as the sample. Ranges come from a bootstrap
+    with a fixed seed; they have zero width if the whole listing was measured. wall_h assumes that each worker has as
+    many cores as the sample had. cost: CPU hours times their price.
+    Raises TccpError if the sample is empty, or for fewer than one worker.
     """
     if not sample:
-        raise TccpError("an estimate needs at least one film that was measured")
+        raise TccpError("the sample is empty: an estimate needs at least one measured film")
     if workers < 1:
-        raise TccpError(f"{workers} workers do nothing; give at least 1")
+        raise TccpError(f"workers {workers}: give at least 1")
     steps = list(dict.fromkeys(step for item in sample for step in item.cpu_s))
     figures = np.stack([_figures(item, steps) for item in sample])
     listed = {item.source for item in listing}
@@ -138,15 +139,17 @@ def estimate(
     done = figures[[item.source in listed for item in sample]].sum(0)
 
     count = len(sample)
-    again = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), _DRAWS).astype(np.float64)
-    totals = done + _of_rest(figures, np.ones((1, count)), rest)[0]
-    low, high = np.quantile(done + _of_rest(figures, again, rest), [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2], axis=0)
-    wider = _widening(count, len(rest))
-    low = np.maximum(totals - wider * np.maximum(totals - low, 0), done)
-    high = totals + wider * np.maximum(high - totals, 0)
+    resamples = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), _RESAMPLES).astype(np.float64)
+    totals = done + _extrapolated(figures, np.ones((1, count)), rest)[0]
+    low, high = np.quantile(
+        done + _extrapolated(figures, resamples, rest), [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2], axis=0
+    )
+    factor = _range_factor(count, len(rest))
+    low = np.maximum(totals - factor * np.maximum(totals - low, 0), done)
+    high = totals + factor * np.maximum(high - totals, 0)
     high[_CLIP] = min(high[_CLIP], high[_FILM])
 
-    def ranged(column: int, per: float) -> Range:
+    def range_of(column: int, per: float) -> Range:
         unknown = count == 1 and bool(rest)
         bounds = (None, None) if unknown else (float(low[column] / per), float(high[column] / per))
         return Range(float(totals[column] / per), *bounds)
@@ -156,18 +159,18 @@ def estimate(
         sources=len(listed),
         workers=workers,
         coverage=COVERAGE,
-        film_h=ranged(_FILM, 3600.0),
-        clip_h=ranged(_CLIP, 3600.0),
-        storage_bytes=ranged(_STORED, 1.0),
-        cpu_h=ranged(_CPU, 3600.0),
-        cpu_h_by_step={step: ranged(_CPU + 1 + i, 3600.0) for i, step in enumerate(steps)},
-        wall_h=ranged(_WALL, 3600.0 * workers),
-        cost=None if price_per_cpu_hour is None else _times(ranged(_CPU, 3600.0), price_per_cpu_hour),
+        film_h=range_of(_FILM, 3600.0),
+        clip_h=range_of(_CLIP, 3600.0),
+        storage_bytes=range_of(_STORED, 1.0),
+        cpu_h=range_of(_CPU, 3600.0),
+        cpu_h_by_step={step: range_of(_CPU + 1 + i, 3600.0) for i, step in enumerate(steps)},
+        wall_h=range_of(_WALL, 3600.0 * workers),
+        cost=None if price_per_cpu_hour is None else _times(range_of(_CPU, 3600.0), price_per_cpu_hour),
         notes=_notes(sample, rest),
     )
 
 
-_BYTES, _FILM, _CLIP, _STORED, _WALL, _CPU = range(6)  # columns of the figures; those after _CPU are its steps
+_BYTES, _FILM, _CLIP, _STORED, _WALL, _CPU = range(6)  # columns of the figures; the columns after _CPU are the steps
 
 
 def _figures(item: SampleResult, steps: Sequence[str]) -> Float64[np.ndarray, " k"]:
@@ -176,18 +179,21 @@ def _figures(item: SampleResult, steps: Sequence[str]) -> Float64[np.ndarray, " 
     return np.array(values, np.float64)
 
 
-def _of_rest(
-    figures: Float64[np.ndarray, "n k"], draws: Float64[np.ndarray, "d n"], rest: Sequence[SourceSize]
-) -> Float64[np.ndarray, "d k"]:
-    """What the films that were not measured come to, for each draw; draws: how often each film of the sample counts."""
-    sums = draws @ figures
-    told = [item.file_bytes for item in rest if item.file_bytes is not None]
-    usual = np.mean(told) if told else figures[:, _BYTES].mean()  # for films that do not tell their size
+def _extrapolated(
+    figures: Float64[np.ndarray, "n k"], resamples: Float64[np.ndarray, "r n"], rest: Sequence[SourceSize]
+) -> Float64[np.ndarray, "r k"]:
+    """Totals of the films that were not measured, for each resample.
+
+    resamples: how often each of the n films of the sample counts.
+    """
+    sums = resamples @ figures
+    known_sizes = [item.file_bytes for item in rest if item.file_bytes is not None]
+    usual = np.mean(known_sizes) if known_sizes else figures[:, _BYTES].mean()  # for films of unknown size
     sizes = np.array([usual if item.file_bytes is None else item.file_bytes for item in rest], np.float64)
     probed = np.array([item.film_s is not None for item in rest], bool)
     film_per_byte = sums[:, _FILM] / np.maximum(sums[:, _BYTES], 1)
     film = sum(item.film_s or 0 for item in rest) + sizes[~probed].sum() * film_per_byte
-    # A draw of unusable films only takes its time by bytes: it has no length to go by.
+    # A resample of unusable films only has no length: its time is scaled by bytes.
     by_length = film / np.where(sums[:, _FILM] > 0, sums[:, _FILM], 1)
     by_bytes = sizes.sum() / np.maximum(sums[:, _BYTES], 1)
     totals = sums * np.where(sums[:, _FILM] > 0, by_length, by_bytes)[:, None]
@@ -195,11 +201,11 @@ def _of_rest(
     return totals
 
 
-def _widening(sampled: int, rest: int) -> float:
-    """By how much a bootstrap's range is too narrow for few films, and for foretelling few.
+def _range_factor(sampled: int, rest: int) -> float:
+    """Factor by which a bootstrap's range is widened, for a sample of n films and a rest of m films.
 
-    It lacks sqrt(n / (n - 1)) and the ratio of Student's to the normal quantile; and a sum over m films varies by
-    itself, as 1 + n / m to 1 of the variance that not knowing the mean gives it.
+    For small n, the bootstrap lacks the factor sqrt(n / (n - 1)) and the ratio of Student's quantile to the normal one.
+    It also lacks the variance of the m films themselves, which multiplies the variance by 1 + n / m.
     """
     if sampled < 2 or rest == 0:
         return 1.0
@@ -217,10 +223,14 @@ def _notes(sample: Sequence[SampleResult], rest: Sequence[SourceSize]) -> list[s
     notes = []
     if rest and len(sample) == 1:
         notes.append("One film was measured: how much films differ is unknown.")
-    elif rest and len(sample) < _FEW:
-        notes.append(f"Only {len(sample)} films were measured: the ranges are rough, and rare kinds of film unseen.")
+    elif rest and len(sample) < _FEW_FILMS:
+        notes.append(
+            f"Only {len(sample)} films were measured: the ranges are rough, and rare kinds of film may be missing."
+        )
     if not any(item.clip_s for item in sample):
-        notes.append("No film of the sample gave a clip; films that do take longer and more storage than said here.")
-    if untold := sum(item.file_bytes is None and item.film_s is None for item in rest):
-        notes.append(f"{untold} films do not tell their size: they count as the mean of the others.")
+        notes.append(
+            "No film of the sample gave a clip; films that give clips take more time and storage than estimated here."
+        )
+    if unknown := sum(item.file_bytes is None and item.film_s is None for item in rest):
+        notes.append(f"{unknown} films have an unknown size: the mean of the others is used for them.")
     return notes

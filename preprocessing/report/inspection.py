@@ -1,4 +1,4 @@
-"""A clip table as people look at it: figures, a sheet of clips, and one clip as a film with everything drawn in."""
+"""Shows a clip table: its statistics, a sheet of pictures of its clips, and a preview film of one clip."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ _TILE_PX, _TILE_TEXT_PX, _TILE_COLUMNS = 256, 76, 2
 _CAPTION_PX, _MEL_PX, _LINE_PX = 26, 160, 22
 _GROUND, _INK, _SOFT = (22, 24, 27), (235, 235, 235), (160, 168, 176)
 _BOX, _POINT, _CURSOR, _OFFSET, _MOUTH = (255, 190, 40), (80, 255, 120), (255, 255, 255), (255, 120, 60), (80, 255, 120)
-_VIEW_FRAMES = FPS  # decoded at a time
-_MOST_CLIPS = 100  # a sheet of more is too large to look at
+_VIEW_FRAMES = FPS  # frames that are decoded at once
+_MAX_SHEET_CLIPS = 100  # a larger sheet would be too large to view
 
 Picture = UInt8[np.ndarray, "_ _ 3"]
 
@@ -39,10 +39,10 @@ Picture = UInt8[np.ndarray, "_ _ 3"]
 
 
 def statistics(table: ClipTable) -> dict[str, Any]:
-    """Figures of a table: clips, hours, sources, schema, sizes of pictures; av_corrected counts clips.
+    """Statistics of a table: numbers of clips, hours, sources, schema, picture sizes; av_corrected counts clips.
 
-    quality: of every number that a clip has, in the clip table's units: how often it is known, lowest, median, highest.
-    Reads single values only, from the table's index; a table without one is read clip by clip.
+    quality: for every figure of a clip, in the clip table's units: the number of clips that have it, and its minimum,
+    median and maximum. Reads only the table's index; a table without an index is read clip by clip.
     """
     names = [field.name for field in SCHEMA if not pa.types.is_list(field.type) and not pa.types.is_binary(field.type)]
     columns = table.values(names)
@@ -62,11 +62,11 @@ def statistics(table: ClipTable) -> dict[str, Any]:
         "picture_px": sorted(set(columns["picture_px"])),
         "source_sizes": [f"{width}x{height}" for width, height in sorted(set(sizes))],
         "av_corrected": sum(map(bool, columns["av_corrected"])),
-        "quality": {name: _spread(values) for name, values in numbers.items()},
+        "quality": {name: _summary(values) for name, values in numbers.items()},
     }
 
 
-def _spread(values: Float32[np.ndarray, " n"] | np.ndarray) -> dict[str, float | int | None]:
+def _summary(values: Float32[np.ndarray, " n"] | np.ndarray) -> dict[str, float | int | None]:
     if not len(values):
         return {"known": 0, "min": None, "median": None, "max": None}
     return {
@@ -78,7 +78,7 @@ def _spread(values: Float32[np.ndarray, " n"] | np.ndarray) -> dict[str, float |
 
 
 def statistics_text(figures: dict[str, Any]) -> str:
-    """`statistics` as lines for a terminal."""
+    """The result of `statistics` as lines for a terminal."""
     columns = ", ".join(f"{name} {kind}" for name, kind in figures["columns"].items())
     clips = figures["clips"]
     versions, pictures = (", ".join(map(str, figures[name])) for name in ("schema_versions", "picture_px"))
@@ -91,10 +91,10 @@ def statistics_text(figures: dict[str, Any]) -> str:
         "",
         f"{'':16} {'known':>9} {'min':>9} {'median':>9} {'max':>9}",
     ]
-    for name, spread in figures["quality"].items():
-        numbers = [spread[key] for key in ("min", "median", "max")]
+    for name, summary in figures["quality"].items():
+        numbers = [summary[key] for key in ("min", "median", "max")]
         cells = " ".join(f"{'-' if value is None else format(value, '.3g'):>9}" for value in numbers)
-        lines.append(f"{name:16} {spread['known']:9,} {cells}")
+        lines.append(f"{name:16} {summary['known']:9,} {cells}")
     lines += ["", textwrap.fill(f"columns: {columns}", 100, break_long_words=False, break_on_hyphens=False)]
     return "\n".join(lines)
 
@@ -103,22 +103,22 @@ def statistics_text(figures: dict[str, Any]) -> str:
 
 
 def find_clip(table: ClipTable, given: str) -> str:
-    """The id that `given` is, or begins, in this table. Raises TccpError if there is none, or several."""
+    """The id in this table that equals `given`, or begins with it. Raises TccpError if none does, or several do."""
     found = [clip_id for clip_id in table.ids if clip_id.startswith(given.lower())] if given else []
     if given.lower() in found:
         return given.lower()
     if len(found) == 1:
         return found[0]
     if found:
-        raise TccpError(f"clip {given!r} is the beginning of {len(found)} ids ({_some(found)}): give more of it")
+        raise TccpError(f"clip {given!r} is the beginning of {len(found)} ids ({_examples(found)}): give more of it")
     length = max(len(given), 4)
     near = difflib.get_close_matches(given.lower(), {clip_id[:length] for clip_id in table.ids}, 3, 0.6)
     if near:
-        raise TccpError(f"no clip {given!r} in this table of {len(table)}; near it: {_some(sorted(near))}")
-    raise TccpError(f"no clip {given!r} in this table of {len(table)}; it has, for example, {_some(table.ids)}")
+        raise TccpError(f"no clip {given!r} in this table of {len(table)}; near it: {_examples(sorted(near))}")
+    raise TccpError(f"no clip {given!r} in this table of {len(table)}; it has, for example, {_examples(table.ids)}")
 
 
-def _some(ids: Sequence[str]) -> str:
+def _examples(ids: Sequence[str]) -> str:
     return ", ".join(clip_id[:12] for clip_id in ids[:3]) + (", ..." if len(ids) > 3 else "")
 
 
@@ -126,17 +126,18 @@ def _some(ids: Sequence[str]) -> str:
 
 
 def sheet(table: ClipTable, out: str | Path, count: int = 24) -> int:
-    """A PNG of `count` clips, spread evenly over the table; returns how many there are.
+    """Writes a PNG of at most `count` clips, spaced evenly over the table; returns their number.
 
-    Of each its middle frame: the scene with the head box, the face with the landmarks, the landmark picture; below them
-    id, source, time and quality. One clip is in memory at a time. Raises TccpError for a count outside 1..100.
+    For each clip it shows the middle frame: the scene with the head box, the face with the landmarks, the landmark
+    picture; below them id, source, time and quality. One clip is in memory at a time. Raises TccpError for a count
+    outside 1..100 and for an empty table.
     """
-    if not 1 <= count <= _MOST_CLIPS:
-        raise TccpError(f"a sheet of {count} clips: give 1 to {_MOST_CLIPS}")
+    if not 1 <= count <= _MAX_SHEET_CLIPS:
+        raise TccpError(f"a sheet of {count} clips: give 1 to {_MAX_SHEET_CLIPS}")
     if not len(table):
-        raise TccpError("the table has no clips, so there is nothing to show: preprocess more footage")
-    places = sorted(set(np.linspace(0, len(table) - 1, min(count, len(table))).round().astype(int).tolist()))
-    tiles = [_tile(table[table.ids[place]]) for place in places]
+        raise TccpError("the table has no clips: preprocess more footage")
+    rows_shown = sorted(set(np.linspace(0, len(table) - 1, min(count, len(table))).round().astype(int).tolist()))
+    tiles = [_tile(table[table.ids[row]]) for row in rows_shown]
     columns = min(_TILE_COLUMNS, len(tiles))
     tiles += [np.full_like(tiles[0], _GROUND)] * (-len(tiles) % columns)
     rows = [np.concatenate(tiles[first : first + columns], axis=1) for first in range(0, len(tiles), columns)]
@@ -144,7 +145,7 @@ def sheet(table: ClipTable, out: str | Path, count: int = 24) -> int:
     assert done
     with atomic_path(Path(out)) as temporary:
         temporary.write_bytes(data.tobytes())
-    return len(places)
+    return len(rows_shown)
 
 
 def _tile(clip: Clip) -> Picture:
@@ -154,10 +155,10 @@ def _tile(clip: Clip) -> Picture:
     panels = np.concatenate([scene, face, points], axis=1)
     text = np.full((_TILE_TEXT_PX, panels.shape[1], 3), _GROUND, np.uint8)
     length = f"{clip.num_frames / FPS:.2f} s"
-    _write(text, f"{clip.clip_id[:12]}   {length}   from {clip.start_s:.2f} s of {clip.source}", 8, 20)
-    words = _quality_words(clip.quality)
-    for line, part in enumerate((words[:4], [*words[4:], _offset_text(clip.quality).split(",")[0]])):
-        _write(text, "   ".join(part), 8, 41 + 21 * line, _SOFT)
+    _paint_text(text, f"{clip.clip_id[:12]}   {length}   from {clip.start_s:.2f} s of {clip.source}", 8, 20)
+    texts = _quality_texts(clip.quality)
+    for line, part in enumerate((texts[:4], [*texts[4:], _offset_text(clip.quality).split(",")[0]])):
+        _paint_text(text, "   ".join(part), 8, 41 + 21 * line, _SOFT)
     tile = np.concatenate([panels, text])
     return cv2.copyMakeBorder(tile, 5, 5, 5, 5, cv2.BORDER_CONSTANT, value=_GROUND)
 
@@ -166,12 +167,12 @@ def _tile(clip: Clip) -> Picture:
 
 
 def preview(table: ClipTable, clip_id: str, out: str | Path) -> Clip:
-    """An MP4 of one clip with its sound, by id or the unique beginning of one; returns the clip.
+    """Writes an MP4 of one clip with its sound; returns the clip. clip_id: an id, or the unique beginning of one.
 
-    Side by side: the scene with head box and points, the scene as networks see it, the face with its 68 points, the
-    landmark picture. Below: the sound as mel spectrogram with the mouth's opening and a cursor, and figures. Sound and
-    mouth should rise together; where an a/v offset was measured and not corrected, a second line stands where the sound
-    of this picture is heard. Raises TccpError as `find_clip`, or if the file cannot be written.
+    Side by side: the scene with head box and points, the masked scene that networks receive, the face with its 68
+    points, the landmark picture. Below: the mel spectrogram with the mouth's opening and a cursor, and figures. Sound
+    and mouth opening should rise together. If an a/v offset was measured and not corrected, a dashed line marks the
+    sound that belongs to the picture. Raises TccpError as `find_clip`, or if the file cannot be written.
     """
     clip = table[find_clip(table, clip_id)]
     width = 4 * PANEL_PX
@@ -181,25 +182,25 @@ def preview(table: ClipTable, clip_id: str, out: str | Path) -> Clip:
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     with VideoWriter(out, width, height + height % 2, clip.audio.astype(np.float32) / 32768) as film:
         for first in range(0, clip.num_frames, _VIEW_FRAMES):
-            seen = view(clip, _settings(clip), None, 0, first, min(_VIEW_FRAMES, clip.num_frames - first))
-            for place in range(len(seen.face)):
-                frame = first + place
+            views = view(clip, _settings(clip), None, 0, first, min(_VIEW_FRAMES, clip.num_frames - first))
+            for i in range(len(views.face)):
+                frame = first + i
                 panels = [
                     _scene_panel(clip, frame, PANEL_PX, with_points=True),
-                    _enlarged(seen.masked_scene[place], PANEL_PX),
+                    _resized(views.masked_scene[i], PANEL_PX),
                     _face_panel(clip, frame, PANEL_PX),
-                    _enlarged(seen.landmark_pictures[place], PANEL_PX),
+                    _resized(views.landmark_pictures[i], PANEL_PX),
                 ]
                 canvas = np.full((film.height, width, 3), _GROUND, np.uint8)
                 for number, (panel, name) in enumerate(zip(panels, _PANELS, strict=True)):
                     left = number * PANEL_PX
                     canvas[_CAPTION_PX : _CAPTION_PX + PANEL_PX, left : left + PANEL_PX] = panel
                     canvas[:top, left : left + 2] = _GROUND
-                    _write(canvas, name, left + 8, 18, _SOFT)
+                    _paint_text(canvas, name, left + 8, 18, _SOFT)
                 canvas[top : top + _MEL_PX] = strip
-                _draw_cursor(canvas[top : top + _MEL_PX], clip, frame)
+                _paint_cursor(canvas[top : top + _MEL_PX], clip, frame)
                 for line, (text, colour) in enumerate(_lines(clip, frame)):
-                    _write(canvas, text, 8, top + _MEL_PX + (line + 1) * _LINE_PX - 3, colour)
+                    _paint_text(canvas, text, 8, top + _MEL_PX + (line + 1) * _LINE_PX - 3, colour)
                 film.write(canvas)
     return clip
 
@@ -208,34 +209,34 @@ _PANELS = ("scene, head box", "masked scene", "face, 68 points", "landmark pictu
 
 
 def _settings(clip: Clip) -> Settings:
-    """Settings under which `view` shows a clip as it is stored."""
+    """Settings with which `view` returns a clip as it is stored."""
     return toy().model_copy(update={"picture_px": clip.picture_px, "headbox": HeadBoxSettings()})
 
 
 def _scene_panel(clip: Clip, frame: int, size_px: int, with_points: bool = False) -> Picture:
-    picture = _enlarged(decode_still(clip.scene[frame]), size_px)
+    picture = _resized(decode_still(clip.scene[frame]), size_px)
     fit = headbox.SceneFit(clip.source_width, clip.source_height, size_px)
     x0, y0, x1, y1 = np.rint(fit.boxes(clip.head_box[frame : frame + 1])[0]).astype(int).tolist()
     if with_points:
-        _dots(picture, fit.points(headbox.from_crop(clip.landmarks[frame], clip.head_box[frame])), 1)
+        _paint_points(picture, fit.points(headbox.from_crop(clip.landmarks[frame], clip.head_box[frame])), 1)
     cv2.rectangle(picture, (x0, y0), (x1 - 1, y1 - 1), _BOX, 2, cv2.LINE_AA)
     return picture
 
 
 def _face_panel(clip: Clip, frame: int, size_px: int) -> Picture:
-    """The head box as the still has it, which is finer than training's crop, with the points."""
+    """The head box, cut from the stored still (which is finer than training's crop), with the points."""
     still = decode_still(clip.face[frame])
     stored, box = clip.stored_box[frame], clip.head_box[frame]
     scale = still.shape[0] / (stored[2] - stored[0])
     inside = ((box - np.tile(stored[:2], 2)) * scale).astype(np.float32)
     picture = headbox.crop(still, inside, size_px)
-    _dots(picture, clip.landmarks[frame] * size_px, 2)
+    _paint_points(picture, clip.landmarks[frame] * size_px, 2)
     if clip.landmark_confidence[frame] == 0:
-        _write(picture, "bridged", 8, size_px - 10, _OFFSET)
+        _paint_text(picture, "bridged", 8, size_px - 10, _OFFSET)
     return picture
 
 
-def _dots(picture: Picture, points: Float32[np.ndarray, "68 2"], radius: int) -> None:
+def _paint_points(picture: Picture, points: Float32[np.ndarray, "68 2"], radius: int) -> None:
     for x, y in points:
         if math.isfinite(x) and math.isfinite(y):
             center = round(float(x)), round(float(y))
@@ -243,13 +244,13 @@ def _dots(picture: Picture, points: Float32[np.ndarray, "68 2"], radius: int) ->
             cv2.circle(picture, center, radius, _POINT, -1, cv2.LINE_AA)
 
 
-def _enlarged(picture: Picture, size_px: int) -> Picture:
+def _resized(picture: Picture, size_px: int) -> Picture:
     how = cv2.INTER_AREA if picture.shape[0] > size_px else cv2.INTER_CUBIC
     return np.asarray(cv2.resize(picture, (size_px, size_px), interpolation=how), np.uint8)
 
 
 def _sound_strip(clip: Clip, width: int) -> Picture:
-    """The clip's mel, low tones at the bottom, and over it the opening of the mouth."""
+    """The clip's mel spectrogram, low frequencies at the bottom, with the mouth's opening painted over it."""
     samples, first = clip_sound(clip)
     columns = np.round(np.arange(width) / width * clip.num_frames * audio.MEL_COLUMNS_PER_S / FPS).astype(int)
     mel = audio.mel(samples)
@@ -267,11 +268,11 @@ def _sound_strip(clip: Clip, width: int) -> Picture:
         for thickness, colour in ((4, (0, 0, 0)), (2, _MOUTH)):
             cv2.polylines(strip, [line], False, colour, thickness, cv2.LINE_AA)
     strip[:26, :250] = _GROUND
-    _write(strip, "mel, and the mouth's opening", 8, 18, _SOFT)
+    _paint_text(strip, "mel, and the mouth's opening", 8, 18, _SOFT)
     return strip
 
 
-def _draw_cursor(strip: Picture, clip: Clip, frame: int) -> None:
+def _paint_cursor(strip: Picture, clip: Clip, frame: int) -> None:
     width = strip.shape[1]
     offset_ms, corrected = clip.quality.av_offset_ms, clip.quality.av_corrected
     if offset_ms is not None and not corrected and abs(offset_ms) >= 1:
@@ -285,37 +286,37 @@ def _draw_cursor(strip: Picture, clip: Clip, frame: int) -> None:
 def _lines(clip: Clip, frame: int) -> list[tuple[str, tuple[int, int, int]]]:
     at_s = clip.start_s + frame / FPS
     where = f"frame {frame + 1}/{clip.num_frames}   {at_s:.2f} s of {clip.source}"
-    sure = f"landmarks {clip.landmark_confidence[frame]:.2f}"
+    confidence = f"landmarks {clip.landmark_confidence[frame]:.2f}"
     return [
-        (f"{clip.clip_id}   {where}   {sure}", _INK),
+        (f"{clip.clip_id}   {where}   {confidence}", _INK),
         (_offset_text(clip.quality), _INK),
-        ("   ".join(_quality_words(clip.quality)), _SOFT),
+        ("   ".join(_quality_texts(clip.quality)), _SOFT),
     ]
 
 
 def _offset_text(quality: Quality) -> str:
-    """In a few words, and after a comma how sure it is."""
+    """The a/v offset and whether it was corrected; after a comma its direction and its confidence."""
     offset_ms = quality.av_offset_ms
     if offset_ms is None:
         return "a/v offset not measured"
     where = "" if not offset_ms else ", sound late" if offset_ms > 0 else ", sound early"
     confidence = "" if quality.sync_confidence is None else f", confidence {quality.sync_confidence:.3g}"
-    # What is sure is corrected.
+    # An offset that is certain enough has been corrected.
     done = " (corrected)" if quality.av_corrected else " (a guess)" if offset_ms else ""
     return f"a/v offset {offset_ms:+.0f} ms{done}{where}{confidence}"
 
 
-def _quality_words(quality: Quality) -> list[str]:
-    """Every number that is known, but those of the a/v offset."""
-    values = {item.name: getattr(quality, item.name) for item in fields(quality) if item.name not in _OF_OFFSET}
+def _quality_texts(quality: Quality) -> list[str]:
+    """Every known figure except those of the a/v offset."""
+    values = {item.name: getattr(quality, item.name) for item in fields(quality) if item.name not in _OFFSET_FIELDS}
     return [f"{name} {value:.3g}" for name, value in values.items() if value is not None]
 
 
-_OF_OFFSET = {"av_offset_ms", "av_corrected", "sync_confidence"}
+_OFFSET_FIELDS = {"av_offset_ms", "av_corrected", "sync_confidence"}
 
 
-def _write(picture: Picture, text: str, x: int, baseline: int, colour: tuple[int, int, int] = _INK) -> None:
-    """Text on a dark edge, cut at the picture's border; OpenCV's letters are ASCII, others become question marks."""
+def _paint_text(picture: Picture, text: str, x: int, baseline: int, colour: tuple[int, int, int] = _INK) -> None:
+    """Paints text with a dark outline. OpenCV has ASCII letters only: others become question marks."""
     line = text.encode("ascii", "replace").decode()
     for thickness, ink in ((3, (0, 0, 0)), (1, colour)):
         cv2.putText(picture, line, (x, baseline), cv2.FONT_HERSHEY_SIMPLEX, 0.46, ink, thickness, cv2.LINE_AA)

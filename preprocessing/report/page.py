@@ -1,4 +1,4 @@
-"""The report of a preprocessing run as one HTML page that needs nothing but itself."""
+"""The report of a preprocessing run as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -36,10 +36,9 @@ _SECTIONS: Sequence[Callable[[RunReport], str]] = (
 
 
 def page_html(report: RunReport) -> str:
-    """The page: from the headline figures down to the settings; works from a file, without network or script.
+    """The page as HTML. It needs no network; without scripts, only sorting and searching are missing.
 
-    Whatever comes from outside (file names, messages, settings) is escaped, and the page's own policy lets no script
-    run but its own.
+    File names, messages and settings are escaped, and the page's Content-Security-Policy allows only its own script.
     """
     script_hash = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{script_hash}'"
@@ -54,6 +53,6 @@ def page_html(report: RunReport) -> str:
 
 
 def write_page(report: RunReport, out: str | Path) -> None:
-    """The page as a file, which appears when it is whole. Raises TccpError if it cannot be written."""
+    """Writes the page atomically. Raises TccpError if it cannot be written."""
     with atomic_path(Path(out)) as temporary:
         temporary.write_text(page_html(report), encoding="utf-8")

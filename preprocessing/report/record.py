@@ -1,7 +1,7 @@
-"""What a preprocessing run did, counted while it runs and stored as report.json.
+"""The report of a preprocessing run: counted during the run, stored as report.json.
 
-Counts, histograms and the sample of tracks come out the same in whatever order their parts arrive, and are of bounded
-size; only the list of sources grows, by one line each.
+Counts, histograms and the sample of tracks do not depend on the order in which their parts arrive, and have a bounded
+size. Only the list of sources grows, by one entry per source.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from tccp.config import FPS
 from tccp.errors import TccpError
 
 REPORT_VERSION = 1
-"""Of the shape of report.json; `schema_version` in it is the clip table's."""
+"""Version of the format of report.json; `schema_version` in it is that of the clip table."""
 SAMPLE_TRACKS = 200
-"""Kept tracks in the report's sample, and rejected ones."""
+"""Most kept tracks in the report's sample, and most rejected ones."""
 THUMBNAIL_PX = 112
 _THUMBNAIL_QUALITY = 80
 
 
 @dataclass(frozen=True)
 class SourceReport:
-    """What became of one source. frames = frames_in_clips + the sum of left_out, which counts frames by reason code.
+    """The result for one source. frames = frames_in_clips + the sum of left_out, which counts frames by reason code.
 
-    reason, message: why there is no clip at all; None where there is one.
+    reason, message: why the source gave no clip; None if it gave one.
     """
 
     source: str
@@ -52,14 +52,14 @@ class SourceReport:
 
     @property
     def reasons(self) -> list[str]:
-        """Codes of everything that was left out, the most frames first."""
+        """Codes of all reasons for which frames were left out, most frames first."""
         codes = dict.fromkeys([self.reason] if self.reason else [], 0) | self.left_out
         return sorted(codes, key=lambda code: (-codes[code], code))
 
 
 @dataclass(frozen=True)
 class ClipFigures:
-    """What is measured of a clip in the table."""
+    """The figures of one clip in the table."""
 
     num_frames: int
     quality: Quality
@@ -67,10 +67,10 @@ class ClipFigures:
 
 @dataclass(frozen=True)
 class TrackSample:
-    """One person in one shot, as a picture to judge by. start_s, stop_s: of the source's clock.
+    """One person in one shot, with a face picture. start_s, stop_s: seconds on the source's clock.
 
-    reason: code, None where the track is in clips. jpeg: a face picture, empty if there is none. figures: what it was
-    judged by, by name.
+    kept: whether the track is in clips. reason: code; None if it is in clips. jpeg: empty if there is no picture.
+    figures: the figures that decided, by name.
     """
 
     source: str
@@ -85,7 +85,7 @@ class TrackSample:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Work of one step: busy seconds, added up over all processes; items are rows or files, as the step has it."""
+    """Work of one step. seconds: busy time, summed over all processes. items: number of rows or files."""
 
     name: str
     seconds: float
@@ -95,9 +95,9 @@ class StepTime:
 
 @dataclass(frozen=True)
 class Histogram:
-    """Clips by one number: counts[i] have edges[i] <= value < edges[i + 1]; below and above lie outside all edges.
+    """Number of clips by one figure: counts[i] have edges[i] <= value < edges[i + 1]; below, above: outside all edges.
 
-    unknown: clips without that number. lowest, highest: exact, None if there is no number.
+    unknown: clips without that figure. lowest, highest: exact; None if no clip has it.
     """
 
     name: str
@@ -115,12 +115,12 @@ class Histogram:
         return self.below + sum(self.counts) + self.above
 
     def quantile(self, share: float) -> float | None:
-        """The value that `share` of the clips lie below, to half a bin; None if there is no number."""
+        """The value below which `share` of the clips lie, rounded to half a bin; None if no clip has the figure."""
         if self.lowest is None or self.highest is None:
             return None
         masses = [self.below, *self.counts, self.above]
-        places = [min(self.lowest, self.edges[0]), *self.edges, max(self.highest, self.edges[-1])]
-        value = float(np.interp(share * self.known, np.cumsum([0, *masses]), places))
+        values = [min(self.lowest, self.edges[0]), *self.edges, max(self.highest, self.edges[-1])]
+        value = float(np.interp(share * self.known, np.cumsum([0, *masses]), values))
         half_a_bin = (self.edges[1] - self.edges[0]) / 2
         value = round(round(value / half_a_bin) * half_a_bin, 6)
         return min(max(value, self.lowest), self.highest)
@@ -128,7 +128,7 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums over all sources. frames_by_reason: of what was left out; sources_by_reason: of those without a clip."""
+    """Sums over all sources. frames_by_reason: frames left out; sources_by_reason: sources without a clip."""
 
     films: int
     films_with_clips: int
@@ -143,7 +143,7 @@ class Totals:
 
 @dataclass(frozen=True)
 class RunReport:
-    """A whole run. started: ISO 8601. seconds: by the clock on the wall. throughput: film seconds per such second."""
+    """The report of a run. started: ISO 8601. seconds: wall-clock time. throughput: seconds of film per second."""
 
     report_version: int
     schema_version: int
@@ -174,8 +174,10 @@ class RunReport:
         return self.totals.sources_by_reason
 
     def to_dict(self, pictures: bool = True) -> dict[str, Any]:
-        """As JSON has it, with clips, frames and reasons in front, and every source's reasons; pictures in base64, or
-        left empty."""
+        """The content of report.json: clips, frames and reasons first, then all fields; each source lists its reasons.
+
+        pictures: whether the face pictures are included, in base64; else they are empty.
+        """
         report = self if pictures else replace(self, tracks=[replace(track, jpeg=b"") for track in self.tracks])
         record = _ADAPTER.dump_python(report, mode="json")
         for source, written in zip(self.sources, record["sources"], strict=True):
@@ -187,54 +189,56 @@ class RunReport:
 
     @staticmethod
     def from_json(text: str | bytes) -> RunReport:
-        """Inverse of `to_json`. Raises TccpError if it is another report, or one of another version."""
+        """Inverse of `to_json`. Raises TccpError if the text is not such a report, or of another version."""
         try:
             version = json.loads(text).get("report_version")
             if version == REPORT_VERSION:
                 return _ADAPTER.validate_json(text)
         except (ValueError, AttributeError, AssertionError) as error:
             why = str(error).splitlines()
-            raise TccpError(f"this is no report.json of `tccp preprocess` ({'; '.join(why[:3])})") from None
+            raise TccpError(
+                f"not a report.json of `tccp preprocess` ({'; '.join(why[:3])}): give the one that it wrote"
+            ) from None
         raise TccpError(f"report version {version}, this code reads {REPORT_VERSION}: run `tccp preprocess` again")
 
 
 _ADAPTER = pydantic.TypeAdapter(RunReport)
 
 
-class _Scale(NamedTuple):
-    """Where a histogram's edges are: `bins` of them of one width."""
+class _Bins(NamedTuple):
+    """The bins of a histogram: `num_bins` of equal width from low to high."""
 
     unit: str
     low: float
     high: float
-    bins: int
+    num_bins: int
 
 
-_SCALES = {
-    "length_s": _Scale("s", 0, 30, 120),
-    "face_px": _Scale("px", 0, 1000, 200),
-    "yaw_deg": _Scale("°", -90, 90, 36),
-    "blur": _Scale("", 0, 1, 100),
-    "brightness": _Scale("", 0, 1, 100),
-    "occlusion": _Scale("", 0, 1, 100),
-    "jitter": _Scale("", 0, 0.1, 400),
-    "av_offset_ms": _Scale("ms", -620, 620, 31),  # a frame each, with whole frames in the middle
-    "sync_confidence": _Scale("", 0, 15, 300),
-    "speaking_score": _Scale("", 0, 1, 100),
+_BINS = {
+    "length_s": _Bins("s", 0, 30, 120),
+    "face_px": _Bins("px", 0, 1000, 200),
+    "yaw_deg": _Bins("°", -90, 90, 36),
+    "blur": _Bins("", 0, 1, 100),
+    "brightness": _Bins("", 0, 1, 100),
+    "occlusion": _Bins("", 0, 1, 100),
+    "jitter": _Bins("", 0, 0.1, 400),
+    "av_offset_ms": _Bins("ms", -620, 620, 31),  # one frame per bin, whole frames at the centres
+    "sync_confidence": _Bins("", 0, 15, 300),
+    "speaking_score": _Bins("", 0, 1, 100),
 }
 
 
 class ReportBuilder:
-    """Gathers a run's report while it runs."""
+    """Collects the report during a run."""
 
     def __init__(self, sample_tracks: int = SAMPLE_TRACKS) -> None:
         self._sources: list[SourceReport] = []
         self._steps: dict[str, StepTime] = {}
-        self._counters = {name: _Counter(name, scale) for name, scale in _SCALES.items()}
-        self._kept, self._rejected = _Sample(sample_tracks), _Sample(sample_tracks)
+        self._histograms = {name: _HistogramBuilder(name, bins) for name, bins in _BINS.items()}
+        self._kept, self._rejected = _TrackSampler(sample_tracks), _TrackSampler(sample_tracks)
 
     def add(self, record: SourceReport | ClipFigures | TrackSample | StepTime) -> None:
-        """Counts one more source, clip, track, or stretch of a step's work."""
+        """Counts one source, clip, track, or piece of a step's work."""
         match record:
             case SourceReport():
                 message = None if record.message is None else _text(record.message)
@@ -256,8 +260,8 @@ class ReportBuilder:
     def _add_clip(self, clip: ClipFigures) -> None:
         values = {item.name: getattr(clip.quality, item.name) for item in fields(Quality)}
         values["length_s"] = clip.num_frames / FPS
-        for name, counter in self._counters.items():
-            counter.add(values.get(name))
+        for name, histogram in self._histograms.items():
+            histogram.add(values.get(name))
 
     def finish(
         self,
@@ -267,7 +271,7 @@ class ReportBuilder:
         workers: int,
         peak_memory_bytes: int | None = None,
     ) -> RunReport:
-        """The report. Sources are in order of name, steps as they were first heard of."""
+        """The report. Sources are sorted by name; steps are in the order in which they were first added."""
         sources = sorted(self._sources, key=lambda item: (item.source, item.source_hash or ""))
         totals = _totals(sources)
         return RunReport(
@@ -282,7 +286,7 @@ class ReportBuilder:
             totals=totals,
             sources=sources,
             steps=list(self._steps.values()),
-            distributions=[counter.histogram() for counter in self._counters.values()],
+            distributions=[histogram.result() for histogram in self._histograms.values()],
             tracks=[*self._kept.tracks(), *self._rejected.tracks()],
         )
 
@@ -306,13 +310,13 @@ def _totals(sources: Sequence[SourceReport]) -> Totals:
     )
 
 
-class _Counter:
-    """One histogram on the way."""
+class _HistogramBuilder:
+    """Counts the values of one figure."""
 
-    def __init__(self, name: str, scale: _Scale) -> None:
-        self._name, self._unit = name, scale.unit
-        self._edges = np.linspace(scale.low, scale.high, scale.bins + 1)
-        self._counts = np.zeros(scale.bins + 2, np.int64)  # below, between the edges, above
+    def __init__(self, name: str, bins: _Bins) -> None:
+        self._name, self._unit = name, bins.unit
+        self._edges = np.linspace(bins.low, bins.high, bins.num_bins + 1)
+        self._counts = np.zeros(bins.num_bins + 2, np.int64)  # below, between the edges, above
         self._unknown = 0
         self._range: tuple[float, float] | None = None
 
@@ -320,24 +324,24 @@ class _Counter:
         if value is None or not np.isfinite(value):
             self._unknown += 1
             return
-        place = int(np.searchsorted(self._edges, value, side="right"))
+        index = int(np.searchsorted(self._edges, value, side="right"))
         if value == self._edges[-1]:
-            place -= 1  # a share of exactly one is no outlier
-        self._counts[place] += 1
+            index -= 1  # the last bin includes its upper edge: a share of exactly 1 is inside
+        self._counts[index] += 1
         low, high = self._range or (value, value)
         self._range = (min(low, value), max(high, value))
 
-    def histogram(self) -> Histogram:
+    def result(self) -> Histogram:
         below, *counts, above = self._counts.tolist()
         lowest, highest = self._range or (None, None)
         edges = np.round(self._edges, 6).tolist()
         return Histogram(self._name, self._unit, edges, counts, below, above, self._unknown, lowest, highest)
 
 
-class _Sample:
-    """A bounded sample of tracks that does not depend on their order: those whose ids have the lowest hashes.
+class _TrackSampler:
+    """A bounded sample of tracks that does not depend on their order: the tracks whose identities hash lowest.
 
-    Every reason has its own, so that rare ones are seen too.
+    Each reason has a sample of its own, so that rare reasons are represented.
     """
 
     def __init__(self, size: int) -> None:
@@ -357,7 +361,7 @@ class _Sample:
         chosen[key] = replace(track, jpeg=_thumbnail(track.jpeg), figures=figures)
 
     def tracks(self) -> list[TrackSample]:
-        """At most `size`, shared evenly among the reasons, in order of source and time."""
+        """At most `size` tracks, divided evenly among the reasons, sorted by reason, source and time."""
         ranked = [
             (rank, key, track)
             for chosen in self._by_reason.values()
@@ -369,7 +373,7 @@ class _Sample:
 
 
 def _thumbnail(jpeg: bytes) -> bytes:
-    """The picture, at most THUMBNAIL_PX wide and high; empty if it is no picture."""
+    """The picture as JPEG, at most THUMBNAIL_PX wide and high; empty if it cannot be decoded."""
     picture = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR) if jpeg else None
     if picture is None:
         return b""
@@ -382,5 +386,5 @@ def _thumbnail(jpeg: bytes) -> bytes:
 
 
 def _text(text: str) -> str:
-    """File names may hold bytes that are no text, which neither JSON nor HTML can carry: those are spelled out."""
+    """The text with bytes that are not UTF-8 written as escapes: file names may contain them, JSON and HTML may not."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")

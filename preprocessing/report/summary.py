@@ -1,4 +1,4 @@
-"""What the parts of a run add up to: the index, and a report of every source."""
+"""Adds up the parts of a run: entries for the index, and a report of every source."""
 
 from __future__ import annotations
 
@@ -17,28 +17,30 @@ from tccp.files import Folder
 
 
 class Summary:
-    """What the parts add up to, gone through in the order of the sources, one part in memory at a time."""
+    """Reads the parts in the order of the sources, one at a time, and counts what is in them."""
 
     def __init__(self, folder: Folder, names: Sequence[str], entries: Sequence[dict], builder: ReportBuilder) -> None:
         self._folder, self._names, self._entries, self._builder = folder, names, entries, builder
         self._sources: dict[int, list[ReelRecord]] = {}
-        self._first: dict[str, int] = {}  # content -> order of the source that has it
+        self._first: dict[str, int] = {}  # content hash to the order of the first source that has it
         self.used: set[str] = set()
         self.clip_frames: dict[str, int] = {}
 
     def check(self) -> None:
-        heard = {row["order"] for row in self._entries}
-        lost = [name for order, name in enumerate(self._names) if order not in heard]
-        if lost:
+        """Raises RuntimeError unless there is a result for every source."""
+        reported = {row["order"] for row in self._entries}
+        missing = [name for order, name in enumerate(self._names) if order not in reported]
+        if missing:
             raise RuntimeError(
-                f"nothing was heard of {len(lost)} sources, the first of them {lost[0]}: a bug, please report it"
+                f"{len(missing)} sources have no result, the first is {missing[0]}: this is a bug, please report it"
             )
 
     def any_clip(self) -> bool:
+        """Whether any reel has a part; the part may contain no clips."""
         return any(row["part"] is not None for row in self._entries)
 
     def parts(self) -> Iterator[tuple[str, pa.Table]]:
-        """Names of the parts with the index columns of their clips; counts everything on the way."""
+        """Yields the name of each part with the index columns of its clips, and counts its content."""
         for row in self._entries:
             record, table = result_record(self._folder, row)
             order, content = row["order"], record.source_hash
@@ -56,6 +58,7 @@ class Summary:
                 yield row["part"], table
 
     def report(self, settings: Mapping[str, Any], started: str, seconds: float, workers: int) -> RunReport:
+        """The report of the run. Reads the parts first if `parts` has not been iterated."""
         if not self._sources:
             for _ in self.parts():
                 pass

@@ -1,4 +1,4 @@
-"""Which sources can be used, and cutting them into reels; the others get a reason."""
+"""Probes sources and cuts them into reels; sources that cannot be used get a reason."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from tccp.media.remote import content_hash, local_copy, shown
 from tccp.media.sandbox import Decoder
 
 SOUND_MARGIN_FRAMES = FPS
-"""Sound kept before and after a reel: for mel windows, and for moving sound that comes early or late."""
+"""Sound that is kept before and after a reel: for mel windows, and for correcting an a/v offset."""
 _LEAST_REEL_S = 10.0
-_WITHOUT_INDEX = 10
+_WITHOUT_INDEX = 10  # factor for the length of reels of films without an index
 
 
 def probe_source(source: Span, order: int, plan: Plan, decoder: Decoder) -> Iterator[Reel]:
-    """The reels of one source, each with its sound; one after the other, so one is in memory at a time.
+    """Yields the reels of one source, each with its sound; one of them is in memory at a time.
 
-    A file that cannot be used is one reel with the reason of its MediaError, or `bad_audio`.
-    Raises TccpError where this machine is the trouble: no room for a copy or for the sound.
+    A file that cannot be used gives one reel with the reason of its MediaError, or `bad_audio`.
+    Raises TccpError if this machine causes the failure: no space for a copy of the film or for its sound.
     """
     try:
         with local_copy(source.path) as path:
@@ -39,16 +39,16 @@ def probe_source(source: Span, order: int, plan: Plan, decoder: Decoder) -> Iter
 def _reels(source: Span, order: int, plan: Plan, decoder: Decoder, path: Path) -> Iterator[Reel]:
     info = decoder.probe(path)
     if not info.has_video:
-        raise MediaError(path, "no_video", "has no video; clips are cut from films with picture and sound")
+        raise MediaError(path, "no_video", "has no video; clips need picture and sound")
     source = replace(source, source_hash=content_hash(path), width=info.width, height=info.height)
     source = replace(source, num_frames=info.num_frames)
     if not info.has_audio:
-        text = f"{shown(source.path)}: has no sound; training needs a film in which somebody is heard"
+        text = f"{shown(source.path)}: has no sound; clips need a film with speech"
         yield Reel(source.set_aside("no_audio", text), order)
         return
     with decoder.sound(path) as sound:
-        heard = min(info.num_frames, sound.num_frames)
-        usable = (min(info.first_frame, heard), heard)
+        end = min(info.num_frames, sound.num_frames)
+        usable = (min(info.first_frame, end), end)
         for first, stop in reel_edges(info.num_frames, plan.reel_s, info.seeks):
             low = max(first - SOUND_MARGIN_FRAMES, 0)
             samples = sound.samples[low * SAMPLES_PER_FRAME : (stop + SOUND_MARGIN_FRAMES) * SAMPLES_PER_FRAME]
@@ -58,11 +58,10 @@ def _reels(source: Span, order: int, plan: Plan, decoder: Decoder, path: Path) -
 
 
 def reel_edges(num_frames: int, reel_s: float, seeks: bool) -> list[tuple[int, int]]:
-    """[first, stop) of each reel of a film: about equally long, none shorter than ten seconds but a film that is.
+    """[first, stop) of each reel of a film. Reels are about equally long, and at most max(reel_s, 10 s) long.
 
-    seeks: whether decoding can begin anywhere. Where a container has no index, to begin in the middle is to decode all
-    that comes before: such a film has reels ten times as long, so that few of them pay for it, and memory still does
-    not follow its length.
+    seeks: whether decoding can begin anywhere. A film without an index has to be decoded from its beginning to reach a
+    reel. Its reels are ten times as long, so that this happens rarely, while memory use stays bounded.
     """
     longest = max(round(max(reel_s, _LEAST_REEL_S) * FPS), 1) * (1 if seeks else _WITHOUT_INDEX)
     count = max(-(-num_frames // longest), 1)
@@ -71,7 +70,7 @@ def reel_edges(num_frames: int, reel_s: float, seeks: bool) -> list[tuple[int, i
 
 
 def to_pcm(samples: np.ndarray) -> np.ndarray:
-    """Float samples, -1..1, as int16; int16 as they are."""
+    """Samples as int16: float samples -1..1 are scaled, int16 samples are copied."""
     if samples.dtype == np.int16:
         return np.array(samples)
     return np.clip(np.rint(samples * 32768), -32768, 32767).astype(np.int16)

@@ -1,4 +1,4 @@
-"""Where films come from: folders, patterns and manifests, here or at a URL, each to a row of a table."""
+"""Finds films in folders, patterns and manifests, on this machine or at a URL; gives a table with a row per film."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from tccp.media.remote import bare, content_hash, filesystem, is_http, local_cop
 __all__ = ["MANIFEST_SUFFIXES", "SOURCE_SCHEMA", "VIDEO_SUFFIXES", "content_hash", "find_sources", "local_copy"]
 
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ts", ".webm")
-"""Files of a folder that count as sources; a file that is named itself is tried whatever its name."""
+"""Files in a folder with these endings are sources; a file that is given itself may have any name."""
 MANIFEST_SUFFIXES = (".csv", ".parquet", ".jsonl", ".ndjson")
 MANIFEST_COLUMNS = ("path", "source", "speaker_x", "speaker_y", "person")
 SOURCE_SCHEMA = pa.schema(
     [
-        ("path", pa.string()),  # of this machine, or a URL
-        ("source", pa.string()),  # the name that people are shown; no two are alike
-        ("speaker_x", pa.float32()),  # a point on the person who speaks, source pixels
+        ("path", pa.string()),  # on this machine, or a URL
+        ("source", pa.string()),  # the name in reports; unique
+        ("speaker_x", pa.float32()),  # a point on the speaker, source pixels
         ("speaker_y", pa.float32()),
-        ("person_picture", pa.string()),  # path or URL of a picture of the person who is wanted
+        ("person_picture", pa.string()),  # path or URL of a picture of the requested person
     ]
 )
 _MAX_SPEAKER_PX = 100_000.0
@@ -41,7 +41,7 @@ _MAX_SPEAKER_PX = 100_000.0
 
 @dataclass
 class _Film:
-    """path: of this machine, or a URL. named: `name` was chosen by the user, rather than made from the path."""
+    """path: on this machine, or a URL. named: whether the user chose `name`; else it is made from the path."""
 
     path: str
     name: str
@@ -51,31 +51,31 @@ class _Film:
 
 
 def find_sources(given: Sequence[str | Path], base: Path | None = None) -> pa.Table:
-    """Rows of SOURCE_SCHEMA for films, folders of films, patterns and manifests; nothing is opened but manifests.
+    """Rows of SOURCE_SCHEMA for films, folders of films, patterns and manifests. Only manifests are opened.
 
-    given: paths or URLs (of any fsspec filesystem). A folder stands for the films in it, in order of name; a pattern
-    (`films/**/*.mp4`) for the files that match, films only unless it names another ending; a `.csv`, `.parquet`,
-    `.jsonl` or `.ndjson` file for the films in its column `path`, with `source`, `speaker_x`, `speaker_y` and `person`
-    where it has these columns. Paths in it are meant from its folder. base: where relative paths of `given` are meant
-    from, if not from the current folder.
+    given: paths, or URLs of any fsspec filesystem. A folder stands for the films in it, sorted by name. A pattern
+    (`films/**/*.mp4`) stands for the matching films, or for all matching files if it states an ending. A `.csv`,
+    `.parquet`, `.jsonl` or `.ndjson` file is a manifest: it lists films in its column `path`, and may have the columns
+    `source`, `speaker_x`, `speaker_y` and `person`; its relative paths start from its own folder. base: the folder from
+    which relative paths of `given` start; by default the current one.
 
-    `source` is relative to the folder, or to the part of a pattern before its first wildcard. Names that would be alike
-    begin further up in their paths, as far as tells them apart. A film that is named twice is listed once, where it
-    first came, with all that was said about it.
-    Hidden files and folders are left out: a writer that was killed leaves its unfinished film under such a name.
-    Raises TccpError if a folder or pattern holds no film, a manifest does not fit, an address cannot be reached, or
+    `source` is relative to the folder, or to the part of a pattern before its first wildcard. Names that would be equal
+    are extended by the folders above until they differ. A film that is given twice is listed once, at its first place,
+    with the details of both.
+    Hidden files and folders are left out: unfinished films of an interrupted writer have such names.
+    Raises TccpError if a folder or pattern contains no film, a manifest is invalid, an address cannot be reached, or
     nothing is given.
     """
     films: dict[str, _Film] = {}
     for item in given:
         for film in _films_of(local_path(str(item)), base):
             if is_url(film.path):
-                with reaching(film.path):  # nothing is sent yet, but the package for such addresses must be there
+                with reaching(film.path):  # sends nothing yet, but fails if the package for such addresses is missing
                     filesystem(film.path)
             key = film.path if is_url(film.path) else os.path.abspath(film.path)
             films[key] = _merged(films[key], film) if key in films else film
     if not films:
-        raise TccpError("no source was given: name at least one film or folder of films")
+        raise TccpError("no source was given: give at least one film or folder of films")
     columns = {
         "path": [film.path for film in films.values()],
         "source": _distinct_names(list(films.values())),
@@ -86,11 +86,11 @@ def find_sources(given: Sequence[str | Path], base: Path | None = None) -> pa.Ta
     try:
         return pa.table(columns, schema=SOURCE_SCHEMA)
     except UnicodeEncodeError as error:
-        raise TccpError(f"{error.object!a}: the name is not UTF-8; rename the file") from None
+        raise TccpError(f"{error.object!a}: the name is not UTF-8: rename the file") from None
 
 
 def _films_of(item: str, base: Path | None) -> list[_Film]:
-    """What one item of the command line stands for."""
+    """The films that one argument stands for."""
     remote = is_url(item)
     if not remote:
         item = str((base or Path()) / os.path.expanduser(item))
@@ -110,7 +110,9 @@ def _films_of(item: str, base: Path | None) -> list[_Film]:
 def _in_folder(folder: str) -> list[_Film]:
     names = [name for name in _listed(folder, None) if _is_film(name, folder)]
     if not names:
-        raise TccpError(f"{shown(folder)} holds no film ({', '.join(VIDEO_SUFFIXES)}); give one that does, or files")
+        raise TccpError(
+            f"{shown(folder)} contains no film ({', '.join(VIDEO_SUFFIXES)}): give a folder with films, or films"
+        )
     return [_Film(_join(folder, name), bare(name, folder)) for name in names]
 
 
@@ -118,10 +120,10 @@ def _matching(item: str, root: str, pattern: str) -> list[_Film]:
     from fsspec.utils import glob_translate
 
     try:
-        # Whole path components only may be `**`, and pairs of [ ] must fit.
+        # Fails if `**` is only part of a path component, or if [ and ] are not paired.
         matches = re.compile(glob_translate(pattern)).match
     except (ValueError, re.error) as error:
-        raise TccpError(f"{shown(item)} is no valid pattern: {error}") from None
+        raise TccpError(f"{shown(item)} is not a valid pattern: {error}") from None
     depth = None if "**" in pattern.split("/") else pattern.count("/") + 1
     ending = posixpath.splitext(pattern)[1]
     wanted = ending and not _is_magic(ending, root)
@@ -145,12 +147,12 @@ def _is_film(name: str, root: str) -> bool:
 
 
 def _is_magic(part: str, whole: str) -> bool:
-    """Whether it is a pattern; a question mark in an HTTP address begins its query."""
+    """Whether it has a wildcard; in an HTTP address, a question mark begins the query instead."""
     return re.search(r"[*\[]" if is_http(whole) else r"[*?\[]", part) is not None
 
 
 def _split_pattern(item: str) -> tuple[str, str]:
-    """The part of a path or URL before its first component with a wildcard, and the rest; the rest is empty if none."""
+    """Splits a path or URL before its first component with a wildcard; the second part is empty if there is none."""
     start = item.find("://") + 3 if is_url(item) else 0
     parts = item[start:].split("/")
     for i, part in enumerate(parts):
@@ -161,7 +163,7 @@ def _split_pattern(item: str) -> tuple[str, str]:
 
 
 def _listed(root: str, depth: int | None) -> list[str]:
-    """Files below a folder, relative to it, in order of name; `depth` 1 is the folder itself. No hidden ones."""
+    """Files in a folder and its subfolders, relative to it, by name; `depth` 1: the folder alone. No hidden files."""
     names = _listed_remote(root, depth) if is_url(root) else _listed_here(root, depth)
     return sorted(names, key=lambda name: name.split("/"))
 
@@ -176,14 +178,14 @@ def _listed_here(root: str, depth: int | None) -> Iterator[str]:
                     name = posixpath.join(folder, entry.name)
                     if entry.name.startswith("."):
                         continue
-                    if entry.is_dir(follow_symlinks=False):  # a link to a folder above would never end
+                    if entry.is_dir(follow_symlinks=False):  # following a link to a folder above would never end
                         if depth is None or level < depth:
                             folders.append((name, level + 1))
                     elif entry.is_file():
                         yield name
         except OSError as error:
             if level > 1 or not isinstance(error, FileNotFoundError | NotADirectoryError):
-                raise TccpError(f"{error.filename} cannot be listed: {error.strerror}; give folders that can") from None
+                raise TccpError(f"{error.filename} cannot be listed: {error.strerror}; give readable folders") from None
 
 
 def _listed_remote(root: str, depth: int | None) -> Iterator[str]:
@@ -192,7 +194,7 @@ def _listed_remote(root: str, depth: int | None) -> Iterator[str]:
 
     with reaching(root):
         fs, place = filesystem(root.rstrip("/") if is_http(root) else root)
-        # Object stores list all at once. Elsewhere it is folder by folder, and one that fails must not go unnoticed.
+        # Object stores list everything at once; others list folder by folder, and a failing folder must raise an error.
         find = getattr(type(fs), "_find", type(fs).find)
         if depth == 1:
             found = [entry["name"] for entry in fs.ls(place, detail=True) if entry["type"] == "file"]
@@ -233,7 +235,7 @@ def _in_manifest(manifest: str) -> list[_Film]:
     folder = posixpath.dirname(manifest.partition("?")[0] if is_http(manifest) else manifest)
     films = [_film_of(row, f"{title}, {where}", folder) for where, row in rows(title, data)]
     if not films:
-        raise TccpError(f"{title} names no film; give it a row for each")
+        raise TccpError(f"{title} lists no film: give it a row for each film")
     return films
 
 
@@ -252,9 +254,9 @@ def _csv_rows(title: str, data: bytes) -> _Rows:
             if cells:
                 yield where, dict(zip(header, cells, strict=False))
     except UnicodeDecodeError:
-        raise TccpError(f"{title} is not UTF-8 text; save it as that") from None
+        raise TccpError(f"{title} is not UTF-8 text: save it as UTF-8") from None
     except csv.Error as error:
-        raise TccpError(f"{title}, line {reader.line_num}: is no valid CSV: {error}") from None
+        raise TccpError(f"{title}, line {reader.line_num}: is not valid CSV: {error}") from None
 
 
 def _json_rows(title: str, data: bytes) -> _Rows:
@@ -264,9 +266,11 @@ def _json_rows(title: str, data: bytes) -> _Rows:
         try:
             row = json.loads(line.decode("utf-8-sig"))
         except ValueError as error:
-            raise TccpError(f"{title}, line {i}: is no valid JSON: {str(error).splitlines()[0]}") from None
+            raise TccpError(f"{title}, line {i}: is not valid JSON: {str(error).splitlines()[0]}") from None
         if not isinstance(row, dict):
-            raise TccpError(f'{title}, line {i}: is no JSON object; give one a line, such as {{"path": "film.mp4"}}')
+            raise TccpError(
+                f'{title}, line {i}: is not a JSON object; give one on each line, such as {{"path": "film.mp4"}}'
+            )
         _check_columns(list(row), f"{title}, line {i}")
         yield f"line {i}", row
 
@@ -277,7 +281,7 @@ def _parquet_rows(title: str, data: bytes) -> _Rows:
     try:
         table = pq.ParquetFile(io.BytesIO(data)).read()
     except (pa.ArrowException, OSError) as error:
-        raise TccpError(f"{title} is no valid Parquet file: {str(error).splitlines()[0]}") from None
+        raise TccpError(f"{title} is not a valid Parquet file: {str(error).splitlines()[0]}") from None
     _check_columns(table.column_names, title)
     for i, row in enumerate(table.to_pylist(), 1):
         yield f"row {i}", row
@@ -289,9 +293,9 @@ def _check_columns(names: Sequence[str], where: str) -> None:
         if name not in MANIFEST_COLUMNS:
             raise TccpError(f"{where}: unknown column {name!r}; {allowed}")
     if "path" not in names:
-        raise TccpError(f"{where}: there is no column path; {allowed}")
+        raise TccpError(f"{where}: the column path is missing; {allowed}")
     if len(set(names)) < len(names):
-        raise TccpError(f"{where}: a column is there twice ({', '.join(names)})")
+        raise TccpError(f"{where}: a column is given twice ({', '.join(names)})")
 
 
 def _film_of(row: Mapping[str, object], where: str, folder: str) -> _Film:
@@ -301,14 +305,14 @@ def _film_of(row: Mapping[str, object], where: str, folder: str) -> _Film:
         if text is not None and not isinstance(text, str):
             raise TccpError(f"{where}: {name} is {text!r}; it must be text")
         if text is not None and re.search(r"[\x00-\x1f\x7f]", text):
-            raise TccpError(f"{where}: {name} is {text!r}, with control characters; write it without")
+            raise TccpError(f"{where}: {name} is {text!r}, with control characters; remove them")
         texts[name] = text if text and text.strip() else None
     path = texts["path"]
     if path is None:
-        raise TccpError(f"{where}: path is missing; each row names a film")
+        raise TccpError(f"{where}: path is missing; give the film of each row")
     x, y = (_pixels(row.get(name), name, where) for name in ("speaker_x", "speaker_y"))
     if (x is None) != (y is None):
-        raise TccpError(f"{where}: speaker_x and speaker_y make a point together; give both, or neither")
+        raise TccpError(f"{where}: speaker_x and speaker_y form a point: give both, or neither")
     own = texts["source"]
     below = not is_url(path) and not path.startswith("/") and ".." not in path.split("/")
     return _Film(
@@ -323,17 +327,17 @@ def _film_of(row: Mapping[str, object], where: str, folder: str) -> _Film:
 def _pixels(value: object, name: str, where: str) -> float | None:
     try:
         number = None if value is None or value == "" else float(value)  # type: ignore[arg-type]
-        if number is None or math.isnan(number):  # tables that have no null write NaN
+        if number is None or math.isnan(number):  # formats without null write NaN
             return None
         if not isinstance(value, bool) and 0 <= number < _MAX_SPEAKER_PX:
             return number
     except (TypeError, ValueError, OverflowError):
         pass
-    raise TccpError(f"{where}: {name} is {value!r}; it is a place in the picture in pixels, 0 or more")
+    raise TccpError(f"{where}: {name} is {value!r}; give a position in the picture in pixels, at least 0")
 
 
 def _beside(path: str, folder: str) -> str:
-    """A manifest's path, from the manifest's folder."""
+    """A path in a manifest, resolved from the manifest's folder."""
     if is_url(path) or path.startswith("/"):
         return local_path(path)
     if not is_url(folder):
@@ -343,20 +347,20 @@ def _beside(path: str, folder: str) -> str:
 
 
 def _merged(one: _Film, other: _Film) -> _Film:
-    """What is said about a film at two places. Raises TccpError if it disagrees."""
+    """The details of a film that is given twice. Raises TccpError if they contradict each other."""
     for what, a, b in (
         ("speaker points", one.speaker, other.speaker),
         ("persons", one.person, other.person),
         ("names", one.named and one.name, other.named and other.name),
     ):
         if a and b and a != b:
-            raise TccpError(f"{shown(one.path)} is given twice with different {what}, {a} and {b}; name it once")
+            raise TccpError(f"{shown(one.path)} is given twice with different {what}, {a} and {b}: give it once")
     name = other.name if other.named else one.name
     return _Film(one.path, name, one.named or other.named, one.speaker or other.speaker, one.person or other.person)
 
 
 def _distinct_names(films: Sequence[_Film]) -> list[str]:
-    """The films' names; where some are alike, with as much of their paths before them as tells them apart."""
+    """The films' names; equal ones are extended by the folders above until they differ."""
     parts = [bare(f.path if is_url(f.path) else os.path.abspath(f.path)).strip("/").split("/") for f in films]
     used = [0 if film.named else film.name.count("/") + 1 for film in films]
     names = [film.name for film in films]
@@ -371,5 +375,5 @@ def _distinct_names(films: Sequence[_Film]) -> list[str]:
             used[i] += 1
             tail = "/".join(parts[i][-used[i] :])
             names[i] = f"{films[i].name} ({tail})" if films[i].named else tail
-            if used[i] > len(parts[i]):  # all the path is alike: they differ in protocol, or in a query with secrets
+            if used[i] > len(parts[i]):  # the paths are equal: protocols or queries (which may contain secrets) differ
                 names[i] += f" #{hashlib.blake2b(films[i].path.encode(), digest_size=8).hexdigest()}"

@@ -1,4 +1,4 @@
-"""The sources of a run, listed once: in their order, with their sizes, and no film twice."""
+"""Lists the sources of a run in their order, with their sizes; duplicates are set aside."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from tccp.media.remote import content_hash, version_of
 
 
 def list_sources(given: Sequence[str | Path]) -> pa.Table:
-    """Sources with their `order`, and `bytes`; films whose content was listed before are set aside as `duplicate`."""
+    """The table of `find_sources` with columns for set-aside sources, `order`, and `bytes` (0 for URLs).
+
+    A film with the same content as an earlier one is set aside as `duplicate`.
+    """
     table = find_sources(given)
     sizes: list[int] = []
-    seen: dict[object, int] = {}
+    first_with: dict[object, int] = {}  # content to the number of the first source
     reasons: list[str | None] = []
     messages: list[str | None] = []
     by_size: dict[int, list[int]] = {}
@@ -28,7 +31,7 @@ def list_sources(given: Sequence[str | Path]) -> pa.Table:
     for number, path in enumerate(paths):
         reason = message = None
         if sizes[number] and not is_url(path) and len(by_size[sizes[number]]) > 1:
-            first = seen.setdefault(_content(path, number), number)
+            first = first_with.setdefault(_content(path, number), number)
             if first != number:
                 reason, message = "duplicate", f"{path}: has the same content as {names[first]}"
         reasons.append(reason)
@@ -54,4 +57,4 @@ def _content(path: str, number: int) -> object:
     try:
         return content_hash(Path(path))
     except OSError:
-        return number  # it will be found out, and said, when it is its turn
+        return number  # not a duplicate; the step that reads the film reports the error

@@ -41,6 +41,7 @@ from tccp.errors import TccpError
 from tccp.headbox import crop
 from tccp.models.autoencoder import PictureAutoencoder, to_bytes, to_model
 from tccp.roundtable import RoundTableClip, identity_picture, synthesise
+from tccp.sequences import correlation
 
 PROBE_FILE = Path(__file__).with_name("probe.safetensors")
 PROBE_PX = 64
@@ -310,9 +311,9 @@ def measure(
         yaw_error = reading.yaw_deg - clip.yaw_deg
         figures.append(
             {
-                "mouth_corr_face": np.corrcoef(reading.opening, clip.mouth_opening)[0, 1],
+                "mouth_corr_face": correlation(reading.opening, clip.mouth_opening),
                 "amplitude_ratio_face": reading.opening.std() / clip.mouth_opening.std(),
-                "width_corr_face": np.corrcoef(reading.width, clip.mouth_width)[0, 1],
+                "width_corr_face": correlation(reading.width, clip.mouth_width),
                 "yaw_mae_deg_face": np.abs(yaw_error).mean(),
                 "yaw_bias_deg": yaw_error.mean(),
                 "identity_top1": top1(reading.identity, candidates[rows], 0),

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Float64, UInt8
 
+from tccp import sequences
 from tccp.config import FPS, SAMPLES_PER_FRAME
 from tccp.evaluation.benchmark_clips import EvaluationClip
 from tccp.evaluation.face_probe import FaceReading
@@ -66,7 +67,7 @@ def correlation(shown: Float[np.ndarray, " f"], true: Float[np.ndarray, " f"]) -
     if len(true) < 3 or np.ptp(true) < 1e-6:
         return np.nan
     shown = _filled(shown)
-    return float(np.corrcoef(shown, true)[0, 1]) if np.ptp(shown) >= 1e-6 else 0.0
+    return sequences.correlation(shown, true) if np.ptp(shown) >= 1e-6 else 0.0
 
 
 def best_lag(shown: Float[np.ndarray, " f"], true: Float[np.ndarray, " f"]) -> float:
@@ -123,7 +124,7 @@ def blinks_per_s(eyes: Float[np.ndarray, " f"]) -> float:
     if not len(known):
         return 0.0
     shut = np.nan_to_num(eyes, nan=np.inf) < BLINK * np.median(known)
-    return float((np.diff(shut.astype(int), prepend=0) == 1).sum() * FPS / len(eyes))
+    return len(sequences.true_runs(shut)) * FPS / len(eyes)
 
 
 def listener_slope(generated_yaw_deg: Float[np.ndarray, " b"], true_yaw_deg: Float[np.ndarray, " b"]) -> float:

@@ -20,6 +20,7 @@ from tccp.errors import TccpError
 from tccp.media import MediaError, MediaInfo, probe, read_frames
 from tccp.media.shots import CONTEXT_FRAMES, CutFinder
 from tccp.roundtable import read_truth
+from tccp.sequences import true_runs
 
 Point = tuple[float, float]
 OnFrame = Callable[[], object]
@@ -224,8 +225,6 @@ def _shot_boxes(person: list[faces.Face | None]) -> Float32[np.ndarray, "f 4"]:
 def _bridged(present: Bool[np.ndarray, "f"], longest: int = FPS // 2) -> Bool[np.ndarray, "f"]:
     """Presence with gaps of up to `longest` frames closed: a detector that blinks does not end a chain."""
     filled = present.copy()
-    known = np.flatnonzero(present)
-    for before, after in itertools.pairwise(known):
-        if 1 < after - before <= longest + 1:
-            filled[before:after] = True
+    for start, stop in true_runs(present, max_gap=longest):
+        filled[start:stop] = True
     return filled

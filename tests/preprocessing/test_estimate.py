@@ -113,7 +113,7 @@ def test_films_that_cannot_be_used_take_time_and_give_nothing() -> None:
     assert "No film of the sample gave a clip" in result.notes[1]
     mixed = estimate(films[:3], [*listed(films), SourceSize("web.mp4", None)], workers=1)
     assert mixed.film_h.estimate > 0 and np.all(np.isfinite(bounds(mixed.cpu_h)))
-    assert "1 films do not tell their size" in mixed.notes[-1]
+    assert "1 films have an unknown size" in mixed.notes[-1]
 
 
 def test_as_json_and_as_a_table() -> None:
@@ -146,10 +146,10 @@ def test_a_sample_is_of_all_sizes_and_of_no_order(sizes: list[int], count: int, 
 
 def test_what_makes_no_sense_is_refused() -> None:
     films = [film("a", 60.0)]
-    with pytest.raises(TccpError, match="a sample of 0 films says nothing; give at least 1"):
+    with pytest.raises(TccpError, match="a sample of 0 films is too small: give at least 1"):
         choose_sample(listed(films), 0)
-    with pytest.raises(TccpError, match="at least one film that was measured"):
+    with pytest.raises(TccpError, match="at least one measured film"):
         estimate([], listed(films), workers=1)
-    with pytest.raises(TccpError, match="0 workers do nothing; give at least 1"):
+    with pytest.raises(TccpError, match="workers 0: give at least 1"):
         estimate(films, listed(films), workers=0)
     assert choose_sample([], 3) == []

@@ -226,7 +226,7 @@ def test_an_offset_that_was_not_corrected_stands_beside_the_cursor(measured: Cli
     assert near(strip[:, at - 2 : at + 3], np.array([255, 120, 60]), 90).any(1).mean() > 0.3
     plain = dataclasses.replace(clip.quality, av_corrected=True)
     before = np.zeros((inspecting._MEL_PX, 400, 3), np.uint8)
-    inspecting._draw_cursor(before, dataclasses.replace(clip, quality=plain), 10)
+    inspecting._paint_cursor(before, dataclasses.replace(clip, quality=plain), 10)
     assert not near(before, np.array([255, 120, 60])).any()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ import cv2
 import numpy as np
 import pytest
 from facetracks import film_track, moved, repainted, roundtable_track, spliced
+from hypothesis import given
+from hypothesis import strategies as st
 
 from preprocessing.analysis import persons
 from preprocessing.analysis.chips import read_chip
@@ -159,6 +162,37 @@ def test_without_chips_or_landmarks_every_track_is_a_person_of_its_own(
         assert persons.switches(boxes_only, using) == []
 
 
+def _joined_one_by_one(distance: np.ndarray, limit: float) -> list[set[int]]:
+    """Average linkage by its definition: joins the two nearest groups while their mean distance is within `limit`."""
+    groups = [{i} for i in range(len(distance))]
+
+    def mean(pair: tuple[set[int], set[int]]) -> float:
+        return float(np.mean([distance[i, j] for i in pair[0] for j in pair[1]]))
+
+    while len(groups) > 1:
+        nearest = min(itertools.combinations(groups, 2), key=mean)
+        if mean(nearest) > limit:
+            break
+        groups = [group for group in groups if group not in nearest] + [nearest[0] | nearest[1]]
+    return groups
+
+
+@given(st.integers(0, 10**6), st.integers(0, 12), st.floats(0.05, 2.0), st.floats(0, 1))
+def test_scipys_clustering_keeps_forbidden_pairs_apart_and_joins_as_the_definition_does(
+    seed: int, count: int, limit: float, share_forbidden: float
+) -> None:
+    rng = np.random.default_rng(seed)
+    distance = np.tril(rng.random((count, count)), -1)
+    distance[rng.random((count, count)) < share_forbidden] = np.inf
+    distance = np.tril(distance, -1) + np.tril(distance, -1).T
+    numbers = persons.average_linkage(distance, limit)
+    assert list(dict.fromkeys(numbers)) == list(range(len(set(numbers))))
+    groups = [{i for i in range(count) if numbers[i] == number} for number in range(len(set(numbers)))]
+    assert sorted(map(sorted, groups)) == sorted(map(sorted, _joined_one_by_one(distance, limit)))
+    for i, j in itertools.combinations(range(count), 2):
+        assert numbers[i] != numbers[j] or np.isfinite(distance[i, j])
+
+
 # ---- The person who is wanted
 
 
@@ -217,7 +251,7 @@ def test_reference_pictures_that_cannot_be_used_are_refused(
         ("absent.png", "No such file"),
         ("text.png", "not a picture"),
         ("empty.png", "not a picture"),
-        ("wall.png", "no face is to be seen"),
+        ("wall.png", "no face was found"),
     ]:
         with pytest.raises(TccpError, match=text) as error:
             embedder.embed_reference(tmp_path / name, backend)

@@ -20,8 +20,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from preprocessing.analysis.cut import cut_clips
-from preprocessing.analysis.face_tracks import find_tracks, part_of, runs
-from preprocessing.analysis.identity import Place
+from preprocessing.analysis.face_tracks import find_tracks, part_of
+from preprocessing.analysis.identity import Sighting
 from preprocessing.analysis.quality import QualityBounds
 from preprocessing.analysis.select import Networks, select
 from preprocessing.graph import clip_rows
@@ -118,8 +118,8 @@ def a_run(start: int = 100, num_frames: int = 60, track: int = 0, **changes: Any
     return dataclasses.replace(span, **changes)
 
 
-def places(*frames: int) -> list[Place]:
-    return [Place(frame, (frame, frame, frame + 9, frame + 9)) for frame in frames]
+def sightings(*frames: int) -> list[Sighting]:
+    return [Sighting(frame, (frame, frame, frame + 9, frame + 9)) for frame in frames]
 
 
 def test_spans_come_back_from_their_table() -> None:
@@ -197,19 +197,6 @@ def test_sound_is_cut_exactly_padded_with_silence_and_moved_back() -> None:
 # Tracks
 
 
-@given(st.lists(st.booleans(), max_size=60), st.integers(0, 5))
-def test_runs_bridge_short_gaps_only(seen: list[bool], max_bridged: int) -> None:
-    stretches = runs(np.array(seen, bool), max_bridged)
-    inside = {i for first, stop in stretches for i in range(first, stop)}
-    assert {i for i, s in enumerate(seen) if s} <= inside
-    text = "".join("x" if s else "." for s in seen)
-    for first, stop in stretches:
-        assert text[first] == text[stop - 1] == "x"
-        assert "." * (max_bridged + 1) not in text[first:stop]
-    for (_, stop), (first, _) in itertools.pairwise(stretches):
-        assert first - stop > max_bridged
-
-
 def test_gaps_end_a_track_or_are_bridged_in_a_straight_line() -> None:
     away = {*range(520, 532), *range(550, 563)}  # 12 frames: 0.48 s; 13: 0.52 s
     frames = [frame for frame in range(510, 590) if frame not in away]
@@ -251,7 +238,7 @@ def test_clips_keep_their_bounds_and_every_frame_is_accounted_for(
 ) -> None:
     path = "identity.png" if given_identity else None
     run = a_run(100, num_frames, identity_path=path)
-    seen = places(*range(100, 100 + num_frames), *(range(900, 950) if elsewhere else ()))
+    seen = sightings(*range(100, 100 + num_frames), *(range(900, 950) if elsewhere else ()))
     cut = cut_clips(run, seen, max_frames / FPS)
     assert covered(cut) == covered([run])
     for clip in cut:
@@ -273,14 +260,14 @@ def test_clips_keep_their_bounds_and_every_frame_is_accounted_for(
 
 
 def test_a_single_short_film_makes_two_clips_that_show_each_others_person() -> None:
-    first, second = cut_clips(a_run(0, 73), places(*range(73)))
+    first, second = cut_clips(a_run(0, 73), sightings(*range(73)))
     assert (first.start_frame, first.stop_frame, second.stop_frame) == (0, 36, 73)
     assert min(first.identity_frames) >= 36 > max(second.identity_frames)
     assert len(set(first.identity_frames)) == 4
 
 
 def test_a_person_who_is_seen_nowhere_else_gives_no_clip() -> None:
-    cut = cut_clips(a_run(0, 60), places(*range(30)))
+    cut = cut_clips(a_run(0, 60), sightings(*range(30)))
     assert [clip.reason for clip in cut] == ["no_identity", None]
 
 
@@ -580,7 +567,7 @@ def test_a_film_without_a_face_gives_no_clip(shared_weights: Path, tmp_path: Pat
     with media.VideoWriter(film, 128, 96, audio_from=rng.normal(0, 0.1, 20 * SAMPLES_PER_FRAME)) as writer:
         for _ in range(20):
             writer.write(wall)
-    with pytest.raises(TccpError, match=r"wall\.mp4: nobody's face"):
+    with pytest.raises(TccpError, match=r"wall\.mp4: no face was found"):
         preprocess([film], tmp_path / "out", make_plan(TOY.picture_px, "mediapipe", shared_weights))
 
 

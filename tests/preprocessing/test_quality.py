@@ -244,7 +244,7 @@ def test_every_bound_has_its_code_and_can_be_lifted(name: str, value: float, cod
 
 
 def test_what_is_no_bound_is_refused() -> None:
-    with pytest.raises(TccpError, match="max_blur is -1: bounds are numbers from 0"):
+    with pytest.raises(TccpError, match="max_blur is -1: give a number of at least 0, or none"):
         QualityBounds(max_blur=-1)
     with pytest.raises(KeyError, match="no bound for sharpness"):
         BOUNDS.reason({"sharpness": 1.0})

@@ -176,7 +176,7 @@ def test_patterns_name_films_and_what_their_ending_says(tmp_path: Path) -> None:
     assert found("*/y/?.[a-m]*") == ["x/y/b.mp4"]
     assert found("x/y/*.txt") == ["c.txt"]
     assert "matches no film" in refusal(f"{tmp_path}/*.mov")
-    assert "no valid pattern" in refusal(f"{tmp_path}/a**/b.mp4")
+    assert "not a valid pattern" in refusal(f"{tmp_path}/a**/b.mp4")
     assert "matches no film" in refusal(f"{tmp_path}/nowhere/*.mp4")
 
 
@@ -188,7 +188,7 @@ def test_a_pattern_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_nothing_to_work_on_is_refused(tmp_path: Path) -> None:
     assert "no source was given" in refusal()
-    assert "holds no film (.avi," in refusal(make(tmp_path, "notes.txt"))
+    assert "contains no film (.avi," in refusal(make(tmp_path, "notes.txt"))
 
 
 def test_a_folder_that_cannot_be_listed_is_refused_not_passed_over(
@@ -208,7 +208,7 @@ def test_a_folder_that_cannot_be_listed_is_refused_not_passed_over(
 
 def test_a_name_that_is_not_text_is_refused(tmp_path: Path) -> None:
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.mp4")).touch()
-    assert "not UTF-8; rename the file" in refusal(tmp_path)
+    assert "not UTF-8: rename the file" in refusal(tmp_path)
 
 
 def test_thousands_of_films_are_listed_quickly(tmp_path: Path) -> None:
@@ -315,24 +315,24 @@ def test_every_kind_of_manifest_says_the_same(tmp_path: Path, name: str) -> None
     ("name", "text", "message"),
     [
         ("m.csv", "path,speakr_x\n", "line 1: unknown column 'speakr_x'; the columns are path, source, speaker_x"),
-        ("m.csv", "source\nA\n", "line 1: there is no column path"),
-        ("m.csv", "path,path\n", "line 1: a column is there twice"),
-        ("m.csv", "path\n", "names no film"),
-        ("m.csv", "", "line 1: there is no column path"),
+        ("m.csv", "source\nA\n", "line 1: the column path is missing"),
+        ("m.csv", "path,path\n", "line 1: a column is given twice"),
+        ("m.csv", "path\n", "lists no film"),
+        ("m.csv", "", "line 1: the column path is missing"),
         ("m.csv", "path,source\na.mp4,A\n,B\n", "line 3: path is missing"),
         ("m.csv", "path\na.mp4,\n", "line 2: has 2 values for 1 columns"),
         ("m.csv", 'path,source\n"a\nb.mp4",A\n', "line 3: path is 'a\\nb.mp4', with control characters"),
-        ("m.csv", 'path\n"a.mp4\n', "is no valid CSV"),
-        ("m.csv", "path,speaker_x,speaker_y\na.mp4,left,3\n", "line 2: speaker_x is 'left'; it is a place"),
+        ("m.csv", 'path\n"a.mp4\n', "is not valid CSV"),
+        ("m.csv", "path,speaker_x,speaker_y\na.mp4,left,3\n", "line 2: speaker_x is 'left'; give a position"),
         ("m.csv", "path,speaker_x,speaker_y\na.mp4,3,-1\n", "line 2: speaker_y is '-1'"),
         ("m.csv", "path,speaker_x,speaker_y\na.mp4,3,inf\n", "line 2: speaker_y is 'inf'"),
-        ("m.csv", "path,speaker_x,speaker_y\na.mp4,3,\n", "line 2: speaker_x and speaker_y make a point together"),
+        ("m.csv", "path,speaker_x,speaker_y\na.mp4,3,\n", "line 2: speaker_x and speaker_y form a point"),
         ("m.jsonl", '{"path": "a.mp4"}\n\n{"path": 5}\n', "line 3: path is 5; it must be text"),
         ("m.jsonl", '{"path": "a.mp4", "speaker_x": true, "speaker_y": 1}\n', "line 1: speaker_x is True"),
-        ("m.jsonl", '{"path": "a.mp4"}\n{"path": "b.mp4"\n', "line 2: is no valid JSON"),
-        ("m.jsonl", '["a.mp4"]\n', "line 1: is no JSON object"),
+        ("m.jsonl", '{"path": "a.mp4"}\n{"path": "b.mp4"\n', "line 2: is not valid JSON"),
+        ("m.jsonl", '["a.mp4"]\n', "line 1: is not a JSON object"),
         ("m.jsonl", '{"path": "a.mp4", "colour": "red"}\n', "line 1: unknown column 'colour'"),
-        ("m.parquet", "no table", "is no valid Parquet file"),
+        ("m.parquet", "no table", "is not a valid Parquet file"),
     ],
 )
 def test_a_manifest_that_does_not_fit_says_where(tmp_path: Path, name: str, text: str, message: str) -> None:

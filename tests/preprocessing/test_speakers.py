@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from preprocessing.analysis.look import chip
-from preprocessing.analysis.speakers import MOVES, Stretch, mouth_motion, score_track, talking
-from preprocessing.analysis.voice_activity import articulation, reaching, runs, voice_activity
+from preprocessing.analysis.look import encode_chip
+from preprocessing.analysis.speakers import MOVES, Stretch, mouth_motion, score_track, speaking_stretches
+from preprocessing.analysis.voice_activity import articulation, hysteresis, voice_activity
 from preprocessing.reels import SPEECH_CHIP_PX, FilmSound, Track
 from tccp.config import FPS, SAMPLES_PER_FRAME
 from tccp.errors import TccpError
@@ -23,6 +23,7 @@ from tccp.landmarks import MEAN_FACE
 from tccp.media import open_audio, probe, read_frames
 from tccp.models.light_asd import load_light_asd
 from tccp.roundtable import synthesise
+from tccp.sequences import true_runs
 
 # ---- mouths drawn by hand
 
@@ -90,7 +91,7 @@ def test_a_sentence_keeps_its_pauses_and_a_second_of_quiet():
     frames = 400
     spoken = [(60, 130), (170, 200), (290, 350)]  # pauses of 1.6 and of 3.6 s
     track = _track(3, _face(_while(_speech(frames), *spoken)), start_frame=1000)
-    stretches = talking([track], _voice(frames, *spoken), 1000)
+    stretches = speaking_stretches([track], _voice(frames, *spoken), 1000)
     _check_cover([track], stretches)
     # The mouth is taken to move a third of a second longer than it does, but not without a voice.
     assert _kept(stretches, 3) == [(1035, 1225), (1265, 1375)]
@@ -101,9 +102,9 @@ def test_a_sentence_keeps_its_pauses_and_a_second_of_quiet():
 def test_short_rests_of_the_mouth_are_speech_and_long_ones_are_not():
     frames = 250
     opening = _speech(frames)
-    short = talking([_track(0, _face(_while(opening, (25, 112), (126, 225))))], _voice(frames, (25, 225)), 0)
+    short = speaking_stretches([_track(0, _face(_while(opening, (25, 112), (126, 225))))], _voice(frames, (25, 225)), 0)
     assert _kept(short, 0) == [(0, 250)]
-    long = talking([_track(0, _face(_while(opening, (25, 110), (160, 225))))], _voice(frames, (25, 225)), 0)
+    long = speaking_stretches([_track(0, _face(_while(opening, (25, 110), (160, 225))))], _voice(frames, (25, 225)), 0)
     (first, second) = _kept(long, 0)
     assert first[0] == 0 and second[1] == 250 and second[0] - first[1] >= 20
 
@@ -114,21 +115,21 @@ def test_voice_without_moving_mouth_and_moving_mouth_without_voice_are_not_speec
     moving = _track(0, _face(_speech(frames)))
     everything, nothing = _voice(frames, (0, frames)), _voice(frames)
     for track, voice in ((still, everything), (moving, nothing), (still, nothing)):
-        assert talking([track], voice, 0) == [Stretch(0, 0, frames, "not_speaking")]
-    assert _kept(talking([moving], everything, 0), 0) == [(0, frames)]
+        assert speaking_stretches([track], voice, 0) == [Stretch(0, 0, frames, "not_speaking")]
+    assert _kept(speaking_stretches([moving], everything, 0), 0) == [(0, frames)]
     # Half a second of talk is no more than a laugh.
-    assert not _kept(talking([moving], _voice(frames, (70, 82)), 0), 0)
+    assert not _kept(speaking_stretches([moving], _voice(frames, (70, 82)), 0), 0)
     # Nor is a mouth that moves now and then while somebody else talks.
     now_and_then = _while(_speech(frames), *((at, at + 6) for at in range(10, frames, 50)))
-    assert _frames(talking([_track(0, _face(now_and_then))], everything, 0), 0) < frames / 2
+    assert _frames(speaking_stretches([_track(0, _face(now_and_then))], everything, 0), 0) < frames / 2
 
 
 def test_frames_outside_the_sound_are_quiet():
     track = _track(0, _face(_speech(200)), start_frame=100)
-    stretches = talking([track], _voice(60, (0, 60)), 150)
+    stretches = speaking_stretches([track], _voice(60, (0, 60)), 150)
     _check_cover([track], stretches)
     assert _kept(stretches, 0) == [(125, 235)]
-    assert talking([], _voice(60), 0) == []
+    assert speaking_stretches([], _voice(60), 0) == []
 
 
 def test_of_much_quiet_between_two_speakers_nobody_gets_all_and_of_little_each_gets_half():
@@ -140,7 +141,7 @@ def test_of_much_quiet_between_two_speakers_nobody_gets_all_and_of_little_each_g
             _track(0, _face(_while(opening, (20, first_stop)))),
             _track(1, _face(_while(opening, (second_start, 200)), x=400)),
         ]
-        stretches = talking(tracks, _voice(frames, (20, first_stop), (second_start, 200)), 0)
+        stretches = speaking_stretches(tracks, _voice(frames, (20, first_stop), (second_start, 200)), 0)
         _check_cover(tracks, stretches)
         (one,), (other,) = _kept(stretches, 0), _kept(stretches, 1)
         return one, other
@@ -159,15 +160,15 @@ def test_of_two_moving_mouths_the_one_that_fits_the_sound_has_it_and_none_if_nei
     # In dB, some noise in it; width says nothing here.
     level = np.random.default_rng(0).normal(60 * mine, 1.0).astype(np.float32)
     heard = np.stack([level, np.zeros(frames, np.float32)], 1)
-    stretches = talking(tracks, voice, 0, articulation=heard)
+    stretches = speaking_stretches(tracks, voice, 0, articulation=heard)
     _check_cover(tracks, stretches)
     assert _kept(stretches, 1) == [(0, frames)] and _frames(stretches, 0, "not_speaking") == frames
     # A sound that comes 80 ms late is nobody else's.
     late = np.roll(heard, 2, axis=0)
-    assert _kept(talking(tracks, voice, 0, articulation=late), 1) == [(0, frames)]
+    assert _kept(speaking_stretches(tracks, voice, 0, articulation=late), 1) == [(0, frames)]
     third = np.stack([60 * _speech(frames, 3), np.zeros(frames)], 1).astype(np.float32)
     for other in (third, None):
-        stretches = talking(tracks, voice, 0, articulation=other)
+        stretches = speaking_stretches(tracks, voice, 0, articulation=other)
         assert {s.reason for s in stretches} == {"several_speak"}
         _check_cover(tracks, stretches)
 
@@ -178,7 +179,7 @@ def test_a_listener_who_moves_the_mouth_a_little_does_not_take_the_voice():
     assert mouth_motion(_face(listener)).mean() > MOVES
     tracks = [_track(0, _face(listener)), _track(1, _face(speaker, x=400))]
     heard = np.stack([40 * speaker + np.random.default_rng(0).normal(0, 6, frames), np.zeros(frames)], 1)
-    stretches = talking(tracks, _voice(frames, (0, frames)), 0, articulation=heard.astype(np.float32))
+    stretches = speaking_stretches(tracks, _voice(frames, (0, frames)), 0, articulation=heard.astype(np.float32))
     assert _kept(stretches, 1) == [(0, frames)] and not _kept(stretches, 0)
 
 
@@ -190,7 +191,7 @@ def test_one_word_by_another_does_not_end_a_stretch():
         _track(1, _face(_while(_speech(frames, 2), (92, 103)), x=400)),
     ]
     heard = np.stack([60 * opening, np.zeros(frames)], 1).astype(np.float32)
-    stretches = talking(tracks, _voice(frames, (0, frames)), 0, articulation=heard)
+    stretches = speaking_stretches(tracks, _voice(frames, (0, frames)), 0, articulation=heard)
     assert _kept(stretches, 0) == [(0, frames)] and not _kept(stretches, 1)
 
 
@@ -202,17 +203,17 @@ def test_the_chosen_person_has_the_word_by_decree():
         _track(2, _face(np.zeros(30)), 130),
     ]
     voice = _voice(160, (0, frames))
-    stretches = talking(tracks, voice, 0, choose=(400.0, 130.0))
+    stretches = speaking_stretches(tracks, voice, 0, choose=(400.0, 130.0))
     _check_cover(tracks, stretches)
     assert _kept(stretches, 1) == [(0, frames)] and {s.reason for s in stretches if s.track != 1} == {"not_speaking"}
     # The point is on two tracks at different times: both are that person.
-    stretches = talking(tracks, voice, 0, choose=(0.0, 130.0))
+    stretches = speaking_stretches(tracks, voice, 0, choose=(0.0, 130.0))
     assert _kept(stretches, 0) == [(0, frames)] and _kept(stretches, 2) == [(130, 160)]
     # Two faces at once on the point: the one that is there more.
     long, short = _track(0, _face(np.zeros(100))), _track(1, _face(np.zeros(40)), 30)
-    stretches = talking([short, long], voice, 0, choose=(0.0, 130.0))
+    stretches = speaking_stretches([short, long], voice, 0, choose=(0.0, 130.0))
     assert _kept(stretches, 0) == [(0, 100)] and not _kept(stretches, 1)
-    assert {s.reason for s in talking(tracks, voice, 0, choose=(900.0, 900.0))} == {"not_speaking"}
+    assert {s.reason for s in speaking_stretches(tracks, voice, 0, choose=(900.0, 900.0))} == {"not_speaking"}
 
 
 def test_without_landmarks_a_lone_face_has_the_voice_and_two_are_in_doubt():
@@ -220,8 +221,8 @@ def test_without_landmarks_a_lone_face_has_the_voice_and_two_are_in_doubt():
     box = (0.0, 0.0, 80.0, 80.0)
     alone, second = _track(0, nothing, box=box), _track(1, nothing[:60], 90, box=(200.0, 0.0, 280.0, 80.0))
     voice = _voice(150, (30, 150))
-    assert _kept(talking([alone], voice, 0), 0) == [(5, 150)]
-    stretches = talking([alone, second], voice, 0)
+    assert _kept(speaking_stretches([alone], voice, 0), 0) == [(5, 150)]
+    stretches = speaking_stretches([alone, second], voice, 0)
     _check_cover([alone, second], stretches)
     # A little of the doubtful voice is as good as quiet, as at every end.
     ((first, stop),) = _kept(stretches, 0)
@@ -229,7 +230,7 @@ def test_without_landmarks_a_lone_face_has_the_voice_and_two_are_in_doubt():
     assert _frames(stretches, 0, "several_speak") == 150 - stop and _frames(stretches, 1, "several_speak") == 60
     # A network that saw the pictures knows.
     scores = {0: np.full(150, 3.0, np.float32), 1: np.full(60, -2.0, np.float32)}
-    assert _kept(talking([alone, second], voice, 0, scores), 0) == [(5, 150)]
+    assert _kept(speaking_stretches([alone, second], voice, 0, scores), 0) == [(5, 150)]
 
 
 def test_a_speech_networks_scores_say_who_moves_but_not_whose_the_voice_is():
@@ -239,10 +240,10 @@ def test_a_speech_networks_scores_say_who_moves_but_not_whose_the_voice_is():
     heard = np.stack([60 * mine, np.zeros(frames)], 1).astype(np.float32)
     voice = _voice(frames, (0, frames))
     talk, still = np.full(frames, 3.0, np.float32), np.full(frames, -1.5, np.float32)
-    assert _kept(talking(tracks, voice, 0, {4: talk, 7: still}, None, heard), 4) == [(0, frames)]
-    assert _kept(talking(tracks, voice, 0, {4: talk, 7: talk}, None, heard), 7) == [(0, frames)]
-    assert _kept(talking(tracks, voice, 0, {7: still}, None, heard), 4) == [(0, frames)]
-    both_still = talking(tracks, voice, 0, {4: still, 7: still}, None, heard)
+    assert _kept(speaking_stretches(tracks, voice, 0, {4: talk, 7: still}, None, heard), 4) == [(0, frames)]
+    assert _kept(speaking_stretches(tracks, voice, 0, {4: talk, 7: talk}, None, heard), 7) == [(0, frames)]
+    assert _kept(speaking_stretches(tracks, voice, 0, {7: still}, None, heard), 4) == [(0, frames)]
+    both_still = speaking_stretches(tracks, voice, 0, {4: still, 7: still}, None, heard)
     assert {s.reason for s in both_still} == {"not_speaking"}
 
 
@@ -265,9 +266,9 @@ def test_every_frame_gets_one_answer_whatever_happens(seed: int) -> None:
     voice = _voice(200, *map(tuple, rng.integers(0, 200, (3, 2))))
     heard = rng.normal(0, 5, (200, 2)).astype(np.float32)
     choose = (50.0, 50.0) if rng.random() < 0.2 else None
-    stretches = talking(tracks, voice, 20, scores, choose, heard)
+    stretches = speaking_stretches(tracks, voice, 20, scores, choose, heard)
     _check_cover(tracks, stretches)
-    assert stretches == talking(tracks, voice, 20, scores, choose, heard)
+    assert stretches == speaking_stretches(tracks, voice, 20, scores, choose, heard)
 
 
 def test_neither_a_moving_head_nor_trembling_points_are_a_moving_mouth():
@@ -301,7 +302,7 @@ def test_chips_reach_the_speech_network_one_per_frame():
     landmarks = _face(np.zeros(6))
     face = Face(np.array([10, 10, 90, 90], np.float32), None, 1.0)
     pictures = {20 + i: np.full((120, 120, 3), 40 * i, np.uint8) for i in (1, 2, 4)}
-    chips = {frame: chip(picture, face, SPEECH_CHIP_PX) for frame, picture in pictures.items()}
+    chips = {frame: encode_chip(picture, face, SPEECH_CHIP_PX) for frame, picture in pictures.items()}
     track = Track(0, 0, 20, np.tile(face.box, (6, 1)), landmarks, np.ones(6, np.float32), chips)
     sound = FilmSound(np.arange(30 * SAMPLES_PER_FRAME, dtype=np.int16), 0)
     scores = score_track(Mirror(), track, sound)
@@ -326,13 +327,13 @@ def test_round_table_talkers_are_kept_and_neither_bystanders_nor_other_mouths():
         voice, heard = voice_activity(sound, 0, clip.num_frames), articulation(sound, 0, clip.num_frames)
         talker = _track(0, clip.landmarks_px)
         others = [_track(1 + i, actor.landmarks[..., :2]) for i, actor in enumerate(clip.stage.others)]
-        stretches = talking([talker, *others], voice, 0, articulation=heard)
+        stretches = speaking_stretches([talker, *others], voice, 0, articulation=heard)
         _check_cover([talker, *others], stretches)
         assert _frames(stretches, 0) >= 0.95 * clip.num_frames
         assert {s.reason for s in stretches if s.track > 0} == {"not_speaking"}
         # The same size and kind of mouth, moving to another voice.
         decoy = _track(1, clips[(number + 1) % scenes].landmarks_px)
-        stretches = talking([talker, decoy], voice, 0, articulation=heard)
+        stretches = speaking_stretches([talker, decoy], voice, 0, articulation=heard)
         assert _frames(stretches, 1) == 0
         clear += _frames(stretches, 0) >= 0.9 * clip.num_frames
     assert clear >= 0.85 * scenes  # the rest is in doubt
@@ -382,11 +383,21 @@ def test_what_nobody_says_is_no_voice(kind: str, request: pytest.FixtureRequest)
     assert voice_activity(sound, 0, 125, weights).max() < 0.45
 
 
-def test_runs_of_frames():
+def test_hysteresis_keeps_runs_that_reach_the_upper_threshold():
     values = np.array([0.0, 1, 2, 1, 0, 1, 1, 3, 0])
-    assert reaching(values, 1.0, 2.5).tolist() == [False] * 5 + [True] * 3 + [False]
-    assert runs(np.array([1, 1, 0, 0, 1, 0, 1], bool)) == [(0, 2), (4, 5), (6, 7)]
-    assert runs(np.zeros(3, bool)) == [] and runs(np.ones(0, bool)) == []
+    assert hysteresis(values, 1.0, 2.5).tolist() == [False] * 5 + [True] * 3 + [False]
+    assert hysteresis(values, 1.0, 3.0).tolist() == [False] * 5 + [True] * 3 + [False]
+    assert hysteresis(np.array([1.0, np.nan, 3.0]), 1.0, 3.0).tolist() == [False, False, True]
+    assert hysteresis(np.zeros(0), 1.0, 3.0).shape == (0,)
+
+
+@given(st.lists(st.sampled_from([0.0, 1.0, 2.0, 3.0, np.nan]), max_size=60), st.integers(0, 3), st.integers(0, 3))
+def test_hysteresis_is_that_of_a_loop_over_runs(numbers: list[float], lower: int, rise: int) -> None:
+    values, low, high = np.array(numbers, np.float64), float(lower), float(lower + rise)
+    expected = np.zeros(len(values), bool)
+    for start, stop in true_runs(values >= low):
+        expected[start:stop] = values[start:stop].max() >= high
+    np.testing.assert_array_equal(hysteresis(values, low, high), expected)
 
 
 def test_open_and_spread_mouths_are_heard():
@@ -474,7 +485,7 @@ def look(shared_clips: Path, shared_weights: Path) -> Iterator[Look]:
             frames, chips = [], []
             for picture in read_frames(path, 0, count):
                 frames.append(detector.detect(picture))
-                chips.append([chip(picture, face, SPEECH_CHIP_PX) for face in frames[-1]])
+                chips.append([encode_chip(picture, face, SPEECH_CHIP_PX) for face in frames[-1]])
             seen[name, count] = _linked(frames, chips)
         return _Film(seen[name, count], _sound(shared_clips / (sound or name)), count)
 
@@ -489,7 +500,7 @@ def _talking(film: _Film, vad: Path | None, network: Path | None = None) -> list
         scores = {track.number: score_track(light_asd, track, film.sound) for track in film.tracks}
     voice = voice_activity(film.sound, 0, film.num_frames, vad)
     heard = articulation(film.sound, 0, film.num_frames)
-    stretches = talking(film.tracks, voice, 0, scores, None, heard)
+    stretches = speaking_stretches(film.tracks, voice, 0, scores, None, heard)
     _check_cover(film.tracks, stretches)
     return stretches
 
@@ -564,7 +575,7 @@ def test_a_real_mouth_beside_another_one_that_moves(look: Look) -> None:
         voice, heard = voice_activity(film.sound, 0, 75), articulation(film.sound, 0, 75)
         for other in set(names) - {name}:
             pair = [_track(0, film.tracks[0].landmarks), _track(1, look(other).tracks[0].landmarks)]
-            stretches = talking(pair, voice, 0, articulation=heard)
+            stretches = speaking_stretches(pair, voice, 0, articulation=heard)
             assert _frames(stretches, 1) == 0
             right += _frames(stretches, 0) >= 60
     assert right >= 4  # of 20
