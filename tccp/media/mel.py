@@ -163,8 +163,8 @@ def _normalised(spectra: Float64[np.ndarray, "401 columns"]) -> Float32[np.ndarr
 @functools.cache
 def _filters() -> Float64[np.ndarray, "80 401"]:
     """Slaney's triangular bands of equal area over the bins of an 800-point spectrum."""
-    import librosa.filters
+    from librosa.filters import mel as mel_filters
 
-    return librosa.filters.mel(
+    return mel_filters(
         sr=SAMPLE_RATE_HZ, n_fft=_N_FFT, n_mels=MEL_BANDS, fmin=_LOWEST_HZ, fmax=_HIGHEST_HZ, dtype=np.float64
     )
