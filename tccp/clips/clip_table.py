@@ -34,7 +34,7 @@ AUDIO_CONTEXT_FRAMES = 5
 """Frames of sound kept before (at least) and after a clip where the film has them, for its outermost mel windows."""
 JPEG_QUALITY = 95
 
-_VERSION_KEY = b"tccp.clips.clip_table.schema_version"
+_VERSION_KEY = b"tccp.clip.schema_version"
 _FLOATS = pa.list_(pa.float32())
 _STILLS = pa.list_(pa.binary())
 

@@ -15,8 +15,8 @@ from tccp.landmarks.geometry import GROUPS, MEAN_FACE, NUM_POINTS
 def read(pictures: UInt8[np.ndarray, "f h w 3"]) -> tuple[Float32[np.ndarray, "f 68 2"], Float32[np.ndarray, "f"]]:
     """The 68 points of landmark pictures, in crop coordinates, and a confidence per picture (0..1).
 
-    The inverse of `draw`, for pictures that an auto-encoder has blurred and a sampler has disturbed. Measures amounts of
-    colour and their centres instead of edges. Along a curve without corners, points are spaced as on MEAN_FACE in
+    The inverse of `draw`, for pictures that an auto-encoder has blurred and a sampler has disturbed. Measures amounts
+    of colour and their centres instead of edges. Along a curve without corners, points are spaced as on MEAN_FACE in
     this head's pose. The other groups determine the position of a missing group. The confidence is the agreement of the
     picture with a drawing of the points found, times the share of groups found.
     A picture without a face gives NaN points and confidence 0.

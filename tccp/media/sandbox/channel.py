@@ -7,11 +7,11 @@ import fcntl
 import mmap
 import os
 import socket
+from collections.abc import Callable
 from typing import TypeVar
 
 import numpy as np
 from jaxtyping import UInt8
-from pydantic import TypeAdapter
 
 from tccp.media.sandbox.messages import Message
 
@@ -39,22 +39,23 @@ class Channel:
         except (BrokenPipeError, ConnectionResetError):
             raise Closed from None
 
-    def receive(self, expected: TypeAdapter[Received], timeout_s: float | None = None) -> Received:
+    def receive(self, parse: Callable[[bytes], Received], timeout_s: float | None = None) -> Received:
         """The next message. The kernel drops descriptors that come with it, so a hostile sender cannot use them up.
 
+        parse: checks and converts a packet, such as `validate_json` of a pydantic TypeAdapter.
         timeout_s: None waits without limit, 0 does not wait.
-        Raises Closed, TimeoutError, and ValueError if the message is not one of the `expected`.
+        Raises Closed, TimeoutError, and ValueError if `parse` refuses the message.
         """
-        return self._receive(expected, timeout_s, 0)[0]
+        return self._receive(parse, timeout_s, 0)[0]
 
     def receive_with_descriptor(
-        self, expected: TypeAdapter[Received], timeout_s: float | None = None
+        self, parse: Callable[[bytes], Received], timeout_s: float | None = None
     ) -> tuple[Received, int | None]:
-        """Like `receive`, from a trusted sender: also the descriptor that came with the message, if any."""
-        return self._receive(expected, timeout_s, socket.CMSG_SPACE(array.array("i").itemsize))
+        """Like `receive`, from a trusted sender. Also returns the descriptor that came with the message, or None."""
+        return self._receive(parse, timeout_s, socket.CMSG_SPACE(array.array("i").itemsize))
 
     def _receive(
-        self, expected: TypeAdapter[Received], timeout_s: float | None, rights_bytes: int
+        self, parse: Callable[[bytes], Received], timeout_s: float | None, rights_bytes: int
     ) -> tuple[Received, int | None]:
         self._end.settimeout(timeout_s)
         try:
@@ -66,7 +67,7 @@ class Channel:
         if not packet:
             raise Closed
         descriptors = [array.array("i", data)[0] for _, _, data in ancillary]
-        return expected.validate_json(packet), descriptors[0] if descriptors else None
+        return parse(packet), descriptors[0] if descriptors else None
 
     def close(self) -> None:
         self._end.close()

@@ -29,7 +29,6 @@ from tccp.media.sandbox.channel import Channel, Closed, mapped
 from tccp.media.sandbox.limits import Limits
 from tccp.media.sandbox.messages import (
     LONGEST_PROBLEM,
-    START,
     TO_CHILD,
     Answer,
     Block,
@@ -45,6 +44,7 @@ from tccp.media.sandbox.messages import (
     Ready,
     Request,
     SoundRequest,
+    Start,
     Stop,
 )
 from tccp.media.sound import sound_blocks
@@ -87,7 +87,7 @@ class _Server:
                 message = abandoned.message
 
     def _receive(self, timeout_s: float | None) -> Message:
-        message, descriptor = self._channel.receive_with_descriptor(TO_CHILD, timeout_s)
+        message, descriptor = self._channel.receive_with_descriptor(TO_CHILD.validate_json, timeout_s)
         if descriptor is not None:
             self._memory = mapped(descriptor)
             os.close(descriptor)
@@ -282,7 +282,7 @@ def main(descriptor: str, parent: str, signalled: str) -> None:
     _end_with(int(parent), signalled == "signalled")
     channel = Channel(socket.socket(fileno=int(descriptor)))
     with contextlib.suppress(Closed):
-        start = channel.receive(START)
+        start = channel.receive(Start.model_validate_json)
         if start.threads is not None:
             pictures.MAX_THREADS = start.threads
         _give_up_rights(start.limits)

@@ -15,7 +15,7 @@ from tccp.media.upright import DisplayTurn
 
 MOST_FRAMES_LISTED = 10_000  # offsets in one FramesRequest; the message stays well below the channel's limit
 LONGEST_PROBLEM = 500  # characters
-_EXACT = re.compile(r"-?[0-9]{1,60}(/[0-9]{1,60})?")
+_FRACTION = re.compile(r"-?[0-9]{1,60}(/[1-9][0-9]{0,59})?")
 
 
 class Message(BaseModel):
@@ -24,14 +24,16 @@ class Message(BaseModel):
     )
 
 
-def _check_exact(value: Any) -> Any:
-    """Refuses long numbers and exponents: Fraction("1e999999999") would take gigabytes."""
-    if isinstance(value, str) and not _EXACT.fullmatch(value):
+def _exact(value: Any) -> Any:
+    """Converts only short fractions of integers: Fraction("1e999999999") would take gigabytes."""
+    if not isinstance(value, str):
+        return value
+    if not _FRACTION.fullmatch(value):
         raise ValueError("not a fraction of two integers")
-    return value
+    return Fraction(value)
 
 
-Exact = Annotated[Fraction, BeforeValidator(_check_exact)]
+Exact = Annotated[Fraction, BeforeValidator(_exact)]
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 SlotNumber = Annotated[int, Field(ge=0, lt=1 << 10)]
 CodecName = Annotated[str, Field(max_length=64)]
@@ -229,9 +231,6 @@ class Failure(Answer):
     problem: Annotated[str, Field(max_length=LONGEST_PROBLEM)]
 
 
-Result = MediaAnswer | Block | End
-START: TypeAdapter[Start] = TypeAdapter(Start)
-READY: TypeAdapter[Ready] = TypeAdapter(Ready)
 TO_CHILD: TypeAdapter[ProbeRequest | FramesRequest | SoundRequest | Free | Stop] = TypeAdapter(
     Annotated[ProbeRequest | FramesRequest | SoundRequest | Free | Stop, Field(discriminator="kind")]
 )

@@ -264,7 +264,7 @@ class Decoder:
         channel = self._process.channel
         while True:
             try:
-                answer = patience.spend(lambda timeout_s: channel.receive(TO_PARENT, timeout_s))
+                answer = patience.spend(lambda timeout_s: channel.receive(TO_PARENT.validate_json, timeout_s))
             except TimeoutError:
                 what = f"nothing came out of it for {self.limits.stall_s:g} s and it was given up"
                 raise self._lost(film, "too_slow", f"{what}; convert it to H.264 and AAC") from None

@@ -15,7 +15,7 @@ from pathlib import Path
 import tccp
 from tccp.media.sandbox.channel import Channel, Closed
 from tccp.media.sandbox.limits import Limits
-from tccp.media.sandbox.messages import READY, Start
+from tccp.media.sandbox.messages import Ready, Start
 
 _START_S = 120.0  # enough for a machine with a slow disk and busy cores
 _END_S = 10.0
@@ -44,7 +44,7 @@ class Process:
         with self._popen.stderr as stderr:
             try:
                 self.channel.send(Start(limits=limits, threads=threads))
-                self.channel.receive(READY, _START_S)
+                self.channel.receive(Ready.model_validate_json, _START_S)
             except (Closed, TimeoutError, ValueError):
                 self.end()
                 lines = stderr.read().decode(errors="replace").strip().splitlines()
