@@ -75,7 +75,7 @@ class Clip:
                 f"{self.num_frames * SAMPLES_PER_FRAME}"
             )
         if len(self.audio_before) % SAMPLES_PER_FRAME:
-            raise TccpError(f"clip {self.clip_id}: sound before the clip must be whole frames")
+            raise TccpError(f"clip {self.clip_id}: sound before the clip must be a multiple of a frame's samples")
         if not self.identity:
             raise TccpError(f"clip {self.clip_id} has no identity picture")
 

@@ -247,7 +247,7 @@ class _Reading:
         rough = self._strip(layer, start + along * (reach.min() + 0.5), start + along * (reach.max() - 0.5), pixels)
         if rough is None:
             return None
-        # An open mouth in a turned head is taller than wide. Its ends then say little about the direction of its line.
+        # An open mouth in a turned head is taller than wide. Its ends then hardly determine its direction.
         off = np.interp(rough.ends, rough.s, rough.center)
         off = off.mean() + (off - off.mean()) * np.clip(1.6 - 1.2 * rough.amount.max() / np.ptp(rough.ends), 0, 1)
         first, last = rough.at(rough.ends, off)

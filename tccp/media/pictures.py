@@ -60,17 +60,17 @@ def _on_the_clock(
     """Repeats each picture until the next one's time, the first also before its own time, the last to the end."""
     due = start_frame
     to_rgb = VideoReformatter()
-    shown: av.VideoFrame | None = None
+    current: av.VideoFrame | None = None
     for time, frame in _decoded(info, span, info.zero + Fraction(start_frame, FPS)):
         if due == stop_frame:
             return
         begin = due
         while due < stop_frame and info.zero + Fraction(due, FPS) < time:
             due += 1
-        yield from _copies(shown or frame, due - begin, info, to_rgb)
-        shown = frame
-    if shown is not None:
-        yield from _copies(shown, stop_frame - due, info, to_rgb)
+        yield from _copies(current or frame, due - begin, info, to_rgb)
+        current = frame
+    if current is not None:
+        yield from _copies(current, stop_frame - due, info, to_rgb)
 
 
 def _copies(

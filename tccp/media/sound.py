@@ -108,7 +108,7 @@ def decode_sound(info: MediaInfo, mono: bool) -> Iterator[Float32[np.ndarray, "c
                     info.path, "unsupported", "its sound changes rate or channels midway; convert it to WAV"
                 )
             planes = np.concatenate([part.to_ndarray() for part in to_planes.resample(frame)], axis=1)
-            block = planes[:, : _heard_samples(frame)].astype(np.float32, copy=False)
+            block = planes[:, : _audible_samples(frame)].astype(np.float32, copy=False)
             block = block / np.float32(32768) if stored_channels > 2 else block
             block = block.mean(axis=0, keepdims=True, dtype=np.float32) if channels == 1 else block
             stray = 0
@@ -131,16 +131,16 @@ def _steps(count: int) -> Iterator[int]:
         count -= _BLOCK
 
 
-def _heard_samples(frame: av.AudioFrame) -> int:
+def _audible_samples(frame: av.AudioFrame) -> int:
     """The number of samples without padding: encoders fill up the last frame and shorten its duration.
 
     A duration that is shorter by no more than a tick is a rounding error, not a cut.
     """
     if not frame.duration or frame.time_base is None:
         return frame.samples
-    heard = frame.duration * frame.time_base * frame.sample_rate
+    audible = frame.duration * frame.time_base * frame.sample_rate
     tick = max(Fraction(1), frame.time_base * frame.sample_rate)
-    return round(heard) if heard + tick < frame.samples else frame.samples
+    return round(audible) if audible + tick < frame.samples else frame.samples
 
 
 def resampled(blocks: Iterable[Float32[np.ndarray, "1 n"]], sample_rate_hz: int) -> Iterator[Float32[np.ndarray, "n"]]:

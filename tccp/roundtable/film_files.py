@@ -41,23 +41,23 @@ def write_clips(
     Raises TccpError if numbers are out of range or `out` cannot be written to.
     """
     if clips < 1 or (people is not None and people < 1):
-        raise TccpError(f"{clips} clips of {people} people: both are at least 1")
+        raise TccpError(f"{clips} clips of {people} people: give at least 1 of each")
     if seed < 0:
-        raise TccpError(f"seed {seed}: seeds are whole numbers from 0")
+        raise TccpError(f"seed {seed}: give an integer of at least 0")
     if not (math.isfinite(seconds) and round(seconds * FPS) >= 1):
-        raise TccpError(f"clips of {seconds} s: at least {1 / FPS} s, one frame")
+        raise TccpError(f"clips of {seconds} s: give at least {1 / FPS} s, one frame")
     num_frames = num_kept = round(seconds * FPS)
     if excerpt_s is not None:
         if not (math.isfinite(excerpt_s) and 1 <= round(excerpt_s * FPS) <= num_frames):
             raise TccpError(
-                f"excerpt of {excerpt_s} s of clips of {seconds} s: at least {1 / FPS} s, at most the whole clip"
+                f"excerpt of {excerpt_s} s of clips of {seconds} s: give at least {1 / FPS} s, at most the whole clip"
             )
         num_kept = round(excerpt_s * FPS)
     folder = Path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise TccpError(f"{folder}: cannot be made a folder ({error.strerror}): choose another") from None
+        raise TccpError(f"{folder}: cannot create this folder ({error.strerror}): choose another") from None
     clip_seeds = np.random.SeedSequence([seed, 1]).generate_state(clips, np.uint64) >> 1
     person_seeds = np.random.SeedSequence([seed, 2]).generate_state(people or clips, np.uint32)
     starts = np.random.default_rng([seed, 3]).integers(num_frames - num_kept + 1, size=clips)
@@ -125,7 +125,7 @@ def read_truth(path: str | Path) -> Truth:
                 for field in fields(Truth)
             }
     except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-        raise TccpError(f"{source}: not a RoundTable truth file ({error}): write it anew with `tccp synth`") from None
+        raise TccpError(f"{source}: not a RoundTable truth file ({error}): write it again with `tccp synth`") from None
     return Truth(**values)
 
 

@@ -97,9 +97,11 @@ def plan_shots(seed: int, seconds: float | int, shot_s: float | int = 5.0, peopl
     """
     total = round(seconds * FPS) if math.isfinite(seconds) else 0
     if total < 1 or not (math.isfinite(shot_s) and shot_s * FPS >= 2):
-        raise TccpError(f"a reel of {seconds} s in shots of {shot_s} s: at least {1 / FPS} s, and {2 / FPS} s a shot")
+        raise TccpError(
+            f"a reel of {seconds} s in shots of {shot_s} s: give at least {1 / FPS} s, and {2 / FPS} s per shot"
+        )
     if seed < 0 or (people is not None and people < 1):
-        raise TccpError(f"seed {seed}, {people} people: seeds are whole numbers from 0, people at least 1")
+        raise TccpError(f"seed {seed}, {people} people: give a seed of at least 0 and at least 1 person")
     count = max(1, round(total / (shot_s * FPS)))
     seeds = np.random.SeedSequence([seed, 1]).generate_state(count, np.uint64) >> 1
     person_seeds = np.random.SeedSequence([seed, 2]).generate_state(people or count, np.uint32)
@@ -226,5 +228,5 @@ def read_reel_truth(film: str | Path) -> ReelTruth:
         with np.load(source, allow_pickle=False) as stored:
             values = {field.name: stored[field.name] for field in fields(ReelTruth)}
     except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-        raise TccpError(f"{source}: not the truth of a reel ({error}): write the reel anew") from None
+        raise TccpError(f"{source}: not the truth of a reel ({error}): write the reel again") from None
     return ReelTruth(**{name: int(value) if value.ndim == 0 else value for name, value in values.items()})  # type: ignore[arg-type]

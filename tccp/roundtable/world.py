@@ -215,11 +215,11 @@ def synthesise(
     """
     num_frames = round(seconds * FPS)
     if num_frames < 1:
-        raise TccpError(f"seconds is {seconds}: a clip needs at least one frame, {1 / FPS} s")
+        raise TccpError(f"seconds is {seconds}: give at least one frame, {1 / FPS} s")
     if width < MIN_WIDTH or height < MIN_HEIGHT or width % 2 or height % 2:
         raise TccpError(f"scene of {width}x{height}: give an even width and height, at least {MIN_WIDTH}x{MIN_HEIGHT}")
     if seed < 0 or (person_seed is not None and person_seed < 0):
-        raise TccpError(f"seed {seed}, person seed {person_seed}: seeds are whole numbers from 0")
+        raise TccpError(f"seed {seed}, person seed {person_seed}: give seeds of at least 0")
     if listener_deg is not None and not MIN_BEARING_DEG <= abs(listener_deg) <= MAX_BEARING_DEG:
         raise TccpError(
             f"listener_deg is {listener_deg}: give {MIN_BEARING_DEG:g} to {MAX_BEARING_DEG:g} degrees to "

@@ -149,7 +149,7 @@ def test_a_row_of_another_version_is_refused_without_the_metadata():
         ({"audio": np.zeros(5, np.int16)}, "5 samples of sound"),
         ({"scene": []}, "scene has 0 frames"),
         ({"identity": []}, "no identity picture"),
-        ({"audio_before": np.zeros(5, np.int16)}, "whole frames"),
+        ({"audio_before": np.zeros(5, np.int16)}, "multiple of a frame's samples"),
     ],
 )
 def test_a_clip_that_does_not_hold_together_is_refused(change: dict[str, Any], message: str) -> None:

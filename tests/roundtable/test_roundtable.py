@@ -106,7 +106,7 @@ def test_sound_and_tracks_have_the_length_of_the_picture(seconds, num_frames):
         ({"seed": 0, "seconds": 0.0}, "at least one frame"),
         ({"seed": 0, "seconds": 1.0, "width": 100}, "128x96"),
         ({"seed": 0, "seconds": 1.0, "width": 257}, "even"),
-        ({"seed": -1, "seconds": 1.0}, "seeds are whole numbers from 0"),
+        ({"seed": -1, "seconds": 1.0}, "give seeds of at least 0"),
     ],
 )
 def test_wrong_numbers_are_refused_with_what_is_allowed(arguments, message):
