@@ -1,4 +1,4 @@
-"""What processes that share work have in common."""
+"""Helpers for worker processes: they end with their parent and can import this package."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from pathlib import Path
 
 
 def end_with_parent() -> None:
-    """Called in a process started by `multiprocessing`: it ends as soon as the process that started it does.
+    """Ends this process as soon as its parent ends. Call it in a process started by `multiprocessing`.
 
-    A parent that is killed cannot tell its workers, which would go on, write checkpoints, and be in the way of the run
-    that is started next.
+    A killed parent cannot stop its workers. They would continue, write checkpoints and disturb the next run.
     """
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -25,9 +24,10 @@ def end_with_parent() -> None:
 
 
 def importable_in_children() -> None:
-    """Processes started from now on find this very package, whatever lies in the folder they are started in.
+    """Adds this package to PYTHONPATH, so that processes started from now on import this copy of it.
 
-    A folder named `tccp` there, such as a clone, would hide an editable install from Ray's workers.
+    Otherwise a folder named `tccp` in their working directory, such as a clone, would hide an editable install from
+    Ray's workers.
     """
     root = str(Path(__file__).resolve().parent.parent)
     known = os.environ.get("PYTHONPATH", "").split(os.pathsep)

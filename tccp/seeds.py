@@ -1,4 +1,4 @@
-"""Where every random number comes from: seeds made of named parts."""
+"""Seeds made of named parts, the source of every random number in the project."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import numpy as np
 def rng_seed(*parts: int | str | float | bytes | np.integer | np.floating) -> int:
     """A 63-bit seed from named parts, e.g. `rng_seed(seed, "noise", clip_id, start_frame, epoch)`.
 
-    Stable across processes, machines and versions of Python (BLAKE2b); parts of different types or splits never collide
-    by concatenation. Every random draw of the project starts from here.
+    The result is equal in all processes, machines and versions of Python (BLAKE2b). Type and length of each part enter
+    the hash, so that different parts with equal concatenation give different seeds. Raises TypeError for a bool.
     """
     digest = hashlib.blake2b(digest_size=8)
     for part in parts:
         if isinstance(part, (bool, np.bool_)):
-            raise TypeError("a truth value is no seed part: use a name or a number")
+            raise TypeError("a bool cannot be part of a seed: use a name or a number")
         if isinstance(part, (int, np.integer)):
             tag, data = b"i", str(int(part)).encode()
         elif isinstance(part, (float, np.floating)):

@@ -242,8 +242,10 @@ def output_of(command: list[str], folder: Path) -> str:
 def test_git_commit_names_the_checkout_and_its_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "tccp"
     package.mkdir()
-    for module in ("__init__.py", "config.py", "errors.py"):
-        shutil.copy(Path(config.__file__).parent / module, package)
+    source = Path(config.__file__).parent
+    shutil.copytree(source, package / "config", ignore=shutil.ignore_patterns("__pycache__"))
+    for module in ("__init__.py", "errors.py"):
+        shutil.copy(source.parent / module, package)
     seen = [sys.executable, "-c", "import tccp.config; print(tccp.config.git_commit())"]
     assert output_of(seen, tmp_path) == "unknown"
 
@@ -256,5 +258,5 @@ def test_git_commit_names_the_checkout_and_its_changes(tmp_path: Path, monkeypat
         output_of(command, tmp_path)
     head = output_of(["git", "rev-parse", "HEAD"], tmp_path)
     assert output_of(seen, tmp_path) == head
-    (package / "config.py").write_text((package / "config.py").read_text() + "# changed\n")
+    (package / "errors.py").write_text((package / "errors.py").read_text() + "# changed\n")
     assert output_of(seen, tmp_path) == head + "+changes"

@@ -23,7 +23,7 @@ from tccp.weights import WEIGHTS, Weight
 CONTENT = np.random.default_rng(0).bytes(900_000)
 SMALL = Weight(
     "small", "small.bin", "small", "tests", "http://127.0.0.1:9/small.bin", "MIT", "dev",
-    hashlib.sha256(CONTENT).hexdigest(), len(CONTENT), also=("little.bin",),
+    hashlib.sha256(CONTENT).hexdigest(), len(CONTENT), other_names=("little.bin",),
 )  # fmt: skip
 
 
@@ -348,7 +348,7 @@ def test_a_file_of_the_users_own_is_not_replaced(server: Server, storage: Path) 
     (storage / "weights").mkdir()
     own = storage / "weights" / "little.bin"
     own.write_bytes(b"my own")
-    with pytest.raises(TccpError, match="is there, but is not the published file"):
+    with pytest.raises(TccpError, match="exists, but is not the published file"):
         weights.fetch(SMALL, f"{server.url}/x.bin")
     assert own.read_bytes() == b"my own"
     assert server.asked == []

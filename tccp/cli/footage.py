@@ -67,7 +67,7 @@ def weights(
         third_party.entry(name)
     if action == "list":
         rows = [row for row in third_party.listing() if not names or row["name"] in names]
-        emit(json, {"folder": str(third_party.place()), "weights": rows}, third_party.text_table(rows))
+        emit(json, {"folder": str(third_party.default_folder()), "weights": rows}, third_party.text_table(rows))
         return
     if not names:
         raise TccpError(f"tccp weights {action}: name which of {', '.join(third_party.WEIGHTS)}")

@@ -1,40 +1,66 @@
-"""The clip table: what preprocessing writes and everything about training data reads.
+"""The clip table, which preprocessing writes and training reads.
 
-One Parquet row is one talking shot of one person. Pictures are encoded still images, so any frame is read without its
-neighbours; one row is one row group, so a table of any length is read row by row in the same memory. Scenes are stored
-with the head in them and without loss: the mask is drawn when a row is read (`tccp.clips.windows`), and a lossy still would have
-carried traces of the head across the mask's edge.
+One Parquet row is one talking shot of one person. Pictures are encoded still images, so any frame can be read without
+its neighbours. One row is one row group, so memory use does not grow with the length of the table. Scenes are stored
+with the head and without loss: `tccp.clips.windows` masks the head when it reads a row, and a lossy picture would carry
+traces of the head across the edge of the mask.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Float32, Int16, UInt8
+from jaxtyping import UInt8
 
-from tccp.config import FPS, SAMPLES_PER_FRAME
+from tccp.clips.clip import (
+    AUDIO_CONTEXT_FRAMES,
+    GEOMETRY_VERSION,
+    STORED_MARGIN,
+    Clip,
+    Quality,
+    audio_context_start,
+    clip_id_of,
+    stored_box_of,
+)
 from tccp.errors import TccpError
 from tccp.files import Folder, atomic_path
 
+__all__ = [
+    "AUDIO_CONTEXT_FRAMES",
+    "GEOMETRY_VERSION",
+    "INDEX",
+    "INDEX_SCHEMA",
+    "SCHEMA",
+    "SCHEMA_VERSION",
+    "STORED_MARGIN",
+    "Clip",
+    "ClipTable",
+    "Quality",
+    "audio_context_start",
+    "check_schema",
+    "clip_from_row",
+    "clip_id_of",
+    "clips_to_table",
+    "decode_still",
+    "encode_still",
+    "migrated",
+    "stored_box_of",
+    "write_parquet",
+    "write_table",
+]
+
 SCHEMA_VERSION = 2
-GEOMETRY_VERSION = 2
-"""Raised whenever head boxes or crops of the same footage come out differently, so that clip ids change with them."""
-STORED_MARGIN = 1.25
-"""Side of the stored face picture over the side of the head box: the room that jitter may use."""
-AUDIO_CONTEXT_FRAMES = 5
-"""Frames of sound kept before (at least) and after a clip where the film has them, for its outermost mel windows."""
 JPEG_QUALITY = 95
 
-_VERSION_KEY = b"tccp.clips.clip_table.schema_version"
+_VERSION_KEY = b"tccp.clip.schema_version"
 _FLOATS = pa.list_(pa.float32())
 _STILLS = pa.list_(pa.binary())
 
@@ -42,104 +68,42 @@ SCHEMA = pa.schema(
     [
         ("clip_id", pa.string()),
         ("schema_version", pa.int32()),
-        ("source", pa.string()),  # file name, relative to the folder that was given
+        ("source", pa.string()),  # file name, relative to the folder given
         ("source_hash", pa.string()),  # of the file's bytes
-        ("track", pa.int32()),  # one person in one shot; number within a minute or so of the source
-        ("person", pa.int32()),  # likewise; the same over its shots
+        ("track", pa.int32()),  # number of one person's track in one shot, unique within a reel of the source
+        ("person", pa.int32()),  # number of the person, the same in all shots of the reel
         ("start_s", pa.float64()),  # after the source's common start; a whole number of frames
         ("num_frames", pa.int32()),
         ("source_width", pa.int32()),
         ("source_height", pa.int32()),
         ("picture_px", pa.int32()),  # side of scene and identity stills
         ("head_box", _FLOATS),  # f x 4: x0 y0 x1 y1, source pixels, row-major
-        ("stored_box", _FLOATS),  # f x 4: what the face stills show
+        ("stored_box", _FLOATS),  # f x 4: the boxes of the face stills
         ("landmarks", _FLOATS),  # f x 68 x 2: 0..1 of the head box
-        ("landmark_confidence", _FLOATS),  # f: 0 where a short gap was bridged
+        ("landmark_confidence", _FLOATS),  # f: 0 in interpolated frames of a short gap
         ("scene", _STILLS),  # f stills, letterboxed to a square, head not masked, lossless
         ("face", _STILLS),  # f stills of stored_box
         ("identity", _STILLS),  # head-box crops of the person from outside this clip
         ("audio", pa.binary()),  # 16 kHz mono PCM, little-endian int16, num_frames * 640 samples
         ("audio_before", pa.binary()),  # the sound from audio_context_start to the clip
-        ("audio_after", pa.binary()),  # up to AUDIO_CONTEXT_FRAMES
+        ("audio_after", pa.binary()),  # the sound after the clip, up to AUDIO_CONTEXT_FRAMES
         ("blur", pa.float32()),  # 0 sharp .. 1 blurred
         ("face_px", pa.float32()),  # brow to chin, source pixels
         ("brightness", pa.float32()),  # mean luma of the head box, 0..1
         ("yaw_deg", pa.float32()),  # median over the clip
-        ("sync_confidence", pa.float32()),  # how far to trust av_offset_ms
-        ("av_offset_ms", pa.float32()),  # best guess by how much the source's sound comes late; null: none
-        ("av_corrected", pa.bool_()),  # whether `audio` was moved back by it
-        ("speaking_score", pa.float32()),  # share of the clip in which voice and mouth go together, 0..1
-        ("occlusion", pa.float32()),  # 0 free .. 1 something before the mouth, the clip's worst
-        ("jitter", pa.float32()),  # of the landmarks as found, in eye distances
+        ("sync_confidence", pa.float32()),  # confidence of av_offset_ms
+        ("av_offset_ms", pa.float32()),  # estimated delay of the source's sound; null: no estimate
+        ("av_corrected", pa.bool_()),  # whether `audio` was shifted by it
+        ("speaking_score", pa.float32()),  # share of the clip in which voice and mouth movement agree, 0..1
+        ("occlusion", pa.float32()),  # 0 free .. 1 mouth covered, the maximum over the clip
+        ("jitter", pa.float32()),  # of the detected landmarks, in eye distances
     ],
     metadata={_VERSION_KEY: str(SCHEMA_VERSION)},
 )
 
 
 _SINCE_2 = {"person", "av_corrected", "speaking_score", "occlusion", "jitter"}
-"""Columns that tables of version 1 lack; read from there, they are null."""
-
-
-@dataclass(frozen=True)
-class Quality:
-    """Numbers to filter clips by; units are those of the clip table's columns, None is not measured."""
-
-    blur: float
-    face_px: float
-    brightness: float
-    yaw_deg: float
-    sync_confidence: float | None = None
-    av_offset_ms: float | None = None
-    av_corrected: bool | None = None
-    speaking_score: float | None = None
-    occlusion: float | None = None
-    jitter: float | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Clip:
-    """One row of the clip table, with numeric columns as arrays and pictures still encoded."""
-
-    clip_id: str
-    source: str
-    source_hash: str
-    track: int
-    start_s: float
-    num_frames: int
-    source_width: int
-    source_height: int
-    picture_px: int
-    head_box: Float32[np.ndarray, "f 4"]
-    stored_box: Float32[np.ndarray, "f 4"]
-    landmarks: Float32[np.ndarray, "f 68 2"]
-    landmark_confidence: Float32[np.ndarray, "f"]
-    scene: list[bytes]
-    face: list[bytes]
-    identity: list[bytes]
-    audio: Int16[np.ndarray, "samples"]
-    audio_before: Int16[np.ndarray, "before"]
-    audio_after: Int16[np.ndarray, "after"]
-    quality: Quality
-    person: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("head_box", "stored_box", "landmarks", "landmark_confidence", "scene", "face"):
-            if len(getattr(self, name)) != self.num_frames:
-                given = f"{name} has {len(getattr(self, name))} frames"
-                raise TccpError(f"clip {self.clip_id}: {given}, num_frames is {self.num_frames}")
-        if len(self.audio) != self.num_frames * SAMPLES_PER_FRAME:
-            raise TccpError(
-                f"clip {self.clip_id}: {len(self.audio)} samples of sound; {self.num_frames} frames need "
-                f"{self.num_frames * SAMPLES_PER_FRAME}"
-            )
-        if len(self.audio_before) % SAMPLES_PER_FRAME:
-            raise TccpError(f"clip {self.clip_id}: sound before the clip must be whole frames")
-        if not self.identity:
-            raise TccpError(f"clip {self.clip_id} has no identity picture")
-
-    @property
-    def start_frame(self) -> int:
-        return round(self.start_s * FPS)
+"""Columns that tables of version 1 lack. They are read as null."""
 
 
 _QUALITY = [field.name for field in fields(Quality)]
@@ -147,32 +111,8 @@ _FLOAT_SHAPES = {"head_box": (4,), "stored_box": (4,), "landmarks": (68, 2), "la
 _SOUND = ("audio", "audio_before", "audio_after")
 
 
-def clip_id_of(source_hash: str, track: int, start_frame: int, content: bytes = b"") -> str:
-    """Stable content hash of a clip, 32 hex digits: the file's bytes, not its name, and where in it the clip lies.
-
-    content: whatever else the clip was made from; what is derived from a clip is kept under its id.
-    """
-    key = f"{source_hash}/{track}/{start_frame}/{GEOMETRY_VERSION}".encode()
-    return hashlib.blake2b(key + content, digest_size=16).hexdigest()
-
-
-def audio_context_start(start_frame: int) -> int:
-    """The frame at which the sound kept before a clip begins.
-
-    A multiple of 5 frames, which is a whole number of mel columns (16): so a clip's mel is the film's, to the column.
-    """
-    return max(0, (start_frame - AUDIO_CONTEXT_FRAMES) // 5 * 5)
-
-
-def stored_box_of(head_box: Float32[np.ndarray, "f 4"]) -> Float32[np.ndarray, "f 4"]:
-    """Head boxes enlarged by STORED_MARGIN about their centres."""
-    center = (head_box[:, :2] + head_box[:, 2:]) / 2
-    half = (head_box[:, 2:] - head_box[:, :2]) / 2 * STORED_MARGIN
-    return np.concatenate([center - half, center + half], axis=1).astype(np.float32)
-
-
 def encode_still(picture: UInt8[np.ndarray, "h w 3"], lossless: bool = False) -> bytes:
-    """RGB picture as JPEG (quality 95, colour at full resolution), or as PNG."""
+    """Encodes an RGB picture as JPEG (quality 95, colour at full resolution) or as PNG."""
     if lossless:
         suffix, flags = ".png", {cv2.IMWRITE_PNG_COMPRESSION: 1}
     else:
@@ -193,7 +133,7 @@ def decode_still(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
 
 
 def clips_to_table(clips: Iterable[Clip]) -> pa.Table:
-    """Clip table (SCHEMA) of clips, in their order."""
+    """A clip table (SCHEMA) with these clips in their order."""
     return pa.Table.from_pylist([_to_row(clip) for clip in clips], schema=SCHEMA)
 
 
@@ -206,7 +146,7 @@ def _to_row(clip: Clip) -> dict[str, object]:
 
 
 def clip_from_row(table: pa.Table, row: int = 0) -> Clip:
-    """One row of a clip table as a Clip. Raises TccpError if the table is of another schema."""
+    """Converts one row of a clip table to a Clip. Raises TccpError if the table has another schema."""
     check_schema(table.schema, "this table")
     values: dict = {}
     for name in SCHEMA.names:
@@ -231,11 +171,11 @@ _READABLE = (1, SCHEMA_VERSION)
 
 
 def check_schema(schema: pa.Schema, where: str) -> None:
-    """Raises TccpError, naming the reason, unless `schema` is that of a clip table this code reads.
+    """Raises TccpError with the reason if this code cannot read clip tables of this `schema`.
 
-    Tables of version 1 are read as they are: what they lack is null. The version stands in the file's metadata; a table
-    that lost its metadata on the way (Ray Data blocks) is judged by its columns here and by each row's
-    `schema_version` in `clip_from_row`.
+    Tables of version 1 are read with null in the missing columns. The version is in the file's metadata. For a table
+    that lost its metadata (Ray Data blocks), this function checks the columns, and `clip_from_row` checks
+    `schema_version` of each row.
     """
     version = (schema.metadata or {}).get(_VERSION_KEY)
     if version is not None and version not in [str(number).encode() for number in _READABLE]:
@@ -253,7 +193,7 @@ def _other_version(where: str, version: object) -> str:
 
 
 def migrated(table: pa.Table) -> pa.Table:
-    """A table of any readable version as SCHEMA: columns in order, what an older version lacks null."""
+    """Converts a table of any readable version to SCHEMA. Columns that an older version lacks are null."""
     check_schema(table.schema, "this table")
     columns = [
         table.column(field.name) if field.name in table.column_names else pa.nulls(table.num_rows, field.type)
@@ -267,10 +207,10 @@ def migrated(table: pa.Table) -> pa.Table:
 def write_table(
     rows: Iterable[Clip] | Iterable[pa.Table], path: Path, metadata: Callable[[], dict[str, str]] | None = None
 ) -> int:
-    """Writes clips, or clip tables, to one Parquet file, one row per row group; returns the number of rows.
+    """Writes clips, or clip tables, to one Parquet file with one row per row group. Returns the number of rows.
 
-    Streams: one row is in memory at a time. The file appears under its name only when it is whole.
-    metadata: asked after the last row, for the file's own.
+    Keeps one row in memory at a time. The file appears under its name only when it is complete.
+    metadata: called after the last row; returns metadata for the file.
     """
     with atomic_path(Path(path)) as temporary:
         return write_parquet(rows, temporary, metadata)
@@ -279,7 +219,7 @@ def write_table(
 def write_parquet(
     rows: Iterable[Clip] | Iterable[pa.Table], path: Path, metadata: Callable[[], dict[str, str]] | None = None
 ) -> int:
-    """As `write_table`, but straight to the name that is given."""
+    """Like `write_table`, but writes directly to `path`, without a temporary file."""
     lossless = [name for name in SCHEMA.names if SCHEMA.field(name).type in (_FLOATS, pa.binary())]
     count = 0
     with pq.ParquetWriter(
@@ -300,7 +240,7 @@ def write_parquet(
 
 
 INDEX = "index.parquet"
-"""The file that makes a folder a clip table: which clips there are, in order, and where their rows lie."""
+"""The file that makes a folder a clip table. It lists all clips in order, with the file and row of each."""
 _VALUES = [field for field in SCHEMA if not pa.types.is_list(field.type) and not pa.types.is_binary(field.type)]
 INDEX_SCHEMA = pa.schema(
     [
@@ -310,7 +250,7 @@ INDEX_SCHEMA = pa.schema(
     ],
     metadata={_VERSION_KEY: str(SCHEMA_VERSION)},
 )
-"""Columns of the index: a clip's place, and all of its columns that are single values."""
+"""Columns of the index: the file and row of a clip, and all its columns with a single value."""
 
 
 _OPEN_FILES = 16
@@ -319,9 +259,10 @@ _OPEN_FILES = 16
 class ClipTable:
     """Random access to a clip table: a folder with an index and parts, or one Parquet file (`clips.parquet`).
 
-    Only ids, and the clips used last, are in memory. A folder may be a path or a URL. For one thread: a Parquet file
-    read by two at once can make both wait for ever.
-    Raises TccpError if it is absent, not a clip table, or of a version that cannot be read; KeyError for an unknown id.
+    Keeps only the ids and the most recently used clips (`keep`) in memory. The folder may be a path or a URL. Use it
+    from one thread: two threads that read one Parquet file can deadlock.
+    Raises TccpError if the table is missing, is not a clip table or has an unreadable version; KeyError for an unknown
+    id.
     """
 
     def __init__(self, path: Path | str, keep: int = 8) -> None:
@@ -349,20 +290,21 @@ class ClipTable:
         if name == INDEX:
             _check_version(index.schema_arrow, folder.path(name))
             table = index.read(columns=[*columns, "part", "row"])
-            places = zip(table.column("part").to_pylist(), table.column("row").to_pylist(), strict=True)
+            locations = zip(table.column("part").to_pylist(), table.column("row").to_pylist(), strict=True)
         else:
             check_schema(index.schema_arrow, folder.path(name))
             if index.num_row_groups != index.metadata.num_rows:
                 raise TccpError(
-                    f"{folder.path(name)} does not have one row per row group: write it with tccp.clips.clip_table.write_table"
+                    f"{folder.path(name)} does not have one row per row group: "
+                    "write it with tccp.clips.clip_table.write_table"
                 )
             table = index.read(columns=columns)
-            places = zip(itertools.repeat(name), range(table.num_rows), strict=False)
+            locations = zip(itertools.repeat(name), range(table.num_rows), strict=False)
         self.ids: list[str] = table.column("clip_id").to_pylist()
         self.num_frames: dict[str, int] = dict(zip(self.ids, table.column("num_frames").to_pylist(), strict=True))
         self.source_hash: dict[str, str] = dict(zip(self.ids, table.column("source_hash").to_pylist(), strict=True))
-        self._place: dict[str, tuple[str, int]] = dict(zip(self.ids, places, strict=True))
-        if len(self._place) != len(self.ids):
+        self._location: dict[str, tuple[str, int]] = dict(zip(self.ids, locations, strict=True))
+        if len(self._location) != len(self.ids):
             raise TccpError(f"{folder.path(name)} has the same clip_id in several rows: preprocess the footage again")
 
     def _opened(self, name: str) -> pq.ParquetFile:
@@ -397,17 +339,17 @@ class ClipTable:
         return clip
 
     def rows(self, clip_ids: Sequence[str]) -> pa.Table:
-        """The rows of these clips, in the order given, as a columnar batch."""
+        """The rows of these clips as one table, in the given order."""
         rows = []
         for clip_id in clip_ids:
-            part, row = self._place[clip_id]
+            part, row = self._location[clip_id]
             rows.append(self._opened(part).read_row_group(row))
         return pa.concat_tables(rows)
 
     def values(self, names: Sequence[str]) -> dict[str, list]:
-        """Columns of single values, in the table's order: from its index, or without one clip by clip.
+        """Columns with single values, in the table's order, from its index or, without an index, clip by clip.
 
-        A column that a table of an older schema lacks is None throughout.
+        A column that a table of an older schema lacks contains only None.
         """
         if self.folder.exists(INDEX):
             with self.folder.open(INDEX) as file:

@@ -1,4 +1,4 @@
-"""The lip table: lip pictures of clips at rest, keyed by (hash of the lip source, clip_id)."""
+"""The lip table: stored lip pictures of clips, keyed by (hash of the lip source, clip_id)."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from tccp.errors import TccpError
 from tccp.files import Folder, fetched
 
 LIPS = "lips"
-"""Folder of the lip table, in a storage or beside the clips."""
+"""Name of the lip table's folder, in a storage or beside the clips."""
 
 
 @dataclass(frozen=True)
 class LipFiles:
-    """Lip pictures at rest: `<hash>/<clip_id>.npy`, uint8 `f s s 3`, in one of some folders."""
+    """Stored lip pictures: files `<hash>/<clip_id>.npy`, uint8 `f s s 3`, in any of several folders."""
 
     hash: str
     folders: tuple[Folder, ...]
@@ -25,7 +25,7 @@ class LipFiles:
         return f"{self.hash}/{clip_id}.npy"
 
     def names(self) -> set[str]:
-        """Names of the files that are there, in any of the folders."""
+        """Names of the existing files, in any of the folders."""
         return set().union(*(folder.names(self.hash) for folder in self.folders))
 
     def __contains__(self, clip_id: str) -> bool:

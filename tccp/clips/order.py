@@ -1,6 +1,6 @@
 """The order in which training takes windows: a pure function of (seed, window id, epoch).
 
-Resuming, streaming and the number of workers change nothing about it.
+Resuming, streaming and the number of workers do not change it.
 """
 
 from __future__ import annotations
@@ -24,14 +24,17 @@ class WindowId(NamedTuple):
 
 
 class PlannedWindow(NamedTuple):
-    """A window as one step takes it. Noise, t, mask and dropout draw from (seed, id, epoch)."""
+    """A window in one epoch. Noise, t, mask and dropout are sampled with the seed parts (seed, id, epoch)."""
 
     epoch: int
     id: WindowId
 
 
 def window_starts(num_frames: int, window: int, stride: int) -> list[int]:
-    """First frames of a clip's windows: every `stride` frames, and one more that ends with the clip if any are left."""
+    """First frames of a clip's windows: every `stride` frames, and one more at the end of the clip for the remainder.
+
+    Raises TccpError if window or stride is below 1.
+    """
     if window < 1 or stride < 1:
         raise TccpError(f"window {window} and stride {stride} must be at least 1 frame")
     starts = list(range(0, num_frames - window + 1, stride))
@@ -41,7 +44,7 @@ def window_starts(num_frames: int, window: int, stride: int) -> list[int]:
 
 
 def window_ids(clip_ids: Iterable[str], num_frames: Iterable[int], window: int, stride: int) -> list[WindowId]:
-    """All windows of clips of these lengths; a clip shorter than a window has none."""
+    """All windows of clips of these lengths. A clip shorter than a window has none."""
     return [
         WindowId(clip_id, start)
         for clip_id, length in zip(clip_ids, num_frames, strict=True)
@@ -49,8 +52,8 @@ def window_ids(clip_ids: Iterable[str], num_frames: Iterable[int], window: int, 
     ]
 
 
-def plan(ids: Iterable[WindowId], seed: int, epoch: int) -> list[WindowId]:
-    """The order of one epoch: every window once, shuffled by (seed, epoch) alone, whatever order `ids` came in."""
+def epoch_order(ids: Iterable[WindowId], seed: int, epoch: int) -> list[WindowId]:
+    """The order of one epoch: every window once, shuffled by (seed, epoch), independent of the order of `ids`."""
     ordered = sorted(ids)
     order = np.random.default_rng(rng_seed(seed, "plan", epoch)).permutation(len(ordered))
     return [ordered[i] for i in order]
@@ -59,11 +62,11 @@ def plan(ids: Iterable[WindowId], seed: int, epoch: int) -> list[WindowId]:
 def step_slice(
     num_windows: int, step: int, batch_size: int, rank: int = 0, num_ranks: int = 1
 ) -> list[tuple[int, int]]:
-    """(epoch, position in that epoch's plan) of each window that global step `step`, counted from 0, takes.
+    """(epoch, position in that epoch's order) of each window in global step `step`, counted from 0.
 
-    Steps run through the epochs without a seam: a batch may end one epoch and begin the next, so no tail is dropped
-    and a plan shorter than a batch works. Rank r takes a fixed, contiguous part; the parts of all ranks are the step's
-    slice in order. Raises TccpError if there are no windows or the ranks do not divide the batch.
+    A batch may contain the end of one epoch and the start of the next, so no window is dropped and an epoch may be
+    shorter than a batch. Rank r takes a fixed, contiguous part; the parts of all ranks in order are the whole batch.
+    Raises TccpError if there are no windows or the ranks do not divide the batch.
     """
     if num_windows < 1:
         raise TccpError("no training windows: every clip is shorter than the window; preprocess longer footage")
@@ -75,10 +78,10 @@ def step_slice(
 
 
 def shuffled(windows: Iterable[_Item], seed: int, epoch: int, buffer: int) -> Iterator[_Item]:
-    """A stream in another order, drawn from (seed, epoch) alone, with at most `buffer` items in memory.
+    """Shuffles a stream by (seed, epoch) with at most `buffer` items in memory.
 
-    Where windows come straight from film there is no list of them to plan by: this is their order. The same items in
-    the same order give the same order, wherever they come from. Raises TccpError for a buffer below one.
+    Windows that come directly from films are ordered in this way, because there is no list of all of them. Equal
+    items in equal order give an equal result, whatever their origin. Raises TccpError for a buffer below 1.
     """
     if buffer < 1:
         raise TccpError(f"shuffle buffer {buffer}: give at least 1")
@@ -92,20 +95,24 @@ def shuffled(windows: Iterable[_Item], seed: int, epoch: int, buffer: int) -> It
 
 
 class TrainingOrder:
-    """`plan` and `step_slice` together; keeps the last epochs' plans, which costs time, never changes results."""
+    """Combines `epoch_order` and `step_slice`. Caches the orders of the epochs of the last step.
+
+    Raises TccpError if a window is listed twice.
+    """
 
     def __init__(self, ids: Iterable[WindowId], seed: int) -> None:
         self.ids = sorted(ids)
         if len(set(self.ids)) != len(self.ids):
             raise TccpError("the same window is listed twice: give each clip table once")
         self.seed = seed
-        self._plans: dict[int, list[WindowId]] = {}
+        self._orders: dict[int, list[WindowId]] = {}
 
     def step(self, step: int, batch_size: int, rank: int = 0, num_ranks: int = 1) -> list[PlannedWindow]:
         """The windows of global step `step` that rank `rank` of `num_ranks` trains on."""
-        places = step_slice(len(self.ids), step, batch_size, rank, num_ranks)
-        needed = sorted({epoch for epoch, _ in places})
-        self._plans = {
-            epoch: self._plans[epoch] if epoch in self._plans else plan(self.ids, self.seed, epoch) for epoch in needed
+        positions = step_slice(len(self.ids), step, batch_size, rank, num_ranks)
+        needed = sorted({epoch for epoch, _ in positions})
+        self._orders = {
+            epoch: self._orders[epoch] if epoch in self._orders else epoch_order(self.ids, self.seed, epoch)
+            for epoch in needed
         }
-        return [PlannedWindow(epoch, self._plans[epoch][position]) for epoch, position in places]
+        return [PlannedWindow(epoch, self._orders[epoch][position]) for epoch, position in positions]

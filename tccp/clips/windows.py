@@ -1,9 +1,7 @@
-"""Clip rows to training windows, and the order in which training takes them.
+"""Converts clip rows to training windows.
 
-Two properties hold everywhere here. Pictures: a jitter draw moves the mask, the face crop and the landmarks together,
-and the scene is masked before anything else happens to it. Order: which windows step k trains on, and every random
-number about them, is a pure function of (seed, window id, epoch); so resuming, streaming and the number of workers
-change nothing.
+Jitter moves the mask, the face crop and the landmarks together, and the scene is masked before any other step. A clip
+has several jittered views, numbered from 0; the setting `headbox.draws` is their number in the latent cache.
 """
 
 from __future__ import annotations
@@ -28,10 +26,10 @@ _INT16_FULL_SCALE = 32768.0
 
 @dataclass(frozen=True, eq=False)
 class ClipView:
-    """A stretch of a clip under one jitter draw, `s` = picture_px, uint8 RGB.
+    """Consecutive frames of a clip in one jittered view; `s` = picture_px, pictures are uint8 RGB.
 
-    landmarks: 0..1 of the jittered crop, where `face` shows them. mask_box: the jittered head box, pixels of the fitted
-    scene; `masked_scene` is filled wherever it reaches. mel: the networks' audio window of each frame.
+    landmarks: positions in `face`, 0..1. mask_box: the jittered head box, in pixels of the fitted scene;
+    `masked_scene` is masked there. mel: the networks' audio window of each frame.
     """
 
     face: UInt8[np.ndarray, "f s s 3"]
@@ -44,14 +42,14 @@ class ClipView:
 
 
 def view(
-    clip: Clip, settings: Settings, draw: int | None, seed: int, start_frame: int = 0, num_frames: int | None = None
+    clip: Clip, settings: Settings, jitter: int | None, seed: int, start_frame: int = 0, num_frames: int | None = None
 ) -> ClipView:
-    """What training sees of `num_frames` frames of a clip from `start_frame` on (default: all to its end).
+    """The training data of `num_frames` frames of a clip from `start_frame` on (default: all frames to its end).
 
-    draw: number of the jitter draw, from (seed, clip_id, draw), one for the whole clip however much of it is read; None
-    leaves the head box where it is and takes the first identity picture. A draw that is `mirrored` shows everything
-    with left and right exchanged.
-    Raises TccpError if the clip was preprocessed at another picture size, if the jitter leaves the stored pictures, or
+    jitter: number of the jittered view. Its random numbers depend on (seed, clip_id, jitter) only, not on the frames.
+    None: leaves the head box unchanged and takes the first identity picture. If `mirrored(settings, jitter)`, left and
+    right are exchanged everywhere.
+    Raises TccpError if the clip was preprocessed at another picture size, if the jitter exceeds the stored pictures, or
     if the frames are not in the clip.
     """
     size = settings.picture_px
@@ -59,10 +57,10 @@ def view(
     stop = clip.num_frames if num_frames is None else start_frame + num_frames
     if not 0 <= start_frame < stop <= clip.num_frames:
         raise TccpError(f"frames {start_frame} to {stop} are not in clip {clip.clip_id} of {clip.num_frames} frames")
-    if draw is None:
+    if jitter is None:
         boxes, identity = clip.head_box, clip.identity[0]
     else:
-        rng = np.random.default_rng(rng_seed(seed, "jitter", clip.clip_id, draw))
+        rng = np.random.default_rng(rng_seed(seed, "jitter", clip.clip_id, jitter))
         boxes = headbox.jitter(clip.head_box, settings.headbox, rng)
         identity = clip.identity[int(rng.integers(len(clip.identity)))]
     frames = slice(start_frame, stop)
@@ -77,17 +75,13 @@ def view(
             map(decode_still, clip.face[frames]), boxes, clip.stored_box[frames], strict=True
         )
     ]
-    points, faces_seen, person = (
-        _rescale(clip.landmarks[frames], head_boxes, boxes),
-        np.stack(faces),
-        decode_still(identity),
-    )
-    if mirrored(settings, draw):
+    points, face, person = _rescale(clip.landmarks[frames], head_boxes, boxes), np.stack(faces), decode_still(identity)
+    if mirrored(settings, jitter):
         points = (points[:, landmarks.MIRROR] * (-1, 1) + (1, 0)).astype(np.float32)
-        faces_seen, scenes, person = (np.ascontiguousarray(p[..., ::-1, :]) for p in (faces_seen, scenes, person))
+        face, scenes, person = (np.ascontiguousarray(picture[..., ::-1, :]) for picture in (face, scenes, person))
         mask_box = np.stack([size - mask_box[:, 2], mask_box[:, 1], size - mask_box[:, 0], mask_box[:, 3]], axis=1)
     return ClipView(
-        face=faces_seen,
+        face=face,
         landmark_pictures=landmarks.draw(points, size),
         masked_scene=scenes,
         landmarks=points,
@@ -97,9 +91,9 @@ def view(
     )
 
 
-def mirrored(settings: Settings, draw: int | None) -> bool:
-    """Whether this draw shows the clip mirrored."""
-    return settings.headbox.mirror and draw is not None and draw % 2 == 1
+def mirrored(settings: Settings, jitter: int | None) -> bool:
+    """Whether this jittered view shows the clip mirrored: every second one, if the settings say so."""
+    return settings.headbox.mirror and jitter is not None and jitter % 2 == 1
 
 
 def _check(clip: Clip, settings: Settings) -> None:
@@ -115,13 +109,13 @@ def _check(clip: Clip, settings: Settings) -> None:
         )
 
 
-def jitter_reach(jitter: HeadBoxSettings) -> float:
-    """Side of the smallest box, in head-box sides about the same centre, that holds every jittered box."""
-    return 1 + jitter.jitter_size + 2 * jitter.jitter_center
+def jitter_reach(settings: HeadBoxSettings) -> float:
+    """Side of the smallest box around the head box's centre that contains every jittered box, in head-box sides."""
+    return 1 + settings.jitter_size + 2 * settings.jitter_center
 
 
 def _inside(box: Float32[np.ndarray, "4"], stored: Float32[np.ndarray, "4"], side_px: int) -> Float32[np.ndarray, "4"]:
-    """A box of the source in pixels of the still that shows `stored`."""
+    """Converts a box in source pixels to pixels of the still of box `stored`, which is `side_px` wide."""
     origin = np.tile(stored[:2], 2)
     return ((box - origin) * (side_px / (stored[2] - stored[0]))).astype(np.float32)
 
@@ -129,7 +123,7 @@ def _inside(box: Float32[np.ndarray, "4"], stored: Float32[np.ndarray, "4"], sid
 def _rescale(
     points: Float32[np.ndarray, "f 68 2"], old: Float32[np.ndarray, "f 4"], new: Float32[np.ndarray, "f 4"]
 ) -> Float32[np.ndarray, "f 68 2"]:
-    """Points in 0..1 of boxes `old`, in 0..1 of boxes `new`."""
+    """Converts points relative to boxes `old` (0..1) to points relative to boxes `new` (0..1)."""
     source = old[:, None, :2] + points * (old[:, None, 2:] - old[:, None, :2])
     return ((source - new[:, None, :2]) / (new[:, None, 2:] - new[:, None, :2])).astype(np.float32)
 
@@ -140,26 +134,26 @@ def _mel(clip: Clip, start_frame: int, num_frames: int) -> Float32[np.ndarray, "
 
 
 def clip_sound(clip: Clip) -> tuple[Float32[np.ndarray, " samples"], int]:
-    """A clip's sound with its context, -1..1, and the frame at which the clip itself starts in it."""
+    """A clip's sound with its context, -1..1, and the frame in it at which the clip itself starts."""
     pcm = np.concatenate([clip.audio_before, clip.audio, clip.audio_after])
     return pcm.astype(np.float32) / _INT16_FULL_SCALE, len(clip.audio_before) // SAMPLES_PER_FRAME
 
 
 def clip_hash(clip_id: str) -> int:
-    """A clip id as a non-negative int64, for columns that cannot hold strings."""
+    """Converts a clip id to a non-negative int64, for columns that cannot hold strings."""
     return rng_seed("clip", clip_id)
 
 
 def windows(
-    batch: pa.Table, settings: Settings, window: int, stride: int, seed: int = 0, draws: Sequence[int | None] = (0,)
+    batch: pa.Table, settings: Settings, window: int, stride: int, seed: int = 0, jitters: Sequence[int | None] = (0,)
 ) -> dict[str, np.ndarray]:
-    """Training windows of a batch of clip rows: every window of every clip, once per jitter draw.
+    """Training windows of a batch of clip rows: every window of every clip, once for each jittered view.
 
-    Columns, n windows of f = `window` frames, s = picture_px: face, landmark_pictures, masked_scene uint8 (n f s s 3);
-    landmarks float32 (n f 68 2); mask_box float32 (n f 4), pixels of the scene; mel float32 (n f 80 16); identity uint8
-    (n s s 3); clip_hash int64, start_frame and draw int32 (n), draw -1 standing for None; and lips uint8 (n f l l 3),
-    l = lips.size_px, if the rows have a column `lips`. A pure function: Ray Data calls it unchanged through
-    `map_batches(windows, fn_kwargs=..., batch_format="pyarrow")`, and shapes are fixed even where n is 0.
+    Columns for n windows of f = `window` frames, s = picture_px: face, landmark_pictures, masked_scene uint8
+    (n f s s 3); landmarks float32 (n f 68 2); mask_box float32 (n f 4), in pixels of the scene; mel float32
+    (n f 80 16); identity uint8 (n s s 3); clip_hash int64 (n); start_frame and jitter int32 (n), jitter -1 for None;
+    and lips uint8 (n f l l 3), l = lips.size_px, if the rows have a column `lips`. The shapes are fixed even if n is 0.
+    A pure function, which Ray Data calls with `map_batches(windows, fn_kwargs=..., batch_format="pyarrow")`.
     """
     size = settings.picture_px
     pictures = ((window, size, size, 3), np.uint8)
@@ -173,7 +167,7 @@ def windows(
         "identity": ((size, size, 3), np.uint8),
         "clip_hash": ((), np.int64),
         "start_frame": ((), np.int32),
-        "draw": ((), np.int32),
+        "jitter": ((), np.int32),
     }
     lips_px = settings.lips.size_px
     if "lips" in batch.column_names:
@@ -182,13 +176,13 @@ def windows(
     for row in range(batch.num_rows):
         clip = clip_from_row(batch, row)
         starts = window_starts(clip.num_frames, window, stride)
-        for draw in draws if starts else ():
-            whole = view(clip, settings, draw, seed)
+        for jitter in jitters if starts else ():
+            whole = view(clip, settings, jitter, seed)
             lips = None
             if "lips" in layout:
                 stored = np.frombuffer(batch.column("lips")[row].as_py(), np.uint8)
                 lips = stored.reshape(clip.num_frames, lips_px, lips_px, 3)
-                lips = lips[..., ::-1, :] if mirrored(settings, draw) else lips
+                lips = lips[..., ::-1, :] if mirrored(settings, jitter) else lips
             for start in starts:
                 if lips is not None:
                     columns["lips"].append(lips[start : start + window])
@@ -197,7 +191,7 @@ def windows(
                 columns["identity"].append(whole.identity)
                 columns["clip_hash"].append(clip_hash(clip.clip_id))
                 columns["start_frame"].append(start)
-                columns["draw"].append(-1 if draw is None else draw)
+                columns["jitter"].append(-1 if jitter is None else jitter)
     return {
         name: np.asarray(columns[name], dtype).reshape(len(columns[name]), *shape)
         for name, (shape, dtype) in layout.items()

@@ -1,7 +1,7 @@
-"""Sampling: one window, a chain of windows, and the two stages (paper sections 4.2 and 4.4).
+"""Sampling of a window, of a chain of windows, and of the two stages (paper sections 4.2 and 4.4).
 
-The state of a window is a value. `advance(model, schedule, states)` moves windows that stand at different steps, with
-different solvers and guidance, in one evaluation of the network. The command line and the serving layer both use it.
+The state of a window is a value. `advance(model, schedule, states)` advances windows at different steps, with different
+solvers and guidance, in one evaluation of the network. The command line and the serving layer both use it.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from tccp.models.mvcontrolnet import MVControlNet
 from tccp.seeds import rng_seed
 
 Denoiser = Callable[[Tensor, Tensor, Conditions, Tensor], Tensor]
-"""(noisy latents, t per frame, conditions, control latents) -> prediction: MVControlNet, or a closed form in tests."""
+"""(noisy latents, t per frame, conditions, control latents) -> prediction. MVControlNet, or a closed form in tests."""
 
 
 @dataclass(frozen=True)
 class WindowState:
-    """One window on its way from noise to latents.
+    """The state of one window between noise and finished latents.
 
-    latents: where it stands; the first frame is `initial`, bit for bit, whenever there is one.
-    step: the next step of `plan`; the window is finished at `len(plan)`.
-    history: the last predicted clean latents (DPM-Solver++); None before the first step.
-    seed: of the window's noise. Step k draws from (seed, k), so a state can be kept, copied and resumed.
-    conditions: with a batch of 1.
+    latents: the current latents. If there is an `initial` frame, the first frame equals it bit for bit.
+    step: the next step of `plan`. The window is finished when it is `len(plan)`.
+    history: the last predicted clean latents (for DPM-Solver++); None before the first step.
+    seed: of the window's noise. Step k uses the seed parts (seed, k), so a state can be stored, copied and resumed.
+    conditions: with batch size 1.
     """
 
     latents: Float[Tensor, "c f h w"]
@@ -71,7 +71,7 @@ def start_window(
     seed: int,
     channels: int | None = None,
 ) -> WindowState:
-    """A window of noise, ready for `advance`. channels: of the latents, where control has more of them."""
+    """A window of noise for `advance`. channels: number of latent channels, if control has more of them."""
     plan = solver_plan(schedule, settings.solver, settings.steps)
     latents = _with_initial(settings.temperature * _noise(control[:channels], seed, -1), initial)
     scales = (settings.guidance_scale, settings.temperature)
@@ -80,10 +80,10 @@ def start_window(
 
 @torch.no_grad()
 def advance(model: Denoiser, schedule: NoiseSchedule, states: Sequence[WindowState]) -> list[WindowState]:
-    """Every state one step further; the network is evaluated once for all of them.
+    """Advances every state by one step, with one evaluation of the network for all of them.
 
-    States may stand at different steps of different plans. A state with guidance takes a second place in the batch,
-    with its conditions dropped. Raises ValueError for a finished state.
+    States may be at different steps of different plans. A state with guidance takes a second row in the batch, with its
+    conditions dropped. Raises ValueError if a state is finished.
     """
     if not states:
         return []
@@ -93,7 +93,7 @@ def advance(model: Denoiser, schedule: NoiseSchedule, states: Sequence[WindowSta
     predicted = _predict(model, states, [step.t for step in steps])
 
     def column(values: Iterable[float]) -> Tensor:
-        # double, so that coefficients of nearly equal size cancel exactly as planned
+        # in double precision, so that coefficients of nearly equal size cancel exactly
         return torch.tensor(list(values), dtype=torch.float64, device=predicted.device).view(-1, 1, 1, 1, 1)
 
     z = torch.stack([state.latents for state in states]).double()
@@ -124,7 +124,7 @@ def advance(model: Denoiser, schedule: NoiseSchedule, states: Sequence[WindowSta
 
 
 def _predict(model: Denoiser, states: Sequence[WindowState], t: Sequence[int]) -> Float[Tensor, "b c f h w"]:
-    """The network's prediction per state, in double precision, guidance applied (Ho and Salimans 2022)."""
+    """The network's prediction per state, in double precision, with guidance (Ho and Salimans 2022)."""
     guided = [i for i, state in enumerate(states) if state.guidance_scale != 1.0]
     rows = [*range(len(states)), *guided]
     latents = torch.stack([states[i].latents for i in rows])
@@ -144,14 +144,14 @@ def _predict(model: Denoiser, states: Sequence[WindowState], t: Sequence[int]) -
 
 
 def run_window(model: Denoiser, schedule: NoiseSchedule, state: WindowState) -> Float[Tensor, "c f h w"]:
-    """All steps of one window."""
+    """Runs all steps of one window and returns its latents."""
     return run_windows(model, schedule, [state])[0]
 
 
 def run_windows(
     model: Denoiser, schedule: NoiseSchedule, states: Sequence[WindowState], batch_size: int = 16
 ) -> list[Float[Tensor, "c f h w"]]:
-    """All steps of windows that stand at the same step, up to `batch_size` of them in one evaluation."""
+    """Runs all steps of windows that are at the same step, with up to `batch_size` of them in one evaluation."""
     finished: list[Tensor] = []
     for start in range(0, len(states), batch_size):
         batch = list(states[start : start + batch_size])
@@ -163,7 +163,7 @@ def run_windows(
 
 @dataclass(frozen=True)
 class FrameInputs:
-    """What a stage is told about one frame: control latents and the per-frame conditions."""
+    """The inputs of a stage for one frame: control latents and conditions."""
 
     control: Float[Tensor, "c2 h w"]
     audio: Float[Tensor, "80 16"] | None = None
@@ -172,7 +172,7 @@ class FrameInputs:
 
 @dataclass(frozen=True)
 class _Window:
-    """A window of a chain, who is to finish it, and which of its frames are new."""
+    """A window of a chain, the network that generates it, and its new frames."""
 
     model: MVControlNet
     state: WindowState
@@ -181,7 +181,7 @@ class _Window:
 
 @dataclass(frozen=True)
 class Stage:
-    """The pair of networks that generates one kind of picture: the first frame, then windows that continue it."""
+    """The two networks that generate one kind of picture: one the first frame, one the windows that continue it."""
 
     first: MVControlNet
     sequence: MVControlNet
@@ -208,7 +208,7 @@ class Stage:
     def _windows(
         self, frames: Iterable[FrameInputs], identity: Float[Tensor, "3 h w"], seed: int
     ) -> Generator[_Window, Tensor, None]:
-        """The windows of a chain, each to be answered by its finished latents before the next is asked for."""
+        """Yields the windows of a chain. Send the latents of each finished window back to get the next one."""
         source = iter(frames)
         last = next(source, None)
         if last is None:
@@ -249,13 +249,13 @@ class Stage:
         batch_size: int = 16,
         on_frames: Callable[[int], object] | None = None,
     ) -> list[Float[Tensor, "c f h w"]]:
-        """What `chain` gives for every clip, all clips in lockstep, up to `batch_size` windows in one evaluation.
+        """The result of `chain` for every clip. Generates all clips in parallel, up to `batch_size` windows at once.
 
-        on_frames: called with the number of frames, of all clips together, whenever some are done.
-        Raises ValueError if the clips, which must not be empty, differ in number of frames.
+        on_frames: called after each window with the number of new frames of all clips together.
+        Raises ValueError if a clip is empty or the clips differ in number of frames.
         """
         if len({len(clip) for clip in frames}) > 1 or not all(frames):
-            raise ValueError(f"clips of {sorted({len(clip) for clip in frames})} frames: all must be of one length")
+            raise ValueError(f"clips of {sorted({len(clip) for clip in frames})} frames: all must have one length")
         chains = [self._windows(*clip) for clip in zip(frames, identities, seeds, strict=True)]
         parts: list[list[Tensor]] = [[] for _ in chains]
         windows = [next(windows) for windows in chains]
@@ -277,9 +277,9 @@ class Stage:
         seed: int,
         batch_size: int = 64,
     ) -> Float[Tensor, "c f h w"]:
-        """Every frame by the first-frame network, on its own and from noise of its own. Frame 0 is the chain's.
+        """Generates every frame separately with the first-frame network, each from its own noise.
 
-        What is left of a stage without its temporal network.
+        This is the ablation without the temporal network. Frame 0 equals that of `chain`.
         """
         states = [
             self._state(self.first, [frame], identity, None, rng_seed(seed, position))
@@ -289,7 +289,7 @@ class Stage:
 
 
 def _answer(windows: Generator[_Window, Tensor, None], finished: Tensor) -> _Window | None:
-    """Gives a chain its finished window; the next one, or None at the end."""
+    """Sends a finished window to a chain. Returns the next window, or None at the end."""
     try:
         return windows.send(finished)
     except StopIteration:

@@ -1,4 +1,4 @@
-"""Forward process, what the network predicts, and the training loss (paper section 3 and Eq. 8)."""
+"""The forward process, the prediction target and the training loss (paper section 3 and Eq. 8)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tccp.models.conditions import Conditions
 from tccp.models.mvcontrolnet import MVControlNet
 
 CLEAN_TIME = 0
-"""Diffusion time told to the network for a clean first frame."""
+"""The network's diffusion time for a clean first frame."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class NoiseSchedule:
     def target(
         self, latents: Float[Tensor, "b c f h w"], noise: Float[Tensor, "b c f h w"], t: Int[Tensor, "b f"]
     ) -> Float[Tensor, "b c f h w"]:
-        """What the network is to predict: the noise (Eq. 5), or v = sqrt(abar) eps - sqrt(1 - abar) z_0."""
+        """The prediction target: the noise (Eq. 5), or v = sqrt(abar) eps - sqrt(1 - abar) z_0."""
         if self.prediction == "epsilon":
             return noise
         signal, sigma = self.coefficients(t)
@@ -62,14 +62,14 @@ class NoiseSchedule:
     def clean(
         self, noisy: Float[Tensor, "b c f h w"], predicted: Float[Tensor, "b c f h w"], t: Int[Tensor, "b f"]
     ) -> Float[Tensor, "b c f h w"]:
-        """The clean latents that a prediction amounts to."""
+        """The clean latents that correspond to a prediction."""
         signal, sigma = self.coefficients(t)
         return signal * noisy - sigma * predicted if self.prediction == "v" else (noisy - sigma * predicted) / signal
 
     def noise(
         self, noisy: Float[Tensor, "b c f h w"], predicted: Float[Tensor, "b c f h w"], t: Int[Tensor, "b f"]
     ) -> Float[Tensor, "b c f h w"]:
-        """The noise that a prediction amounts to."""
+        """The noise that corresponds to a prediction."""
         signal, sigma = self.coefficients(t)
         return sigma * noisy + signal * predicted if self.prediction == "v" else predicted
 
@@ -84,12 +84,12 @@ def window_loss(
     control_latents: Float[Tensor, "b c2 f h w"] | None,
     initial: Float[Tensor, "b c h w"] | None = None,
 ) -> Float[Tensor, " b"]:
-    """Prediction error, one value per window (Eq. 6).
+    """Mean squared prediction error, one value per window (Eq. 6).
 
     latents: clean, normalised by the auto-encoder.
     t: diffusion time per window, 0..T-1.
-    initial: the clean first frame the window continues from (Eq. 8). It is never noised, is told time 0, and its
-        place is left out of the loss. None where a window starts from noise alone (the first-frame variants).
+    initial: the clean first frame that the window continues (Eq. 8). It gets no noise and time 0, and the loss leaves
+        it out. None for windows that start from noise only (the first-frame variants).
     """
     num_frames = latents.shape[2]
     times = t[:, None].expand(-1, num_frames)

@@ -1,8 +1,8 @@
 """Solvers of the reverse process as pure functions: DDPM (the paper's), DDIM and DPM-Solver++(2M).
 
-A scheduler object of diffusers keeps its step and history inside, so windows at different steps cannot share one. Here
-a plan is a table of numbers and a step is `z' = a z + b x0 + c x0_before + d noise`, so any mix of windows and solvers
-is one evaluation of the network and four multiplications.
+A scheduler object of diffusers stores its step and history, so windows at different steps cannot share one. Here a plan
+is a table of coefficients, and a step is `z' = a z + b x0 + c x0_before + d noise`. So any mix of windows and solvers
+needs one evaluation of the network and four multiplications.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tccp.diffusion.schedule import NoiseSchedule
 class SolverStep:
     """One step of a plan.
 
-    t: the diffusion time the network is asked at; signal, sigma: sqrt(abar_t), sqrt(1 - abar_t).
+    t: diffusion time for the network. signal, sigma: sqrt(abar_t), sqrt(1 - abar_t).
     keep, data, history, noise: a, b, c and d above.
     """
 
@@ -35,14 +35,17 @@ SolverPlan = tuple[SolverStep, ...]
 
 
 def timesteps(num_train_timesteps: int, steps: int) -> list[int]:
-    """`steps` times from T-1 down, evenly spaced and counted from the end ("trailing"), so pure noise is included."""
+    """`steps` times from T-1 down, evenly spaced from the end ("trailing"), so that the first one is pure noise.
+
+    Raises ValueError if steps is below 1 or above num_train_timesteps.
+    """
     if not 1 <= steps <= num_train_timesteps:
         raise ValueError(f"steps is {steps}; it must be between 1 and {num_train_timesteps}")
     return [round(num_train_timesteps * (steps - i) / steps) - 1 for i in range(steps)]
 
 
 def solver_plan(schedule: NoiseSchedule, solver: Solver, steps: int) -> SolverPlan:
-    """The coefficients of every step, in double precision, last step ending at clean latents."""
+    """The coefficients of every step, in double precision. The last step ends at clean latents."""
     times = timesteps(schedule.num_train_timesteps, steps)
     abars = [float(schedule.alphas_cumprod[t]) for t in times] + [1.0]
     make = {"ddpm": _ddpm, "ddim": _ddim, "dpmpp": _dpmpp}[solver]
@@ -54,7 +57,7 @@ def solver_plan(schedule: NoiseSchedule, solver: Solver, steps: int) -> SolverPl
 
 
 def _ddpm(abars: list[float], i: int) -> tuple[float, float, float, float]:
-    """Ancestral sampling with the posterior's own, fixed variance (Eqs. 3, 4; Ho et al. 2020, Eqs. 6, 7)."""
+    """Ancestral sampling with the fixed variance of the posterior (Eqs. 3, 4; Ho et al. 2020, Eqs. 6, 7)."""
     abar, after = abars[i], abars[i + 1]
     alpha = abar / after
     beta = 1 - alpha
@@ -65,14 +68,14 @@ def _ddpm(abars: list[float], i: int) -> tuple[float, float, float, float]:
 
 
 def _ddim(abars: list[float], i: int) -> tuple[float, float, float, float]:
-    """Deterministic (Song et al. 2020, Eq. 12 with sigma 0), with the noise written in terms of z and x0."""
+    """Deterministic sampling (Song et al. 2020, Eq. 12 with sigma 0), with the noise expressed by z and x0."""
     abar, after = abars[i], abars[i + 1]
     keep = math.sqrt((1 - after) / (1 - abar))
     return keep, math.sqrt(after) - keep * math.sqrt(abar), 0.0, 0.0
 
 
 def _dpmpp(abars: list[float], i: int) -> tuple[float, float, float, float]:
-    """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2); first order where history or the log-SNR step is not finite."""
+    """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2). First order if history or the log-SNR step is not finite."""
     keep, data, _, _ = _ddim(abars, i)  # its first-order step is DDIM's
 
     def log_snr(abar: float) -> float:

@@ -193,7 +193,7 @@ def draw_samples(
         faces.append(np.stack([_with_margin(c.render(i), c.head_box[i]) for c, i in shown]))
         poses.append([(c.mouth_opening[i], c.mouth_width[i], c.yaw_deg[i] / _YAW_UNIT_DEG) for c, i in shown])
         # Its border is the head box's: beyond it nothing is shown, and the edge is repeated.
-        picture = identity_picture(clip.stage.talker.model.person, rng)
+        picture = identity_picture(clip.scene.talker.model.person, rng)
         identities.append(_with_margin(picture, np.array([0.0, 0, *picture.shape[:2]])))
         if on_person is not None:
             on_person(seed - first_seed + 1)

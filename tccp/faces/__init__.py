@@ -1,7 +1,8 @@
-"""Face detectors and landmark backends behind one interface, and the track of one person.
+"""Face detectors and landmark backends behind one interface, and tracks of persons.
 
-`mediapipe` gives 68 points and needs its weights file. `fan`, the paper's, gives 68 points and needs two files and, to
-be quick, a GPU. `lbp`, scikit-image's cascade, needs no download, finds frontal faces and gives boxes only.
+`mediapipe` returns 68 points and needs one weights file. `fan`, which the paper uses, returns 68 points and needs two
+weights files; it is fast only on a GPU. `lbp`, scikit-image's cascade, needs no download, finds frontal faces and
+returns boxes without landmarks.
 """
 
 from __future__ import annotations
@@ -40,11 +41,11 @@ BackendName = Literal["mediapipe", "fan", "lbp"]
 
 
 def open_backend(name: BackendName | str, weights: Path | None = None) -> FaceBackend:
-    """A detector, ready to use; close it after use (left open, MediaPipe's clean-up fails noisily at the very end).
+    """Opens a detector. Close it after use: MediaPipe's own clean-up at exit fails and prints errors.
 
-    weights: the folder they are in, or the file: of `mediapipe` its one, of `fan` FAN's, with S3FD's beside it; by
-    default TCCP_WEIGHTS, else <storage>/weights. Nothing is downloaded.
-    Raises TccpError for an unknown name, for weights that are absent or unreadable, and for a package that is absent.
+    weights: the folder of the weights, or the file itself. For `fan`, give FAN's file and keep S3FD's in the same
+    folder. The default is TCCP_WEIGHTS, else <storage>/weights. Nothing is downloaded.
+    Raises TccpError if the name is unknown, or if weights or a package are missing or unreadable.
     """
     try:
         if name == "mediapipe":
@@ -64,5 +65,5 @@ def open_backend(name: BackendName | str, weights: Path | None = None) -> FaceBa
 
 
 def find_weights(given: Path | None = None) -> Path:
-    """MediaPipe's landmark model. Raises TccpError that says where it was looked for."""
+    """The file of MediaPipe's landmark model. Raises TccpError that names the folders searched."""
     return third_party.find("mediapipe", given)

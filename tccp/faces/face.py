@@ -1,4 +1,4 @@
-"""What every face backend gives."""
+"""The face type and the interface that all face backends share."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 
 MAX_FACES = 5
-"""Of one frame; the largest ones, where a backend finds more."""
+"""A backend returns at most this many faces per frame, the largest ones."""
 
 
 @dataclass(frozen=True)
 class Face:
     """A face in one frame.
 
-    box: x0 y0 x1 y1 in pixels around the face (not the head). landmarks_px: 68 iBUG points, None from a backend that
-    has none. confidence: 0..1; the share of the points inside the picture, or 0.5 from a backend without a score.
+    box: x0 y0 x1 y1 in pixels around the face (not the head). landmarks_px: 68 iBUG points, None from a backend without
+    landmarks. confidence: 0..1, the share of points inside the picture, or 0.5 from a backend without a score.
     """
 
     box: Float32[np.ndarray, "4"]
@@ -36,13 +36,13 @@ class Face:
 
 @runtime_checkable
 class FaceBackend(Protocol):
-    """key: all that its results depend on, in one line: the backend, the version of what does the work, the weights."""
+    """key: everything that the results depend on, in one line: backend, version of its package, weights."""
 
     name: str
     key: str
 
     def detect(self, frame: UInt8[np.ndarray, "h w 3"]) -> list[Face]:
-        """The faces of an RGB frame, largest first; none is a valid answer. Frames do not influence one another."""
+        """The faces of an RGB frame, largest first; the list may be empty. Frames do not influence each other."""
 
     def close(self) -> None: ...
 

@@ -1,6 +1,6 @@
-"""FAN's landmarks on S3FD's faces, as the paper takes them: the `face-alignment` package (Bulat & Tzimiropoulos 2017).
+"""FAN's landmarks on S3FD's faces, as in the paper, by the `face-alignment` package (Bulat & Tzimiropoulos 2017).
 
-On a CPU a frame takes some four seconds, and the first face of a process, for which numba compiles, twenty.
+On a CPU a frame takes about four seconds. The first face of a process takes twenty, because numba compiles.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from tccp.faces.face import MAX_FACES, Face
 from tccp.weights import weights_key
 
 _DETECTOR_PX = 640
-"""Longer side at which S3FD looks: its smallest anchor, 16 pixels, is then a fortieth of it, less than is of use."""
+"""S3FD works on a picture with this longer side. Its smallest anchor, 16 pixels, is then small enough: a fortieth."""
 
 
 class FanBackend:
-    """Boxes are S3FD's: from forehead to chin, as the speech networks expect them."""
+    """Returns S3FD's boxes, from forehead to chin, as the speech networks expect them."""
 
     name = "fan"
 
     def __init__(self, fan: Path, s3fd: Path) -> None:
-        """The published files, or others of their layout. Works on the first CUDA device where there is one."""
+        """Loads the published files or others of the same layout. Uses the first CUDA device if there is one."""
         import torch
 
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -39,34 +39,34 @@ class FanBackend:
             self._aligner = _local_aligner(fan, s3fd, self.device)
 
     def detect(self, frame: UInt8[np.ndarray, "h w 3"]) -> list[Face]:
-        """The faces of a frame. Where S3FD sees more than MAX_FACES, the landmarks of the largest are looked for."""
+        """The faces of a frame. If S3FD finds more than MAX_FACES, only the largest get landmarks."""
         height, width = frame.shape[:2]
         scale = min(1.0, _DETECTOR_PX / max(height, width))
         small = frame if scale == 1 else cv2.resize(frame, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
         with _own_cudnn_settings():
             found = self._aligner.face_detector.detect_from_image(np.ascontiguousarray(small))
-        # By what the small picture really is of the frame's sides; the last number of a row is S3FD's score.
-        across = np.tile([width / small.shape[1], height / small.shape[0]], 2)
-        boxes = np.array([row[:4] for row in found], np.float32).reshape(-1, 4) * across.astype(np.float32)
+        # The exact ratios, because resizing rounds the sides. The last number of a row is S3FD's score.
+        ratios = np.tile([width / small.shape[1], height / small.shape[0]], 2)
+        boxes = np.array([row[:4] for row in found], np.float32).reshape(-1, 4) * ratios.astype(np.float32)
         return self.align(frame, boxes)
 
     def align(self, frame: UInt8[np.ndarray, "h w 3"], boxes: Float32[np.ndarray, "n 4"]) -> list[Face]:
-        """The faces in boxes (x0 y0 x1 y1, pixels, forehead to chin) that are known, largest first.
+        """The faces in the given boxes (x0 y0 x1 y1, pixels, forehead to chin), largest first.
 
-        Boxes outside the frame hold none. A face's confidence is the mean of its 68 heat maps' maxima.
+        Ignores boxes outside the frame. A face's confidence is the mean of the maxima of its 68 heat maps.
         """
         height, width = frame.shape[:2]
         inside = np.clip(boxes, 0, [width, height, width, height])
         boxes = boxes[((inside[:, 2:] - inside[:, :2]) > 0).all(1)]
         largest = boxes[np.argsort(-(boxes[:, 2:] - boxes[:, :2]).prod(1), kind="stable")[:MAX_FACES]]
-        if len(largest) == 0:  # of which the package would warn
+        if len(largest) == 0:  # the package would print a warning
             return []
-        known = list(largest.astype(np.float64))  # single numbers of float32 are none that PyTorch takes
+        detected = list(largest.astype(np.float64))  # PyTorch does not accept NumPy's float32 scalars
         with _own_cudnn_settings():
             points, scores, _ = self._aligner.get_landmarks_from_image(
-                np.ascontiguousarray(frame), detected_faces=known, return_landmark_score=True
+                np.ascontiguousarray(frame), detected_faces=detected, return_landmark_score=True
             )
-        # The package's points are indices of pixels; ours are continuous, and a pixel's centre lies at its middle.
+        # The package's points are pixel indices. Our coordinates are continuous, with pixel centres at + 0.5.
         return [
             Face(box, (p + 0.5).astype(np.float32), float(np.clip(np.mean(s), 0, 1)))
             for box, p, s in zip(largest, points, scores, strict=True)
@@ -77,7 +77,7 @@ class FanBackend:
 
 
 def _local_aligner(fan: Path, s3fd: Path, device: str) -> Any:
-    """face-alignment's FaceAlignment on two files of this machine, where the package itself would download them."""
+    """face-alignment's FaceAlignment with two local files instead of the package's own downloads."""
     import torch
     from face_alignment import FaceAlignment, LandmarksType
     from face_alignment.models import FAN
@@ -93,10 +93,10 @@ def _local_aligner(fan: Path, s3fd: Path, device: str) -> Any:
         return LocalFaceAlignment(
             LandmarksType.TWO_D,
             device=device,
-            flip_input=False,  # else twice as slow, and the heat maps' maxima are sums of two, not scores
+            flip_input=False,  # True takes twice as long and makes the maxima sums of two heat maps instead of scores
             face_detector="sfd",
             face_detector_kwargs={"path_to_detector": str(s3fd)},
-            compile=False,  # it would take minutes, and write below the home folder
+            compile=False,  # compiling takes minutes and writes into the home folder
         )
 
 
@@ -106,14 +106,14 @@ def _usable(file: Path, what: str) -> Iterator[None]:
         yield
     except (TccpError, ImportError):
         raise
-    except Exception as error:  # on bytes that are no pickle the unpickler raises anything
+    except Exception as error:  # the unpickler may raise any exception for bytes that are not a pickle
         reason = " ".join(str(error).split())[:120]
         raise TccpError(f"{file} is not a usable {what} model ({type(error).__name__}: {reason})") from None
 
 
 @contextlib.contextmanager
 def _own_cudnn_settings() -> Iterator[None]:
-    """The package turns cuDNN's benchmark on for the whole process, where it would change others' results."""
+    """Restores cuDNN's benchmark mode, which the package turns on for the whole process and so for other networks."""
     import torch
 
     before = torch.backends.cudnn.benchmark

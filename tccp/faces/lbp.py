@@ -1,4 +1,4 @@
-"""scikit-image's cascade: boxes without any weights to fetch."""
+"""scikit-image's cascade, which returns boxes and needs no weights file."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from jaxtyping import UInt8
 
 from tccp.faces.face import Face
 
-_LBP_PX = 320  # longer side at which the cascade runs: finer, it is slower and finds more that is no face
+_LBP_PX = 320  # longer side of the picture for the cascade; larger pictures take longer and give more false positives
 
 
 class LbpBackend:
-    """scikit-image's local-binary-pattern cascade: frontal faces, boxes only, with false positives now and then."""
+    """scikit-image's local-binary-pattern cascade: boxes of frontal faces, with occasional false positives."""
 
     name = "lbp"
 

@@ -1,4 +1,4 @@
-"""MediaPipe's face mesh as iBUG's 68 points."""
+"""MediaPipe's face landmarker, with its mesh converted to iBUG's 68 points."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from tccp.faces.face import MAX_FACES, Face, iou
 from tccp.landmarks import head_pose
 from tccp.weights import weights_key
 
-# Of the 478 points of MediaPipe's mesh: the lower face oval from eye height on the picture's left over the chin (152,
-# twelfth) to eye height on the right, and, one to one, iBUG's points 17 to 67.
+# Indices into the 478 points of MediaPipe's mesh. _OVAL: the lower face oval from eye height on the picture's left over
+# the chin (152, the twelfth) to eye height on the right. _INNER: iBUG's points 17 to 67, one to one.
 _OVAL = (
     *(127, 234, 93, 132, 58, 172, 136, 150, 149, 176, 148, 152),
     *(377, 400, 378, 379, 365, 397, 288, 361, 323, 454, 356),
@@ -36,9 +36,9 @@ _INNER = (
 
 
 def ibug_from_mesh(mesh: Float[np.ndarray, "478 d"]) -> Float32[np.ndarray, "68 d"]:
-    """iBUG's 68 points of a MediaPipe face mesh (2D or 3D).
+    """Converts a MediaPipe face mesh (2D or 3D) to iBUG's 68 points.
 
-    The jaw is the lower face oval, 8 equal steps by arc length on each side of the chin; the others are mesh points.
+    The jaw is the lower face oval, in 8 steps of equal arc length on each side of the chin. The others are mesh points.
     """
     oval = mesh[list(_OVAL)]
     left, right = _equal_steps(oval[: _CHIN + 1], 9), _equal_steps(oval[_CHIN:], 9)
@@ -46,24 +46,24 @@ def ibug_from_mesh(mesh: Float[np.ndarray, "478 d"]) -> Float32[np.ndarray, "68 
 
 
 def _equal_steps(curve: np.ndarray, count: int) -> np.ndarray:
-    """`count` points at equal distances along a curve, its ends among them."""
+    """`count` points at equal distances along a curve, with both ends."""
     lengths = np.concatenate([[0], np.cumsum(np.linalg.norm(np.diff(curve, axis=0), axis=1))])
     at = np.linspace(0, float(lengths[-1]), count)
     return np.stack([np.interp(at, lengths, axis) for axis in curve.T], 1)
 
 
-_CLOSER_LOOKS = (1.0, 0.6)  # sides of square parts, as shares of the frame's shorter side
-_SMALLEST_LOOK_PX = 128
+_TILE_SHARES = (1.0, 0.6)  # sides of square tiles, as shares of the frame's shorter side
+_SMALLEST_TILE_PX = 128
 
 
-def _spread(length: int, side: int) -> list[int]:
-    """Starts of parts of this side that overlap by at least half and cover the whole length."""
+def _tile_starts(length: int, side: int) -> list[int]:
+    """Starts of tiles of this side that overlap by at least half and cover the whole length."""
     count = 1 + math.ceil(2 * (length - side) / side)
     return [round(start) for start in np.linspace(0, length - side, count)]
 
 
 def _distinct(faces: list[Face]) -> list[Face]:
-    """Each face once, as the part of the frame saw it in which it was most complete."""
+    """Each face once, from the tile that shows most of it."""
     kept: list[Face] = []
     for face in sorted(faces, key=lambda face: -face.confidence):
         if all(iou(face, other) < 0.3 for other in kept):
@@ -75,7 +75,7 @@ _MAX_TURN_DEG = 80.0
 
 
 def _is_plausible(points: Float32[np.ndarray, "68 2"]) -> bool:
-    """False for meshes laid over an ear or a pattern: as a face, they would look away from the camera."""
+    """False for meshes on an ear or a pattern: their head pose would look away from the camera."""
     pose = head_pose(points[None])
     return bool((np.abs([pose.yaw_deg, pose.pitch_deg]) < _MAX_TURN_DEG).all())
 
@@ -100,30 +100,30 @@ class MediapipeBackend:
             except (OSError, RuntimeError, ValueError) as error:
                 reason = str(error).splitlines()[0][:120]
                 raise TccpError(f"{weights} is not a usable MediaPipe face landmark model: {reason}") from None
-            self.detect(np.zeros((64, 64, 3), np.uint8))  # the graph's threads start now, and say so
+            self.detect(np.zeros((64, 64, 3), np.uint8))  # starts the graph's threads, which print notes
 
     def detect(self, frame: UInt8[np.ndarray, "h w 3"]) -> list[Face]:
-        """The faces of a frame; where there seem to be none, closer looks at parts of it.
+        """The faces of a frame. If there seem to be none, the detector runs on tiles of the frame.
 
-        MediaPipe's detector sees 128 x 128 pixels and misses faces below about a tenth of the longer side. A small face
-        beside a large one can still be missed.
+        MediaPipe's detector works on 128 x 128 pixels and misses faces below about a tenth of the longer side. A small
+        face beside a large one can still be missed.
         """
-        faces = self._look(frame, 0, 0)
-        for share in _CLOSER_LOOKS:
+        faces = self._detect_in(frame, 0, 0)
+        for share in _TILE_SHARES:
             side = round(share * min(frame.shape[:2]))
-            if faces or side < _SMALLEST_LOOK_PX:
+            if faces or side < _SMALLEST_TILE_PX:
                 break
-            corners = [(x, y) for y in _spread(frame.shape[0], side) for x in _spread(frame.shape[1], side)]
+            corners = [(x, y) for y in _tile_starts(frame.shape[0], side) for x in _tile_starts(frame.shape[1], side)]
             faces = _distinct(
-                [face for x, y in corners for face in self._look(frame[y : y + side, x : x + side], x, y)]
+                [face for x, y in corners for face in self._detect_in(frame[y : y + side, x : x + side], x, y)]
             )
         return sorted(faces, key=lambda face: -face.side)
 
-    def _look(self, part: UInt8[np.ndarray, "h w 3"], x: int, y: int) -> list[Face]:
-        """The faces in a part of a frame whose corner is at (x, y)."""
-        height, width = part.shape[:2]
-        # MediaPipe ignores strides: a view with padded rows would reach it sheared, and no face would be found.
-        data = np.ascontiguousarray(part)
+    def _detect_in(self, tile: UInt8[np.ndarray, "h w 3"], x: int, y: int) -> list[Face]:
+        """The faces in a tile, in the coordinates of the frame. (x, y): the tile's corner."""
+        height, width = tile.shape[:2]
+        # MediaPipe ignores strides and would see a view with padded rows as a sheared picture.
+        data = np.ascontiguousarray(tile)
         picture = self._mediapipe.Image(image_format=self._mediapipe.ImageFormat.SRGB, data=data)
         faces = []
         for mesh in self._landmarker.detect(picture).face_landmarks:
@@ -141,7 +141,7 @@ class MediapipeBackend:
 
 @contextlib.contextmanager
 def _silent_stderr() -> Iterator[None]:
-    """MediaPipe's C++ writes start-up notes straight to the process's stderr, and no setting stops it."""
+    """Drops stderr: MediaPipe's C++ code writes start-up notes straight to it, and no setting prevents that."""
     sys.stderr.flush()
     kept = os.dup(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)

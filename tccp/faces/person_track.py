@@ -1,4 +1,4 @@
-"""One person over time, and head boxes from faces alone."""
+"""Links faces to persons over time, and makes head boxes from face boxes."""
 
 from __future__ import annotations
 
@@ -15,68 +15,68 @@ _MIN_IOU = 0.2
 
 
 def link(frames: Sequence[Sequence[Face]]) -> list[dict[int, Face]]:
-    """The persons in the frames of one shot, in order of appearance: each one's face by number of the frame.
+    """The persons in the frames of one shot, in order of appearance. Each person is a dict of frame number to face.
 
-    A face is linked to the person whose last box it overlaps most; after a gap, however long, one that comes back
-    within about its own size of where it left is the same person.
+    A face is linked to the person whose last box it overlaps most. After a gap of any length, a face of similar size
+    whose centre lies within about its own size of the last position is the same person.
     """
     people: list[dict[int, Face]] = []
     for number, faces in enumerate(frames):
         free = set(range(len(people)))
         pairs = [
-            (_likeness(people[p][last], face, number - last), p, f)
+            (_similarity(people[p][last], face, number - last), p, f)
             for p in free
             for last in [next(reversed(people[p]))]
             for f, face in enumerate(faces)
         ]
-        taken: set[int] = set()
-        for likeness, p, f in sorted(pairs, key=lambda pair: -pair[0]):
-            if likeness > 0 and p in free and f not in taken:
+        linked: set[int] = set()
+        for similarity, p, f in sorted(pairs, key=lambda pair: -pair[0]):
+            if similarity > 0 and p in free and f not in linked:
                 people[p][number] = faces[f]
                 free.remove(p)
-                taken.add(f)
-        people += [{number: face} for f, face in enumerate(faces) if f not in taken]
+                linked.add(f)
+        people += [{number: face} for f, face in enumerate(faces) if f not in linked]
     return people
 
 
 def track(frames: Sequence[Sequence[Face]], choose: tuple[float | int, float | int] | None = None) -> list[Face | None]:
-    """One person's face through the frames of one shot, None where he is not seen.
+    """One person's face in each frame of one shot, None in frames without it.
 
-    choose: a point in pixels; the person whose face covers it most often, else the one nearest to it. Without it, the
-    person who is there most, larger faces counting more.
+    choose: a point in pixels. Selects the person whose face covers it in most frames, else the nearest person. Without
+    it, the function selects the person with the largest sum of face sides over all frames.
     """
     people = link(frames)
     if not people:
         return [None] * len(frames)
-    person = max(people, key=lambda seen: sum(face.side for face in seen.values()))
+    person = max(people, key=lambda faces: sum(face.side for face in faces.values()))
     if choose is not None:
         point = np.array(choose)
-        person = max(people, key=lambda seen: _covers(seen, point))
+        person = max(people, key=lambda faces: _covers(faces, point))
     return [person.get(number) for number in range(len(frames))]
 
 
-def _covers(seen: dict[int, Face], point: np.ndarray) -> tuple[int, float]:
-    """In how many frames a face covers the point; and its nearness, for when none does."""
-    hits = sum(bool((face.box[:2] <= point).all() and (point <= face.box[2:]).all()) for face in seen.values())
-    return hits, -min(float(np.linalg.norm(face.center - point)) for face in seen.values())
+def _covers(faces: dict[int, Face], point: np.ndarray) -> tuple[int, float]:
+    """The number of frames in which the face covers the point, and minus its least distance, as a tie-break."""
+    hits = sum(bool((face.box[:2] <= point).all() and (point <= face.box[2:]).all()) for face in faces.values())
+    return hits, -min(float(np.linalg.norm(face.center - point)) for face in faces.values())
 
 
-def _likeness(last: Face, face: Face, gap: int) -> float:
-    """How likely two faces are one person's: 0 for no; overlap as a rule; after a gap nearness, at a lower rank."""
+def _similarity(last: Face, face: Face, gap: int) -> float:
+    """How likely two faces belong to one person: their overlap, or less after a gap if they are near; 0 if not."""
     overlap = iou(last, face)
     if overlap >= _MIN_IOU:
         return overlap
     near = float(np.linalg.norm(last.center - face.center)) < max(last.side, face.side)
-    alike = 1 / 1.6 < face.side / max(last.side, 1e-6) < 1.6
-    return _MIN_IOU / 2 if gap > 1 and near and alike else 0.0
+    same_size = 1 / 1.6 < face.side / max(last.side, 1e-6) < 1.6
+    return _MIN_IOU / 2 if gap > 1 and near and same_size else 0.0
 
 
 LBP_SIDE, LBP_DROP = 2.0, 0.02
-"""Head box from a box of the cascade, in its sides: how much larger, and how much lower its centre (see test_faces)."""
+"""Head box relative to a box of the cascade: ratio of sides; downward offset of the centre in sides (test_faces)."""
 
 
 def head_boxes_from_faces(person: Sequence[Face | None]) -> Float32[np.ndarray, "f 4"]:
-    """Head boxes of one shot from face boxes alone, for a backend without landmarks; coarser than `head_boxes`.
+    """Head boxes of one shot from face boxes, for a backend without landmarks. Less exact than `head_boxes`.
 
     Raises TccpError if there is no face in any frame.
     """

@@ -1,8 +1,8 @@
-"""68 facial points: geometry, drawing them as a picture, and reading them back.
+"""68 facial points: their geometry, drawing them as a picture, and reading them from a picture.
 
 Points are in iBUG order (jaw, brows, nose, eyes, lips: `GROUPS`). Coordinates are continuous: a picture's left edge is
-x = 0, its top y = 0, and pixel (column i, row j) covers [i, i + 1) x [j, j + 1). Crop coordinates are the same, divided
-by the picture's side. Left and right are the picture's, not the person's.
+x = 0, its top edge y = 0, and pixel (column i, row j) covers [i, i + 1) x [j, j + 1). Crop coordinates are the same,
+divided by the picture's side. Left and right are those of the picture, not of the person.
 """
 
 from tccp.landmarks.drawing import LAYERS, draw, stroke_px

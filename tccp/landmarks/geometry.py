@@ -1,4 +1,4 @@
-"""68 facial points as numbers: their order, a mean face, head pose, mouth, normalised and smoothed points."""
+"""Geometry of 68 facial points: order, mean face, head pose, mouth measures, normalisation and smoothing."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ GROUPS: dict[str, tuple[int, ...]] = {
     "inner_lip": tuple(range(60, 68)),
 }
 RIGID = (27, 28, 29, 30, 31, 32, 33, 34, 35, 36, 39, 42, 45)
-"""Points that neither speech nor blinks nor brows move: nose and eye corners."""
+"""Points that do not move with speech, blinks or brows: nose and eye corners."""
 
 
 def _mirrored(left_half: str) -> Float[np.ndarray, "68 3"]:
-    """All 68 points from those on the picture's left and on the midline (x = 0)."""
+    """Completes the points on the picture's left and on the midline (x = 0) to all 68 points."""
     points = np.full((NUM_POINTS, 3), np.nan)
     for line in left_half.strip().splitlines():
         index, *xyz = line.split()
@@ -86,14 +86,14 @@ MEAN_FACE = _mirrored("""
 """)
 """A face at rest, seen from the front: x right, y down, z away from the viewer; the outer eye corners are 1 apart.
 
-Mean of mediapipe's points over five real people, their poses undone, made symmetric."""
+The mean of MediaPipe's points of five real people, with their head poses removed, made symmetric."""
 
 
 @dataclass(frozen=True)
 class HeadPose:
     """Weak-perspective fit of `MEAN_FACE`: points are about scale * (rotation @ MEAN_FACE)[:2] + origin."""
 
-    scale: Float[np.ndarray, "f"]  # length of MEAN_FACE's unit, in the points' unit: does not shrink as the head turns
+    scale: Float[np.ndarray, "f"]  # MEAN_FACE's unit in units of the points; it does not shrink when the head turns
     rotation: Float[np.ndarray, "f 3 3"]
     origin: Float[np.ndarray, "f 2"]  # midpoint of the outer eye corners
 
@@ -113,7 +113,7 @@ class HeadPose:
         return np.degrees(np.arctan2(self.rotation[:, 1, 0], self.rotation[:, 0, 0]))
 
     def project(self, point: Float[np.ndarray, "3"]) -> Float[np.ndarray, "f 2"]:
-        """Where a point of the head, given in MEAN_FACE's coordinates, stands in each picture."""
+        """The position in each picture of a point of the head, given in MEAN_FACE's coordinates."""
         return self.scale[:, None] * (self.rotation[:, :2] @ point) + self.origin
 
 
@@ -127,7 +127,7 @@ def _affine(points: Float[np.ndarray, "f 68 2"]) -> Float[np.ndarray, "f 4 2"]:
 
 
 def head_pose(points: Float[np.ndarray, "f 68 2"]) -> HeadPose:
-    """Pose of each head, from its rigid points only: lips, lids, brows and jaw do not enter. NaN where points are."""
+    """Pose of each head from its rigid points only, without lips, lids, brows and jaw. NaN where points are NaN."""
     affine = _affine(points)
     known = np.isfinite(affine).all((1, 2))
     linear = np.where(known[:, None, None], affine[:, :3], 0).swapaxes(1, 2)
@@ -141,31 +141,31 @@ def head_pose(points: Float[np.ndarray, "f 68 2"]) -> HeadPose:
 
 
 def yaw_deg(points: Float[np.ndarray, "f 68 2"]) -> Float[np.ndarray, "f"]:
-    """Rough head yaw: 0 facing the camera, positive when the nose points to the right of the picture."""
+    """Rough head yaw: 0 for a head that faces the camera, positive when the nose points to the picture's right."""
     return head_pose(points).yaw_deg
 
 
 def mouth_opening(points: Float[np.ndarray, "f 68 2"]) -> Float[np.ndarray, "f"]:
-    """Mean gap of the inner lips, in units of the (frontal) distance of the outer eye corners; pitch corrected."""
+    """Mean gap of the inner lips, in units of the frontal distance of the outer eye corners, corrected for pitch."""
     pose = head_pose(points)
     gap = np.linalg.norm(points[:, [61, 62, 63]] - points[:, [67, 66, 65]], axis=-1).mean(1)
     return gap / (pose.scale * _foreshortening(pose, 1))
 
 
 def mouth_width(points: Float[np.ndarray, "f 68 2"]) -> Float[np.ndarray, "f"]:
-    """Distance of the mouth corners, in units of the (frontal) distance of the outer eye corners; yaw corrected."""
+    """Distance of the mouth corners, in units of the frontal distance of the outer eye corners, corrected for yaw."""
     pose = head_pose(points)
     return np.linalg.norm(points[:, 54] - points[:, 48], axis=-1) / (pose.scale * _foreshortening(pose, 0))
 
 
 def _foreshortening(pose: HeadPose, axis: int) -> Float[np.ndarray, "f"]:
-    # Beyond about 70 degrees a length along the axis says nothing any more: do not blow up its noise.
+    # Beyond about 70 degrees a length along the axis is mostly noise. The bound keeps it from being amplified.
     return np.maximum(np.linalg.norm(pose.rotation[:, :2, axis], axis=1), 0.35)
 
 
 def normalise(points: Float[np.ndarray, "f 68 2"]) -> Float[np.ndarray, "f 68 2"]:
-    """Place, roll and size taken out: the eye line is horizontal through the origin, one unit is the (frontal) distance
-    of the outer eye corners."""
+    """Removes position, roll and size: the eye line becomes horizontal through the origin, and the unit is the frontal
+    distance of the outer eye corners."""
     pose = head_pose(points)
     left, right = points[:, [36, 39]].mean(1), points[:, [42, 45]].mean(1)
     angle = np.arctan2(right[:, 1] - left[:, 1], right[:, 0] - left[:, 0])
@@ -178,18 +178,18 @@ def normalise(points: Float[np.ndarray, "f 68 2"]) -> Float[np.ndarray, "f 68 2"
 def smooth(
     points: Float[np.ndarray, "f 68 2"], head_frames: float = 1.5, face_frames: float = 0.5
 ) -> Float[np.ndarray, "f 68 2"]:
-    """Points with jitter taken out over time; NaN frames stay NaN and do not touch their neighbours.
+    """Removes jitter over time. NaN frames stay NaN and do not affect their neighbours.
 
-    The head's movement is smoothed apart from that of the face on it, with Gaussians of these standard deviations:
-    speech moves the lips at up to 8 Hz, where the head does not move.
+    Smooths the movement of the head and the movement of the face on it separately, with Gaussians of these standard
+    deviations: speech moves the lips at up to 8 Hz, the head moves more slowly.
     """
     head = np.column_stack([MEAN_FACE, np.ones(NUM_POINTS)]) @ _affine(points)
     return smooth_over_time(head, head_frames) + smooth_over_time(points - head, face_frames)
 
 
 def smooth_over_time(values: Float[np.ndarray, "f *rest"], sigma_frames: float) -> Float[np.ndarray, "f *rest"]:
-    """Gaussian mean over the finite neighbours in time; NaN where the value itself is NaN. Ends are not pulled inward:
-    the series is continued by point reflection."""
+    """Gaussian mean over the finite neighbours in time; NaN where the value itself is NaN. Point reflection extends the
+    series at its ends, so that they are not pulled inward."""
     frames = len(values)
     reach = min(int(np.ceil(3 * sigma_frames)), frames - 1)
     if sigma_frames <= 0 or reach < 1:

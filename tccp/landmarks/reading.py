@@ -1,4 +1,4 @@
-"""68 points read back from a landmark picture."""
+"""Reads 68 points from a landmark picture."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from tccp.landmarks.geometry import GROUPS, MEAN_FACE, NUM_POINTS
 
 
 def read(pictures: UInt8[np.ndarray, "f h w 3"]) -> tuple[Float32[np.ndarray, "f 68 2"], Float32[np.ndarray, "f"]]:
-    """The 68 points of landmark pictures, in crop coordinates, and how sure each picture is (0..1).
+    """The 68 points of landmark pictures, in crop coordinates, and a confidence per picture (0..1).
 
-    The inverse of `draw`, for pictures that an auto-encoder has blurred and a sampler has disturbed: amounts of colour
-    and their centres are measured, not edges. Where a curve has no corner to hold on to, points are spaced along it as
-    they are on MEAN_FACE in this head's pose. A group that is missing is put where the others say, and lowers the
-    confidence, which is the agreement of the picture with its points drawn anew times the share of groups found.
+    The inverse of `draw`, for pictures that an auto-encoder has blurred and a sampler has disturbed. Measures amounts
+    of colour and their centres instead of edges. Along a curve without corners, points are spaced as on MEAN_FACE in
+    this head's pose. The other groups determine the position of a missing group. The confidence is the agreement of the
+    picture with a drawing of the points found, times the share of groups found.
     A picture without a face gives NaN points and confidence 0.
     """
     points = np.full((len(pictures), NUM_POINTS, 2), np.nan, np.float32)
     confidence = np.zeros(len(pictures), np.float32)
     for index, picture in enumerate(pictures):
-        if len(picture) > _READING_PX:  # finer tells nothing more: strokes are wider there
+        if len(picture) > _READING_PX:  # larger pictures have wider strokes, so they hold no more detail
             picture = cv2.resize(picture, (_READING_PX, _READING_PX), interpolation=cv2.INTER_AREA)
         found = _Reading(picture, stroke_px(pictures.shape[1]) * len(picture) / pictures.shape[1]).points()
         if found is not None:
@@ -38,23 +38,23 @@ for _number, _indices in enumerate(GROUPS.values()):
 _LAYER_OF_GROUP = [next(channel for channel, groups in enumerate(LAYERS) if name in groups) for name in GROUPS]
 _LAYER_OF = np.array(_LAYER_OF_GROUP)[_GROUP_OF]
 _READING_PX = 128
-_INK = 0.2  # amount of colour from which a pixel is taken for a stroke
+_INK = 0.2  # a pixel with at least this amount of colour belongs to a stroke
 _OTHER_LAYER = np.where(np.arange(len(LAYERS))[:, None] == _LAYER_OF, 0, 1e9)
 _MEAN_FACE_1 = np.column_stack([MEAN_FACE, np.ones(NUM_POINTS)])
 
 
 @dataclass(frozen=True)
 class _Region:
-    """Where the ink of one group is."""
+    """The part of the picture with the ink of one group."""
 
     channel: int
-    pixels: np.ndarray  # centres of its ink
-    surroundings: np.ndarray  # mask of the picture: what is measured
+    pixels: np.ndarray  # centres of the ink pixels
+    surroundings: np.ndarray  # mask of the picture: the pixels to measure
 
 
 @dataclass(frozen=True)
 class _Strip:
-    """Ink measured across a line: at position s along it, the amount, in pixels of full colour, and its centre."""
+    """Ink measured across a line: its amount in pixels of full colour, and its centre, at each position s along it."""
 
     start: np.ndarray
     along: np.ndarray
@@ -62,21 +62,21 @@ class _Strip:
     s: np.ndarray
     amount: np.ndarray
     center: np.ndarray
-    ends: np.ndarray  # positions where the shape begins and ends
+    ends: np.ndarray  # positions of the shape's two ends
 
     def at(self, s: np.ndarray, offset: np.ndarray) -> np.ndarray:
-        """The points of the picture at positions along, and offsets across, the line."""
+        """Picture coordinates of points at positions s along the line and offsets across it."""
         return self.start + s[:, None] * self.along + offset[:, None] * self.across
 
     def positions(self, template: np.ndarray, stroke: float) -> np.ndarray:
-        """Positions of a closed shape's points: spaced as the template's, its centre of area moved onto this one's.
+        """Positions of a closed shape's points, spaced as in the template and shifted to this shape's centre of area.
 
-        In a turned head lips that bulge less or more than the mean face's sit elsewhere between their ends. The less
-        area there is beyond the mere stroke, the less it says.
+        In a turned head, lips that bulge less or more than those of the mean face lie elsewhere between their ends. The
+        shift is smaller if there is little area beyond the stroke itself, because the centre is then uncertain.
         """
         toward = template[len(template) // 2] - template[0]
         reach = (template - template[0]) @ toward
-        # In a turned head a corner can hide behind the lips: then it is not the shape's end.
+        # In a turned head a corner can hide behind the lips. Then it is not the end of the shape.
         outer = (reach.min(), reach.max())
         positions = np.interp(reach, outer, self.ends)
         excess = np.maximum(self.amount - stroke, 0)
@@ -94,13 +94,13 @@ class _Strip:
 
 
 class _Reading:
-    """One picture on its way to points. Lengths are pixels, coordinates continuous."""
+    """Reads the points of one picture. Lengths are in pixels, coordinates are continuous."""
 
     def __init__(self, picture: np.ndarray, stroke: float) -> None:
         self.size, self.stroke = len(picture), stroke
         layers = picture.astype(np.float32) / 255
         self.layers = np.maximum(layers - np.median(layers, (0, 1)), 0)
-        # Blurred strokes side by side are told apart by the valley between them.
+        # The local threshold separates blurred strokes that lie side by side.
         reach = 2 * int(np.ceil(stroke)) + 1
         self.ink = self.layers > np.maximum(_INK, 0.5 * cv2.dilate(self.layers, np.ones((reach, reach), np.uint8)))
 
@@ -113,15 +113,15 @@ class _Reading:
         labels = self._labels(pixels, channels, face)
         regions = self._regions(rows, columns, channels, labels, face)
         points, found = self._measure(self.layers, face, regions)
-        # Blur and corners pull the measures aside. By how much, the same measures of known points, drawn alike, tell.
-        again = self._drawn_alike(points)
-        pull = self._measure(again, face, regions)[0] - points
-        points = points - np.clip(pull, -self.stroke, self.stroke)
-        agreement = float(2 * (again * self.layers).sum() / max((again**2).sum() + (self.layers**2).sum(), 1e-6))
+        # Blur and corners bias the measured points. Measuring a drawing of known points with equal blur gives the bias.
+        drawn = self._drawn_with_equal_blur(points)
+        bias = self._measure(drawn, face, regions)[0] - points
+        points = points - np.clip(bias, -self.stroke, self.stroke)
+        agreement = float(2 * (drawn * self.layers).sum() / max((drawn**2).sum() + (self.layers**2).sum(), 1e-6))
         return (points / self.size).astype(np.float32), agreement * found / len(GROUPS)
 
     def _measure(self, layers: np.ndarray, face: np.ndarray, regions: list[_Region | None]) -> tuple[np.ndarray, int]:
-        """The points of every group that is there, the fitted template's elsewhere; and how many groups are there."""
+        """The points of every group found, with the fitted template's points for the others; and the number found."""
         points, found = face.copy(), 0
         for (name, indices), region in zip(GROUPS.items(), regions, strict=True):
             if region is None:
@@ -132,19 +132,19 @@ class _Reading:
             if curve is not None:
                 points[list(indices)] = curve
                 found += 1
-        # The outer lip's corners lie beside the inner lip's, which stay sharp in a wide open or turned-away mouth.
+        # Place the outer lip's corners relative to the inner lip's, which stay sharp in an open or turned mouth.
         points[[48, 54]] = points[[60, 64]] + face[[48, 54]] - face[[60, 64]]
         return points, found
 
-    def _drawn_alike(self, points: np.ndarray) -> np.ndarray:
-        """The points drawn anew, as blurred as this picture: of the blurs tried, the one that comes closest to it."""
+    def _drawn_with_equal_blur(self, points: np.ndarray) -> np.ndarray:
+        """A drawing of the points, with the blur (of four tried) that comes closest to this picture."""
         sharp = draw(points[None] / self.size, self.size)[0].astype(np.float32) / 255
         blurs = [0.0, 0.3, 0.55, 0.9]
         drawn = [sharp if not b else cv2.GaussianBlur(sharp, (0, 0), b * self.stroke) for b in blurs]
         return min(drawn, key=lambda layers: float(((layers - self.layers) ** 2).sum()))
 
     def _fit_template(self, pixels: np.ndarray, channels: np.ndarray) -> np.ndarray:
-        """MEAN_FACE, turned and scaled to the ink: iterated closest points within each layer, from three rolls."""
+        """Fits MEAN_FACE to the ink by iterated closest points within each layer, starting from three roll angles."""
         step = max(1, len(pixels) // 250)
         pixels, channels = pixels[::step], channels[::step]
         faces = []
@@ -161,12 +161,12 @@ class _Reading:
     def _closest_points(
         self, face: np.ndarray, pixels: np.ndarray, channels: np.ndarray, rounds: int
     ) -> tuple[np.ndarray, float]:
-        """The face moved onto the ink, and the mean squared distance before the last move."""
+        """Moves the face onto the ink. Also returns the mean squared distance before the last move."""
         distance = np.zeros(1)
         for _ in range(rounds):
             distance = _squared_distances(pixels, channels, face)
             model = _MEAN_FACE_1[distance.argmin(1)]
-            # Depth is held back a little: it is only seen through what yaw and pitch do to the outline.
+            # Depth gets some regularisation, because only the effect of yaw and pitch on the outline shows it.
             normal = model.T @ model + np.diag([1e-6, 1e-6, 0.01 * len(model), 1e-6])
             face = _MEAN_FACE_1 @ np.linalg.solve(normal, model.T @ pixels)
         return face, float(distance.min(1).mean())
@@ -188,13 +188,13 @@ class _Reading:
     def _regions(
         self, rows: np.ndarray, columns: np.ndarray, channels: np.ndarray, labels: np.ndarray, face: np.ndarray
     ) -> list[_Region | None]:
-        """Of each group its ink and the surroundings that are nearer to it than to its neighbours."""
+        """The ink of each group, and its surroundings without the pixels next to other groups."""
         regions: list[_Region | None] = []
         reach = 2 * round(1.6 * self.stroke) + 1
         for number, (channel, indices) in enumerate(zip(_LAYER_OF_GROUP, GROUPS.values(), strict=True)):
             mine = labels == number
             length = np.linalg.norm(np.diff(face[list(indices)], axis=0), axis=1).sum()
-            if mine.sum() < self.stroke * max(2, 0.35 * length):  # crumbs of a neighbour
+            if mine.sum() < self.stroke * max(2, 0.35 * length):  # too little ink: it belongs to a neighbouring group
                 regions.append(None)
                 continue
             own, other = np.zeros((2, self.size, self.size), np.uint8)
@@ -207,7 +207,7 @@ class _Reading:
         return regions
 
     def _strip(self, layer: np.ndarray, start: np.ndarray, end: np.ndarray, pixels: np.ndarray) -> _Strip | None:
-        """The ink measured across the line from start to end and a little beyond; None if there is none."""
+        """Measures the ink across the line from start to end and a little beyond. None if there is none."""
         length = max(float(np.linalg.norm(end - start)), 1.0)
         along = (end - start) / length
         across = np.array([-along[1], along[0]])
@@ -224,7 +224,7 @@ class _Reading:
         return None if ends is None else _Strip(start, along, across, s, amount, center, np.array(ends))
 
     def _ends(self, s: np.ndarray, amount: np.ndarray) -> tuple[float, float] | None:
-        """Where the ink begins and ends along a strip: half a stroke's amount, less the stroke's round cap."""
+        """The ends of the ink along a strip: where it falls to half a stroke, minus the stroke's round cap."""
         inked = np.flatnonzero(amount > 0.5 * min(self.stroke, _quantile(amount, 0.8)))
         if len(inked) < 3:
             return None
@@ -239,7 +239,7 @@ class _Reading:
         return (low + cap, high - cap) if high - low > 2.5 * cap else None
 
     def _along_shape(self, layer: np.ndarray, start: np.ndarray, end: np.ndarray, pixels: np.ndarray) -> _Strip | None:
-        """A strip whose line runs from end to end of the shape, from the template's rough line."""
+        """A strip along the line between the shape's two ends, found from the template's approximate line."""
         along = (end - start) / max(float(np.linalg.norm(end - start)), 1e-6)
         across = np.array([-along[1], along[0]])
         reach, off = (pixels - start) @ along, (pixels - start) @ across
@@ -247,7 +247,7 @@ class _Reading:
         rough = self._strip(layer, start + along * (reach.min() + 0.5), start + along * (reach.max() - 0.5), pixels)
         if rough is None:
             return None
-        # An open mouth, turned away, is taller than wide: then its ends say little about where its line runs.
+        # An open mouth in a turned head is taller than wide. Its ends then hardly determine its direction.
         off = np.interp(rough.ends, rough.s, rough.center)
         off = off.mean() + (off - off.mean()) * np.clip(1.6 - 1.2 * rough.amount.max() / np.ptp(rough.ends), 0, 1)
         first, last = rough.at(rough.ends, off)
@@ -267,7 +267,7 @@ class _Reading:
             return None
         where = strip.positions(template, self.stroke)
         upper, lower = strip.center - strip.amount / 2, strip.center + strip.amount / 2
-        # A sloping edge's stroke is thicker, measured straight across.
+        # The stroke of a sloping edge is thicker when measured straight across.
         rise = [np.sqrt(1 + np.clip(np.gradient(edge, strip.s), -1, 1) ** 2) for edge in (upper, lower)]
         upper, lower = upper + rise[0] * self.stroke / 2, lower - rise[1] * self.stroke / 2
         middle = (upper + lower) / 2
@@ -278,18 +278,18 @@ class _Reading:
         return strip.at(where, offset)
 
     def _jaw(self, layer: np.ndarray, template: np.ndarray, pixels: np.ndarray) -> np.ndarray | None:
-        """The jaw in polar coordinates around the middle of its hull, from the top over the chin."""
+        """Measures the jaw in polar coordinates around the centre of its hull, from the left end over the chin."""
         hull = cv2.convexHull(pixels.astype(np.float32))
         moments = cv2.moments(hull)
         if moments["m00"] < self.stroke**2:
             return None
         middle = np.array([moments["m10"], moments["m01"]]) / moments["m00"]
-        opening = (template[0] + template[-1]) / 2 - middle  # the gap of the jaw, where the angle starts and ends
+        opening = (template[0] + template[-1]) / 2 - middle  # the gap of the jaw: the angle starts and ends there
         from_angle = np.arctan2(opening[1], opening[0])
         radius = float(np.linalg.norm(pixels - middle, axis=1).max()) + 2 * self.stroke
         step = self.stroke / 3
         r = np.arange(step, radius, step, dtype=np.float32)
-        # From the gap against the clock (in the picture), because the jaw's first point is at its left.
+        # Counter-clockwise in the picture from the gap, because the jaw's first point is on the left.
         angle = from_angle - np.arange(0, 2 * np.pi, step / (0.6 * radius), dtype=np.float32)
         x, y = (middle[axis] + r[None] * f(angle)[:, None] - 0.5 for axis, f in ((0, np.cos), (1, np.sin)))
         values = cv2.remap(layer, x.astype(np.float32), y.astype(np.float32), cv2.INTER_LINEAR, borderValue=0)
@@ -306,23 +306,23 @@ class _Reading:
 
 
 def _squared_distances(pixels: np.ndarray, channels: np.ndarray, face: np.ndarray) -> np.ndarray:
-    """From each ink pixel to each of the 68 points, those of other layers being out of reach."""
+    """Squared distance from each ink pixel to each of the 68 points; very large for points of other layers."""
     distance = (pixels**2).sum(1)[:, None] - 2 * pixels @ face.T + (face**2).sum(1)
     return distance + _OTHER_LAYER[channels]
 
 
 def _quantile(values: np.ndarray, share: float) -> float:
-    """np.quantile without its overhead, which on some dozens of numbers is all there is."""
+    """Like np.quantile without its overhead, which dominates for arrays of some dozens of numbers."""
     return float(np.sort(values)[int(share * (len(values) - 1))])
 
 
 def _fractions(curve: np.ndarray) -> np.ndarray:
-    """Arc length up to each point of an open curve, the whole being 1."""
+    """Arc length up to each point of an open curve, as a fraction of the whole."""
     lengths = np.concatenate([[0], np.cumsum(np.linalg.norm(np.diff(curve, axis=0), axis=1))])
     return lengths / max(float(lengths[-1]), 1e-6)
 
 
 def _at_fractions(curve: np.ndarray, fractions: np.ndarray) -> np.ndarray:
-    """Points of an open curve at these fractions of its length."""
+    """Points of an open curve at the given fractions of its length."""
     lengths = _fractions(curve)
     return np.stack([np.interp(fractions, lengths, curve[:, axis]) for axis in (0, 1)], 1)

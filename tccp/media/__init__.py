@@ -1,15 +1,15 @@
-"""Probe, decode, encode and mux: any film in, the model's clock out, and back.
+"""Probes, decodes, encodes and muxes media files, and converts their timing to and from the model's 25 fps clock.
 
-**The clock.** Output frame i is the picture on show at exactly i/25 s after the *common start* of the file: the
-presentation time of whatever comes first, the first picture or the first audible sample of the streams chosen. Before
-the first picture its first one is held, before the first sample there is silence, so nothing that was recorded is
-lost and sound and picture stay where the file puts them. `num_frames` counts every i with i/25 s before the end of
-the last picture (a ceiling: no tail is lost). All of it is rational arithmetic on the file's own timestamps; no frame
-rate is ever assumed. Sound is counted on its own, because it may be longer or shorter than the pictures:
-`fit_samples` makes it exactly as long as a number of frames.
+**The clock.** Output frame i is the picture that the file shows exactly i/25 s after its *common start*: the
+presentation time of the first picture or of the first audible sample of the chosen streams, whichever is earlier.
+Before the first picture, frames repeat it; before the first sample, there is silence. So nothing recorded is lost, and
+sound and picture keep the offset that the file gives them. `num_frames` counts every i with i/25 s before the end of
+the last picture (rounded up, so no tail is lost). The code uses rational arithmetic on the file's own timestamps and
+never assumes a frame rate. Sound has its own count, because it may be longer or shorter than the pictures;
+`fit_samples` gives it the exact length of a number of frames.
 
-**Streams.** The video stream the container itself prefers (default flag, then resolution), and the audio stream that
-goes with it. Cover art is not video. Pictures come upright and mirrored as the display matrix says, RGB.
+**Streams.** The video stream that the container prefers (default flag, then resolution), and the audio stream that
+belongs to it. Cover art does not count as video. Pictures are RGB, turned and mirrored as the display matrix says.
 """
 
 from tccp.media.pictures import read_frames

@@ -1,4 +1,4 @@
-"""`python -m tccp.media FILE...`: what each file holds on the 25 fps clock, one line each."""
+"""`python -m tccp.media FILE...` prints one line per file: its streams, their timing, and counts at 25 fps."""
 
 import sys
 
@@ -9,7 +9,7 @@ ROW = "{:<32} {:>11} {:>10} {:>9} {:>9} {:>8} {:>8} {:>8} {:>6}"
 
 
 def _row(path: str) -> str:
-    """Counts are of what is delivered, not of what is promised."""
+    """Counts decoded frames and samples instead of trusting the header."""
     info = probe(path)
     frames = sum(1 for _ in read_frames(path)) if info.has_video else 0
     num_samples = sound_frames = 0

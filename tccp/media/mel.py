@@ -1,8 +1,9 @@
-"""Wav2Lip's mel spectrogram, whole or in windows that follow the frames of a film.
+"""Wav2Lip's mel spectrogram, of a whole recording or in windows that follow the frames of a film.
 
 Sound is 16 kHz mono. A mel has 80 bands and 80 columns a second (3.2 a frame); column c is centred on sample 200 c.
-Every column is computed from the samples under it alone, so a window of a long recording equals the same columns of
-the whole.
+Each column depends only on the samples under it, so a window of a long recording equals the same columns of the whole.
+
+Filters and Fourier transform are librosa's. It takes a second to import, so only the functions that use it import it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from tccp.errors import TccpError
 
 MEL_BANDS = 80
 MEL_COLUMNS_PER_S = 80
-WINDOW_COLUMNS = 16  # 0.2 s, what the networks and Wav2Lip see of the sound around one frame
+WINDOW_COLUMNS = 16  # 0.2 s of sound around one frame, for the networks and Wav2Lip
 SILENCE = -4.0  # the floor of the normalised mel
 
 _N_FFT = 800
@@ -35,7 +36,7 @@ _CLIPPED_LEVEL, _CLIPPED_SHARE = 0.999, 1e-3
 
 @runtime_checkable
 class HasSamples(Protocol):
-    """E.g. an AudioTrack of tccp.media."""
+    """For example an AudioTrack of tccp.media."""
 
     samples: np.ndarray
 
@@ -48,32 +49,31 @@ def mel(samples: Sound) -> Float32[np.ndarray, "80 columns"]:
 
     Pre-emphasis 0.97; magnitude STFT (800-point Hann, hop 200, centred, reflected at both ends); 80 Slaney bands
     55-7600 Hz; 20 log10(max(1e-5, x)) - 20 dB; 8 (dB + 100) / 100 - 4, clipped.
-    Raises TccpError for sound of no length.
+    Raises TccpError if there are no samples.
     """
     samples = _checked(samples)
     return _columns(samples, 0, num_columns(len(samples)))
 
 
 def num_columns(num_samples: int) -> int:
-    """Columns of the mel of so many samples."""
+    """How many columns the mel of this many samples has."""
     return 1 + num_samples // _HOP
 
 
 def mel_windows(samples: Sound, start_frame: int, num_frames: int) -> Float32[np.ndarray, "f 80 16"]:
-    """The networks' window of each frame: the 16 columns centred on it, silence where the sound has not begun or has
-    ended.
+    """The window of each frame for the networks: the 16 columns centred on it, silence before and after the sound.
 
-    Frame i lasts from i/25 to (i+1)/25 s, so its middle lies at column 3.2 i + 1.6; sixteen columns around that begin
-    at 3.2 i - 5.9, rounded to the nearest. Computed from the samples under the windows alone.
+    Frame i lasts from i/25 to (i+1)/25 s, so its middle lies at column 3.2 i + 1.6. Sixteen columns around the middle
+    begin at 3.2 i - 5.9, rounded to the nearest column. Reads only the samples under the windows.
     """
     first = (16 * np.arange(start_frame, start_frame + num_frames) - 27) // 5  # round(3.2 i - 5.9), in integers
     return _windows(_checked(samples), first)
 
 
 def wav2lip_windows(samples: Sound, start_frame: int, num_frames: int) -> Float32[np.ndarray, "f 80 16"]:
-    """Wav2Lip's own window of each frame: 16 columns from int(80 i / 25), the last ones repeating the final 16.
+    """Wav2Lip's own window of each frame: 16 columns from int(80 i / 25). The last windows repeat the final 16 columns.
 
-    It looks ahead only, and slips against the picture at the end of the sound: for feeding Wav2Lip, nothing else.
+    It only looks ahead, and lags behind the picture at the end of the sound. Use it for Wav2Lip only.
     """
     samples = _checked(samples)
     first = MEL_COLUMNS_PER_S * np.arange(start_frame, start_frame + num_frames) // FPS
@@ -81,9 +81,9 @@ def wav2lip_windows(samples: Sound, start_frame: int, num_frames: int) -> Float3
 
 
 def check_audio(samples: Sound) -> list[str]:
-    """Warnings about sound that is valid but odd: silent, or clipped.
+    """Warnings about valid but unusual sound: silent or clipped.
 
-    Raises TccpError for sound of no length, or with values that are not numbers.
+    Raises TccpError if there are no samples, or if some are not finite.
     """
     peak, clipped = 0.0, 0
     samples = _checked(samples)
@@ -112,7 +112,7 @@ def _checked(samples: Sound) -> Float[np.ndarray, "n"]:
 
 
 def _windows(samples: Float[np.ndarray, "n"], first: Integer[np.ndarray, "f"]) -> Float32[np.ndarray, "f 80 16"]:
-    """Sixteen columns from each of `first` (ascending), silence where there are none."""
+    """Sixteen columns from each column in `first` (ascending), silence outside the sound."""
     columns = np.full((MEL_BANDS, int(first[-1] - first[0]) + WINDOW_COLUMNS if len(first) else 0), SILENCE, np.float32)
     if len(first):
         low, high = int(first[0]), int(first[0]) + columns.shape[1]
@@ -132,20 +132,21 @@ def _columns(samples: Float[np.ndarray, "n"], begin: int, end: int) -> Float32[n
     return np.concatenate(chunks, axis=1)
 
 
-def _spectra(samples: Float[np.ndarray, "n"], begin: int, end: int) -> Float64[np.ndarray, "columns 401"]:
-    """Magnitudes under columns begin .. end - 1."""
-    # Reflection happens after pre-emphasis, so it is a matter of where each pre-emphasised sample is taken from.
+def _spectra(samples: Float[np.ndarray, "n"], begin: int, end: int) -> Float64[np.ndarray, "401 columns"]:
+    """Magnitudes under columns begin .. end - 1. Equal to librosa.stft of the whole with pad_mode="reflect"."""
+    import librosa
+
+    # The definition reflects the pre-emphasised sound, so the indices of the pre-emphasised samples are reflected here.
     wanted = _reflected(np.arange(_HOP * begin - _N_FFT // 2, _HOP * (end - 1) + _N_FFT // 2), len(samples))
     low, high = int(wanted.min()), int(wanted.max()) + 1
     here = np.asarray(samples[max(low - 1, 0) : high], np.float64)
     before = np.concatenate([np.zeros(1 if low == 0 else 0), here[:-1]])
     emphasised = here[len(here) - (high - low) :] - _PRE_EMPHASIS * before[len(before) - (high - low) :]
-    strips = np.lib.stride_tricks.sliding_window_view(emphasised[wanted - low], _N_FFT)[::_HOP]
-    return np.abs(np.fft.rfft(strips * _hann(), axis=1))
+    return np.abs(librosa.stft(emphasised[wanted - low], n_fft=_N_FFT, hop_length=_HOP, center=False))
 
 
 def _reflected(index: Integer[np.ndarray, "k"], length: int) -> Integer[np.ndarray, "k"]:
-    """Indices beyond the ends mirrored back, the end samples themselves not repeated, as often as it takes."""
+    """Reflects indices beyond the ends back into 0..length - 1, repeatedly if needed, without repeating the ends."""
     if length == 1:
         return np.zeros_like(index)
     period = 2 * (length - 1)
@@ -153,32 +154,17 @@ def _reflected(index: Integer[np.ndarray, "k"], length: int) -> Integer[np.ndarr
     return np.minimum(index, period - index)
 
 
-def _normalised(spectra: Float64[np.ndarray, "columns 401"]) -> Float32[np.ndarray, "80 columns"]:
-    decibel = 20 * np.log10(np.maximum(_FLOOR, spectra @ mel_filters().T)) - _REFERENCE_DB
+def _normalised(spectra: Float64[np.ndarray, "401 columns"]) -> Float32[np.ndarray, "80 columns"]:
+    decibel = 20 * np.log10(np.maximum(_FLOOR, _filters() @ spectra)) - _REFERENCE_DB
     scaled = 2 * _RANGE * (decibel + _RANGE_DB) / _RANGE_DB - _RANGE
-    return np.clip(scaled, -_RANGE, _RANGE).T.astype(np.float32)
+    return np.clip(scaled, -_RANGE, _RANGE).astype(np.float32)
 
 
 @functools.cache
-def _hann() -> Float64[np.ndarray, "800"]:
-    return 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(_N_FFT) / _N_FFT)  # periodic, as spectral analysis wants it
+def _filters() -> Float64[np.ndarray, "80 401"]:
+    """Slaney's triangular bands of equal area over the bins of an 800-point spectrum."""
+    from librosa.filters import mel as mel_filters
 
-
-@functools.cache
-def mel_filters() -> Float64[np.ndarray, "80 401"]:
-    """Slaney's triangular bands of equal area: 80 of them over the bins of an 800-point spectrum."""
-    lowest, highest = _hz_to_mel(np.array([_LOWEST_HZ, _HIGHEST_HZ]))
-    edges_hz = _mel_to_hz(np.linspace(lowest, highest, MEL_BANDS + 2))
-    bins_hz = np.arange(_N_FFT // 2 + 1) * SAMPLE_RATE_HZ / _N_FFT
-    low, centre, high = edges_hz[:-2, None], edges_hz[1:-1, None], edges_hz[2:, None]
-    triangles = np.minimum((bins_hz - low) / (centre - low), (high - bins_hz) / (high - centre))
-    return np.maximum(triangles, 0) * 2 / (high - low)
-
-
-# Slaney's scale: linear up to 1 kHz (15 mel), logarithmic above with 27 steps per factor 6.4.
-def _hz_to_mel(hz: Float64[np.ndarray, "k"]) -> Float64[np.ndarray, "k"]:
-    return np.where(hz < 1000, hz * 3 / 200, 15 + 27 * np.log(np.maximum(hz, 1000) / 1000) / np.log(6.4))
-
-
-def _mel_to_hz(mels: Float64[np.ndarray, "k"]) -> Float64[np.ndarray, "k"]:
-    return np.where(mels < 15, mels * 200 / 3, 1000 * np.exp(np.log(6.4) * (np.maximum(mels, 15) - 15) / 27))
+    return mel_filters(
+        sr=SAMPLE_RATE_HZ, n_fft=_N_FFT, n_mels=MEL_BANDS, fmin=_LOWEST_HZ, fmax=_HIGHEST_HZ, dtype=np.float64
+    )

@@ -1,8 +1,8 @@
-"""Pictures on the 25 fps clock, one at a time.
+"""Reads pictures at 25 fps, one at a time.
 
-PyAV decodes everything. decord is faster to RGB, but (0.6.0, measured on the shared clips) it delivers damaged pictures
-without a word, begins MPEG-1 films at the second group of pictures, and drops the start offset between picture and
-sound.
+PyAV decodes everything. decord converts to RGB faster, but (0.6.0, measured on the shared clips) it returns damaged
+pictures without an error, starts MPEG-1 films at the second group of pictures, and drops the start offset between
+picture and sound.
 """
 
 from __future__ import annotations
@@ -22,14 +22,13 @@ from tccp.config import FPS
 from tccp.errors import TccpError
 from tccp.media.source import MediaError, MediaInfo, Span, no_stream, opened, pick_video, probe
 
-# swscale's fast path is darker than the truth by about one level in 255 and repeats chroma; this one is unbiased.
+# swscale's fast path is too dark by about one level in 255 and repeats chroma; these flags give unbiased colours.
 _TO_RGB = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
-MAX_THREADS = 4  # each decoding thread holds pictures of its own, so memory would follow the number of cores
-# Where a keyframe is looked for, before the time wanted; none of them found, the film is decoded from its beginning.
+MAX_THREADS = 4  # each decoding thread holds its own pictures, so without a limit memory would grow with the core count
+# Seek this long before the wanted time to find a keyframe. If no attempt succeeds, decode the film from its beginning.
 _SEEK_MARGINS_S = (Fraction(0), Fraction(2), Fraction(15))
-_NO_PRESENTATION_TIMES = {
-    "avi"
-}  # what FFmpeg makes up for them is wrong when pictures are reordered; their distance is not
+# Formats without presentation times. FFmpeg's guesses are wrong for reordered pictures, but their distances are right.
+_NO_PRESENTATION_TIMES = {"avi"}
 
 Timed = tuple[Fraction, av.VideoFrame]
 
@@ -37,11 +36,11 @@ Timed = tuple[Fraction, av.VideoFrame]
 def read_frames(
     path: str | Path, start_frame: int = 0, num_frames: int | None = None
 ) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
-    """Pictures start_frame .. start_frame + num_frames - 1 of the 25 fps clock (default: all), upright, RGB.
+    """Pictures start_frame .. start_frame + num_frames - 1 at 25 fps (default: all), upright, RGB.
 
-    Every one is an array of its own. Memory does not grow with the length of the film.
-    Raises, before the first picture, MediaError like `probe` or if there are no pictures, and TccpError if the film has
-    fewer; and MediaError `corrupt` on reaching a damaged picture.
+    Each picture is an array of its own. Memory does not grow with the length of the film.
+    Before the first picture: raises MediaError like `probe` or if the file has no pictures, and TccpError if the film
+    does not have these frames. Later: raises MediaError `corrupt` when it reaches a damaged picture.
     """
     info = probe(path)
     if info.video_span is None:
@@ -58,20 +57,20 @@ def read_frames(
 def _on_the_clock(
     info: MediaInfo, span: Span, start_frame: int, stop_frame: int
 ) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
-    """Shows each picture until the next one's time; the first also before its own, the last to the end."""
+    """Repeats each picture until the next one's time, the first also before its own time, the last to the end."""
     due = start_frame
     to_rgb = VideoReformatter()
-    shown: av.VideoFrame | None = None
+    current: av.VideoFrame | None = None
     for time, frame in _decoded(info, span, info.zero + Fraction(start_frame, FPS)):
         if due == stop_frame:
             return
         begin = due
         while due < stop_frame and info.zero + Fraction(due, FPS) < time:
             due += 1
-        yield from _copies(shown or frame, due - begin, info, to_rgb)
-        shown = frame
-    if shown is not None:
-        yield from _copies(shown, stop_frame - due, info, to_rgb)
+        yield from _copies(current or frame, due - begin, info, to_rgb)
+        current = frame
+    if current is not None:
+        yield from _copies(current, stop_frame - due, info, to_rgb)
 
 
 def _copies(
@@ -80,8 +79,8 @@ def _copies(
     if count == 0:
         return
     rgb = to_rgb.reformat(frame, format="rgb24", interpolation=_TO_RGB, src_color_range=frame.color_range)
-    # The turn is the stream's. Asking each frame for it would tie the frame into a cycle, and tens of them would wait
-    # in memory for the garbage collector: 950 MB instead of 140 at 1080x1920.
+    # The stream's turn is used. Reading it from each frame would create a reference cycle, and tens of frames would
+    # stay in memory until the garbage collector runs: 950 MB instead of 140 at 1080x1920.
     picture = info.turn.apply(rgb.to_ndarray())
     if picture.shape != (info.height, info.width, 3):
         raise MediaError(info.path, "unsupported", "its pictures change size midway; cut it into films of one size")
@@ -91,7 +90,7 @@ def _copies(
 
 
 def _decoded(info: MediaInfo, span: Span, time: Fraction) -> Iterator[Timed]:
-    """Pictures in the order they are shown, from some point at or before the one on show at `time`."""
+    """Pictures in presentation order. The first one is the picture at `time` or an earlier one."""
     for margin in _SEEK_MARGINS_S:
         if time - margin <= span.start + 1 or not info.seeks:
             break
@@ -118,7 +117,7 @@ def _timed(info: MediaInfo, span: Span, container: InputContainer, seek_to: Frac
     dts: int | None = None
     time = span.start
     for frame in container.decode(stream):
-        if by_dts and dts is not None:  # none on the last ones, which the decoder held back: AVI ticks once a picture
+        if by_dts and dts is not None:  # the last, delayed pictures have no dts; AVI advances one tick per picture
             ticks = frame.dts - dts if frame.dts is not None else 1
             time, dts = time + ticks * stream.time_base, dts + ticks
         elif by_dts:

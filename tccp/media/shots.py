@@ -1,8 +1,8 @@
-"""Where a film goes from one shot to the next, found in a stream of frames.
+"""Finds where shots begin in a stream of frames.
 
-PySceneDetect's content detector proposes every frame that differs enough from the one before. Which of them begin a
-shot is decided here, from the frames around: its own filters know neither shots of two frames, flashes nor dissolves,
-and judge by all of the film so far.
+PySceneDetect's content detector proposes every frame that differs enough from the one before. The code here decides
+which of them begin a shot, by comparing the frames around them: the detector's own filters handle neither shots of two
+frames, flashes nor dissolves, and their result depends on the whole film so far.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from tccp.config import FPS
 from tccp.errors import TccpError
 
 CONTEXT_FRAMES = 8
-"""So many frames before and after a frame settle whether a shot begins with it, wherever the stream begins and ends."""
-_ANALYSIS_PX = 192  # longer side of the picture that is looked at: a new shot changes the whole picture
+"""Only so many frames before and after a frame decide whether it begins a shot, wherever the stream starts or ends."""
+_ANALYSIS_PX = 192  # longer side of the shrunk picture; a new shot changes the whole picture, so details are not needed
 _HALF = CONTEXT_FRAMES // 2
 
 # Changes are PySceneDetect's: mean differences of hue, saturation and value, each 0..255.
-_LEAST_CHANGE = 15.0  # its default beside a rolling average; a fast gesture before a still camera reaches 13
-_CLEAR_CHANGE = 27.0  # its default without one
-_STANDS_OUT = 3.0  # a cut's difference over that of its neighbours; its default
-# The rest is about colours, 0..255.
-_LEAST_COLOUR = 12.0  # grey changes its hue from one shade to the next; cuts of the clips measured reach 27 and more
-_ONE_WAY = 0.9  # share of the change that goes one way where only the light changes; two scenes differ both ways
-# While scenes dissolve, a frame is the mean of those around it, to a tenth of their difference; where people or the
-# camera move, to no less than a third (measured on real clips).
+_LEAST_CHANGE = 15.0  # PySceneDetect's default with a rolling average; a fast gesture before a still camera reaches 13
+_CLEAR_CHANGE = 27.0  # PySceneDetect's default without one
+_STANDS_OUT = 3.0  # ratio of a cut's change to that of its neighbours; PySceneDetect's default
+# The other thresholds are for colours, 0..255.
+_LEAST_COLOUR = 12.0  # hue is unstable in grey pictures, so colours must change as well; measured cuts reach 27 or more
+_ONE_WAY = 0.9  # if only the light changes, this share of the change has one sign; two scenes differ in both directions
+# During a dissolve, a frame differs from the mean of the frames around it by a tenth of their difference; where people
+# or the camera move, by at least a third (measured on real clips).
 _LEAST_DISSOLVE = 8.0
 _MIXED = 0.2
 _BLACK = 12.0  # PySceneDetect's default for fades
-_UNLIKE = 0.25  # mean difference of two pictures of mean 1 that are of two scenes
+_UNLIKE = 0.25  # mean difference between pictures of two scenes, after scaling both to mean 1
 
 
 class _View(NamedTuple):
-    """What is kept of a frame."""
+    """The shrunk copies of a frame that CutFinder keeps."""
 
     hsv: Int16[np.ndarray, "h w 3"]
     bgr: Int16[np.ndarray, "h w 3"]
@@ -49,13 +49,13 @@ class _View(NamedTuple):
 
 
 class CutFinder:
-    """Finds the first frame of each shot in a stream of frames of the 25 fps clock, in constant memory.
+    """Finds the first frame of each shot in a stream of frames at 25 fps, in constant memory.
 
-    Cuts: a change that stands out against its neighbours, so that a fast pan is none; and what comes back after a
-    flash, or after one odd frame, was not cut away from. A shot may be as short as two frames. Dissolves: their middle,
-    and where one takes longer than eight frames several of its frames, so that nobody takes it for a shot. Fades
-    through black: the first frame that is not black. A change of less than the picture, such as a jump within one
-    scene, is not found.
+    Cuts: a change that is large compared with its neighbours, so a fast pan is not a cut. If the old scene returns
+    after a flash or after one odd frame, there is no cut. A shot may be as short as two frames. Dissolves: their middle
+    frame, and several frames of a dissolve of more than eight frames, so that no shot consists of a dissolve. Fades
+    through black: the first frame that is not black. Changes in a part of the picture only, such as a jump cut within
+    one scene, are not found.
     """
 
     def __init__(self) -> None:
@@ -71,7 +71,7 @@ class CutFinder:
         self._proposed: set[int] = set()
 
     def add(self, frame: UInt8[np.ndarray, "h w 3"]) -> list[int]:
-        """Takes the next frame; returns the one CONTEXT_FRAMES back if, as is now known, it begins a shot."""
+        """Takes the next frame. Returns the frame CONTEXT_FRAMES before it if that one begins a shot."""
         scale = _ANALYSIS_PX / max(frame.shape[:2])
         if scale < 1:
             frame = np.asarray(cv2.resize(frame, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA), np.uint8)
@@ -85,12 +85,12 @@ class CutFinder:
         return [judged] if self._begins_shot(judged) else []
 
     def finish(self) -> list[int]:
-        """After the last frame: those of the last CONTEXT_FRAMES that begin a shot."""
+        """Call it after the last frame. Returns those of the last CONTEXT_FRAMES frames that begin a shot."""
         first = max(self._num_frames - CONTEXT_FRAMES, 0)
         return [frame for frame in range(first, self._num_frames) if self._begins_shot(frame)]
 
     def _begins_shot(self, frame: int) -> bool:
-        # A cut over one mixed picture is a very short dissolve, too: it counts as the cut.
+        # A cut with one mixed picture also looks like a very short dissolve. It counts as a cut.
         if any(near in self._proposed and self._is_cut(near) for near in (frame - 1, frame, frame + 1)):
             return frame in self._proposed and self._is_cut(frame)
         return self._is_middle_of_dissolve(frame) or self._comes_from_black(frame)
@@ -98,7 +98,7 @@ class CutFinder:
     def _is_cut(self, frame: int) -> bool:
         change = self._change(frame)
         before, after = self._change(frame - 1) or 0.0, self._change(frame + 1) or 0.0
-        # A cut may have a picture mixed of both shots in between: of two changes in a row the larger counts.
+        # A cut may contain one picture mixed from both shots, so of two changes in a row only the larger counts.
         if change is None or change <= before or change < after:
             return False
         if self._is_same_colour(frame) or self._comes_back(frame, change, 1) or self._comes_back(frame - 1, change, -1):
@@ -106,7 +106,7 @@ class CutFinder:
         near, around = self._neighbours(frame, 2), self._neighbours(frame, 3)
         if near and change >= _STANDS_OUT * float(np.mean(near)):
             return True
-        # Where cut follows cut every two or three frames, they are among the neighbours, but at most half of them.
+        # Even with a cut every two or three frames, at most half of the neighbours are cuts: the median excludes them.
         alone = change >= max(_CLEAR_CHANGE, 2 * before, 2 * after)
         return alone and (not around or change >= _STANDS_OUT * float(np.median(around)))
 
@@ -115,9 +115,9 @@ class CutFinder:
         return before is None or view is None or _colour_difference(before, view) < _LEAST_COLOUR
 
     def _comes_back(self, frame: int, change: float, direction: int) -> bool:
-        """Whether what stood before `frame`, in this direction of time, is there again a little later.
+        """Whether the picture before `frame` returns a little later. direction: 1 forwards, -1 backwards in time.
 
-        After more than one frame only if the light alone had changed: another shot may be as short.
+        Looks further than one frame only if just the light changed, because a whole shot may be that short.
         """
         before, there = self._view(frame - direction), self._view(frame)
         if before is None or there is None:
@@ -134,9 +134,9 @@ class CutFinder:
         return all(here < other for other in around[:_HALF]) and all(here <= other for other in around[_HALF:])
 
     def _mixture(self, frame: int) -> float:
-        """How far a frame is from the mean of those four before and after it, in units of their difference.
+        """The distance of a frame from the mean of the frames four before and four after, relative to their difference.
 
-        1 where they do not differ, or by light alone.
+        1 if these two do not differ, or only by light.
         """
         before, view, after = self._view(frame - _HALF), self._view(frame), self._view(frame + _HALF)
         if before is None or view is None or after is None:
@@ -154,24 +154,24 @@ class CutFinder:
             before = self._view(frame - 1 - length)
             if before is None:
                 return False
-            if not before.is_black:  # few black frames: the light may have been off for a moment
+            if not before.is_black:  # after few black frames the same scene may return
                 return _unlike(self._view(frame - length - _HALF), self._view(frame - 1 + _HALF))
         return True
 
     def _neighbours(self, frame: int, reach: int) -> list[float]:
-        """The changes around a frame, its own left out; fewer at the ends of the film."""
+        """The changes around a frame without its own. There are fewer at the ends of the film."""
         near = [*range(frame - reach, frame), *range(frame + 1, frame + reach + 1)]
         return [change for change in map(self._change, near) if change is not None]
 
     def _change(self, frame: int) -> float | None:
-        """By how much a frame differs from the one before it."""
+        """The difference between a frame and the one before it."""
         before, view = self._view(frame - 1), self._view(frame)
         return None if before is None or view is None else _difference(before, view)
 
     def _view(self, frame: int) -> _View | None:
         """None outside the film."""
-        place = frame - (self._num_frames - len(self._views))
-        return self._views[place] if 0 <= place < len(self._views) else None
+        index = frame - (self._num_frames - len(self._views))
+        return self._views[index] if 0 <= index < len(self._views) else None
 
 
 def _difference(a: _View, b: _View) -> float:
@@ -189,7 +189,7 @@ def _is_light(a: _View, b: _View) -> bool:
 
 
 def _unlike(a: _View | None, b: _View | None) -> bool:
-    """Whether two pictures differ by more than their light."""
+    """Whether two pictures still differ after scaling them to the same brightness."""
     if a is None or b is None:
         return False
     one, other = (view.bgr / max(float(view.bgr.mean()), 1.0) for view in (a, b))

@@ -1,4 +1,4 @@
-"""Sound on the common clock: decoded in a stream to 16 kHz mono, kept on disk."""
+"""Decodes sound as a stream to 16 kHz mono, timed from the file's common start, and keeps it on disk."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from tccp.config import SAMPLE_RATE_HZ, SAMPLES_PER_FRAME
 from tccp.errors import TccpError
 from tccp.media.source import MediaError, MediaInfo, no_stream, opened, pick_audio, probe
 
-# Timestamps that stray from the sample count by less are rounding or jitter; by more, a gap or an overlap to make good.
+# Smaller differences between timestamps and sample count are rounding or jitter. Larger ones are gaps or overlaps.
 _MAX_STRAY_S = Fraction(1, 50)
 _BLOCK = 1 << 16
 
 
 class AudioTrack:
-    """16 kHz mono sound on disk. Its sample 0 is at the common start of the file that it came from.
+    """16 kHz mono sound on disk. Sample 0 lies at the common start of the source file.
 
-    samples: in [-1, 1], memory-mapped: slice what is needed. Use as a context manager, or call close(): the temporary
-    file goes with it (and with the process, in any case).
+    samples: in [-1, 1], memory-mapped, so slice what you need. Use as a context manager or call close() to free the
+    temporary file. It also disappears when the process ends.
     """
 
     def __init__(self, path: Path, samples: Float32[np.ndarray, "n"]):
@@ -39,7 +39,7 @@ class AudioTrack:
 
     @property
     def num_frames(self) -> int:
-        """Frames at 25 fps that this sound asks for: a ceiling, so the last one may end in silence."""
+        """How many frames at 25 fps cover this sound, rounded up. The last frame may end in silence."""
         return math.ceil(self.num_samples / SAMPLES_PER_FRAME)
 
     def close(self) -> None:
@@ -55,7 +55,7 @@ class AudioTrack:
 def open_audio(path: str | Path) -> AudioTrack:
     """The sound of any media file at 16 kHz mono, from the file's common start to the end of the sound.
 
-    Memory stays flat: sound is decoded in a stream into an unnamed temporary file (64 kB a second, in TMPDIR).
+    Memory use does not grow with length: the sound goes into an unnamed temporary file in TMPDIR (64 kB a second).
     Raises MediaError no_audio, empty_audio, corrupt or not_finite, and like `probe`; TccpError if the disk is full.
     """
     info = probe(path)
@@ -66,7 +66,7 @@ def open_audio(path: str | Path) -> AudioTrack:
                 file.write(block.tobytes())
                 num_samples += len(block)
             file.flush()
-            # The mapping keeps the nameless file alive after it is closed here.
+            # The mapping keeps the unnamed file alive after it is closed here.
             return AudioTrack(info.path, np.memmap(file, np.float32, "r", shape=(num_samples,)))
     except OSError as error:
         folder = tempfile.gettempdir()
@@ -76,7 +76,7 @@ def open_audio(path: str | Path) -> AudioTrack:
 
 
 def sound_blocks(info: MediaInfo) -> Iterator[Float32[np.ndarray, "n"]]:
-    """The sound that `open_audio` keeps, in a stream. Raises MediaError no_audio, empty_audio, corrupt, not_finite."""
+    """The sound of `open_audio`, block by block. Raises MediaError no_audio, empty_audio, corrupt or not_finite."""
     empty = True
     for block in resampled(decode_sound(info, mono=True), info.audio_sample_rate_hz):
         if not np.isfinite(block).all():
@@ -88,15 +88,15 @@ def sound_blocks(info: MediaInfo) -> Iterator[Float32[np.ndarray, "n"]]:
 
 
 def decode_sound(info: MediaInfo, mono: bool) -> Iterator[Float32[np.ndarray, "channels n"]]:
-    """The file's sound in blocks at its own rate, from the common start: silence before its first sample and in gaps.
+    """The file's sound in blocks at its own rate, from the common start, with silence before it and in its gaps.
 
-    mono: one channel, the mean; else one or two as in the file (more are mixed down to two).
+    mono: deliver one channel, the mean. Otherwise deliver one or two channels as stored (more are mixed to two).
     """
     if info.audio_span is None:
         raise no_stream(info.path, "audio")
     rate_hz, stored_channels = info.audio_sample_rate_hz, info.audio_channels
     channels = 1 if mono else min(stored_channels, 2)
-    # One or two channels pass untouched. More are mixed by swresample, whose 16-bit path scales so that nothing clips.
+    # One or two channels stay unchanged. swresample mixes more channels; its 16-bit path scales so that nothing clips.
     to_planes = av.AudioResampler("s16p", "stereo") if stored_channels > 2 else av.AudioResampler("fltp")
     position = 0  # samples delivered so far
     with opened(info.path) as container:
@@ -108,7 +108,7 @@ def decode_sound(info: MediaInfo, mono: bool) -> Iterator[Float32[np.ndarray, "c
                     info.path, "unsupported", "its sound changes rate or channels midway; convert it to WAV"
                 )
             planes = np.concatenate([part.to_ndarray() for part in to_planes.resample(frame)], axis=1)
-            block = planes[:, : _heard_samples(frame)].astype(np.float32, copy=False)
+            block = planes[:, : _audible_samples(frame)].astype(np.float32, copy=False)
             block = block / np.float32(32768) if stored_channels > 2 else block
             block = block.mean(axis=0, keepdims=True, dtype=np.float32) if channels == 1 else block
             stray = 0
@@ -125,26 +125,26 @@ def decode_sound(info: MediaInfo, mono: bool) -> Iterator[Float32[np.ndarray, "c
 
 
 def _steps(count: int) -> Iterator[int]:
-    """`count` in steps that fit in memory; none if it is not positive."""
+    """Splits `count` into steps that fit in memory; yields nothing if it is not positive."""
     while count > 0:
         yield min(count, _BLOCK)
         count -= _BLOCK
 
 
-def _heard_samples(frame: av.AudioFrame) -> int:
-    """Samples of the frame that are meant to be heard: encoders fill the last frame up and shorten its duration.
+def _audible_samples(frame: av.AudioFrame) -> int:
+    """The number of samples without padding: encoders fill up the last frame and shorten its duration.
 
-    Only a duration that falls short by more than a tick's rounding is such a cut.
+    A duration that is shorter by no more than a tick is a rounding error, not a cut.
     """
     if not frame.duration or frame.time_base is None:
         return frame.samples
-    heard = frame.duration * frame.time_base * frame.sample_rate
+    audible = frame.duration * frame.time_base * frame.sample_rate
     tick = max(Fraction(1), frame.time_base * frame.sample_rate)
-    return round(heard) if heard + tick < frame.samples else frame.samples
+    return round(audible) if audible + tick < frame.samples else frame.samples
 
 
 def resampled(blocks: Iterable[Float32[np.ndarray, "1 n"]], sample_rate_hz: int) -> Iterator[Float32[np.ndarray, "n"]]:
-    """Mono blocks brought to 16 kHz, time zero kept: exactly ceil(n * 16000 / sample_rate_hz) samples in all."""
+    """Resamples mono blocks to 16 kHz without a delay: exactly ceil(n * 16000 / sample_rate_hz) samples in all."""
     resampler = av.AudioResampler("fltp", "mono", SAMPLE_RATE_HZ)
     given = delivered = 0
     for block in blocks:
@@ -161,7 +161,7 @@ def resampled(blocks: Iterable[Float32[np.ndarray, "1 n"]], sample_rate_hz: int)
 
 
 def fit_samples(samples: Float[np.ndarray, "n"], num_frames: int) -> Float32[np.ndarray, "m"]:
-    """Exactly num_frames * 640 samples: longer sound is cut, shorter is followed by silence."""
+    """Cuts the samples, or adds silence, to exactly num_frames * 640 samples."""
     fitted = np.zeros(num_frames * SAMPLES_PER_FRAME, np.float32)
     kept = samples[: len(fitted)]
     fitted[: len(kept)] = kept
@@ -169,8 +169,10 @@ def fit_samples(samples: Float[np.ndarray, "n"], num_frames: int) -> Float32[np.
 
 
 def write_audio_wav(path: str | Path, samples: Float[np.ndarray, "n"]) -> None:
-    """16 kHz mono samples in [-1, 1] as a 16-bit WAV file (values beyond are clipped). Raises TccpError if not
-    writable."""
+    """Writes 16 kHz mono samples in [-1, 1] to a 16-bit WAV file. Clips values outside that range.
+
+    Raises TccpError if the file cannot be written.
+    """
     try:
         with open(path, "wb") as raw, wave.open(raw, "wb") as file:
             file.setnchannels(1)

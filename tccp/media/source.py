@@ -1,4 +1,4 @@
-"""Opening media files: what is in them, when it begins and ends, and what is wrong with them."""
+"""Opens media files and finds their streams, the exact start and end of each, and damage."""
 
 from __future__ import annotations
 
@@ -22,35 +22,34 @@ from tccp.config import FPS
 from tccp.errors import TccpError
 from tccp.media.upright import DisplayTurn, display_turn
 
-# Demuxers that a film or a recording can need. Playlists (HLS, concat, SDP) stay out: they open other files and
-# addresses.
+# Demuxers for films and recordings. Playlists (HLS, concat, SDP) are excluded because they open other files and URLs.
 _FORMATS = "mov,matroska,avi,mpeg,mpegts,flv,asf,ogg,mxf,nut,wav,w64,mp3,flac,aac,ac3,eac3,aiff,au,caf,amr,wv,ivf"
-# Formats whose header states a duration, so that less content than that means a file cut short.
+# Formats whose header states a duration. If there is less content, the file was cut short.
 _STATES_DURATION = {"mov", "matroska", "avi", "wav", "w64", "flac"}
-_TRUNCATION_TOLERANCE_S = Fraction(1, 2)  # headers round, and count last frames that nobody sees
-KEYFRAMES_INDEXED = {"mov", "matroska"}  # elsewhere seeking guesses
-# A longer hole in a stream, or between the starts of two, is a damaged timestamp: filling it could take days of film.
+_TRUNCATION_TOLERANCE_S = Fraction(1, 2)  # headers round, and may count last frames that are not shown
+KEYFRAMES_INDEXED = {"mov", "matroska"}  # seeking in other formats is a guess
+# A longer gap in a stream, or between the starts of two streams, is a damaged timestamp. Filling it could take days.
 _MAX_LEAP_S = 600
 
 
 class MediaError(TccpError):
-    """A media file that cannot be used. The message is one line: the file, what is wrong with it, what to do.
+    """A media file cannot be used. The message is one line with the file, the problem and what to do.
 
-    reason: a stable code. From here: missing, not_a_file, unreadable, empty_file, not_media, no_index, truncated,
-    corrupt, unsupported, no_video, no_audio, empty_video, empty_audio, not_finite.
+    reason: a stable code. tccp.media uses missing, not_a_file, unreadable, empty_file, not_media, no_index, truncated,
+    corrupt, unsupported, no_video, no_audio, empty_video, empty_audio and not_finite.
     """
 
     def __init__(self, path: str | Path, reason: str, problem: str):
         super().__init__(f"{path}: {problem}")
         self.path, self.reason, self.problem = Path(path), reason, problem
-        self._given = path  # a Path would drop a slash of a URL
+        self._given = path  # a Path would drop one slash of a URL
 
-    def __reduce__(self) -> tuple:  # between processes an exception travels as its arguments, not as its message
+    def __reduce__(self) -> tuple:  # pickle would call the constructor with the message alone
         return (MediaError, (self._given, self.reason, self.problem))
 
 
 class Span(NamedTuple):
-    """When a stream is on, exactly, in seconds of the file's own clock."""
+    """Exact start and end of a stream, in seconds of the file's own clock."""
 
     start: Fraction
     end: Fraction
@@ -58,15 +57,15 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class MediaInfo:
-    """What a media file holds, and when.
+    """The streams of a media file and their timing.
 
     width, height: of the upright picture in pixels, 0 without video.
-    turn: how read_frames brings the stored pictures upright, as the display matrix asks.
-    frame_rate: of the stored pictures if it is constant, else None. num_pictures: how many are stored.
+    turn: how read_frames turns the stored pictures upright, from the display matrix.
+    frame_rate: of the stored pictures if it is constant, else None. num_pictures: number of stored pictures.
     video_span, audio_span: from the first picture (sample) to the end of the last; None without such a stream.
     audio_sample_rate_hz, audio_channels: as stored, 0 without sound.
-    seeks: whether read_frames can begin anywhere at once, because the container has an index; else it decodes up to
-    where it is to begin.
+    seeks: True if the container has an index, so that read_frames can start anywhere at once. Otherwise it decodes
+      everything before the first frame wanted.
     """
 
     path: Path
@@ -98,7 +97,7 @@ class MediaInfo:
 
     @property
     def zero(self) -> Fraction:
-        """The common start, zero of the 25 fps clock, in seconds of the file's own clock."""
+        """The common start, where the 25 fps clock is zero, in seconds of the file's own clock."""
         return min(span.start for span in (self.video_span, self.audio_span) if span is not None)
 
     @property
@@ -111,26 +110,25 @@ class MediaInfo:
 
     @property
     def duration_s(self) -> float:
-        """From the common start to the end of whichever stream lasts longer."""
+        """From the common start to the end of the stream that ends last."""
         return float(max(span.end for span in (self.video_span, self.audio_span) if span is not None) - self.zero)
 
     @property
     def num_frames(self) -> int:
-        """Frames that read_frames delivers: every i whose time i/25 lies before the end of the last picture."""
+        """How many frames read_frames delivers: all i with i/25 s before the end of the last picture."""
         return 0 if self.video_span is None else math.ceil((self.video_span.end - self.zero) * FPS)
 
     @property
     def first_frame(self) -> int:
-        """The first frame that is not before the first picture; frames before it hold that. 0 unless sound begins
-        first."""
+        """The first frame at or after the first picture. Earlier ones, if sound starts first, repeat that picture."""
         return 0 if self.video_span is None else math.ceil((self.video_span.start - self.zero) * FPS)
 
 
 def probe(path: str | Path) -> MediaInfo:
-    """What the file holds and when. Reads every packet once, decodes only the first picture and the first sound, and
-    remembers the answer until the file changes.
+    """The streams of a file and their timing.
 
-    Raises MediaError if the file is no media, is cut short, or has neither pictures nor sound.
+    Reads every packet once, decodes only the first picture and the first sound, and caches the result until the file
+    changes. Raises MediaError if the file is not a media file, is cut short, or has neither pictures nor sound.
     """
     file = checked_file(path)
     status = file.stat()
@@ -139,7 +137,7 @@ def probe(path: str | Path) -> MediaInfo:
 
 
 def checked_file(path: str | Path) -> Path:
-    """`path` if it is a plain, readable file with something in it; MediaError otherwise."""
+    """Returns `path` if it is a plain, readable file that is not empty. Raises MediaError otherwise."""
     file = Path(path)
     try:
         if not file.exists():
@@ -157,9 +155,9 @@ def checked_file(path: str | Path) -> Path:
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[InputContainer]:
-    """The file's container. Decoding errors inside the block become MediaError `corrupt`."""
+    """Opens the file's container. Turns decoding errors inside the block into MediaError `corrupt`."""
     try:
-        # With the protocol spelled out, a name such as `concat:x` is just a name.
+        # The explicit protocol makes FFmpeg treat a name such as `concat:x` as a file name.
         container = av.open(
             f"file:{path.absolute()}",
             container_options={"format_whitelist": _FORMATS, "protocol_whitelist": "file"},
@@ -187,7 +185,7 @@ def _reason_not_opened(path: Path) -> MediaError:
 
 
 def _mp4_boxes(path: Path) -> list[str]:
-    """Names of the top-level MP4 boxes, as far as the chain of their sizes leads."""
+    """Names of the top-level MP4 boxes, up to the first one whose size is invalid."""
     names: list[str] = []
     end = path.stat().st_size
     with path.open("rb") as file:
@@ -206,7 +204,7 @@ def _mp4_boxes(path: Path) -> list[str]:
 
 
 def pick_video(container: InputContainer) -> VideoStream | None:
-    """The stream the container prefers (default flag, then size); cover art is no video."""
+    """The stream that the container prefers (default flag, then size), without cover art."""
     films = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
     best = container.streams.best("video")
     return next(
@@ -215,7 +213,7 @@ def pick_video(container: InputContainer) -> VideoStream | None:
 
 
 def pick_audio(container: InputContainer) -> AudioStream | None:
-    """The stream that goes with the video that was picked."""
+    """The audio stream that belongs to the stream of `pick_video`."""
     best = container.streams.best("audio", related=pick_video(container))
     return best if isinstance(best, AudioStream) else None
 
@@ -228,7 +226,7 @@ def no_stream(path: Path, kind: str) -> MediaError:
 
 @dataclass
 class _Extent:
-    """What the packets of one stream say about its time, in ticks of its time base."""
+    """Timing of the packets of one stream, in ticks of its time base."""
 
     packets: int = 0
     first: int = 0
@@ -240,7 +238,7 @@ class _Extent:
 
     def add(self, packet: av.Packet) -> None:
         ticks = packet.pts if packet.pts is not None else packet.dts
-        if ticks is None or packet.is_discard:  # what an edit list or an encoder's priming hides is not shown
+        if ticks is None or packet.is_discard:  # an edit list or an encoder's priming hides this packet
             return
         duration = packet.duration or 0
         if self.packets == 0:
@@ -254,7 +252,7 @@ class _Extent:
 
 @functools.lru_cache(maxsize=256)
 def _probe(path: Path, size: int, mtime_ns: int) -> MediaInfo:
-    """Size and time of change are part of the key: another content is another answer."""
+    """Size and modification time are part of the cache key, so that a changed file is probed again."""
     turn = DisplayTurn()
     width = height = num_pictures = sample_rate_hz = channels = 0
     frame_rate = video_span = audio_span = video_codec = audio_codec = None
@@ -301,13 +299,13 @@ def _probe(path: Path, size: int, mtime_ns: int) -> MediaInfo:
 
 
 def _scan(container: InputContainer, path: Path, size: int) -> dict[int, _Extent]:
-    """Extents of all streams by their packets; MediaError `truncated` if the header promises more than there is."""
+    """Extents of all streams from their packets. Raises MediaError `truncated` if the header states more content."""
     extents = {stream.index: _Extent() for stream in container.streams}
     for packet in container.demux():
         if packet.size:
             extents.setdefault(packet.stream_index, _Extent()).add(packet)
     indexed_end = 0
-    if {"mov", "avi"} & set(container.format.name.split(",")):  # elsewhere an index may be a guess
+    if {"mov", "avi"} & set(container.format.name.split(",")):  # the index of other formats may be a guess
         streams = [stream for stream in (pick_video(container), pick_audio(container)) if stream is not None]
         indexed_end = max((entry.pos + entry.size for s in streams for entry in s.index_entries), default=0)
     if indexed_end > size or _ends_early(container, extents):
@@ -329,11 +327,11 @@ def _ends_early(container: InputContainer, extents: dict[int, _Extent]) -> bool:
     if not _STATES_DURATION & names or container.duration is None:
         return False
     ends = [extents[s.index].end * _time_base(s) for s in container.streams if extents[s.index].packets]
-    start = (container.start_time or 0) if "mov" in names else 0  # the others count their duration from zero
-    promised = Fraction(start + container.duration, av.time_base)
-    if "avi" in names and (video := pick_video(container)):  # FFmpeg scales its duration to the size of the file
-        promised = max(promised, ((video.start_time or 0) + video.frames) * _time_base(video))
-    return max(ends, default=Fraction(0)) < promised - _TRUNCATION_TOLERANCE_S
+    start = (container.start_time or 0) if "mov" in names else 0  # other formats count their duration from zero
+    stated = Fraction(start + container.duration, av.time_base)
+    if "avi" in names and (video := pick_video(container)):  # FFmpeg scales AVI's duration to the size of the file
+        stated = max(stated, ((video.start_time or 0) + video.frames) * _time_base(video))
+    return max(ends, default=Fraction(0)) < stated - _TRUNCATION_TOLERANCE_S
 
 
 def _time_base(item: av.stream.Stream | av.frame.Frame) -> Fraction:
@@ -347,7 +345,7 @@ def _time(frame: av.frame.Frame) -> Fraction:
 
 
 def _constant_rate(extent: _Extent, stream: VideoStream) -> Fraction | None:
-    """The stream's rate, if all its pictures lie on it to within the rounding of its time base."""
+    """The stream's rate if all its pictures fit it to within the rounding of the time base, else None."""
     if extent.longest - extent.shortest > 1:
         return None
     for rate in (stream.average_rate, stream.guessed_rate):
@@ -359,7 +357,7 @@ def _constant_rate(extent: _Extent, stream: VideoStream) -> Fraction | None:
 
 
 def _video_span(first: av.VideoFrame, extent: _Extent, stream: VideoStream, rate: Fraction | None) -> Span:
-    """The last picture lasts as long as its packet says; where packets say nothing, as long as the stream's mean."""
+    """The duration of the last picture comes from its packet or, if packets have none, from the stream's mean rate."""
     start = _time(first)
     end = extent.end * _time_base(stream)
     if not extent.longest:
@@ -368,7 +366,7 @@ def _video_span(first: av.VideoFrame, extent: _Extent, stream: VideoStream, rate
 
 
 def _first_frame(path: Path, index: int) -> av.VideoFrame | av.AudioFrame:
-    """The first frame the decoder delivers. Its time is the true start: priming and edit lists are applied by then."""
+    """The first decoded frame. Its time is the true start, because the decoder has applied priming and edit lists."""
     with opened(path) as container:
         stream = container.streams[index]
         if not isinstance(stream, VideoStream | AudioStream) or stream.codec_context is None:

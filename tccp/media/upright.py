@@ -1,4 +1,4 @@
-"""Display matrices: how a stored picture is brought upright."""
+"""Display matrices: how to turn a stored picture upright."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jaxtyping import UInt8
 
 @dataclass(frozen=True)
 class DisplayTurn:
-    """Transpose first, then mirror: every multiple of a quarter turn, mirrored or not."""
+    """Transposes first, then mirrors. This covers every multiple of a quarter turn, with and without mirroring."""
 
     transpose: bool = False
     mirror_x: bool = False
@@ -22,7 +22,7 @@ class DisplayTurn:
 
     @property
     def rotation_deg(self) -> int:
-        """The clockwise turn. A mirrored picture is one that is mirrored left to right after this turn."""
+        """The clockwise turn. A mirrored picture is mirrored left to right after this turn."""
         if self.transpose:
             return 270 if self.mirror_y else 90
         return 180 if self.mirror_y else 0
@@ -33,12 +33,12 @@ class DisplayTurn:
 
 
 def display_turn(frame: av.VideoFrame) -> DisplayTurn:
-    """What the frame's display matrix asks for, to the nearest quarter turn.
+    """The frame's display matrix, rounded to the nearest quarter turn.
 
     ISO/IEC 14496-12: x' = a x + c y, y' = b x + d y.
     """
     for side_data in frame.side_data:
-        assert isinstance(side_data, SideData)  # typed as a mapping by name, in fact a sequence
+        assert isinstance(side_data, SideData)  # PyAV's types call side_data a mapping, but it is a sequence
         if side_data.type == SideDataType.DISPLAYMATRIX:
             a, b, _, c, d = struct.unpack("<5i", bytes(side_data)[:20])
             if abs(a) + abs(d) >= abs(b) + abs(c):

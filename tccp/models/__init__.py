@@ -1,1 +1,1 @@
-"""Networks: plain modules with no knowledge of files of clips, schedules or training."""
+"""Neural networks as plain torch modules. They do not depend on clip tables, noise schedules or training."""

@@ -1,7 +1,7 @@
-"""The auto-encoder of latent diffusion (diffusers' AutoencoderKL), which alone knows how latents are scaled.
+"""The auto-encoder of latent diffusion (diffusers' AutoencoderKL), with the normalisation of latents.
 
-Latents of landmark images, faces and masked scenes have different means and spreads, so each kind of picture is
-normalised by its own statistics, per channel; outside this module latents are always normalised.
+Latents of landmark pictures, faces and masked scenes have different means and deviations, so each kind of picture is
+normalised by its own statistics per channel. Outside this module latents are always normalised.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ INITIAL_LOG_VARIANCE = -6.0
 
 
 def to_model(pictures: UInt8[Tensor, "*n h w 3"]) -> Float[Tensor, "*n 3 h w"]:
-    """Bytes at rest -> [-1, 1] in models."""
+    """Converts pictures from bytes to the models' range [-1, 1]."""
     return pictures.movedim(-1, -3).float() / 127.5 - 1
 
 
 def to_bytes(pictures: Float[Tensor, "*n 3 h w"]) -> UInt8[Tensor, "*n h w 3"]:
-    """Inverse of `to_model`, rounded; values outside [-1, 1] are clipped."""
+    """Inverse of `to_model`. Rounds, and clips values outside [-1, 1]."""
     return ((pictures.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(-3, -1)
 
 
 class PictureAutoencoder(nn.Module):
-    """Pictures `b 3 f h w` in [-1, 1] <-> normalised latents `b c f h w`, frame by frame.
+    """Converts pictures `b 3 f h w` in [-1, 1] to normalised latents `b c f h w` and back, frame by frame.
 
-    Where the network takes more than 3 channels, patches of pixels are folded into them: convolutions at full
-    resolution cost most of a small auto-encoder's time.
+    If the network takes more than 3 channels, patches of pixels are folded into channels, because convolutions at full
+    resolution take most of the time of a small auto-encoder.
     """
 
     mean: Tensor
@@ -67,8 +67,8 @@ class PictureAutoencoder(nn.Module):
             norm_num_groups=settings.norm_groups,
             mid_block_add_attention=settings.mid_attention,
         )
-        # The posterior starts narrow: with the default spread of 1 the decoder first has to learn to hear latents
-        # through their own noise, which costs most of a short training.
+        # The posterior starts narrow. With the default deviation of 1, the decoder would spend most of a short training
+        # on learning to separate latents from their own noise.
         torch.nn.init.constant_(vae.quant_conv.bias[settings.latent_channels :], INITIAL_LOG_VARIANCE)
         return cls(vae)
 
@@ -109,7 +109,10 @@ class PictureAutoencoder(nn.Module):
 
     @torch.no_grad()
     def fit_statistics(self, pictures: Mapping[PictureKind, Iterable[Float[Tensor, "n 3 h w"]]]) -> None:
-        """Sets each kind's mean and spread per channel from batches of pictures, in one pass over them."""
+        """Sets the mean and deviation of each kind per channel from batches of pictures, in one pass over them.
+
+        Raises TccpError if a kind has no pictures.
+        """
         for kind, batches in pictures.items():
             count = 0
             total = squares = torch.zeros_like(self.mean[0], dtype=torch.float64)
@@ -126,7 +129,7 @@ class PictureAutoencoder(nn.Module):
             self.std[row] = (squares / count - mean**2).clamp_min(1e-8).sqrt()
 
     def save(self, folder: Path) -> None:
-        """A diffusers AutoencoderKL folder with one more file, the latent statistics."""
+        """Writes a diffusers AutoencoderKL folder with one additional file, the latent statistics."""
         self.vae.save_pretrained(folder)
         statistics = {
             kind: {"mean": self.mean[row].tolist(), "std": self.std[row].tolist()}
@@ -136,7 +139,10 @@ class PictureAutoencoder(nn.Module):
 
     @classmethod
     def load(cls, folder: Path, dtype: torch.dtype = torch.float32) -> PictureAutoencoder:
-        """Loads what `save` wrote, or any AutoencoderKL folder; without statistics, fit them before use."""
+        """Loads a folder that `save` wrote, or any AutoencoderKL folder. Without statistics, fit them before use.
+
+        Raises TccpError if it is no such folder.
+        """
         try:
             vae = AutoencoderKL.from_pretrained(
                 folder, local_files_only=True, low_cpu_mem_usage=False, torch_dtype=dtype

@@ -1,4 +1,4 @@
-"""Published weights into our networks: files that others wrote, of which nothing but tensors is read."""
+"""Loads published checkpoints into our networks. Reads only tensors from them, never other pickled objects."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _COUNTER = "num_batches_tracked"
 
 
 def load_published(path: Path, network: _Network, name: str, give: str) -> _Network:
-    """`network` with the weights of a checkpoint, in eval mode on the CPU.
+    """Loads a checkpoint into `network` and returns it in eval mode on the CPU.
 
-    path: a `.safetensors`, or a pickled state dict, by itself or under `state_dict`; a `module.` prefix, left by
-    data-parallel training, is dropped. Batch counters, which eval mode does not read and files from before PyTorch
-    0.4.1 lack, may be absent.
-    name, give: of the network, and what to give instead, for errors.
-    Raises TccpError if the file is missing, unreadable, or not of the network's layout.
+    path: a `.safetensors` file or a pickled state dict, alone or under the key `state_dict`. A `module.` prefix from
+    data-parallel training is removed. Batch counters may be missing: eval mode does not read them, and files from
+    before PyTorch 0.4.1 lack them.
+    name, give: the network's name and advice on which file to give, for error messages.
+    Raises TccpError if the file is missing, unreadable, or has another layout than the network.
     """
     what = f"{name} weights {path}"
     if not path.is_file():
@@ -34,7 +34,7 @@ def load_published(path: Path, network: _Network, name: str, give: str) -> _Netw
             if path.suffix == ".safetensors"
             else torch.load(path, map_location="cpu", weights_only=True)
         )
-    except Exception as error:  # on bytes that are no pickle the unpickler raises anything
+    except Exception as error:  # the unpickler may raise any exception for bytes that are not a pickle
         raise TccpError(
             f"{what}: not a readable state dict ({type(error).__name__}); a TorchScript archive or a pickle of other "
             f"objects than tensors is not accepted, {give}"

@@ -1,4 +1,4 @@
-"""Latent-based conditions: each kind encoded on its own to tokens, concatenated frame by frame (paper section 4.3)."""
+"""Latent-based conditions: one encoder per kind makes tokens, which are concatenated per frame (paper section 4.3)."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from tccp.models.variants import ConditionKind
 
 @dataclass(frozen=True)
 class Conditions:
-    """Inputs of the condition encoders. One more kind of condition is one more field here and one more encoder below.
+    """Inputs of the condition encoders. To add a kind of condition, add a field here and an encoder below.
 
     audio: Wav2Lip mel, 16 columns centred on each frame, in [-4, 4].
-    identity: a picture of the person, in [-1, 1]; one per window, held for all of its frames.
+    identity: a picture of the person, in [-1, 1]; one per window, used for all its frames.
     lips: lip reference, in [-1, 1].
-    dropped: windows whose conditions are replaced by the learned null tokens (guidance).
+    dropped: True for windows whose conditions are replaced by the learned null tokens (guidance).
     """
 
     audio: Float[Tensor, "b f 80 16"] | None = None
@@ -50,13 +50,13 @@ class Conditions:
 
     @staticmethod
     def cat(parts: Sequence[Conditions]) -> Conditions:
-        """Joins windows along the batch. All parts must carry the same kinds."""
+        """Joins windows along the batch. Raises ValueError if the parts have different kinds of conditions."""
         joined: dict[str, Tensor | None] = {}
         for name in ("audio", "identity", "lips"):
             values = [getattr(part, name) for part in parts]
             if any(value is None for value in values):
                 if not all(value is None for value in values):
-                    raise ValueError(f"some windows have the condition {name!r} and some have not")
+                    raise ValueError(f"some windows have the condition {name!r} and some do not")
                 joined[name] = None
             else:
                 joined[name] = torch.cat(values)
@@ -110,7 +110,7 @@ class PictureEncoder(nn.Module):
 
 
 class ConditionEncoders(nn.Module):
-    """All of a variant's encoders, with the learned null tokens that stand for a dropped condition."""
+    """The encoders of a variant's conditions, with learned null tokens that replace dropped conditions."""
 
     def __init__(self, kinds: Sequence[ConditionKind], dim: int, picture_px: int, lip_px: int):
         super().__init__()
@@ -123,7 +123,7 @@ class ConditionEncoders(nn.Module):
         self.encoders = nn.ModuleDict(encoders)
         self.num_tokens = sum(encoder.num_tokens for encoder in encoders.values())
         self.null = nn.ParameterDict()
-        self.position = nn.ParameterDict()  # tells tokens of one kind, and kinds, apart
+        self.position = nn.ParameterDict()  # distinguishes the tokens of one kind, and the kinds
         for kind, encoder in encoders.items():
             shape = (encoder.num_tokens, dim)
             self.null[kind] = nn.Parameter(torch.zeros(shape))
@@ -132,7 +132,10 @@ class ConditionEncoders(nn.Module):
     def forward(
         self, conditions: Conditions, num_frames: int
     ) -> tuple[Float[Tensor, "b f n d"], Float[Tensor, "b f kinds_d"]]:
-        """Tokens per frame, and the mean token of each kind, concatenated."""
+        """Tokens per frame, and the mean token of each kind, concatenated.
+
+        Raises ValueError if a condition is missing or has another number of frames.
+        """
         tokens, pooled = [], []
         for kind, encoder in self.encoders.items():
             value = getattr(conditions, kind)

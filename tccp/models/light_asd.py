@@ -1,9 +1,9 @@
-"""Light-ASD, which sees whether a face on screen talks (Liao et al. 2023, "A Light Weight Model for Active Speaker
+"""Light-ASD, which detects whether a visible face talks (Liao et al. 2023, "A Light Weight Model for Active Speaker
 Detection"), in the layout of the published checkpoints.
 
-Only the layout is shared with the authors' release: names and shapes of the tensors, strides and paddings, which the
-checkpoints dictate. Two encoders of split convolutions (space or band first, then time) give 128 numbers a frame each;
-their sum passes through a recurrence forward in time and one backward. 1,021,636 parameters.
+Only the layout comes from the authors' release: names and shapes of the tensors, strides and paddings, which the
+checkpoints determine. Two encoders of split convolutions (space or band first, then time) give 128 numbers per frame
+each. Their sum passes through one recurrence forward and one backward in time. 1,021,636 parameters.
 """
 
 from __future__ import annotations
@@ -21,23 +21,24 @@ from tccp.models.checkpoint import load_published
 from tccp.models.mfcc import mfcc
 
 SIZE_PX = 112
-"""Side of the grey pictures: the middle of a face's 224 px chip, which shows it from the eyes down."""
+"""Side of the grey pictures: the middle of a face's 224 px chip, from the eyes down."""
 STEPS_PER_FRAME = 4
-"""Rows of cepstra, at 100 Hz, under one frame."""
+"""Rows of cepstra, at 100 Hz, per frame."""
 _CHANNELS = 128
-_GREY_MEAN, _GREY_DEVIATION = 0.4161, 0.1688  # of the pictures the network was trained on
-_TALKS = 1  # which of the two outputs; the other says that it does not
-_WINDOW_FRAMES, _WINDOW_STEP = 25, 5  # over a whole track, the recurrence goes on hearing who spoke seconds ago
+_GREY_MEAN, _GREY_DEVIATION = 0.4161, 0.1688  # of the network's training pictures
+_TALKS = 1  # index of the output for a talking face
+_WINDOW_FRAMES, _WINDOW_STEP = 25, 5  # over a whole track, the recurrence would remember speech of seconds ago
 _WINDOWS_AT_ONCE = 64
-_REACH_FRAMES = 6  # how far an encoder sees to either side: three kernels of five frames; the sound's, 17 steps
-_PART_FRAMES = 50  # the encoders' stride over a film; their memory, about 2 MB a frame, is bounded by it
-_WINDOW_REST = 240  # samples by which the 25 ms window of the last step reaches beyond the last frame
+_REACH_FRAMES = 6  # reach of an encoder to either side: three kernels of five frames; for the sound, 17 steps
+_PART_FRAMES = 50  # frames per encoder call; it bounds their memory use, about 2 MB a frame
+_WINDOW_REST = 240  # samples of the last step's 25 ms window beyond the last frame
 
 
 class _SplitBlock(nn.Module):
-    """Kernels of 3 and of 5, each first across space (or bands), then along time; what they give is added and mixed.
+    """Two chains with kernels of 3 and of 5, each across space (or bands) first, then along time. A last layer mixes
+    their sum.
 
-    across: for each axis of the kernels, whether it is one of space or bands. stride: along those.
+    across: for each axis of the kernels, True if it is a space or band axis. stride: along these axes.
     """
 
     def __init__(
@@ -106,7 +107,7 @@ class _AudioEncoder(nn.Module):
 
 
 class _Recurrence(nn.Module):
-    """Not the usual pair side by side: the one that runs backward reads what the one that runs forward has made."""
+    """Two GRUs in sequence, not in parallel as usual: the backward GRU reads the output of the forward GRU."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,9 +128,9 @@ class _Network(nn.Module):
 
 
 class LightAsd(nn.Module):
-    """The network with both its heads. Use in `eval()` mode: batch norm must run on the stored statistics.
+    """The network with both its heads. Use it in `eval()` mode, because batch norm must use the stored statistics.
 
-    Of the heads only `lossAV` is asked; `lossV`, of the pictures alone, helped training and is in the checkpoints.
+    Only the head `lossAV` is used. `lossV`, for pictures without sound, helped training and is in the checkpoints.
     """
 
     def __init__(self) -> None:
@@ -141,7 +142,7 @@ class LightAsd(nn.Module):
     def forward(
         self, cepstra: Float[Tensor, "b steps 13"], faces: Float[Tensor, "b f 112 112"]
     ) -> Float[Tensor, "b f"]:
-        """How much each frame's face talks, as a logit. steps: 4 f. faces: grey, 0..255."""
+        """A logit per frame that the face talks. steps: 4 f. faces: grey, 0..255."""
         return self._heads(self.model.audioEncoder(cepstra) + self.model.visualEncoder(faces))
 
     def _heads(self, embedding: Float[Tensor, "b f 128"]) -> Float[Tensor, "b f"]:
@@ -149,15 +150,15 @@ class LightAsd(nn.Module):
 
     @torch.inference_mode()
     def score(self, pcm: Int16[np.ndarray, " n"], chips: UInt8[np.ndarray, "f 112 112"]) -> Float32[np.ndarray, " f"]:
-        """How much the face of each frame talks: +2 to +5 for a moving mouth, about -1 for a still one.
+        """A score per frame that the face talks: +2 to +5 for a moving mouth, about -1 for a still one.
 
-        pcm: 16 kHz mono, 640 samples a frame. chips: grey. A frame's score is the mean over windows of a second around
-        it. A track of any length takes the same memory but for 1 kB a frame: the encoders see it part by part, with as
-        much around each part as their kernels reach.
+        pcm: 16 kHz mono, 640 samples per frame. chips: grey. A frame's score is the mean over windows of one second
+        that contain it. Memory use does not grow with the length of the track except for 1 kB per frame: the encoders
+        process it in parts, each extended by the reach of their kernels.
         Raises ValueError if sound and pictures differ in length.
         """
         if len(pcm) != len(chips) * SAMPLES_PER_FRAME:
-            raise ValueError(f"{len(pcm)} samples for {len(chips)} frames: give {SAMPLES_PER_FRAME} to a frame")
+            raise ValueError(f"{len(pcm)} samples for {len(chips)} frames: give {SAMPLES_PER_FRAME} per frame")
         if not len(chips):
             return np.zeros(0, np.float32)
         parts = [self._embedding(pcm, chips, start) for start in range(0, len(chips), _PART_FRAMES)]
@@ -176,17 +177,17 @@ class LightAsd(nn.Module):
     def _embedding(
         self, pcm: Int16[np.ndarray, " n"], chips: UInt8[np.ndarray, "f 112 112"], start: int
     ) -> Float[Tensor, "1 p 128"]:
-        """Both encoders' sum for the part that begins at frame `start`, as from the whole track."""
+        """The sum of both encoders for the part that begins at frame `start`, equal to that of the whole track."""
         stop = min(start + _PART_FRAMES, len(chips))
         first, last = max(start - _REACH_FRAMES, 0), min(stop + _REACH_FRAMES, len(chips))
-        heard = pcm[first * SAMPLES_PER_FRAME : last * SAMPLES_PER_FRAME + _WINDOW_REST]
-        missing = (last - first) * SAMPLES_PER_FRAME + _WINDOW_REST - len(heard)
-        cepstra = mfcc(np.pad(heard, (0, missing)))
+        sound = pcm[first * SAMPLES_PER_FRAME : last * SAMPLES_PER_FRAME + _WINDOW_REST]
+        missing = (last - first) * SAMPLES_PER_FRAME + _WINDOW_REST - len(sound)
+        cepstra = mfcc(np.pad(sound, (0, missing)))
         faces = torch.from_numpy(chips[first:last]).float()
         both = self.model.audioEncoder(torch.from_numpy(cepstra)[None]) + self.model.visualEncoder(faces[None])
         return both[:, start - first : stop - first]
 
 
 def load_light_asd(path: Path) -> LightAsd:
-    """The network with published weights, as `load_published`."""
+    """The network with published weights. Raises TccpError like `load_published`."""
     return load_published(path, LightAsd(), "Light-ASD", "give a checkpoint of it, e.g. finetuning_TalkSet.model")

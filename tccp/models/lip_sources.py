@@ -1,7 +1,7 @@
-"""The lip reference: how the identity's mouth looks for the driving sound, from one source in training and generation.
+"""Lip references: pictures of the person's mouth for the driving sound. Training and generation use the same source.
 
-A source sees sound and the identity picture, never a frame of the video that is to be generated: what the network is
-given in training is what it will be given when no such video exists.
+A source uses only sound and the identity picture, never a frame of the target video, because there is no target video
+when generating, and training must give the network the same input.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from tccp.models.wav2lip import SIZE_PX as WAV2LIP_PX
 from tccp.models.wav2lip import Wav2Lip, load_wav2lip
 
 _FACE_BOX = np.array([-0.85, -0.55, 0.85, 1.45])  # in MEAN_FACE's coordinates: jaw to jaw, forehead to below the chin
-_BATCH = 32  # frames per evaluation: memory does not grow with the length of the sound
+_BATCH = 32  # frames per evaluation, so that memory use does not grow with the length of the sound
 
 
 class LipSource(ABC):
-    """Draws lip pictures of `size_px`. `hash` changes with the kind of source, its weights and the pictures' size."""
+    """Generates lip pictures of `size_px`. `hash` identifies the kind of source, its weights and the picture size."""
 
     name: str
 
@@ -44,12 +44,12 @@ class LipSource(ABC):
 
     @abstractmethod
     def windows(self, samples: Sound, start_frame: int, num_frames: int) -> Float32[np.ndarray, "{num_frames} 80 16"]:
-        """The mel windows that `lips` wants for these frames of the sound (16 kHz, -1..1)."""
+        """The mel windows for `lips` of these frames of the sound (16 kHz, -1..1)."""
 
     def lips(
         self, mel: Float[np.ndarray, "f 80 16"], identity: UInt8[np.ndarray, "h w 3"]
     ) -> UInt8[np.ndarray, "f {self.size_px} {self.size_px} 3"]:
-        """Lip pictures, RGB, one per mel window. identity: the person's head crop, of any size."""
+        """Lip pictures, RGB, one per mel window. identity: a head crop of the person, of any size."""
         picture = self._prepare(identity)
         pictures = np.empty((len(mel), self.size_px, self.size_px, 3), np.uint8)
         with torch.inference_mode():
@@ -61,7 +61,7 @@ class LipSource(ABC):
 
     @abstractmethod
     def save(self, folder: Path) -> None:
-        """Writes the network, without pickles, so that `open_lip_source` reads it from `folder`."""
+        """Writes the network without pickles into `folder`, for `open_lip_source`."""
 
     @abstractmethod
     def _prepare(self, identity: UInt8[np.ndarray, "h w 3"]) -> Float[Tensor, "1 c i j"]:
@@ -73,7 +73,7 @@ class LipSource(ABC):
 
 
 class LipletSource(LipSource):
-    """Lips from Liplet, on the networks' centred mel window."""
+    """Lips from Liplet, which takes the centred mel window."""
 
     name = "liplet"
     network: Liplet
@@ -96,12 +96,12 @@ class LipletSource(LipSource):
 
 
 class Wav2LipSource(LipSource):
-    """Lips from Wav2Lip on the identity picture, as reference and as masked target alike, on its look-ahead window.
+    """Lips from Wav2Lip, which takes its look-ahead window and the identity picture as reference and masked target.
 
-    The paper drives Wav2Lip with the sound; that it runs on the identity picture is our reading: when generating
-    there is no target video. Wav2Lip wants a face as detectors box it, the identity picture is a head with hair,
-    neck and collar: where the face of a frontal head lies in it is cut out and, as with a detector's box, stretched to
-    a square. So no detector is needed.
+    The paper drives Wav2Lip with the sound. It does not say on which picture; we use the identity picture, because
+    there is no target video when generating. Wav2Lip expects a face box of a detector, but the identity picture shows
+    a head with hair, neck and collar. So the usual region of a frontal face is cut out and stretched to a square, which
+    needs no detector.
     """
 
     name = "wav2lip"
@@ -140,10 +140,10 @@ def _resize(picture: UInt8[np.ndarray, "h w 3"], size_px: int) -> UInt8[np.ndarr
 def open_lip_source(
     settings: LipSettings, weights: Path | None, device: str | torch.device = "cpu"
 ) -> LipSource | None:
-    """The source the settings name; None for `none`.
+    """Opens the source of these settings; None for `none`.
 
     weights: a folder written by `LipSource.save`, or the published Wav2Lip `.pth`.
-    Raises TccpError if the weights are missing, unreadable, or of another size than the settings say.
+    Raises TccpError if the weights are missing or unreadable, or if their picture size differs from the settings'.
     """
     if settings.source == "none":
         return None
@@ -155,27 +155,27 @@ def open_lip_source(
     network = load_liplet(weights)
     if network.config.size_px != settings.size_px:
         raise TccpError(
-            f"liplet {weights} draws {network.config.size_px} px pictures; lips.size_px is {settings.size_px}: "
+            f"liplet {weights} makes {network.config.size_px} px pictures; lips.size_px is {settings.size_px}: "
             "use the settings it was trained with"
         )
     return LipletSource(network, device)
 
 
 def load_liplet(folder: Path) -> Liplet:
-    """A Liplet from its folder (`config.json` + safetensors). Raises TccpError that names the folder and the reason."""
+    """Loads a Liplet from its folder (`config.json` + safetensors). Raises TccpError with the folder and the reason."""
     if not (folder / "config.json").is_file():
         raise TccpError(f"liplet {folder}: not a folder with config.json; train one or set lips.source=none")
     try:
         network = Liplet.from_pretrained(
             folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False, torch_dtype=torch.float32
         )
-    except Exception as error:  # diffusers and safetensors raise many kinds for a broken folder
+    except Exception as error:  # diffusers and safetensors raise many kinds of exceptions for a broken folder
         raise TccpError(f"liplet {folder}: cannot be loaded ({str(error).splitlines()[0][:200]})") from None
     return network.eval()
 
 
 def weights_hash(network: nn.Module) -> str:
-    """Hash of names, shapes and values of all tensors, whatever file they came from."""
+    """Hash of names, shapes and values of all tensors, independent of the file format."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())

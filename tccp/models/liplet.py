@@ -1,9 +1,9 @@
-"""Liplet: a small audio-driven lip network of our own, for users without Wav2Lip's weights.
+"""Liplet: a small audio-driven lip network of this project, for users without Wav2Lip's weights.
 
-From 0.2 s of sound and one picture of the person it draws how that person's mouth looks for that sound, in one
-canonical frontal frame: head pose is normalised away, opening and width are not. The layout follows Wav2Lip's idea
-(two encoders, one decoder); as the output frame is not the identity picture's, the picture enters as a code that
-modulates every level, and only the coarsest features are passed on in place.
+From 0.2 s of sound and one picture of a person it generates the person's mouth for that sound, in a canonical frontal
+frame: without head pose, but with the mouth's opening and width. Like Wav2Lip it has two encoders and one decoder.
+Because the output frame differs from the identity picture's frame, the picture enters as a code that modulates every
+level, and only the coarsest features are passed on with their positions.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from torch.nn import functional
 from tccp.errors import TccpError
 from tccp.landmarks import MEAN_FACE, head_pose
 
-# The canonical frame, in MEAN_FACE's coordinates (outer eye corners 1 apart, y down from their line): a square from the
-# nose base to below the chin of an open mouth, on the plane of the lips.
+# The canonical frame in MEAN_FACE's coordinates (outer eye corners 1 apart, y down from their line): a square on the
+# plane of the lips, from the nose base to below the chin of an open mouth.
 _VIEW_TOP, _VIEW_SIDE = 0.50, 0.96
 _MOUTH_CORNERS = [48, 54]
 _LIPS_Z = float(MEAN_FACE[48:60, 2].mean())
-_MAX_SHRINK = 2.5  # a face turned by more than about 65 degrees shows too little of the mouth to make it frontal
+_MAX_SHRINK = 2.5  # beyond about 65 degrees of turn, too little of the mouth is visible for a frontal picture
 
 
 def mouth_transform(landmarks: Float[np.ndarray, "68 2"], size_px: int) -> Float[np.ndarray, "2 3"] | None:
     """Affine map from landmark coordinates to pixels of the canonical mouth picture.
 
-    It undoes the pose of the plane of the lips, which `head_pose` takes from nose and eye corners alone, and centres
-    the mouth from side to side, since how far lips stand out differs between people and shows in a turned head. How
-    far the mouth is open or wide does not enter. None if points are missing (not finite), or the head turns too far.
+    It removes the pose of the plane of the lips, which `head_pose` gets from nose and eye corners only, and centres the
+    mouth horizontally, because lips protrude by different amounts, which shifts them in a turned head. It does not
+    depend on the mouth's opening or width. None if points are missing (not finite) or the head is turned too far.
     """
     if not np.isfinite(landmarks).all():
         return None
@@ -54,24 +54,24 @@ def mouth_picture(
 ) -> UInt8[np.ndarray, "{size_px} {size_px} 3"] | None:
     """The mouth of a face crop in the canonical frame: Liplet's training target.
 
-    What lies outside the face is painted over with its skin: sound says nothing about hair, collar and room.
-    landmarks: iBUG order, crop coordinates 0..1. None where the face cannot be made frontal (`mouth_transform`).
+    Pixels outside the face get the colour of its skin, because sound does not determine hair, collar and room.
+    landmarks: iBUG order, crop coordinates 0..1. None if `mouth_transform` returns None.
     """
     points = landmarks * np.array(face.shape[1::-1])
     transform = mouth_transform(points, size_px)
     if transform is None:
         return None
     outline = points @ transform[:, :2].T + transform[:, 2]
-    # OpenCV counts from pixel centres, landmarks from pixel edges.
+    # In OpenCV integers are pixel centres; in landmark coordinates they are pixel edges.
     transform[:, 2] += transform[:, :2].sum(axis=1) * 0.5 - 0.5
     shrink = np.linalg.det(transform[:, :2]) ** -0.5
-    if shrink > 1.5:  # a bilinear warp alone would alias
+    if shrink > 1.5:  # a bilinear warp without blur would alias
         face = cv2.GaussianBlur(face, (0, 0), 0.4 * float(shrink))
     size = (size_px, size_px)
     picture = cv2.warpAffine(face, transform, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
     face_mask = np.zeros(size, np.uint8)
     cv2.fillConvexPoly(face_mask, cv2.convexHull(np.round(outline).astype(np.int32)), 1)
-    # Points of the jaw lie on its edge, where pixels are part background.
+    # Jaw points lie on the edge of the face, where pixels contain background.
     inside = cv2.erode(face_mask, np.ones((3, 3), np.uint8), iterations=max(1, size_px // 32)).astype(bool)
     skin = inside & ~mouth_region(size_px)
     if skin.any():
@@ -80,18 +80,18 @@ def mouth_picture(
 
 
 def mouth_region(size_px: int) -> Bool[np.ndarray, "{size_px} {size_px}"]:
-    """Where lips can be in the canonical mouth picture: an ellipse around the mouth, open jaw included."""
+    """Possible positions of lips in the canonical mouth picture: an ellipse around the mouth, with an open jaw."""
     y, x = (np.indices((size_px, size_px)) + 0.5) * (_VIEW_SIDE / size_px)
     return ((x - _VIEW_SIDE / 2) / 0.38) ** 2 + ((y + _VIEW_TOP - 0.93) / 0.34) ** 2 <= 1
 
 
 def identity_picture(identity: UInt8[np.ndarray, "h w 3"], size_px: int) -> UInt8[np.ndarray, "{size_px} {size_px} 3"]:
-    """The whole identity head crop at Liplet's size: no landmarks, hence no detector, are needed at inference."""
+    """The whole identity head crop at Liplet's size. It needs no landmarks, so inference needs no detector."""
     return cv2.resize(identity, (size_px, size_px), interpolation=cv2.INTER_AREA)
 
 
 class _Modulated(nn.Module):
-    """Convolution, group norm, scale and shift from a code, SiLU."""
+    """Convolution, group norm, scale and shift computed from a code, SiLU."""
 
     def __init__(self, c_in: int, c_out: int, code_dim: int) -> None:
         super().__init__()
@@ -109,23 +109,30 @@ def _encode(c_in: int, c_out: int, stride: int) -> nn.Sequential:
 
 
 class Liplet(ModelMixin, ConfigMixin):
-    """Lip network; `size_px` is the side of its pictures, a multiple of 8, `channels` its width, a multiple of 4."""
+    """The lip network. size_px: side of its pictures, a multiple of 8. channels: its width, a multiple of 4.
+
+    Raises TccpError for other numbers.
+    """
 
     @register_to_config
     def __init__(self, size_px: int = 32, channels: int = 16) -> None:
         super().__init__()
         if size_px % 8 or channels % 4 or min(size_px, channels) <= 0:
-            raise TccpError(f"liplet of {size_px} px and {channels} channels: size is a multiple of 8, channels of 4")
+            raise TccpError(
+                f"liplet of {size_px} px and {channels} channels: give a size that is a multiple of 8, channels of 4"
+            )
         c, base, code = channels, size_px // 8, 8 * channels
-        self.audio_encoder = nn.Sequential(  # mel bands are channels: a formant's place means something
-            nn.Conv1d(80, 4 * c, 3, padding=1),
-            nn.SiLU(),
-            nn.Conv1d(4 * c, 4 * c, 3, stride=2, padding=1),
-            nn.SiLU(),
-            nn.Conv1d(4 * c, 4 * c, 3, stride=2, padding=1),
-            nn.SiLU(),
-            nn.Flatten(),
-            nn.Linear(4 * c * 4, code),
+        self.audio_encoder = (
+            nn.Sequential(  # mel bands are channels, because the absolute position of a formant matters
+                nn.Conv1d(80, 4 * c, 3, padding=1),
+                nn.SiLU(),
+                nn.Conv1d(4 * c, 4 * c, 3, stride=2, padding=1),
+                nn.SiLU(),
+                nn.Conv1d(4 * c, 4 * c, 3, stride=2, padding=1),
+                nn.SiLU(),
+                nn.Flatten(),
+                nn.Linear(4 * c * 4, code),
+            )
         )
         self.picture_encoder = nn.Sequential(
             nn.PixelUnshuffle(2), _encode(12, c, 1), _encode(c, 2 * c, 2), _encode(2 * c, 4 * c, 2)
@@ -144,7 +151,7 @@ class Liplet(ModelMixin, ConfigMixin):
         self.output = nn.Conv2d(c, 3, 3, padding=1)
 
     def forward(self, mel: Float[Tensor, "b 80 16"], identity: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b 3 s s"]:
-        """The identity's mouth for this sound, canonical frame, RGB in [-1, 1].
+        """The person's mouth for this sound, in the canonical frame, RGB in [-1, 1].
 
         mel: the networks' centred window (`tccp.media.mel.mel_windows`), in [-4, 4].
         identity: the whole head crop (`identity_picture`), RGB in [-1, 1].
@@ -156,5 +163,5 @@ class Liplet(ModelMixin, ConfigMixin):
             if level in (1, 3):
                 x = functional.interpolate(x, scale_factor=2, mode="nearest")
             x = block(x, code)
-        # Smooth, then one convolution: a pixel shuffle here left a checkerboard in short trainings.
+        # Bilinear upsampling before the last convolution: a pixel shuffle left a checkerboard in short trainings.
         return torch.tanh(self.output(functional.interpolate(x, scale_factor=2, mode="bilinear")))

@@ -1,4 +1,7 @@
-"""Mel-frequency cepstra exactly as python_speech_features computes them: what SyncNet and Light-ASD hear."""
+"""Mel-frequency cepstra exactly as python_speech_features computes them: the sound input of SyncNet and Light-ASD.
+
+librosa's filters differ: they do not place the corners of the triangles on whole bins.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,11 @@ from jaxtyping import Float, Float32, Int16
 from tccp.config import SAMPLE_RATE_HZ
 
 SMALLEST = np.finfo(np.float64).eps
-"""Stands for an energy of exactly zero, whose logarithm is taken next."""
+"""Replaces an energy of exactly zero before its logarithm is taken."""
 
 
 def mel_filters(sample_rate: int, num_filters: int, nfft: int) -> Float[np.ndarray, "bands bins"]:
-    """Triangles, evenly spaced in mel from 0 Hz to half the sample rate, their corners on whole bins; peaks of 1."""
+    """Triangles with peaks of 1, evenly spaced in mel from 0 Hz to half the sample rate, with corners on whole bins."""
     top = 2595 * np.log10(1 + sample_rate / 2 / 700)
     hertz = 700 * (10 ** (np.linspace(0, top, num_filters + 2) / 2595) - 1)
     corner = np.floor((nfft + 1) * hertz / sample_rate).astype(np.int64)
@@ -38,19 +41,19 @@ def mfcc(
     energy_first: bool = True,
     window: Float[np.ndarray, " w"] | None = None,
 ) -> Float32[np.ndarray, "steps cepstra"]:
-    """Cepstra, one row per step: 1 + ceil((n - w) / step) of them, the last filled up with silence; one if n <= w.
+    """Cepstra, one row per step: 1 + ceil((n - w) / step) rows, or one if n <= w. Silence fills up the last window.
 
-    samples: mono, in units of 16-bit PCM (-32768..32767), whatever the type: the networks were trained on that scale
-    and c0 is not free of it. window: weights of the w samples of a window, None for none (all ones).
-    lifter: L of the weights 1 + L/2 sin(pi i / L), 0 for none. energy_first: c0 is the logarithm of the step's energy.
-    A window longer than nfft loses its tail, as in the original.
+    samples: mono, on the scale of 16-bit PCM (-32768..32767) for either type: the networks were trained on that scale,
+    and c0 depends on it. window: weights of the w samples of a window, None for ones.
+    lifter: L in the weights 1 + L/2 sin(pi i / L), 0 for no weights. energy_first: c0 is the logarithm of the step's
+    energy. If a window is longer than nfft, its tail is ignored, as in the original.
     """
     length, step = (int(np.floor(seconds * sample_rate + 0.5)) for seconds in (window_seconds, step_seconds))
     samples = samples.astype(np.float64)
-    sharpened = np.append(samples[:1], samples[1:] - pre_emphasis * samples[:-1])
+    emphasised = np.append(samples[:1], samples[1:] - pre_emphasis * samples[:-1])
     num_steps = 1 + max(0, -((length - len(samples)) // step))
     padded = np.zeros((num_steps - 1) * step + length)
-    padded[: len(sharpened)] = sharpened
+    padded[: len(emphasised)] = emphasised
     frames = np.lib.stride_tricks.sliding_window_view(padded, length)[::step]
     if window is not None:
         frames = frames * window

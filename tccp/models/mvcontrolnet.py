@@ -1,4 +1,4 @@
-"""MVControlNet: a video diffusion branch, and a control branch that copies its encoder and middle (section 4.3)."""
+"""MVControlNet: a video diffusion branch and a control branch that copies its encoder and middle (section 4.3)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class VideoBranch(nn.Module):
 
 
 class ControlBranch(nn.Module):
-    """Encoder and middle like the video branch's, with zero convolutions where control enters and leaves."""
+    """An encoder and middle like the video branch's, with zero convolutions at the control input and at the outputs."""
 
     def __init__(self, encoder: Encoder, control_channels: int, embedding: Sequence[int], base_channels: int):
         super().__init__()
@@ -44,18 +44,18 @@ class ControlBranch(nn.Module):
     def forward(
         self, x: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor, num_frames: int, control: Tensor
     ) -> list[Tensor]:
-        """What to add to each of the video branch's skips, and last to its middle."""
+        """The tensors to add to the video branch's skips and, as the last one, to its middle."""
         added = self.zero_in(self.embed(control))
         skips, middle, _ = self.encoder(x, t, tokens, pooled, num_frames, added=added)
         return [zero(y) for zero, y in zip(self.zero_out, [*skips, middle], strict=True)]
 
 
 class MVControlNet(ModelMixin, ConfigMixin):
-    """`model(noisy_latents, t, conditions, control_latents)` -> predicted noise (or v, as trained).
+    """`model(noisy_latents, t, conditions, control_latents)` predicts the noise (or v, depending on its training).
 
-    One class for all variants: which conditions it takes is a setting. With `first_frame_channels` the window's first
-    frame, which is clean in sequence variants, is repeated on the channels of every frame. With `surround` the control
-    branch is shown the colours around the head box too.
+    One class serves all variants: its conditions are a setting. With `first_frame_channels`, the window's first frame,
+    which is clean in sequence variants, is repeated in additional channels of every frame. With `surround`, the control
+    branch also takes the colours around the head box.
     """
 
     _supports_gradient_checkpointing = True
@@ -110,7 +110,7 @@ class MVControlNet(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_settings(cls, settings: Settings, variant: VariantName) -> MVControlNet:
-        """A fresh network for `variant`. Its random state is the caller's (`torch.manual_seed`)."""
+        """A new network for `variant`. The caller determines its random weights (`torch.manual_seed`)."""
         row, resolved = VARIANTS[variant], settings.for_variant(variant)
         network = resolved.network
         model = cls(
@@ -144,12 +144,12 @@ class MVControlNet(ModelMixin, ConfigMixin):
         conditions: Conditions,
         control_latents: Float[Tensor, "b c2 f h w"] | None,
     ) -> Float[Tensor, "b c f h w"]:
-        """Prediction for every frame.
+        """The prediction for every frame.
 
         t: diffusion time per frame, 0..num_train_timesteps-1; 0 for a clean first frame.
-        control_latents: the video-based condition, of the same shape as the input, and with `surround` as many channels
-        more (`tccp.headbox.surround`); None runs the video branch alone.
-        Raises ValueError where shapes disagree with each other or with the network.
+        control_latents: the video-based condition, of the same shape as the input; with `surround` it has twice as many
+        channels (`tccp.headbox.surround`). None runs the video branch without the control branch.
+        Raises ValueError if shapes disagree with each other or with the network.
         """
         self._check(noisy_latents, t, control_latents)
         num_frames = noisy_latents.shape[2]
@@ -186,9 +186,9 @@ class MVControlNet(ModelMixin, ConfigMixin):
             )
 
     def start_control_from(self, source: MVControlNet) -> None:
-        """Takes video branch and condition encoders from `source`; copies encoder and middle into the control branch.
+        """Takes video branch and condition encoders from `source`, and copies encoder and middle to the control branch.
 
-        The zero convolutions start anew. Raises ValueError if the two networks differ in shape.
+        Resets the zero convolutions. Raises ValueError if the two networks differ in shape.
         """
         try:
             self.video.load_state_dict(source.video.state_dict())
@@ -200,10 +200,10 @@ class MVControlNet(ModelMixin, ConfigMixin):
             zero_module(zero)
 
     def start_from_first(self, first: MVControlNet) -> None:
-        """Takes the weights of the first-frame variant of the same stage, which then lacks nothing but motion.
+        """Starts from the weights of the first-frame variant of the same stage, so that only motion must be learned.
 
-        Encoders of conditions that only the first frame takes are left out; weights of input channels that only this
-        network has (`first_frame_channels`) start at zero. Raises ValueError if the two differ otherwise.
+        Leaves out encoders of conditions that only the first-frame variant has. Weights of input channels that only
+        this network has (`first_frame_channels`) start at zero. Raises ValueError if the two differ otherwise.
         """
         mine, theirs = self.state_dict(), first.state_dict()
         taken = {name: value for name, value in theirs.items() if name in mine or not name.startswith("conditions.")}
@@ -213,10 +213,10 @@ class MVControlNet(ModelMixin, ConfigMixin):
             taken[name] = torch.zeros_like(mine[name])
             channels = min(mine[name].shape[1], theirs[name].shape[1])
             taken[name][:, :channels] = theirs[name][:, :channels]
-            name = f"{branch}.encoder.time.pooled.0.weight"  # its inputs: the kinds, one after another
+            name = f"{branch}.encoder.time.pooled.0.weight"  # its inputs are the kinds' tokens, concatenated
             if name in mine and name in theirs:
-                places = [kinds.index(kind) * dim for kind in self.config.condition_kinds]
-                taken[name] = torch.cat([theirs[name][:, at : at + dim] for at in places], dim=1)
+                starts = [kinds.index(kind) * dim for kind in self.config.condition_kinds]
+                taken[name] = torch.cat([theirs[name][:, at : at + dim] for at in starts], dim=1)
         try:
             self.load_state_dict(taken)
         except RuntimeError as error:
@@ -224,11 +224,11 @@ class MVControlNet(ModelMixin, ConfigMixin):
             raise ValueError(f"the first-frame network has another shape: {reason}") from None
 
     def compile_blocks(self) -> None:
-        """Lets torch.compile translate the blocks, one for each shape: the whole network takes many times as long."""
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # one for each shape
+        """Compiles the blocks with torch.compile. Compiling the whole network would take many times as long."""
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # one per shape
         self.compile_repeated_blocks(dynamic=False)
 
     def freeze_video_branch(self) -> None:
-        """Only the control branch is trained from now on: "the video diffusion branch can be reused" (section 4.3)."""
+        """Trains only the control branch from now on: "the video diffusion branch can be reused" (section 4.3)."""
         self.video.requires_grad_(False)
         self.conditions.requires_grad_(False)

@@ -1,8 +1,8 @@
 """SyncNet (Chung & Zisserman 2016, "Out of time: automated lip sync in the wild"), in the published layout.
 
-Only the layout is shared with the authors' release (syncnet_v2.model): names and shapes of the tensors, strides and
-paddings. A lip branch sees 5 frames, a sound branch 20 MFCC steps, which is the same 0.2 s; where lips and sound belong
-together their 1024-vectors lie close. So the offset of a film is the one at which the distance is least, on average.
+Only the layout comes from the authors' release (syncnet_v2.model): names and shapes of the tensors, strides and
+paddings. The lip branch takes 5 frames, the sound branch 20 MFCC steps, both 0.2 s. Their 1024-vectors are close if
+lips and sound belong together, so the offset of a film is the one with the least mean distance.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ WINDOW_FRAMES = 5
 WINDOW_STEPS = 20
 STEPS_PER_FRAME = 4
 MAX_OFFSET = 15
-"""Offsets of -15..15 frames are tried."""
+"""The tested offsets are -15..15 frames."""
 EMBEDDING = 1024
-_BATCH = 16  # windows per evaluation: memory does not grow with the length of the film
+_BATCH = 16  # windows per evaluation, so that memory use does not grow with the length of the film
 
 
 def _conv2d(c_in: int, c_out: int, kernel: int | tuple[int, int], padding: int) -> list[nn.Module]:
@@ -45,13 +45,13 @@ def _head() -> nn.Sequential:
 
 
 class SyncNet(nn.Module):
-    """Both branches. Use in `eval()` mode: batch norm must run on the stored statistics."""
+    """The network with both branches. Use it in `eval()` mode, because batch norm must use the stored statistics."""
 
     def __init__(self) -> None:
         super().__init__()
         self.netcnnaud = nn.Sequential(  # 13 cepstra x 20 steps
             *_conv2d(1, 64, 3, 1),
-            nn.Identity(),  # the published network pools 1 x 1 here; it keeps the numbers of the layers
+            nn.Identity(),  # stands for the published network's 1 x 1 pooling, to keep the layers' numbers
             *_conv2d(64, 192, 3, 1),
             nn.MaxPool2d(3, (1, 2)),  # 11 x 9
             *_conv2d(192, 384, 3, 1),
@@ -62,7 +62,7 @@ class SyncNet(nn.Module):
         )
         self.netfcaud = _head()
         self.netfclip = _head()
-        self.netcnnlip = nn.Sequential(  # 224 px; only the first layer looks across frames
+        self.netcnnlip = nn.Sequential(  # 224 px; only the first layer spans several frames
             *_conv3d(3, 96, WINDOW_FRAMES, 7, 2, 0),  # 109
             nn.MaxPool3d((1, 3, 3), (1, 2, 2)),  # 54
             *_conv3d(96, 256, 1, 5, 2, 1),  # 26
@@ -75,19 +75,22 @@ class SyncNet(nn.Module):
         )
 
     def embed_sound(self, cepstra: Float[Tensor, "w 1 13 20"]) -> Float[Tensor, "w 1024"]:
-        """cepstra: 20 steps of `mfcc` per window, of samples on the scale of 16-bit PCM."""
+        """One vector per window. cepstra: 20 steps of `mfcc` per window, from samples on the scale of 16-bit PCM."""
         return self.netfcaud(self.netcnnaud(cepstra).flatten(1))
 
     def embed_lips(self, pictures: Float[Tensor, "3 f 224 224"]) -> Float[Tensor, "w 1024"]:
-        """One vector for each 5 consecutive pictures (f - 4 of them). pictures: faces, BGR, 0..255."""
+        """One vector per window of 5 consecutive pictures (f - 4 windows). pictures: faces, BGR, 0..255."""
         features = self.netcnnlip(pictures[None])[0, :, :, 0, 0]
         return self.netfclip(features.T)
 
 
 @dataclass(frozen=True)
 class SyncNetOffset:
-    """offset: frames, in the published sign: positive where the sound comes *early*. confidence (LSE-C): median minus
-    minimum over the offsets of the mean distance; distance (LSE-D): that minimum."""
+    """The result of `syncnet_offset`.
+
+    offset: in frames, with the published sign: positive if the sound comes *early*. confidence (LSE-C): median minus
+    minimum, over all offsets, of the mean distance. distance (LSE-D): that minimum.
+    """
 
     offset: int
     confidence: float
@@ -97,10 +100,10 @@ class SyncNetOffset:
 def syncnet_offset(
     network: SyncNet, pictures: Iterable[UInt8[np.ndarray, "224 224 3"]], pcm: Int16[np.ndarray, " n"]
 ) -> SyncNetOffset:
-    """Offset of one stretch of film, as syncnet_python measures it.
+    """The offset of sound and lips, as syncnet_python measures it.
 
-    pictures: a face's 25 per second, RGB, framed as `preprocessing.reels.chip_box` does. pcm: 16 kHz sound of the same
-    stretch. Raises ValueError if there are fewer than 6 frames of both.
+    pictures: a face at 25 fps, RGB, cropped as by `preprocessing.reels.chip_box`. pcm: 16 kHz sound of the same time.
+    Raises ValueError if there are fewer than 6 frames of either.
     """
     return read_offset(distances(lip_embeddings(network, pictures), sound_embeddings(network, pcm)))
 
@@ -108,7 +111,7 @@ def syncnet_offset(
 def lip_embeddings(
     network: SyncNet, pictures: Iterable[UInt8[np.ndarray, "224 224 3"]]
 ) -> Float32[np.ndarray, "w 1024"]:
-    """One vector per window of 5 pictures (RGB), stride 1. The pictures are read one at a time."""
+    """One vector per window of 5 pictures (RGB), with stride 1. Reads the pictures one at a time."""
     device = next(network.parameters()).device
     parts = [np.zeros((0, EMBEDDING), np.float32)]
     with torch.inference_mode():
@@ -119,16 +122,16 @@ def lip_embeddings(
 
 
 def _overlapping(pictures: Iterable[UInt8[np.ndarray, "h w 3"]]) -> Iterator[UInt8[np.ndarray, "f h w 3"]]:
-    """Stretches of pictures that hold each window of 5 once; none if there are fewer than 5."""
+    """Batches of pictures that overlap by 4, so that they contain each window of 5 once. None for fewer than 5."""
     rest = iter(pictures)
-    held = list(islice(rest, WINDOW_FRAMES - 1))
+    kept = list(islice(rest, WINDOW_FRAMES - 1))
     while more := list(islice(rest, _BATCH)):
-        yield np.stack(held + more)
-        held = (held + more)[1 - WINDOW_FRAMES :]
+        yield np.stack(kept + more)
+        kept = (kept + more)[1 - WINDOW_FRAMES :]
 
 
 def sound_embeddings(network: SyncNet, pcm: Int16[np.ndarray, " n"]) -> Float32[np.ndarray, "w 1024"]:
-    """One vector per frame whose 20 steps lie in the sound, so five fewer than it has whole frames."""
+    """One vector per frame whose 20 steps lie in the sound: five fewer than the sound's whole frames."""
     device = next(network.parameters()).device
     num_frames = len(pcm) // SAMPLES_PER_FRAME
     parts = [np.zeros((0, EMBEDDING), np.float32)]
@@ -143,20 +146,20 @@ def sound_embeddings(network: SyncNet, pcm: Int16[np.ndarray, " n"]) -> Float32[
 
 
 def distances(lips: Float32[np.ndarray, "a d"], sound: Float32[np.ndarray, "b d"]) -> Float32[np.ndarray, "w 31"]:
-    """Of each lip window to the sound windows 15 before it to 15 after it; beyond the ends sound is a vector of zeros.
+    """Distances of each lip window to the sound windows from 15 before it to 15 after it. Zeros extend the sound.
 
-    w: windows that both have.
+    w: the number of windows that both have.
     """
     count = min(len(lips), len(sound))
     lips = lips[:count]
     padded = np.pad(sound[:count], ((MAX_OFFSET, MAX_OFFSET), (0, 0)))
-    # The 1e-6 is torch's pairwise_distance, which the published code uses.
+    # The 1e-6 is from torch's pairwise_distance, which the published code uses.
     columns = [np.linalg.norm(lips - padded[k : k + count] + 1e-6, axis=1) for k in range(2 * MAX_OFFSET + 1)]
     return np.stack(columns, axis=1).astype(np.float32)
 
 
 def read_offset(distances: Float32[np.ndarray, "w 31"]) -> SyncNetOffset:
-    """The offset of least mean distance. Raises ValueError if there are no windows."""
+    """The offset with the least mean distance. Raises ValueError if there are no windows."""
     if len(distances) == 0:
         raise ValueError(f"no windows: SyncNet needs at least {WINDOW_FRAMES + 1} frames of pictures and of sound")
     mean = distances.mean(0, dtype=np.float64)
@@ -165,5 +168,5 @@ def read_offset(distances: Float32[np.ndarray, "w 31"]) -> SyncNetOffset:
 
 
 def load_syncnet(path: Path) -> SyncNet:
-    """The network with published weights, as `load_published`."""
+    """The network with published weights. Raises TccpError like `load_published`."""
     return load_published(path, SyncNet(), "SyncNet", "give the published syncnet_v2.model")

@@ -1,4 +1,4 @@
-"""The four MVControlNets of the paper (section 4.2, Figure 2) and its one-stage ablation, as one table."""
+"""A table of the paper's four MVControlNets (section 4.2, Figure 2) and of its one-stage ablation."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from tccp.config import LipSource, VariantName
 from tccp.errors import TccpError
 
 PictureKind = Literal["landmark", "face", "scene"]
-"""What a picture shows. Each kind of latents has its own mean and spread; `scene` means the head-masked scene."""
+"""The content of a picture. Latents of each kind have their own mean and deviation. `scene`: with the head masked."""
 ControlKind = Literal["scene", "landmark", "surround"]
-"""Pictures for the control branch; `surround` shows the colours around the head box (`tccp.headbox.surround`)."""
+"""Pictures for the control branch. `surround`: the colours around the head box (`tccp.headbox.surround`)."""
 ConditionKind = Literal["audio", "identity", "lips"]
 
 PICTURE_KINDS: tuple[PictureKind, ...] = get_args(PictureKind)
@@ -21,10 +21,10 @@ PICTURE_KINDS: tuple[PictureKind, ...] = get_args(PictureKind)
 class Variant:
     """One row of the table.
 
-    generates: the kind of picture whose noise is predicted.
-    control: the video-based condition, through the control branch.
-    conditions: the latent-based conditions, through cross-attention, in token order.
-    continues: whether the window starts from a given clean frame (Eq. 8) and has more frames than one.
+    generates: the kind of picture that the network generates.
+    control: the video-based condition, the input of the control branch.
+    conditions: the latent-based conditions for cross-attention, in token order.
+    continues: True if the window starts from a given clean frame (Eq. 8) and has more than one frame.
     """
 
     name: VariantName
@@ -45,7 +45,7 @@ class Variant:
         return (self.control, "surround") if surround and self.generates == "face" else (self.control,)
 
     def conditions_with(self, lips: LipSource) -> tuple[ConditionKind, ...]:
-        """The conditions left when the lip source is `none` (the ablation of section 5.5)."""
+        """The conditions for this lip source: without `lips` if it is `none` (the ablation of section 5.5)."""
         return tuple(kind for kind in self.conditions if kind != "lips" or lips != "none")
 
 
@@ -67,12 +67,13 @@ FIRST_OF: dict[VariantName, VariantName] = {
     "face_sequence": "face_first",
     "one_stage_sequence": "one_stage_first",
 }
-"""The variant that generates the initial frame a sequence variant continues from."""
+"""For each sequence variant, the variant that generates its initial frame."""
 
 TWO_STAGE: tuple[VariantName, ...] = ("landmark_first", "landmark_sequence", "face_first", "face_sequence")
 
 
 def variant(name: str) -> Variant:
+    """The variant of this name. Raises TccpError that lists the names if there is none."""
     if name not in VARIANTS:
         raise TccpError(f"unknown variant {name!r}: choose one of {', '.join(VARIANTS)}")
     return VARIANTS[name]

@@ -1,7 +1,7 @@
-"""The space-time U-Net that both branches of MVControlNet are made of (paper section 4.3, Figure 3).
+"""The space-time U-Net of both branches of MVControlNet (paper section 4.3, Figure 3).
 
-Inside, frames are folded into the batch, `(b f) c h w`: spatial layers are diffusers' own, and only the two temporal
-layers unfold the frames.
+Frames are folded into the batch, `(b f) c h w`. Spatial layers are diffusers' own; only the two temporal layers unfold
+the frames.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def zero_module(module: M) -> M:
-    """`module` with all parameters set to zero, so that at first it adds nothing."""
+    """Sets all parameters of `module` to zero, so that its output starts at zero."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
 
 
 def frame_positions(num_frames: int, channels: int, like: Tensor) -> Float[Tensor, "f c"]:
-    """Sinusoidal positions of the frames in a window."""
+    """Sinusoidal position embeddings of the frames in a window."""
     frequencies = torch.exp(-math.log(100.0) * torch.arange(channels // 2, device=like.device) / (channels // 2))
     angles = torch.arange(num_frames, device=like.device)[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=-1).to(like.dtype)
 
 
 class TemporalConv(nn.Module):
-    """Residual 1D convolution over the frames at each place; starts as the identity."""
+    """Residual 1D convolution over the frames at each position. It starts as the identity."""
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
@@ -79,7 +79,7 @@ class SpaceTimeTransformer(nn.Module):
         return rearrange(x, "bf (h w) c -> bf c h w", h=height)
 
     def cross_attend(self, x: Float[Tensor, "bf p c"], tokens: Float[Tensor, "bf n d"]) -> Float[Tensor, "bf p c"]:
-        """Frame i attends to the tokens of frame i alone: frames are part of the batch here."""
+        """Frame i attends to the tokens of frame i only, because frames are part of the batch."""
         return self.cross(self.norm_cross(x), encoder_hidden_states=tokens)
 
 
@@ -120,7 +120,7 @@ class BasicBlock(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """Diffusion time per frame -> embedding: sinusoids and a 2-layer MLP; pooled condition tokens added on request."""
+    """Embeds the diffusion time of each frame by sinusoids and an MLP. With pooled_dim, it adds pooled conditions."""
 
     def __init__(self, dim: int, pooled_dim: int | None):
         super().__init__()
@@ -136,7 +136,7 @@ class TimeEmbedding(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Time embedding, input convolution, downward path and middle: what the control branch copies."""
+    """Time embedding, input convolution, downward path and middle. The control branch copies this part."""
 
     def __init__(
         self,
@@ -156,7 +156,7 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(in_channels, base_channels, 3, padding=1)
         self.scales = nn.ModuleList()
         self.downs = nn.ModuleList()
-        self.skip_channels: list[int] = []  # of every skip, in the order `forward` gives them; the last is the middle's
+        self.skip_channels: list[int] = []  # of the skips in their order; the middle has as many as the last one
         channels = base_channels
         block = (time_dim, condition_dim, head_dim, dropout, groups)
         for level, multiplier in enumerate(multipliers):
@@ -179,7 +179,7 @@ class Encoder(nn.Module):
         num_frames: int,
         added: Tensor | None = None,
     ) -> tuple[list[Tensor], Tensor, Tensor]:
-        """Skips (two per scale), the middle's output and the time embedding. `added` joins the encoded input."""
+        """The skips (two per scale), the middle's output and the time embedding. added: joins the encoded input."""
         time = self.time(t, pooled)
         x = self.conv_in(x)
         if added is not None:
@@ -195,7 +195,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Upward path with skips, and the output convolution."""
+    """Upward path with skips, and output convolution."""
 
     def __init__(
         self,

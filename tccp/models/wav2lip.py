@@ -1,8 +1,8 @@
 """Wav2Lip's generator (Prajwal et al. 2020, arXiv 2008.10010), in the layout of the published checkpoints.
 
-Only the layout is shared with the authors' release: names and shapes of the tensors, strides and paddings, which
-the checkpoints dictate. A picture encoder and an audio encoder both end in a 512-vector; the decoder starts from the
-sound and takes up the picture encoder's outputs level by level. 36,298,035 parameters.
+Only the layout comes from the authors' release: names and shapes of the tensors, strides and paddings, which the
+checkpoints determine. A picture encoder and an audio encoder both end in a 512-vector. The decoder starts from the
+audio vector and adds the picture encoder's outputs level by level. 36,298,035 parameters.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tccp.models.checkpoint import load_published
 
 SIZE_PX = 96
-"""The one picture size the published weights were trained for."""
+"""The picture size that the published weights were trained for."""
 
 
 class ConvBlock(nn.Module):
@@ -50,7 +50,7 @@ def _up(c_in: int, c_out: int, residuals: int) -> nn.Sequential:
 
 
 class Wav2Lip(nn.Module):
-    """The generator. Use in `eval()` mode: batch norm must run on the stored statistics."""
+    """The generator. Use it in `eval()` mode, because batch norm must use the stored statistics."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +73,8 @@ class Wav2Lip(nn.Module):
             _conv(256, 512, 3),  # 1 x 1
             _conv(512, 512, 1),
         )
-        # Each level but the first takes the level below concatenated with the picture encoder's output of its size.
+        # The input of each level but the first is the output of the level before, concatenated with the picture
+        # encoder's output of the same size.
         self.face_decoder_blocks = nn.ModuleList(
             [
                 nn.Sequential(_conv(512, 512, 1)),  # 1 px
@@ -105,6 +106,6 @@ class Wav2Lip(nn.Module):
 
 
 def load_wav2lip(path: Path) -> Wav2Lip:
-    """The 96 px generator with published weights, as `load_published`."""
+    """The 96 px generator with published weights. Raises TccpError like `load_published`."""
     advice = "give the published wav2lip.pth, or set lips.source"
     return load_published(path, Wav2Lip(), "Wav2Lip", advice)

@@ -1,4 +1,4 @@
-"""RoundTable: procedural conversation scenes with sound and known truth, the embedded data set."""
+"""RoundTable: procedural conversation scenes with sound and ground truth. The project's built-in data set."""
 
 from tccp.roundtable.film_files import identity_path, read_identity, read_truth, truth_path, write_clip, write_clips
 from tccp.roundtable.people import Person, make_person

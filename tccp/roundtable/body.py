@@ -1,4 +1,4 @@
-"""Draws a person's body and clothes."""
+"""Paints a person's body and clothes."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float, Float64
 
-from tccp.roundtable.draw import Canvas
+from tccp.roundtable.canvas import Canvas
 from tccp.roundtable.people import Colour, Person, shade
 
 NECK_BASE_Y = 2.12
-"""Where the neck enters the collar, in head units below the eyes; the body hangs from there."""
+"""Height of the neck base, where the neck enters the collar, in head units below the eyes. The body starts there."""
 _SHOULDER_Y, _SHOULDER_Z = 0.78, -0.2
 _Project = Callable[..., Float64[np.ndarray, "n 2"]]
-"""From points of a body to the picture."""
+"""Converts points of a body to the picture."""
 
 
 @dataclass(frozen=True)
 class Outfit:
-    """Clothes, drawn anew in every scene."""
+    """Clothes. They are sampled for every scene."""
 
     cloth: Colour
     collar: Colour
@@ -30,9 +30,9 @@ class Outfit:
 
 
 def torso_points(points: Float[np.ndarray, "n 3"], yaw_deg: float) -> Float64[np.ndarray, "n 2"]:
-    """Points of a body turned by yaw_deg, in head units from the neck base.
+    """Projects points of a body turned by yaw_deg, in head units from the neck base.
 
-    A little perspective makes the nearer shoulder larger and lower, and a body is half as thick as wide.
+    Slight perspective makes the nearer shoulder larger and lower. A body is half as thick as wide.
     """
     cos, sin = np.cos(np.deg2rad(yaw_deg)), np.sin(np.deg2rad(yaw_deg))
     across = np.copysign(np.hypot(cos, 0.5 * sin), cos)
@@ -42,7 +42,7 @@ def torso_points(points: Float[np.ndarray, "n 3"], yaw_deg: float) -> Float64[np
 
 
 def shoulder_ends(outfit: Outfit, yaw_deg: float) -> Float64[np.ndarray, "2 2"]:
-    """Left and right end of the shoulders in the picture (of a body seen from the front), from the neck base."""
+    """Left and right end of the shoulders, relative to the neck base. Left and right as seen from the front."""
     ends = [(side * outfit.shoulders, _SHOULDER_Y, _SHOULDER_Z) for side in (-1.0, 1.0)]
     return torso_points(np.array(ends), yaw_deg)
 
@@ -56,7 +56,7 @@ def paint_body(
     torso_yaw_deg: float,
     hands: tuple[float, float],
 ) -> None:
-    """Torso and arms under a neck base. hands: how far the left and right (in the picture) hand is raised, 0..1."""
+    """Paints torso and arms. hands: how far the left and right hand (in the picture) are raised, 0..1."""
     yaw = np.deg2rad(torso_yaw_deg)
     faces_viewer = np.cos(yaw) > 0
 

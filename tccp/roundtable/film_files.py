@@ -1,4 +1,4 @@
-"""RoundTable on disk: films with sound as any camera would leave them, and beside each what is known of it."""
+"""Writes and reads RoundTable films, each with a file of ground truth and an identity picture beside it."""
 
 from __future__ import annotations
 
@@ -33,31 +33,31 @@ def write_clips(
     progress: Callable[[str, int, int], None] | None = None,
     excerpt_s: float | int | None = None,
 ) -> list[Path]:
-    """Films `roundtable_<seed>_<k>.mp4` with sound, each with `.truth.npz` and `.identity.png` beside it.
+    """Writes films `roundtable_<seed>_<k>.mp4` with sound, each with `.truth.npz` and `.identity.png` beside it.
 
-    people: how many different talkers take turns; by default each clip has its own. progress: called with (name, frames
-    done, frames in all). excerpt_s: film only so much of each clip of `seconds`, from a moment that the seed draws.
-    Files that are there are overwritten, each only when its new version is complete.
+    people: number of different talkers, who take turns; by default each clip has its own talker. progress: called with
+    (name, frames done, frames in all). excerpt_s: write only an excerpt of this length of each clip of `seconds`, from
+    a random start. Existing files are replaced, each when its new version is complete.
     Raises TccpError if numbers are out of range or `out` cannot be written to.
     """
     if clips < 1 or (people is not None and people < 1):
-        raise TccpError(f"{clips} clips of {people} people: both are at least 1")
+        raise TccpError(f"{clips} clips of {people} people: give at least 1 of each")
     if seed < 0:
-        raise TccpError(f"seed {seed}: seeds are whole numbers from 0")
+        raise TccpError(f"seed {seed}: give an integer of at least 0")
     if not (math.isfinite(seconds) and round(seconds * FPS) >= 1):
-        raise TccpError(f"clips of {seconds} s: at least {1 / FPS} s, one frame")
+        raise TccpError(f"clips of {seconds} s: give at least {1 / FPS} s, one frame")
     num_frames = num_kept = round(seconds * FPS)
     if excerpt_s is not None:
         if not (math.isfinite(excerpt_s) and 1 <= round(excerpt_s * FPS) <= num_frames):
             raise TccpError(
-                f"excerpt of {excerpt_s} s of clips of {seconds} s: at least {1 / FPS} s, at most the whole clip"
+                f"excerpt of {excerpt_s} s of clips of {seconds} s: give at least {1 / FPS} s, at most the whole clip"
             )
         num_kept = round(excerpt_s * FPS)
     folder = Path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise TccpError(f"{folder}: cannot be made a folder ({error.strerror}): choose another") from None
+        raise TccpError(f"{folder}: cannot create this folder ({error.strerror}): choose another") from None
     clip_seeds = np.random.SeedSequence([seed, 1]).generate_state(clips, np.uint64) >> 1
     person_seeds = np.random.SeedSequence([seed, 2]).generate_state(people or clips, np.uint32)
     starts = np.random.default_rng([seed, 3]).integers(num_frames - num_kept + 1, size=clips)
@@ -78,9 +78,9 @@ def write_clip(
     progress: Callable[[str, int, int], None] | None = None,
     frames: range | None = None,
 ) -> None:
-    """One film, all of the clip or these frames of it, and what belongs beside it.
+    """Writes the clip, or these frames of it, as a film with its ground truth and identity picture.
 
-    The film comes last: where it is, the rest is too.
+    Writes the film last, so that the other files exist wherever a film exists.
     """
     path = Path(path)
     frames = frames or range(clip.num_frames)
@@ -98,19 +98,19 @@ def write_clip(
 
 
 def truth_path(film: str | Path) -> Path:
-    """Where the truth of a film lies: `<name>.truth.npz` beside it."""
+    """The path of a film's ground truth: `<name>.truth.npz` beside it."""
     return Path(film).with_suffix(".truth.npz")
 
 
 def identity_path(film: str | Path) -> Path:
-    """Where the identity picture of a film's talker lies: `<name>.identity.png` beside it."""
+    """The path of the identity picture of a film's talker: `<name>.identity.png` beside it."""
     return Path(film).with_suffix(".identity.png")
 
 
 def read_truth(path: str | Path) -> Truth:
-    """The truth of a film, from the film's own path or its truth file's.
+    """The ground truth of a film, from the path of the film or of its truth file.
 
-    Raises TccpError if there is none or it cannot be read.
+    Raises TccpError if the truth file does not exist or cannot be read.
     """
     path = Path(path)
     source = path if path.suffix == ".npz" else truth_path(path)
@@ -125,12 +125,12 @@ def read_truth(path: str | Path) -> Truth:
                 for field in fields(Truth)
             }
     except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-        raise TccpError(f"{source}: not a RoundTable truth file ({error}): write it anew with `tccp synth`") from None
+        raise TccpError(f"{source}: not a RoundTable truth file ({error}): write it again with `tccp synth`") from None
     return Truth(**values)
 
 
 def read_identity(path: str | Path) -> UInt8[np.ndarray, "s s 3"]:
-    """The identity picture beside a film, RGB. Raises TccpError if there is none."""
+    """The identity picture beside a film, RGB. Raises TccpError if it does not exist or cannot be read."""
     source = identity_path(path)
     picture = cv2.imread(str(source), cv2.IMREAD_COLOR) if source.is_file() else None
     if picture is None:

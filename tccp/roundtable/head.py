@@ -1,8 +1,8 @@
-"""The head in three dimensions: a template, its expressions, its pose, its 68 landmarks (iBUG order).
+"""A head model in three dimensions: template, expressions, pose and 68 landmarks (iBUG order).
 
 Axes: x to the image's right, y down, z to the viewer. The unit is half the width of a mean face; the origin lies
 between the ears at the height of the eyes. Projection is orthographic, so pixels = origin + unit_px * (x, y).
-Every jaw landmark is a point of the turned head: at a turn the far ones lie inside the outline, as in 3D fits.
+Every jaw landmark is a fixed point of the head. If the head turns, the far ones lie inside the outline, as in 3D fits.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from jaxtyping import Float, Float32, Float64
 from tccp.roundtable.people import Person
 
 PIVOT = np.array([0.0, 0.9, -0.25])
-"""Where the head turns: the top of the neck. It keeps its place, so the head box need not follow the turn."""
+"""Centre of the head's rotation: the top of the neck. It stays fixed, so the head box need not follow a turn."""
 MAX_GAP = 0.50
-"""Distance of the inner lips' middles at opening 1."""
+"""Distance between the middles of the inner lips at opening 1."""
 
 _JAW_HALF = [
     (-1.00, 0.00, -0.20), (-0.99, 0.32, -0.16), (-0.95, 0.63, -0.08), (-0.88, 0.93, 0.04), (-0.76, 1.19, 0.20),
@@ -38,17 +38,17 @@ _EYE_HALF = [
 _MOUTH_Y = 1.06
 _MIRRORED_EYE = [3, 2, 1, 0, 5, 4]
 _JAW_DROP = np.concatenate([ramp := np.linspace(0, 1, 9) ** 1.5, ramp[-2::-1]])
-# Fractions of half the width, and of the lip's thickness, of outer lip 48-59 and inner lip 60-67.
+# x as a fraction of half the mouth's width, and lip thickness, for outer lip 48-59 and inner lip 60-67.
 _OUTER_X = np.array([-1, -0.64, -0.24, 0, 0.24, 0.64, 1, 0.62, 0.26, 0, -0.26, -0.62])
 _OUTER_LIP = np.array([0, -0.105, -0.155, -0.13, -0.155, -0.105, 0, 0.13, 0.175, 0.185, 0.175, 0.13])
 _INNER_X = np.array([-0.88, -0.5, 0, 0.5, 0.88, 0.5, 0, -0.5])
-# Of the gap: the lower lip goes down with the jaw, the upper one rises a little.
+# Shares of the gap: the lower lip goes down with the jaw, the upper lip rises a little.
 _UPPER_SHARE, _LOWER_SHARE = 0.22, 0.78
 
 
 @dataclass(frozen=True)
 class Expression:
-    """What moves in the face, per frame, each 0..1: opening, width and brow raise; eyelids are 0 open, 1 closed."""
+    """The face's expression per frame, each 0..1: mouth opening and width, brow raise; blink: 0 open, 1 closed lids."""
 
     opening: Float32[np.ndarray, " f"]
     width: Float32[np.ndarray, " f"]
@@ -58,7 +58,7 @@ class Expression:
 
 @dataclass(frozen=True)
 class Pose:
-    """Turn per frame in degrees: yaw to the image's right, pitch downwards and roll clockwise are positive."""
+    """The head's rotation per frame in degrees; positive are yaw to the image's right, pitch down, roll clockwise."""
 
     yaw_deg: Float32[np.ndarray, " f"]
     pitch_deg: Float32[np.ndarray, " f"]
@@ -66,7 +66,7 @@ class Pose:
 
 
 def neutral_face(person: Person) -> Float64[np.ndarray, "68 3"]:
-    """The person's face at rest, mouth closed. The mouth (48-67) is left to `landmarks_3d`."""
+    """The person's face at rest, without the mouth (points 48-67), which `landmarks_3d` adds."""
     points = np.zeros((68, 3))
     jaw = np.array(_JAW_HALF)
     jaw[3:7, 0] *= person.jaw_width
@@ -88,7 +88,7 @@ def neutral_face(person: Person) -> Float64[np.ndarray, "68 3"]:
 
 
 def landmarks_3d(person: Person, expression: Expression) -> Float64[np.ndarray, "f 68 3"]:
-    """The person's landmarks with this expression, head not turned."""
+    """The person's landmarks with this expression, before the head is turned."""
     points = np.repeat(neutral_face(person)[None], len(expression.opening), axis=0)
     gap = MAX_GAP * expression.opening.astype(np.float64)[:, None]
     points[:, :17, 1] += 0.62 * gap * _JAW_DROP
@@ -100,15 +100,15 @@ def landmarks_3d(person: Person, expression: Expression) -> Float64[np.ndarray, 
 
 def _close_eyes(points: Float64[np.ndarray, "f 68 3"], blink: Float64[np.ndarray, " f"]) -> None:
     for upper, lower in (((37, 38), (41, 40)), ((43, 44), (47, 46))):
-        way = points[:, lower] - points[:, upper]
-        points[:, upper] += blink[:, None, None] * 0.92 * way
+        gap = points[:, lower] - points[:, upper]
+        points[:, upper] += blink[:, None, None] * 0.92 * gap
 
 
 def _mouth(
     person: Person, gap: Float64[np.ndarray, "f 1"], width: Float64[np.ndarray, "f 1"]
 ) -> Float64[np.ndarray, "f 20 3"]:
     half = person.mouth_width * person.face_width * (0.29 + 0.26 * width)
-    # A rounded mouth has thick lips that stand out; an open one is an oval whose corners lie between the lips.
+    # A rounded mouth has thick lips that protrude. An open mouth is an oval whose corners lie between the lips.
     fullness = person.lip_fullness * (1.12 - 0.27 * width)
     corner_y = _MOUTH_Y + 0.2 * gap
 
@@ -122,7 +122,7 @@ def _mouth(
     inner_upper = np.arange(8) <= 4
     inner_share = _INNER_X / 0.88
     inner_y = lip_y(inner_share, inner_upper)
-    # Closed lips meet in a line; 0.012 keeps upper and lower points apart enough to be told apart.
+    # Closed lips meet in a line. 0.012 keeps upper and lower points distinct.
     inner_y += 0.012 * np.where(inner_upper, -1, 1) * (np.abs(inner_share) < 1)
     x = half * np.concatenate([_OUTER_X, _INNER_X])
     z = 0.98 - 0.55 * x**2 + 0.08 * (1 - width)
@@ -131,7 +131,7 @@ def _mouth(
 
 
 def rotation(pose: Pose) -> Float64[np.ndarray, "f 3 3"]:
-    """Roll after pitch after yaw, as matrices that act on column vectors."""
+    """Rotation matrices for column vectors: yaw first, then pitch, then roll."""
     yaw, pitch, roll = (np.deg2rad(a.astype(np.float64)) for a in (pose.yaw_deg, pose.pitch_deg, pose.roll_deg))
     zero, one = np.zeros_like(yaw), np.ones_like(yaw)
 
@@ -145,5 +145,5 @@ def rotation(pose: Pose) -> Float64[np.ndarray, "f 3 3"]:
 
 
 def turned(points: Float[np.ndarray, "*f p 3"], matrix: Float[np.ndarray, "*f 3 3"]) -> Float64[np.ndarray, "*f p 3"]:
-    """Points of the head turned about `PIVOT`."""
+    """Rotates points of the head about `PIVOT`."""
     return (points - PIVOT) @ np.swapaxes(matrix, -1, -2) + PIVOT

@@ -1,4 +1,4 @@
-"""Who a person is: skin, hair, face shape, glasses, voice. Clothes belong to the scene, not to the person."""
+"""Persons: skin, hair, face shape, glasses and voice. Clothes belong to the scene, not to the person."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _RIMS: tuple[Colour, ...] = ((24, 24, 28), (110, 60, 34), (60, 66, 90))
 
 @dataclass(frozen=True)
 class Person:
-    """Lengths multiply the head template's (head.py); 1 is the mean face."""
+    """A person's appearance and voice. Lengths are factors of the head template's lengths (head.py); 1 is the mean."""
 
     seed: int
     skin: Colour
@@ -52,11 +52,11 @@ class Person:
 
 
 def make_person(seed: int) -> Person:
-    """The person of this seed: always the same one."""
+    """The person of this seed. Equal seeds give equal persons."""
     rng = np.random.default_rng([seed, 0x9E5])
     skin_index = int(rng.integers(len(_SKINS)))
     skin = _vary(rng, _SKINS[skin_index], 10)
-    # Brown skins go with black or grey hair: brown on brown would hide where the face ends.
+    # Brown skin gets black or grey hair, because brown on brown would hide the edge of the face.
     hair_index = int(rng.integers(len(_HAIRS))) if skin_index < 3 else int(rng.choice([0, 6], p=[0.75, 0.25]))
     has_low_voice = rng.random() < 0.5
     return Person(
@@ -87,13 +87,13 @@ def make_person(seed: int) -> Person:
 
 
 def blend(first: Colour, second: Colour, share: float) -> Colour:
-    """`first` at share 0, `second` at share 1."""
+    """Interpolates colours: `first` at share 0, `second` at share 1."""
     r, g, b = (round(a + (z - a) * share) for a, z in zip(first, second, strict=True))
     return r, g, b
 
 
 def shade(colour: Colour, factor: float) -> Colour:
-    """Darker below factor 1, lighter above."""
+    """Makes a colour darker (factor below 1) or lighter (above 1)."""
     r, g, b = (min(255, round(value * factor)) for value in colour)
     return r, g, b
 

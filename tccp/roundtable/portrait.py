@@ -1,16 +1,23 @@
-"""Draws a head: neck, hair and ears around the face, from every side."""
+"""Paints a head from any side: neck, hair and ears around the face."""
 
 from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Float, Float64
 
-from tccp.roundtable.draw import Canvas
-from tccp.roundtable.face_drawing import HeadView, paint_brows, paint_features, paint_glasses, paint_profile, paint_skin
+from tccp.roundtable.canvas import Canvas
+from tccp.roundtable.face_painting import (
+    HeadView,
+    paint_brows,
+    paint_features,
+    paint_glasses,
+    paint_profile,
+    paint_skin,
+)
 from tccp.roundtable.head import PIVOT, turned
 from tccp.roundtable.people import Colour, Person, shade
 
-# Face beyond the landmarks: forehead up to the hairline, temples, cheekbones, cheeks.
+# Points of the face that are no landmarks: forehead up to the hairline, temples, cheekbones, cheeks.
 _FACE = [(0.0, -0.98, 0.72), (0.0, -0.55, 0.93)] + [
     (side * x, y, z)
     for side in (-1, 1)
@@ -22,7 +29,7 @@ _FACE = [(0.0, -0.98, 0.72), (0.0, -0.55, 0.93)] + [
 
 
 class HeadModel:
-    """Points of one person's head that are not landmarks, gathered so that a frame turns them all at once."""
+    """All points of one person's head that are not landmarks, in one array, so that one product rotates them."""
 
     def __init__(self, person: Person) -> None:
         self.person = person
@@ -45,7 +52,7 @@ class HeadModel:
 
 
 def _cap(radii: tuple[float, float, float], lowest: float) -> Float64[np.ndarray, "n 3"]:
-    """Points of the hair's outside: an ellipsoid around the skull, cut below the ears in front, at the nape behind."""
+    """Points on the outside of the hair: an ellipsoid around the skull, down to the ears in front, the nape behind."""
     longitude, latitude = np.meshgrid(np.linspace(0, 2 * np.pi, 16, endpoint=False), np.linspace(-1.1, 1.45, 10))
     points = np.stack(
         [
@@ -60,14 +67,14 @@ def _cap(radii: tuple[float, float, float], lowest: float) -> Float64[np.ndarray
 
 
 def _curtain(bottom: float, spread: float) -> Float64[np.ndarray, "n 3"]:
-    """Hair that falls from the skull behind face and neck."""
+    """Hair that falls behind face and neck."""
     rows = [(-0.5, 1.08), (0.4, 1.12), ((0.4 + bottom) / 2, spread), (bottom, 0.88 * spread)]
     angles = np.linspace(-0.55 * np.pi, 0.55 * np.pi, 9)
     return np.array([(r * np.sin(a), y, -0.22 - 0.95 * r * np.cos(a)) for y, r in rows for a in angles])
 
 
 def _strands(bottom: float) -> Float64[np.ndarray, "n 3"]:
-    """Left then right: hair in front of the ear."""
+    """Hair in front of the ears, left then right."""
     left = [
         (-0.90, -0.85, 0.15), (-1.10, -0.3, 0.10), (-1.14, 0.5, 0.06),
         (-1.08, bottom, 0.0), (-1.1, bottom, -0.7), (-1.1, -0.5, -0.8),
@@ -76,7 +83,7 @@ def _strands(bottom: float) -> Float64[np.ndarray, "n 3"]:
 
 
 def _fringe(heights: tuple[float, ...]) -> Float64[np.ndarray, "n 3"]:
-    """Hair over the forehead: its lower edge at these heights from left to right, then the crown."""
+    """Hair over the forehead: first its lower edge, at these heights from left to right, then its upper edge."""
     x = np.linspace(-0.98, 0.98, len(heights))
     y = np.array(heights)
     z = 0.10 + 0.87 * np.sqrt(np.clip(1 - (x / 1.02) ** 2 - (np.minimum(0, y + 0.45) / 0.85) ** 2, 0, 1))
@@ -104,7 +111,7 @@ def _hair_points(person: Person) -> dict[str, Float64[np.ndarray, "_ 3"]]:
 
 
 def paint_head(canvas: Canvas, model: HeadModel, view: HeadView, neck_base: Float[np.ndarray, " 2"]) -> None:
-    """Neck, hair and face. Draw the body first: the head stands before it."""
+    """Paints neck, hair and face. Paint the body first, because the head is in front of it."""
     person, unit = model.person, view.unit_px
     extra = turned(model.points, view.matrix)
     flat = view.origin + unit * extra[:, :2]
@@ -152,7 +159,7 @@ def paint_head(canvas: Canvas, model: HeadModel, view: HeadView, neck_base: Floa
     paint_features(canvas, person, view, group["pupils"])
     _paint_fringe(canvas, group["fringe"], depth["fringe"], hair)
     paint_strands(near=True)
-    # Brows and glasses lie over a fringe, else bangs would hide what stress does.
+    # Brows and glasses are painted over a fringe, because hair would hide the movement of the brows.
     paint_brows(canvas, person, view)
     paint_glasses(canvas, person, view, group["temples"])
 
@@ -161,9 +168,9 @@ def _paint_fringe(
     canvas: Canvas, fringe: Float64[np.ndarray, "n 2"], depth: Float64[np.ndarray, " n"], hair: Colour
 ) -> None:
     half = len(fringe) // 2
-    seen = depth[:half] > PIVOT[2]
-    if np.count_nonzero(seen) > 1:
-        canvas.fill(np.concatenate([fringe[:half][seen], fringe[half:][seen][::-1]]), hair)
+    visible = depth[:half] > PIVOT[2]
+    if np.count_nonzero(visible) > 1:
+        canvas.fill(np.concatenate([fringe[:half][visible], fringe[half:][visible][::-1]]), hair)
 
 
 def _paint_neck(

@@ -1,7 +1,6 @@
-"""Reels: films of several RoundTable scenes joined by hard cuts, as an editor would, and all that is known of them.
+"""Reels: films of several RoundTable scenes joined by hard cuts, like edited footage, with their ground truth.
 
-They are raw footage with known truth: what preprocessing finds in one can be compared, frame by frame, with what is in
-it.
+They serve as raw footage with ground truth, so that tests can check the results of preprocessing frame by frame.
 """
 
 from __future__ import annotations
@@ -24,15 +23,16 @@ from tccp.media import VideoWriter
 from tccp.roundtable.world import RoundTableClip, synthesise
 
 OWN_SOUND, SILENCE, OTHER_SOUND = 0, 1, 2
-"""What a frame of a reel sounds of: its talker, nothing, or the talker of a scene that is not to be seen."""
+"""The sound of a frame of a reel: its own talker, silence, or the talker of another, invisible scene."""
 MAX_OTHERS = 2
 
 
 @dataclass(frozen=True)
 class Shot:
-    """Frames start_frame .. start_frame + num_frames - 1 of the scene of this seed and person, as `synthesise` says.
+    """Frames start_frame .. start_frame + num_frames - 1 of the scene `synthesise(seed, ..., person_seed)`.
 
-    Shots of one seed are in the same room, and of two people before the same others, if both are named.
+    Shots with equal seeds show the same room; with equal seeds and given person seeds, also the same other persons.
+    Raises TccpError if num_frames is below 1 or start_frame below 0.
     """
 
     seed: int
@@ -43,17 +43,17 @@ class Shot:
     def __post_init__(self) -> None:
         if self.num_frames < 1 or self.start_frame < 0:
             raise TccpError(
-                f"a shot of {self.num_frames} frames from frame {self.start_frame}: it has at least one, from 0 on"
+                f"a shot of {self.num_frames} frames from frame {self.start_frame}: give at least 1 frame, from 0 on"
             )
 
     def scene(self, width: int, height: int) -> RoundTableClip:
-        """The scene up to the shot's end."""
+        """The scene up to the end of the shot."""
         return synthesise(self.seed, (self.start_frame + self.num_frames) / FPS, width, height, self.person_seed)
 
 
 @dataclass(frozen=True)
 class Dub:
-    """Frames [start_frame, stop_frame) of a reel whose sound is silence or, with a seed, that of another scene."""
+    """Replaces the sound of frames [start_frame, stop_frame) by silence or, with a seed, by that of another scene."""
 
     start_frame: int
     stop_frame: int
@@ -62,12 +62,12 @@ class Dub:
 
 @dataclass(frozen=True)
 class ReelTruth:
-    """What is known of a reel of f frames in s shots.
+    """The ground truth of a reel of f frames in s shots.
 
-    sound_offset_frames: by which its sound comes late. cuts: the frames at which shots 1 .. s - 1 begin. seeds,
-    person_seeds: of each shot's scene and talker. shot: number of each frame's. landmarks_px (iBUG order), head_box
-    (x0 y0 x1 y1), yaw_deg, mouth_opening: the talker's, as in `Truth`. others_box: NaN where nobody else is. sound:
-    OWN_SOUND, SILENCE or OTHER_SOUND, by frame of the pictures, before the offset.
+    sound_offset_frames: delay of the sound. cuts: first frames of shots 1 .. s - 1. seeds, person_seeds: of the scene
+    and the talker of each shot. shot: shot number of each frame. landmarks_px (iBUG order), head_box (x0 y0 x1 y1),
+    yaw_deg, mouth_opening: of the talker, as in `Truth`. others_box: NaN for absent persons. sound: OWN_SOUND, SILENCE
+    or OTHER_SOUND of each frame, before the offset.
     """
 
     width: int
@@ -90,21 +90,23 @@ class ReelTruth:
 
 
 def plan_shots(seed: int, seconds: float | int, shot_s: float | int = 5.0, people: int | None = None) -> list[Shot]:
-    """Shots of about `shot_s` seconds each, `seconds` together.
+    """Samples shots of about `shot_s` seconds each, with a total of `seconds`.
 
-    people: so many talkers take turns, so that they return; by default each shot has its own.
-    Raises TccpError for numbers out of range.
+    people: number of talkers, who take turns; by default each shot has its own talker.
+    Raises TccpError if numbers are out of range.
     """
     total = round(seconds * FPS) if math.isfinite(seconds) else 0
     if total < 1 or not (math.isfinite(shot_s) and shot_s * FPS >= 2):
-        raise TccpError(f"a reel of {seconds} s in shots of {shot_s} s: at least {1 / FPS} s, and {2 / FPS} s a shot")
+        raise TccpError(
+            f"a reel of {seconds} s in shots of {shot_s} s: give at least {1 / FPS} s, and {2 / FPS} s per shot"
+        )
     if seed < 0 or (people is not None and people < 1):
-        raise TccpError(f"seed {seed}, {people} people: seeds are whole numbers from 0, people at least 1")
+        raise TccpError(f"seed {seed}, {people} people: give a seed of at least 0 and at least 1 person")
     count = max(1, round(total / (shot_s * FPS)))
     seeds = np.random.SeedSequence([seed, 1]).generate_state(count, np.uint64) >> 1
     person_seeds = np.random.SeedSequence([seed, 2]).generate_state(people or count, np.uint32)
     even = np.linspace(0, total, count + 1)
-    # Borders move by less than a quarter of a shot, so that no shot is empty or twice as long as meant.
+    # Borders move by less than a quarter of a shot, so that no shot becomes empty or twice as long.
     shifts = np.random.default_rng([seed, 3]).uniform(-0.2, 0.2, count + 1) * total / count
     edges = np.rint(even + shifts).astype(int)
     edges[[0, -1]] = 0, total
@@ -115,7 +117,7 @@ def plan_shots(seed: int, seconds: float | int, shot_s: float | int = 5.0, peopl
 
 
 def pictures(shots: Sequence[Shot], width: int, height: int) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
-    """The pictures of a reel, drawn one at a time."""
+    """The pictures of a reel, one at a time."""
     for shot in shots:
         scene = shot.scene(width, height)
         for frame in range(shot.start_frame, scene.num_frames):
@@ -132,23 +134,22 @@ def write_reel(
     lossless: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> ReelTruth:
-    """One film of the shots in their order, with sound, and its truth beside it (`read_reel_truth`).
+    """Writes one film of the shots in their order, with sound, and its ground truth beside it (`read_reel_truth`).
 
-    sound_offset_frames: the sound comes late by so many frames (negative: early); what it leaves open is silent.
-    dubs: stretches with another sound than their scene's; a later one overwrites an earlier one.
-    progress: called with (name, frames done, frames in all).
-    One scene is in memory at a time, whatever the length. The same arguments give the same film.
+    sound_offset_frames: delay of the sound in frames (negative: early); the gap is silent. dubs: frames with another
+    sound; later dubs replace earlier ones. progress: called with (name, frames done, frames in all).
+    Keeps one scene in memory at a time. Equal arguments give equal films.
     Raises TccpError if there is no shot, numbers are out of range or the film cannot be written.
     """
     path, total = Path(path), sum(shot.num_frames for shot in shots)
     if not shots:
-        raise TccpError(f"{path}: no shot was given; a reel has at least one")
+        raise TccpError(f"{path}: no shot was given; a reel needs at least one")
     for dub in dubs:
         if not 0 <= dub.start_frame < dub.stop_frame <= total:
             raise TccpError(
-                f"{path}: frames {dub.start_frame} to {dub.stop_frame} were to be dubbed; the reel has 0 to {total}"
+                f"{path}: cannot dub frames {dub.start_frame} to {dub.stop_frame}; the reel has 0 to {total}"
             )
-    with tempfile.TemporaryFile() as file:  # the writer wants all sound at the start: 4 MiB a minute, not in memory
+    with tempfile.TemporaryFile() as file:  # the writer needs all sound at the start: 4 MiB a minute, kept on disk
         audio = np.memmap(file, np.float32, "w+", shape=(total * SAMPLES_PER_FRAME,))
         truth = _truth(shots, width, height, sound_offset_frames, dubs, audio)
         with atomic_path(reel_truth_path(path)) as partial, partial.open("wb") as out:
@@ -169,7 +170,7 @@ def _truth(
     dubs: Sequence[Dub],
     audio: Float32[np.ndarray, " samples"],
 ) -> ReelTruth:
-    """The truth of a reel; its sound is written into `audio`, which is silent."""
+    """The ground truth of a reel. Also writes its sound into `audio`, which is silent before."""
     edges = np.cumsum([0, *(shot.num_frames for shot in shots)])
     total = int(edges[-1])
     truth = ReelTruth(
@@ -190,8 +191,8 @@ def _truth(
     for dub in dubs:
         truth.sound[dub.start_frame : dub.stop_frame] = SILENCE if dub.seed is None else OTHER_SOUND
 
-    def hear(start_frame: int, samples: Float32[np.ndarray, " n"]) -> None:
-        """Puts sound where the picture's frame `start_frame` is, moved by the offset; what does not fit is lost."""
+    def add_sound(start_frame: int, samples: Float32[np.ndarray, " n"]) -> None:
+        """Writes sound from the picture's frame `start_frame` on, shifted by the offset and cut at both ends."""
         first = (start_frame + sound_offset_frames) * SAMPLES_PER_FRAME
         low, high = max(first, 0), min(first + len(samples), len(audio))
         if low < high:
@@ -199,33 +200,33 @@ def _truth(
 
     for k, (shot, start) in enumerate(zip(shots, map(int, edges), strict=False)):
         scene = shot.scene(width, height)
-        here, seen = slice(start, start + shot.num_frames), slice(shot.start_frame, scene.num_frames)
+        of_reel, of_scene = slice(start, start + shot.num_frames), slice(shot.start_frame, scene.num_frames)
         truth.person_seeds[k] = scene.person_seed
         for name in ("landmarks_px", "head_box", "yaw_deg", "mouth_opening"):
-            getattr(truth, name)[here] = getattr(scene, name)[seen]
-        others = scene.others_box[seen]
-        truth.others_box[here, : others.shape[1]] = others
-        hear(start, scene.audio[shot.start_frame * SAMPLES_PER_FRAME :])
+            getattr(truth, name)[of_reel] = getattr(scene, name)[of_scene]
+        others = scene.others_box[of_scene]
+        truth.others_box[of_reel, : others.shape[1]] = others
+        add_sound(start, scene.audio[shot.start_frame * SAMPLES_PER_FRAME :])
     for dub in dubs:
         num_frames = dub.stop_frame - dub.start_frame
         silent = np.zeros(num_frames * SAMPLES_PER_FRAME, np.float32)
-        hear(dub.start_frame, silent if dub.seed is None else synthesise(dub.seed, num_frames / FPS).audio)
+        add_sound(dub.start_frame, silent if dub.seed is None else synthesise(dub.seed, num_frames / FPS).audio)
     return truth
 
 
 def reel_truth_path(film: str | Path) -> Path:
-    """Where the truth of a reel lies: `<name>.reel.npz` beside it."""
+    """The path of a reel's ground truth: `<name>.reel.npz` beside it."""
     return Path(film).with_suffix(".reel.npz")
 
 
 def read_reel_truth(film: str | Path) -> ReelTruth:
-    """The truth of a reel. Raises TccpError if there is none or it cannot be read."""
+    """The ground truth of a reel. Raises TccpError if its file does not exist or cannot be read."""
     source = reel_truth_path(film)
     if not source.is_file():
-        raise TccpError(f"{source}: no such truth file; write_reel puts one beside every reel")
+        raise TccpError(f"{source}: no such truth file; write_reel writes one beside every reel")
     try:
         with np.load(source, allow_pickle=False) as stored:
             values = {field.name: stored[field.name] for field in fields(ReelTruth)}
     except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-        raise TccpError(f"{source}: not the truth of a reel ({error}): write the reel anew") from None
+        raise TccpError(f"{source}: not the truth of a reel ({error}): write the reel again") from None
     return ReelTruth(**{name: int(value) if value.ndim == 0 else value for name, value in values.items()})  # type: ignore[arg-type]

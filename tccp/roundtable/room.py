@@ -1,4 +1,4 @@
-"""Rooms: what stands behind the people, and the table before them. Drawn once per clip; the camera moves over it."""
+"""Rooms: the background and the table. A room is painted once per clip; the camera moves over that picture."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import cv2
 import numpy as np
 from jaxtyping import Float64, UInt8
 
-from tccp.roundtable.draw import SUPERSAMPLING, Canvas
+from tccp.roundtable.canvas import SUPERSAMPLING, Canvas
 from tccp.roundtable.people import Colour, shade
 
 _Block = Callable[[float, float, float, float, Colour], None]
-"""Fills a rectangle x0 y0 x1 y1, in shares of the room's picture."""
+"""Fills a rectangle x0 y0 x1 y1, given in fractions of the room's picture."""
 
 MARGIN = 0.12
-"""How far the drawn room reaches beyond the scene on every side, as a share of its size: room for the camera."""
+"""Margin of the room's picture around the scene, as a fraction of the scene's size, for the movement of the camera."""
 
 
 @dataclass(frozen=True)
 class Room:
-    """picture: at canvas resolution, with margins. table_y: top of the table as a share of the height, or None."""
+    """picture: at canvas resolution, with margins. table_y: the table's top as a fraction of the height, or None."""
 
     picture: UInt8[np.ndarray, "H W 3"]
     table_y: float | None
@@ -30,13 +30,13 @@ class Room:
 
 
 def tint(rng: np.random.Generator, saturation: tuple[float, float], value: tuple[float, float]) -> Colour:
-    """A colour of any hue."""
+    """A random colour: any hue, saturation and value in these ranges."""
     r, g, b = colorsys.hsv_to_rgb(rng.random(), rng.uniform(*saturation), rng.uniform(*value))
     return round(255 * r), round(255 * g), round(255 * b)
 
 
 def make_room(rng: np.random.Generator, width: int, height: int) -> Room:
-    """A room for scenes of this size. Nothing in it depends on who is in it."""
+    """A room for scenes of this size. It does not depend on the persons in it."""
     wall = tint(rng, (0.08, 0.4), (0.6, 0.92))
     full_width, full_height = round(width * (1 + 2 * MARGIN)), round(height * (1 + 2 * MARGIN))
     shape = (full_height * SUPERSAMPLING, full_width * SUPERSAMPLING, 3)
@@ -61,7 +61,7 @@ def make_room(rng: np.random.Generator, width: int, height: int) -> Room:
 
 
 def _hang_on_wall(rng: np.random.Generator, block: _Block, wall: Colour) -> None:
-    """A window or a framed picture."""
+    """Paints a window or a framed picture."""
     x, y = rng.uniform(0.0, 0.9), rng.uniform(0.05, 0.3)
     wide, high = rng.uniform(0.08, 0.24), rng.uniform(0.14, 0.36)
     is_window = rng.random() < 0.5
@@ -89,13 +89,13 @@ def _put_shelf(rng: np.random.Generator, block: _Block, floor_y: float) -> None:
             at += thick + 0.002
 
 
-def room_seen(
+def camera_view(
     room: Room, width: int, height: int, zoom: float, pan_px: Float64[np.ndarray, " 2"]
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """The room through the camera: a new canvas of SUPERSAMPLING times width x height."""
+    """The part of the room that the camera shows: a new picture of SUPERSAMPLING times width x height."""
     full_height, full_width = room.picture.shape[:2]
     size = np.array([width, height]) * SUPERSAMPLING
     shift = size / 2 + pan_px * SUPERSAMPLING - zoom * np.array([full_width, full_height]) / 2
     view = np.array([[zoom, 0, shift[0]], [0, zoom, shift[1]]])
-    shown = (int(size[0]), int(size[1]))
-    return cv2.warpAffine(room.picture, view, shown, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    shape = (int(size[0]), int(size[1]))
+    return cv2.warpAffine(room.picture, view, shape, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)

@@ -1,7 +1,8 @@
-"""Who stands where, and whom the talker addresses when. Lengths in scene pixels, plan in metres, all per frame.
+"""Samples where each person stands and whom the talker addresses at each time.
 
-No leak by construction: the talker's place, body path and box are drawn before, and without, the listener's side; his
-torso only leans to the first listener, under noise.
+Lengths are in scene pixels, the floor plan is in metres, everything is per frame. The mask cannot reveal the listener's
+side: the talker's position, body path and box are sampled before that side and independently of it. Only the talker's
+torso turns towards the first listener, with added noise.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from tccp.roundtable.voice import Speech
 ClipKind = Literal["still", "change", "move"]
 
 BOX_UNITS = 4.0
-"""Side of the head box in head units: head with hair, neck and collar at every turn, with a margin."""
+"""Side of the head box in head units. It holds head, hair, neck and collar in every pose, with a margin."""
 BOX_CENTRE_Y = 0.40
 """Centre of the head box below the eyes, in head units."""
 _BOX_M = 0.36
-_TALKER_DEPTH_M = 3.0  # near enough that a listener's size tells his bearing: from 5 m, 64 pixels hardly show it
+_TALKER_DEPTH_M = 3.0  # near enough that a listener's size shows the bearing; from 5 m, 64 pixels hardly show it
 _TURN_S = 0.5
 _ATTEND_S = 0.35
 _MOVE_S = 1.0
@@ -37,7 +38,7 @@ MIN_BEARING_DEG, MAX_BEARING_DEG = _NEAR_DEG[0], _WIDE_DEG[1]
 
 @dataclass(frozen=True)
 class Camera:
-    """Zoom about the scene's centre, then a shift."""
+    """Zooms about the scene's centre, then shifts."""
 
     zoom: Float64[np.ndarray, " f"]
     pan_px: Float64[np.ndarray, "f 2"]
@@ -49,7 +50,7 @@ class Camera:
 
 @dataclass(frozen=True)
 class Place:
-    """One person's place and bearing. origin: the head's, before the camera. hands: raised left, right, 0..1."""
+    """One person's position and pose. origin: of the head, before the camera. hands: left, right; 0 down, 1 raised."""
 
     origin: Float64[np.ndarray, "f 2"]
     unit_px: Float64[np.ndarray, " f"]
@@ -62,7 +63,10 @@ class Place:
 
 @dataclass(frozen=True)
 class Staging:
-    """target_deg: bearing of the addressee; the talker's yaw follows it by lag_s. event_s: when it jumps or moves."""
+    """Positions and poses of all persons of a clip, and the camera.
+
+    target_deg: bearing of the addressee; the talker's yaw follows it after lag_s. event_s: times of its changes.
+    """
 
     kind: ClipKind
     camera: Camera
@@ -85,12 +89,12 @@ def make_camera(rng: np.random.Generator, num_frames: int, width: int, height: i
     )
 
 
-def stage(
+def make_staging(
     rng: np.random.Generator, speech: Speech, width: int, height: int, listener_deg: float | None = None
 ) -> Staging:
-    """A conversation for this speech. Its draws follow one another in a fixed order: talker first, sides after.
+    """Samples a conversation for this speech, in a fixed order: first the talker, then the sides of the others.
 
-    listener_deg: bearing at which the only other person stands instead, throughout (`synthesise`).
+    listener_deg: fixed bearing of the only other person, instead of the sampled one (`synthesise`).
     """
     num_frames = len(speech.opening)
     scale = min(height / 192, width / 256)
@@ -109,25 +113,25 @@ def stage(
     past_events = np.searchsorted(event_s, np.arange(num_frames) / FPS, side="right")
     addressee = (past_events % 2 if kind == "change" else np.zeros(num_frames)).astype(np.int8)
 
-    plan = _Plan(middle, side_px, side_px / _BOX_M * _TALKER_DEPTH_M, width, height)
+    layout = _Layout(middle, side_px, side_px / _BOX_M * _TALKER_DEPTH_M, width, height)
     others, bearings = [], []
-    same_draws = deepcopy(rng)
+    same_rng = deepcopy(rng)
     for k in range(num_others):
         moves = kind == "move" and k == 0
-        place, bearing = _other(rng, plan, int(sides[k]), moves, addressee == k, event_s)
+        place, bearing = _other(rng, layout, int(sides[k]), moves, addressee == k, event_s)
         others.append(place)
         bearings.append(bearing)
     leans_to_deg = bearings[0][0]
     if listener_deg is not None:
         if num_others > 1:
             raise TccpError(
-                f"listener_deg moves the only other person of a clip, and this one has {num_others}: take another seed "
+                f"listener_deg needs a clip with one other person, and this one has {num_others}: take another seed "
                 "(len(clip.others_box[0]) counts them)"
             )
-        # The talker's body stays as it was, so it still leans to where the listener stood.
+        # The talker's body stays unchanged, so it still turns towards the sampled bearing.
         sides = np.sign([listener_deg]).astype(int)
         others[0], bearings[0] = _other(
-            same_draws, plan, int(sides[0]), kind == "move", addressee == 0, event_s, listener_deg
+            same_rng, layout, int(sides[0]), kind == "move", addressee == 0, event_s, listener_deg
         )
         kind, event_s = "still", np.zeros(0)
 
@@ -169,18 +173,18 @@ def _pose(yaw: Float64[np.ndarray, " f"], pitch: Float64[np.ndarray, " f"], roll
 
 
 def _event_times(rng: np.random.Generator, seconds: float) -> Float64[np.ndarray, " e"]:
-    """When the addressee changes or moves: at least once, about every three seconds, with time left for the head."""
+    """Times at which the addressee changes or moves: at least one, about every three seconds, not close to the end."""
     first = rng.uniform(0.8, 2.0)
     times = [min(first, 0.45 * seconds)]
     while (following := times[-1] + rng.uniform(2.0, 4.0)) < seconds - 0.8:
         times.append(following)
-    # On frames, so that truth and picture agree on the frame of the change.
+    # Rounded to frames, so that ground truth and picture change in the same frame.
     return np.round(np.array(times) * FPS) / FPS
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """What fixes where others can stand: the talker's middle and size, and how scene pixels map to metres."""
+class _Layout:
+    """The talker's centre and size, and the camera, which determine the positions of the others."""
 
     talker: Float64[np.ndarray, " 2"]
     box_side_px: int
@@ -191,19 +195,19 @@ class _Plan:
 
 def _other(
     rng: np.random.Generator,
-    plan: _Plan,
+    layout: _Layout,
     side: int,
     moves: bool,
     is_addressed: Bool[np.ndarray, " f"],
     event_s: Float64[np.ndarray, " e"],
     bearing_deg: float | None = None,
 ) -> tuple[Place, Float64[np.ndarray, " f"]]:
-    """One of the others, nearer to the camera than the talker, and his bearing from the talker in degrees.
+    """Another person, nearer to the camera than the talker, and their bearing from the talker in degrees.
 
-    bearing_deg: instead of the bearing that is drawn, on `side`; everything else is drawn as without it.
+    bearing_deg: replaces the sampled bearing on `side`. Everything else is sampled as without it.
     """
     num_frames = len(is_addressed)
-    unit = plan.box_side_px / BOX_UNITS
+    unit = layout.box_side_px / BOX_UNITS
     angles = [rng.uniform(*_NEAR_DEG), rng.uniform(*_WIDE_DEG)]
     if rng.random() < 0.5:
         angles.reverse()
@@ -215,22 +219,25 @@ def _other(
     bearing = bearing * side if bearing_deg is None else np.full(num_frames, float(bearing_deg))
     gap = rng.uniform(0.1, 1.2) * unit
 
-    # Depth from bearing and place: solve tan(bearing) = (X - X_talker) / (Z_talker - Z), X = (x - centre) Z / focal.
-    # Place depends on size, hence on depth, so that no other stands before the talker's head; three rounds settle it.
+    # Depth from bearing and position: solve tan(bearing) = (X - X_talker) / (Z_talker - Z), X = (x - centre) Z / focal.
+    # The position depends on the size, and so on the depth, to keep the others beside the talker's head. Three
+    # iterations are enough.
     grow = np.ones(num_frames)
     for _ in range(3):
-        x = plan.talker[0] + side * (plan.box_side_px / 2 + 1.5 * unit * grow + gap)
+        x = layout.talker[0] + side * (layout.box_side_px / 2 + 1.5 * unit * grow + gap)
         nearer_m = (
-            (x - plan.talker[0]) * _TALKER_DEPTH_M / (plan.focal_px * np.tan(np.deg2rad(bearing)) + x - plan.width / 2)
+            (x - layout.talker[0])
+            * _TALKER_DEPTH_M
+            / (layout.focal_px * np.tan(np.deg2rad(bearing)) + x - layout.width / 2)
         )
         depth_m = _TALKER_DEPTH_M - nearer_m
         grow = _TALKER_DEPTH_M / depth_m
-    horizon = 0.36 * plan.height
+    horizon = 0.36 * layout.height
     lower = rng.uniform(0.2, 1.0) * unit
-    y = horizon + (plan.talker[1] - BOX_CENTRE_Y * unit + lower - horizon) * grow
+    y = horizon + (layout.talker[1] - BOX_CENTRE_Y * unit + lower - horizon) * grow
     sway = np.stack([drift(rng, num_frames, 0.06 * unit), drift(rng, num_frames, 0.04 * unit)], axis=-1)
 
-    # The addressee looks at the talker, the other one outwards and to the camera.
+    # The addressee looks at the talker; the other person looks outwards and to the camera.
     towards, elsewhere = bearing - 180 * side, side * rng.uniform(25, 70)
     attention = follow(is_addressed.astype(np.float64), 0.0, _ATTEND_S)
     yaw = elsewhere + attention * (towards - elsewhere) + drift(rng, num_frames, 3.0)
@@ -241,7 +248,7 @@ def _other(
             up = glide(0.0, 1.0, float(at_s), 0.3, num_frames) - glide(0.0, 1.0, float(at_s) + 0.8, 0.4, num_frames)
             hands[:, (side + 1) // 2] = np.maximum(hands[:, (side + 1) // 2], up)
     pose = _pose(yaw, drift(rng, num_frames, 2.0), drift(rng, num_frames, 2.0))
-    # The body turns with the head, later and less: a small picture shows bodies where it hardly shows heads.
+    # The body turns with the head, later and less. In a small picture bodies are visible where heads hardly are.
     torso_towards, torso_elsewhere = 0.9 * towards + rng.uniform(-10, 10), 0.5 * elsewhere
     torso = torso_elsewhere + follow(is_addressed.astype(np.float64), 0.08, 0.6) * (torso_towards - torso_elsewhere)
     place = Place(

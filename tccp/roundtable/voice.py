@@ -1,8 +1,8 @@
-"""Speech-like sound by source and filter, and the mouth that makes it.
+"""Synthesises speech-like sound from a source-filter model, with the mouth movement that belongs to it.
 
-The mouth is drawn first, as two smooth tracks (opening and width); glottal pulses and noise then pass through
-resonators whose frequencies those tracks set. So the sound at a moment determines the mouth at that moment. Smoothing
-reaches at most 0.06 s (mouth) and 0.1 s (stress) to either side: nothing lies outside the 16 mel columns (0.2 s)
+The mouth movement is sampled first, as two smooth tracks (opening and width). Glottal pulses and noise then pass
+through resonators whose frequencies follow these tracks, so the sound at a moment determines the mouth at that moment.
+Smoothing reaches at most 0.06 s (mouth) and 0.1 s (stress) to either side, which is inside the 16 mel columns (0.2 s)
 centred on a frame.
 Cascade of digital resonators after Klatt, "Software for a cascade/parallel formant synthesizer" (1980).
 """
@@ -18,7 +18,7 @@ from jaxtyping import Float, Float32, Float64
 from tccp.config import FPS, SAMPLE_RATE_HZ, SAMPLES_PER_FRAME
 
 CONTROL_HZ = 200
-"""Rate of the articulation tracks; the resonators are set anew this often."""
+"""Rate of the articulation tracks. The resonators are updated at this rate."""
 REST_WIDTH = 0.45
 """Mouth width in silence."""
 _SAMPLES_PER_STEP = SAMPLE_RATE_HZ // CONTROL_HZ
@@ -30,16 +30,16 @@ _SOUND_REACH_S = 0.015
 
 @dataclass(frozen=True)
 class Voice:
-    """What is a speaker's own in his sound."""
+    """The properties of a speaker's voice."""
 
     f0_hz: float
-    tract: float  # multiplies every formant: short tracts are above 1
-    rate: float  # multiplies the speed of speech
+    tract: float  # factor of every formant; above 1 for short vocal tracts
+    rate: float  # factor of the speed of speech
     breath: float  # noise in voiced sounds, relative to the pulses
 
 
 class Phone(NamedTuple):
-    """Targets of one speech sound, all 0..1 but `noise_hz`."""
+    """Targets of one speech sound, all 0..1 except `noise_hz`."""
 
     opening: float
     width: float
@@ -70,7 +70,7 @@ SILENCE = Phone(0.0, REST_WIDTH, 0.0)
 
 @dataclass(frozen=True)
 class Speech:
-    """Sound and the articulation behind it, one value per frame at the frame's own time i / 25 s.
+    """Sound and its articulation, with one value per frame at the time i / 25 s.
 
     audio: -1..1 at 16 kHz, exactly 640 samples per frame. opening: 0 closed..1. width: 0 rounded..1 spread.
     stress: 0..1, high on stressed syllables, which are louder and higher in pitch.
@@ -84,7 +84,7 @@ class Speech:
 
 @dataclass(frozen=True)
 class _Score:
-    """Targets per control step, before any smoothing."""
+    """Targets per control step, before smoothing."""
 
     opening: Float64[np.ndarray, " k"]
     width: Float64[np.ndarray, " k"]
@@ -96,7 +96,7 @@ class _Score:
 
 
 def speak(rng: np.random.Generator, voice: Voice, num_frames: int) -> Speech:
-    """Speech of `num_frames` frames: phrases of syllables between pauses. Same generator state, same samples."""
+    """Speech of `num_frames` frames: phrases of syllables between pauses. Equal generator states give equal samples."""
     score = _score(rng, voice, num_frames * _STEPS_PER_FRAME)
     opening = _smooth(score.opening, _MOUTH_REACH_S)
     width = _smooth(score.width, _MOUTH_REACH_S)
@@ -148,7 +148,7 @@ def _score(rng: np.random.Generator, voice: Voice, num_steps: int) -> _Score:
 
 
 def _smooth(track: Float64[np.ndarray, " k"], reach_s: float) -> Float64[np.ndarray, " k"]:
-    """Weighted mean over +-reach_s, never further; ends repeat the first and last value."""
+    """Weighted mean over at most +-reach_s. The ends repeat the first and last value."""
     reach = round(reach_s * CONTROL_HZ)
     kernel = np.hanning(2 * reach + 3)[1:-1]
     return np.convolve(np.pad(track, reach, mode="edge"), kernel / kernel.sum(), mode="valid")
@@ -184,12 +184,12 @@ def _sound(
 
 
 def _glottal_pulses(f0_hz: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:
-    """Change of the air flow through the glottis: Rosenberg's trigonometric pulse, open 60% of the period."""
+    """The derivative of the air flow through the glottis: Rosenberg's trigonometric pulse, open 60% of the period."""
     phase = np.cumsum(f0_hz / SAMPLE_RATE_HZ) % 1.0
     rising = 0.5 * (1 - np.cos(np.pi * phase / 0.4))
     falling = np.cos(0.5 * np.pi * (phase - 0.4) / 0.2)
     flow = np.where(phase < 0.4, rising, np.where(phase < 0.6, falling, 0.0))
-    # One difference for the radiation at the lips; divided by f0 so that high voices are not louder.
+    # The difference models the radiation at the lips. The division by f0 keeps high voices from being louder.
     return np.diff(flow, prepend=0.0) * SAMPLE_RATE_HZ / (8 * f0_hz)
 
 
@@ -198,8 +198,8 @@ def _resonate(
     frequencies_hz: Float64[np.ndarray, "k m"],
     bandwidths_hz: Float64[np.ndarray, " m"],
 ) -> Float64[np.ndarray, " n"]:
-    """m second-order resonators in cascade, unit gain at 0 Hz, set anew at each control step, state carried over."""
-    from scipy.signal import sosfilt  # a slow import, and only making sound needs it
+    """m second-order resonators in cascade with unit gain at 0 Hz, updated at each control step without state reset."""
+    from scipy.signal import sosfilt  # imported here because it is slow and only sound synthesis needs it
 
     radius = np.exp(-np.pi * bandwidths_hz / SAMPLE_RATE_HZ)
     feedback = -2 * radius * np.cos(2 * np.pi * frequencies_hz / SAMPLE_RATE_HZ)

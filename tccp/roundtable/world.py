@@ -1,4 +1,4 @@
-"""The embedded data set's clips: a room, a talker, one or two others, and everything there is to know about them.
+"""Synthesises RoundTable clips: a room, a talker, one or two other persons, and their ground truth.
 
 Every clip is a pure function of its seed, bit for bit. Coordinates are scene pixels, continuous: pixel i covers i..i+1.
 """
@@ -15,13 +15,13 @@ from jaxtyping import Float, Float32, Float64, Int8, UInt8
 from tccp.config import FPS
 from tccp.errors import TccpError
 from tccp.roundtable.body import NECK_BASE_Y, Outfit, paint_body, shoulder_ends
-from tccp.roundtable.draw import Canvas
-from tccp.roundtable.face_drawing import HeadView
+from tccp.roundtable.canvas import Canvas
+from tccp.roundtable.face_painting import HeadView
 from tccp.roundtable.head import Expression, Pose, landmarks_3d, rotation, turned
 from tccp.roundtable.motion import blinks
 from tccp.roundtable.people import Person, make_person, shade
 from tccp.roundtable.portrait import HeadModel, paint_head
-from tccp.roundtable.room import Room, make_room, room_seen, tint
+from tccp.roundtable.room import Room, camera_view, make_room, tint
 from tccp.roundtable.staging import (
     BOX_CENTRE_Y,
     BOX_UNITS,
@@ -31,7 +31,7 @@ from tccp.roundtable.staging import (
     ClipKind,
     Place,
     make_camera,
-    stage,
+    make_staging,
 )
 from tccp.roundtable.voice import REST_WIDTH, speak
 
@@ -42,14 +42,15 @@ _IDENTITY_STREAM = 4
 
 @dataclass(frozen=True)
 class Truth:
-    """What is known of a clip; one row per frame of 25 per second.
+    """The ground truth of a clip, with one row per frame at 25 fps.
 
-    landmarks_px: the talker's 68 points (iBUG order). head_box: his, square, whole pixels, of one size (x0 y0 x1 y1);
-    it is the mask. yaw_deg: positive to the picture's right; pitch down, roll clockwise. mouth_opening (0 closed),
-    mouth_width (0 rounded), stress, brow, blink (1 closed): 0..1. kind: the addressee stays (`still`), another becomes
-    the addressee (`change`), or he moves (`move`), at event_s; target_deg is his bearing, which yaw_deg follows after
-    lag_s. addressee: index into others_box. listener_side: -1 left, 1 right of the talker. torso_yaw_deg, shoulders_px
-    (left, right in the picture): the talker's body.
+    landmarks_px: the talker's 68 points (iBUG order). head_box: the talker's head box and mask, a square of constant
+    size with integer corners (x0 y0 x1 y1). yaw_deg: positive to the picture's right; pitch down, roll clockwise.
+    mouth_opening (0 closed), mouth_width (0 rounded), stress, brow, blink (1 closed): 0..1. kind: at event_s the
+    addressee stays (`still`), another person becomes the addressee (`change`), or the addressee moves (`move`).
+    target_deg: bearing of the addressee; yaw_deg follows it after lag_s. addressee: index into others_box.
+    listener_side: -1 left, 1 right of the talker. torso_yaw_deg, shoulders_px (left, right in the picture): the
+    talker's body.
     """
 
     seed: int
@@ -85,9 +86,9 @@ class Truth:
         return make_person(self.person_seed).person_id
 
     def between(self, start: int, stop: int) -> Truth:
-        """The truth of frames `start` to `stop` as a clip of its own; events before it have negative times.
+        """The ground truth of frames `start` to `stop` as a separate clip. Events before it get negative times.
 
-        Raises TccpError for frames that the clip does not have.
+        Raises TccpError if the clip does not have these frames.
         """
         if not 0 <= start < stop <= self.num_frames:
             raise TccpError(f"frames {start} to {stop} are not in this clip of {self.num_frames} frames")
@@ -99,7 +100,7 @@ class Truth:
 
 @dataclass(frozen=True)
 class _Actor:
-    """A person on stage: his place as the camera sees it, his head turned and projected for every frame."""
+    """A person in a scene, with the position in the camera and the turned and projected head of every frame."""
 
     model: HeadModel
     outfit: Outfit
@@ -122,7 +123,7 @@ class _Actor:
 
 
 @dataclass(frozen=True)
-class _Stage:
+class _Scene:
     room: Room
     camera: Camera
     talker: _Actor
@@ -130,7 +131,7 @@ class _Stage:
 
     def paint(self, width: int, height: int, frame: int) -> UInt8[np.ndarray, "h w 3"]:
         zoom, pan = float(self.camera.zoom[frame]), self.camera.pan_px[frame]
-        canvas = Canvas(room_seen(self.room, width, height, zoom, pan))
+        canvas = Canvas(camera_view(self.room, width, height, zoom, pan))
         self.talker.paint(canvas, frame)
         _paint_table(canvas, self.room, width, height, zoom, pan)
         for other in sorted(self.others, key=lambda actor: -actor.place.depth_m[frame]):
@@ -140,24 +141,24 @@ class _Stage:
 
 @dataclass(frozen=True)
 class RoundTableClip(Truth):
-    """A clip: its truth, its sound, and its pictures, which are drawn when asked for.
+    """A clip: its ground truth, its sound, and its pictures, which `render` paints on request.
 
     audio: mono 16 kHz, -1..1, 640 samples per frame.
     """
 
     audio: Float32[np.ndarray, " samples"]
-    stage: _Stage
+    scene: _Scene
 
     def render(self, frame: int) -> UInt8[np.ndarray, "h w 3"]:
-        """The scene at frame / 25 s. Raises TccpError for a frame that the clip does not have."""
+        """Paints the scene at frame / 25 s. Raises TccpError if the clip does not have this frame."""
         if not 0 <= frame < self.num_frames:
             raise TccpError(f"frame {frame} is not in this clip: it has frames 0 to {self.num_frames - 1}")
-        return self.stage.paint(self.width, self.height, frame)
+        return self.scene.paint(self.width, self.height, frame)
 
     @cached_property
     def identity(self) -> UInt8[np.ndarray, "s s 3"]:
         """The talker's head box in another room, clothes and pose, 128 px."""
-        return identity_picture(self.stage.talker.model.person, np.random.default_rng([self.seed, _IDENTITY_STREAM]))
+        return identity_picture(self.scene.talker.model.person, np.random.default_rng([self.seed, _IDENTITY_STREAM]))
 
     def frames(self) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
         """All frames in order, one at a time."""
@@ -171,8 +172,8 @@ class RoundTableClip(Truth):
         mouth_opening: Float32[np.ndarray, " f"] | None = None,
         mouth_width: Float32[np.ndarray, " f"] | None = None,
     ) -> RoundTableClip:
-        """The same clip with another head motion: what is outside the head box stays as it is, bit for bit."""
-        talker = self.stage.talker
+        """The same clip with another head motion. Pixels outside the head box stay unchanged, bit for bit."""
+        talker = self.scene.talker
         expression, pose = talker.expression, talker.place.pose
         if mouth_opening is not None:
             expression = replace(expression, opening=mouth_opening)
@@ -183,15 +184,15 @@ class RoundTableClip(Truth):
         if pitch_deg is not None:
             pose = replace(pose, pitch_deg=pitch_deg)
         place = replace(talker.place, pose=pose)
-        acted = _actor(talker.model.person, talker.outfit, place, expression, self.stage.camera)
+        changed = _actor(talker.model.person, talker.outfit, place, expression, self.scene.camera)
         return replace(
             self,
-            landmarks_px=acted.landmarks[..., :2].astype(np.float32),
+            landmarks_px=changed.landmarks[..., :2].astype(np.float32),
             yaw_deg=pose.yaw_deg,
             pitch_deg=pose.pitch_deg,
             mouth_opening=expression.opening,
             mouth_width=expression.width,
-            stage=replace(self.stage, talker=acted),
+            scene=replace(self.scene, talker=changed),
         )
 
 
@@ -203,41 +204,41 @@ def synthesise(
     person_seed: int | None = None,
     listener_deg: float | int | None = None,
 ) -> RoundTableClip:
-    """The clip of this seed. `person_seed` makes several clips share a talker, face and voice.
+    """The clip of this seed. Clips with equal `person_seed` have the same talker, with face and voice.
 
-    width, height: even, at least 128 x 96; the head box is about 3/8 of the height.
-    listener_deg: the counterfactual. The listener, the only other person of the clip (`others_box[0]` has one row),
-    stands at this bearing throughout, 20 to 60 degrees to the left (negative) or right (positive). The talker's head
-    and eyes turn, and bend, to him there; all else is the clip without it, bit for bit: people, clothes, the talker's
-    body, head box, camera, room and sound.
-    Raises TccpError for values out of range, and for a listener_deg where there are two other people.
+    width, height: even, at least 128 x 96. The side of the head box is about 3/8 of the height.
+    listener_deg: makes a counterfactual clip. The listener, the only other person of the clip (`others_box[0]` has one
+    row), stays at this bearing, 20 to 60 degrees to the left (negative) or right (positive). The talker's head and eyes
+    turn there. Everything else equals the clip without listener_deg, bit for bit: people, clothes, the talker's body,
+    head box, camera, room and sound.
+    Raises TccpError if values are out of range, and for a listener_deg if there are two other persons.
     """
     num_frames = round(seconds * FPS)
     if num_frames < 1:
-        raise TccpError(f"seconds is {seconds}: a clip needs at least one frame, {1 / FPS} s")
+        raise TccpError(f"seconds is {seconds}: give at least one frame, {1 / FPS} s")
     if width < MIN_WIDTH or height < MIN_HEIGHT or width % 2 or height % 2:
-        raise TccpError(f"scene of {width}x{height}: width and height are even, at least {MIN_WIDTH}x{MIN_HEIGHT}")
+        raise TccpError(f"scene of {width}x{height}: give an even width and height, at least {MIN_WIDTH}x{MIN_HEIGHT}")
     if seed < 0 or (person_seed is not None and person_seed < 0):
-        raise TccpError(f"seed {seed}, person seed {person_seed}: seeds are whole numbers from 0")
+        raise TccpError(f"seed {seed}, person seed {person_seed}: give seeds of at least 0")
     if listener_deg is not None and not MIN_BEARING_DEG <= abs(listener_deg) <= MAX_BEARING_DEG:
         raise TccpError(
-            f"listener_deg is {listener_deg}: a listener stands {MIN_BEARING_DEG:g} to {MAX_BEARING_DEG:g} degrees to "
+            f"listener_deg is {listener_deg}: give {MIN_BEARING_DEG:g} to {MAX_BEARING_DEG:g} degrees to "
             "the left (negative) or right (positive)"
         )
-    # One stream per matter: a longer clip or another person changes nothing else.
-    who, sound, scene, play = (np.random.default_rng([seed, stream]) for stream in range(4))
-    person = make_person(int(who.integers(2**31)) if person_seed is None else person_seed)
-    speech = speak(sound, person.voice, num_frames)
-    room = make_room(scene, width, height)
-    staging = stage(play, speech, width, height, None if listener_deg is None else float(listener_deg))
+    # Separate random streams, so that a longer clip or another person changes nothing else.
+    person_rng, sound_rng, scene_rng, motion_rng = (np.random.default_rng([seed, stream]) for stream in range(4))
+    person = make_person(int(person_rng.integers(2**31)) if person_seed is None else person_seed)
+    speech = speak(sound_rng, person.voice, num_frames)
+    room = make_room(scene_rng, width, height)
+    staging = make_staging(motion_rng, speech, width, height, None if listener_deg is None else float(listener_deg))
     brow = np.clip(speech.stress, 0, 1)
-    expression = Expression(speech.opening, speech.width, brow, blinks(play, num_frames).astype(np.float32))
-    talker = _actor(person, _outfit(scene), staging.talker, expression, staging.camera)
+    expression = Expression(speech.opening, speech.width, brow, blinks(motion_rng, num_frames).astype(np.float32))
+    talker = _actor(person, _outfit(scene_rng), staging.talker, expression, staging.camera)
     others = []
     for place in staging.others:
-        other = make_person(int(who.integers(2**31)))
-        silent = _silent(num_frames, blinks(play, num_frames).astype(np.float32))
-        others.append(_actor(other, _outfit(scene), place, silent, staging.camera))
+        other = make_person(int(person_rng.integers(2**31)))
+        silent = _silent(num_frames, blinks(motion_rng, num_frames).astype(np.float32))
+        others.append(_actor(other, _outfit(scene_rng), place, silent, staging.camera))
     pose = staging.talker.pose
     return RoundTableClip(
         seed=seed,
@@ -264,14 +265,14 @@ def synthesise(
         torso_yaw_deg=staging.talker.torso_yaw_deg.astype(np.float32),
         shoulders_px=_shoulders(talker),
         audio=speech.audio,
-        stage=_Stage(room, staging.camera, talker, tuple(others)),
+        scene=_Scene(room, staging.camera, talker, tuple(others)),
     )
 
 
 def identity_picture(
     person: Person, rng: np.random.Generator, size_px: int = IDENTITY_PX
 ) -> UInt8[np.ndarray, "s s 3"]:
-    """The person's head box, mouth closed, nearly from the front, in a room and clothes of the generator's draw."""
+    """Paints the person's head box with closed mouth, nearly from the front, in a random room and random clothes."""
     width, height = 2 * size_px, 2 * size_px
     room = replace(make_room(rng, width, height), table_y=None)
     unit = size_px / BOX_UNITS
@@ -292,7 +293,7 @@ def identity_picture(
     still = replace(make_camera(rng, 1, width, height), zoom=np.ones(1), pan_px=np.zeros((1, 2)))
     actor = _actor(person, _outfit(rng), place, _silent(1, one(0.0)), still)
     x, y = corner
-    return _Stage(room, still, actor, ()).paint(width, height, 0)[y : y + size_px, x : x + size_px].copy()
+    return _Scene(room, still, actor, ()).paint(width, height, 0)[y : y + size_px, x : x + size_px].copy()
 
 
 def _silent(num_frames: int, blink: Float32[np.ndarray, " f"]) -> Expression:
@@ -310,7 +311,7 @@ def _actor(person: Person, outfit: Outfit, place: Place, expression: Expression,
 
 
 def _box(actor: _Actor, side_px: int | None = None) -> Float32[np.ndarray, "f 4"]:
-    """The head box around a place: it knows nothing of yaw or mouth."""
+    """The head box around a person's position. It does not depend on yaw or mouth."""
     side = actor.unit_px[:, None] * BOX_UNITS if side_px is None else np.full((len(actor.origin), 1), float(side_px))
     centre = actor.origin + actor.unit_px[:, None] * (0.0, BOX_CENTRE_Y)
     corner = np.rint(centre - side / 2)

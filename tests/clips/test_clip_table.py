@@ -114,7 +114,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
 
 def test_tables_of_another_version_or_kind_are_refused(tmp_path: Path) -> None:
     table = clips_to_table([make_clip()])
-    newer = table.replace_schema_metadata({b"tccp.clips.clip_table.schema_version": b"99"})
+    newer = table.replace_schema_metadata({b"tccp.clip.schema_version": b"99"})
     pq.write_table(newer, tmp_path / "newer.parquet")
     pq.write_table(table.drop_columns(["audio"]), tmp_path / "part.parquet")
     pq.write_table(pa.concat_tables([table, clips_to_table([make_clip(1)])]), tmp_path / "grouped.parquet")
@@ -149,7 +149,7 @@ def test_a_row_of_another_version_is_refused_without_the_metadata():
         ({"audio": np.zeros(5, np.int16)}, "5 samples of sound"),
         ({"scene": []}, "scene has 0 frames"),
         ({"identity": []}, "no identity picture"),
-        ({"audio_before": np.zeros(5, np.int16)}, "whole frames"),
+        ({"audio_before": np.zeros(5, np.int16)}, "multiple of a frame's samples"),
     ],
 )
 def test_a_clip_that_does_not_hold_together_is_refused(change: dict[str, Any], message: str) -> None:
@@ -193,7 +193,7 @@ def test_tables_of_version_1_are_read_and_what_they_lack_is_null(tmp_path: Path)
     table = clips_to_table([make_clip(0)]).drop_columns(list(new))
     versions = pa.array([1], pa.int32())
     table = table.set_column(table.column_names.index("schema_version"), "schema_version", versions)
-    old = table.replace_schema_metadata({b"tccp.clips.clip_table.schema_version": b"1"})
+    old = table.replace_schema_metadata({b"tccp.clip.schema_version": b"1"})
     pq.write_table(old, tmp_path / "clips.parquet")
     with ClipTable(tmp_path) as opened:
         (clip,) = opened

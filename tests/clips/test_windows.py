@@ -26,7 +26,7 @@ from tccp.clips.clip_table import (
     encode_still,
     stored_box_of,
 )
-from tccp.clips.order import PlannedWindow, TrainingOrder, WindowId, plan, step_slice, window_ids
+from tccp.clips.order import PlannedWindow, TrainingOrder, WindowId, epoch_order, step_slice, window_ids
 from tccp.clips.windows import view, windows
 from tccp.config import SAMPLES_PER_FRAME, override, toy
 from tccp.errors import TccpError
@@ -75,10 +75,10 @@ def dotted_clip(number: int = 0, num_frames: int = 16, head: tuple[int, int, int
     )
 
 
-@given(draw=st.integers(0, 10_000), seed=st.integers(0, 5))
+@given(jitter=st.integers(0, 10_000), seed=st.integers(0, 5))
 @settings(max_examples=15, deadline=None)
-def test_landmarks_stay_on_their_picture_content_under_jitter(draw: int, seed: int) -> None:
-    seen = view(CLIP, TOY, draw, seed, num_frames=4)
+def test_landmarks_stay_on_their_picture_content_under_jitter(jitter: int, seed: int) -> None:
+    seen = view(CLIP, TOY, jitter, seed, num_frames=4)
     for picture, points in zip(seen.face, seen.landmarks, strict=True):
         white = picture.min(axis=2).astype(float) / 255
         for x, y in points[list(CORNERS)] * SIZE:
@@ -89,11 +89,11 @@ def test_landmarks_stay_on_their_picture_content_under_jitter(draw: int, seed: i
             assert abs(centroid[0] - x) < 0.25 and abs(centroid[1] - y) < 0.25, "more than a quarter of a pixel off"
 
 
-@given(draw=st.integers(0, 10_000))
+@given(jitter=st.integers(0, 10_000))
 @settings(max_examples=25, deadline=None)
-def test_the_mask_in_the_scene_is_the_crops_box(draw: int) -> None:
+def test_the_mask_in_the_scene_is_the_crops_box(jitter: int) -> None:
     """The box read back from the masked picture is the one the crop and the landmarks were cut with."""
-    seen = view(CLIP, TOY, draw, 0, num_frames=3)
+    seen = view(CLIP, TOY, jitter, 0, num_frames=3)
     fit = headbox.SceneFit(WIDTH, HEIGHT, SIZE)
     for i, (scene, box, points) in enumerate(zip(seen.masked_scene, seen.mask_box, seen.landmarks, strict=True)):
         masked = (scene != decode_still(CLIP.scene[i])).any(axis=2)
@@ -106,8 +106,8 @@ def test_the_mask_in_the_scene_is_the_crops_box(draw: int) -> None:
         np.testing.assert_allclose(in_scene, fit.points(in_source), atol=1e-2)
 
 
-def test_jitter_moves_and_resizes_and_is_one_draw_per_clip():
-    boxes = np.stack([view(CLIP, TOY, draw, 0).mask_box for draw in range(40)])
+def test_jitter_moves_and_resizes_and_is_the_same_in_a_whole_clip():
+    boxes = np.stack([view(CLIP, TOY, jitter, 0).mask_box for jitter in range(40)])
     side = boxes[..., 2] - boxes[..., 0]
     center = (boxes[..., 0] + boxes[..., 2]) / 2
     plain = view(CLIP, TOY, None, 0).mask_box
@@ -128,11 +128,11 @@ def test_a_masked_scene_shows_no_pixel_of_the_head():
     np.testing.assert_array_equal(a.masked_scene, b.masked_scene)
 
 
-def test_every_other_draw_is_mirrored_and_all_of_it():
-    """The same draw with left and right exchanged: pictures, points with their names, and the mask."""
+def test_every_other_view_is_mirrored_and_all_of_it():
+    """The same jitter with left and right exchanged: pictures, points with their names, and the mask."""
     both = override(TOY, {"headbox.mirror": True})
-    for draw in (None, 0, 2):
-        np.testing.assert_array_equal(view(CLIP, both, draw, 0).masked_scene, view(CLIP, TOY, draw, 0).masked_scene)
+    for jitter in (None, 0, 2):
+        np.testing.assert_array_equal(view(CLIP, both, jitter, 0).masked_scene, view(CLIP, TOY, jitter, 0).masked_scene)
     plain, turned = view(CLIP, TOY, 3, 0), view(CLIP, both, 3, 0)
     for name in ("face", "masked_scene", "identity"):
         np.testing.assert_array_equal(getattr(turned, name), getattr(plain, name)[..., ::-1, :])
@@ -154,7 +154,7 @@ def test_a_view_of_a_part_is_the_part_of_the_view():
         view(CLIP, TOY, 3, 7, start_frame=10, num_frames=8)
 
 
-def test_a_view_is_a_pure_function_of_seed_clip_and_draw():
+def test_a_view_is_a_pure_function_of_seed_clip_and_number():
     again = view(dotted_clip(), TOY, 3, 7)
     np.testing.assert_array_equal(view(CLIP, TOY, 3, 7).face, again.face)
     for other in (view(CLIP, TOY, 4, 7), view(CLIP, TOY, 3, 8), view(dotted_clip(2), TOY, 3, 7)):
@@ -190,9 +190,9 @@ CLIP = dotted_clip()
 
 def test_windows_are_slices_of_views_with_fixed_shapes():
     batch = clips_to_table([dotted_clip(0, 20), dotted_clip(1, 16)])
-    columns = windows(batch, TOY, window=8, stride=7, seed=5, draws=(0, 2))
+    columns = windows(batch, TOY, window=8, stride=7, seed=5, jitters=(0, 2))
     assert columns["start_frame"].tolist() == [0, 7, 12] * 2 + [0, 7, 8] * 2
-    assert columns["draw"].tolist() == [0] * 3 + [2] * 3 + [0] * 3 + [2] * 3
+    assert columns["jitter"].tolist() == [0] * 3 + [2] * 3 + [0] * 3 + [2] * 3
     assert columns["face"].shape == columns["landmark_pictures"].shape == columns["masked_scene"].shape
     assert columns["face"].shape == (12, 8, SIZE, SIZE, 3) and columns["identity"].shape == (12, SIZE, SIZE, 3)
     assert columns["mel"].shape == (12, 8, 80, 16) and columns["landmarks"].shape == (12, 8, 68, 2)
@@ -245,22 +245,25 @@ def test_window_arguments_are_checked():
 IDS = window_ids([f"clip{i}" for i in range(5)], [30, 16, 9, 8, 40], 8, 7)
 
 
-def test_plan_is_a_permutation_by_seed_and_epoch_alone():
-    one = plan(IDS, 3, 1)
+def test_an_epochs_order_is_a_permutation_by_seed_and_epoch_alone():
+    one = epoch_order(IDS, 3, 1)
     assert sorted(one) == sorted(IDS) and one != sorted(IDS)
-    assert plan(reversed(IDS), 3, 1) == one
-    assert plan(IDS, 3, 2) != one and plan(IDS, 4, 1) != one
+    assert epoch_order(reversed(IDS), 3, 1) == one
+    assert epoch_order(IDS, 3, 2) != one and epoch_order(IDS, 4, 1) != one
 
 
-def test_plan_is_the_same_in_another_process():
-    code = "from tccp.clips.order import *; from tccp.seeds import rng_seed; print(plan([WindowId('a', i) for i in range(20)], 3, 1), rng_seed('x', 1, .5, b'y'))"
+def test_an_epochs_order_is_the_same_in_another_process():
+    code = (
+        "from tccp.clips.order import *; from tccp.seeds import rng_seed; "
+        "print(epoch_order([WindowId('a', i) for i in range(20)], 3, 1), rng_seed('x', 1, .5, b'y'))"
+    )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    here = f"{plan([WindowId('a', i) for i in range(20)], 3, 1)} {rng_seed('x', 1, 0.5, b'y')}"
+    here = f"{epoch_order([WindowId('a', i) for i in range(20)], 3, 1)} {rng_seed('x', 1, 0.5, b'y')}"
     assert run.stdout.strip() == here
 
 
-def test_every_place_of_a_plan_comes_up_equally_often():
-    first = [plan(IDS, seed, 0)[0] for seed in range(600)]
+def test_every_place_of_an_epoch_comes_up_equally_often():
+    first = [epoch_order(IDS, seed, 0)[0] for seed in range(600)]
     counts = [first.count(w) for w in IDS]
     expected = 600 / len(IDS)
     chi_squared = sum((c - expected) ** 2 / expected for c in counts)
@@ -278,15 +281,15 @@ def test_steps_take_each_window_once_per_epoch_whatever_the_workers(n: int, batc
         assert [place for part in parts for place in part] == step_slice(n, step, batch)
 
 
-def test_training_order_is_plan_and_slice_and_can_begin_anywhere():
+def test_training_order_is_epoch_order_and_slice_and_can_begin_anywhere():
     fresh, order = TrainingOrder(IDS, 9), TrainingOrder(list(reversed(IDS)), 9)
     steps = [order.step(k, 4) for k in range(12)]
     assert fresh.step(7, 4) == steps[7]
     flat = [w for step in steps for w in step]
     n = len(IDS)
-    assert flat[n : 2 * n] == [PlannedWindow(1, w) for w in plan(IDS, 9, 1)]
+    assert flat[n : 2 * n] == [PlannedWindow(1, w) for w in epoch_order(IDS, 9, 1)]
     assert order.step(3, 4, rank=1, num_ranks=2) == steps[3][2:]
-    few = TrainingOrder(IDS[:3], 9).step(0, 8)  # a plan shorter than a batch
+    few = TrainingOrder(IDS[:3], 9).step(0, 8)  # an epoch shorter than a batch
     assert [w.epoch for w in few] == [0, 0, 0, 1, 1, 1, 2, 2]
 
 

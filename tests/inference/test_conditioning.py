@@ -200,7 +200,7 @@ def in_training(case: Case, variant: VariantName) -> tuple[Shown, Shown]:
 
 
 def assert_alike(one: Shown, other: Shown, name: str) -> None:
-    """Clip tables hold half-precision latents, unrounded points and 16-bit sound: its quiet bands differ from a film's."""
+    """A clip table holds 16-bit sound, latents in half precision and unrounded points: small differences are right."""
     torch.testing.assert_close(one.control, other.control, rtol=0, atol=2e-2, msg=lambda text: f"{name}: {text}")
     for kind, atol in (("audio", 0.1), ("lips", 0.05), ("identity", 0.0)):
         a, b = getattr(one, kind), getattr(other, kind)

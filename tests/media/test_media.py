@@ -17,6 +17,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+import decord
 import hypothesis
 import numpy as np
 import pytest
@@ -146,6 +147,18 @@ def test_constant_rates_map_picture_by_picture(tmp_path: Path, rate: Fraction | 
     assert info.num_pictures == 130
     assert info.num_frames == math.ceil(130 / Fraction(rate) * 25)
     assert numbers(film) == shown_at(times, last_s, Fraction(0))
+
+
+def test_an_independent_decoder_gives_the_same_pictures(tmp_path: Path):
+    """decord, on a film whose picture i is frame i: constant 25 fps from zero, H.264 with B-frames."""
+    film = tmp_path / "film.mp4"
+    write_film(film, regular(25, 60), Fraction(1, 25))
+    reader = decord.VideoReader(str(film), num_threads=1)
+    assert len(reader) == probe(film).num_frames == 60
+    for number, picture in enumerate(read_frames(film)):
+        other = reader.next().asnumpy()
+        assert number_of(picture) == number_of(other) == number
+        assert np.abs(picture.astype(np.int16) - other).mean() < 2.5
 
 
 @hypothesis.settings(max_examples=12)

@@ -8,6 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+import decord
 import numpy as np
 import pytest
 
@@ -107,7 +108,6 @@ def test_every_frame_is_the_picture_on_show(shared_clips: Path, name: str):
 @pytest.mark.parametrize("name", ["lowres_180x320.mp4", "face_gap.mp4", "hard_cut.mp4", "latentsync_demo1.mp4"])
 def test_decord_gives_the_same_pictures_where_it_is_right(shared_clips: Path, name: str):
     """Constant 25 fps from zero, MP4: there picture i is frame i. (H.264 and HEVC.)"""
-    decord = pytest.importorskip("decord")
     reader = decord.VideoReader(str(shared_clips / name), num_threads=1)
     assert len(reader) == probe(shared_clips / name).num_frames
     for picture in read_frames(shared_clips / name, 0, 60):

@@ -1,12 +1,15 @@
-"""Wav2Lip's mel against a slow transcription of its definition, librosa and numbers; windows against the whole."""
+"""Wav2Lip's mel against a slow transcription of its definition, librosa and golden numbers; windows against a whole."""
 
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 import wave
 from pathlib import Path
 
 import hypothesis
+import librosa
 import numpy as np
 import pytest
 from hypothesis import strategies as st
@@ -28,7 +31,7 @@ def speech_like(num_samples: int, seed: int = 0) -> np.ndarray:
 
 
 def slow_mel(samples: np.ndarray) -> np.ndarray:
-    """The definition, sum by sum: no FFT, no window function, no filter bank of anybody."""
+    """The definition, sum by sum, without any library's FFT, window function or filter bank."""
     n = len(samples)
     emphasised = [float(samples[i]) - 0.97 * (float(samples[i - 1]) if i else 0.0) for i in range(n)]
 
@@ -73,8 +76,8 @@ def test_mel_is_its_definition(num_samples: int):
 
 
 @pytest.mark.parametrize("num_samples", [800, 16000, 70_123])
-def test_mel_is_librosas(num_samples: int):
-    librosa = pytest.importorskip("librosa")
+def test_mel_is_librosas_of_the_whole_sound(num_samples: int):
+    """mel cuts the sound into pieces and reflects its ends by itself."""
     samples = speech_like(num_samples)
     emphasised = librosa.effects.preemphasis(samples.astype(np.float64), coef=0.97, zi=[0.0])
     spectrum = np.abs(librosa.stft(emphasised, n_fft=800, hop_length=200, win_length=800, pad_mode="reflect"))
@@ -106,6 +109,27 @@ def test_golden():
     assert columns.mean() == pytest.approx(-1.890781, abs=1e-4)
     for (band, column), value in GOLDEN.items():
         assert columns[band, column] == pytest.approx(value, abs=1e-4), (band, column)
+
+
+def test_the_numbers_that_the_packaged_weights_were_trained_with():
+    """Computed before filters and Fourier transform came from librosa."""
+    samples = speech_like(16000)
+    columns = mel(samples).astype(np.float64)
+    assert (columns.mean(), columns.std()) == pytest.approx((-1.074819, 1.667268), abs=1e-5)
+    bands = [-2.585098, -1.745875, -1.780015, -1.411578, -1.00524, -0.579583, -0.605851, -1.430518]
+    np.testing.assert_allclose(columns[::10].mean(axis=1), bands, atol=1e-5)
+    band_40 = [-0.28582, 0.128176, 0.570596, -0.206327, 0.005869, -4.0, -0.759655, -1.050538, -2.032286]
+    np.testing.assert_allclose(columns[40, ::9], band_40, atol=1e-4)
+    windows = mel_windows(samples, 0, 25).astype(np.float64)
+    assert (windows.mean(), windows[0].mean(), windows[24].mean()) == pytest.approx(
+        (-1.238047, -1.444696, -2.402809), abs=1e-5
+    )
+
+
+def test_librosa_is_imported_only_by_what_computes_a_mel():
+    """It takes a second, which `tccp --help` and workers without sound must not pay."""
+    code = "import sys, tccp.media.mel, tccp.media.sandbox; print(sorted({'librosa', 'numba'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 def test_silence_and_the_range():

@@ -24,7 +24,7 @@ from tccp.errors import TccpError
 from tccp.media import MediaError, open_audio, probe, read_frames, write_audio_wav
 from tccp.media.mel import check_audio
 from tccp.media.sandbox import Decoder, Limits
-from tccp.media.sandbox.channel import info_from_message, info_to_message
+from tccp.media.sandbox.messages import TO_PARENT, MediaAnswer
 
 KINDS = ("mp4", "mkv", "webm", "avi", "mpg", "mov", "ts", "wav")
 
@@ -494,18 +494,37 @@ def test_a_fork_takes_a_child_of_its_own(films: dict[str, Path], tmp_path: Path)
 
 def test_answers_are_not_believed(films: dict[str, Path]) -> None:
     info = probe(films["mp4"])
-    message = info_to_message(info)
-    assert info_from_message(message, info.path) == info
-    for name, value in (
-        ("size", [-1, 96]),
-        ("size", [128]),
-        ("spans", [None, None]),
-        ("spans", [["0", "1/0"], None]),
-        ("frame_rate", "fast"),
-        ("audio", None),
+    sent = MediaAnswer.of(1, info).model_dump_json()
+    received = TO_PARENT.validate_json(sent)
+    assert isinstance(received, MediaAnswer) and received.media_info(info.path) == info
+    message = json.loads(sent)
+    for changed in (
+        {"width": -1},
+        {"width": "128"},
+        {"width": 1 << 40},
+        {"height": None},
+        {"video_span": None, "audio_span": None},
+        {"video_span": {"start": "0", "end": "1/0"}},
+        {"video_span": {"start": "0", "end": "1e999999999"}},
+        {"video_span": {"start": "0", "end": "9" * 100}},
+        {"video_span": {"start": "1", "end": "0"}},
+        {"frame_rate": "fast"},
+        {"audio_channels": None},
+        {"audio_codec": "x" * 100},
+        {"seeks": 1},
+        {"kind": "unknown"},
+        {"unknown": 1},
     ):
-        with pytest.raises((ValueError, TypeError, ArithmeticError)):
-            info_from_message(message | {name: value}, info.path)
+        with pytest.raises(ValueError, match="validation error"):
+            TO_PARENT.validate_json(json.dumps(message | changed))
+    for name in message:
+        with pytest.raises(ValueError, match="validation error"):
+            TO_PARENT.validate_json(json.dumps({key: value for key, value in message.items() if key != name}))
+    failure = {"kind": "failure", "id": 1, "reason": "corrupt", "problem": "it is damaged"}
+    TO_PARENT.validate_json(json.dumps(failure))
+    for changed in ({"reason": "No reason"}, {"reason": "x" * 100}, {"problem": "x" * 1000}, {"problem": None}):
+        with pytest.raises(ValueError, match="validation error"):
+            TO_PARENT.validate_json(json.dumps(failure | changed))
 
 
 LIAR = """#!{python}
@@ -513,27 +532,28 @@ import json, socket, sys
 
 end = socket.socket(fileno=int(sys.argv[3]))
 end.recv(1 << 17)
-end.send(b"{{}}")
+end.send(json.dumps({{"kind": "ready"}}).encode())
 while packet := end.recv(1 << 17):
-    command = json.loads(packet)
-    if command.get("do") == "probe":
-        end.send(json.dumps({{"id": command["id"], "info": json.loads({info!r})}}).encode())
-    elif "do" in command:
+    request = json.loads(packet)
+    if request["kind"] == "probe":
+        end.send(json.dumps(json.loads({info!r}) | {{"id": request["id"]}}).encode())
+    elif request["kind"] in ("frames", "sound"):
         while True:
-            end.send(json.dumps({{"id": command["id"]}} | json.loads({lie!r})).encode())
+            end.send(json.dumps({{"id": request["id"]}} | json.loads({lie!r})).encode())
 """
 
 
 @pytest.mark.parametrize(
     "lie",
     [
-        {"slot": 4, "bytes": 100},
-        {"slot": -1, "bytes": 100},
-        {"slot": 0, "bytes": 0},
-        {"slot": 0, "bytes": 1 << 40},
-        {"slot": 0, "bytes": 100},
-        {"slot": None, "bytes": []},
-        {"slot": 0, "bytes": 128 * 96 * 3},  # of the right size, but without end
+        {"kind": "block", "slot": 4, "num_bytes": 100},
+        {"kind": "block", "slot": -1, "num_bytes": 100},
+        {"kind": "block", "slot": 0, "num_bytes": 0},
+        {"kind": "block", "slot": 0, "num_bytes": 1 << 40},
+        {"kind": "block", "slot": 0, "num_bytes": 100},
+        {"kind": "block", "slot": None, "num_bytes": []},
+        {"kind": "block", "slot": 0, "num_bytes": 128 * 96 * 3},  # of the right size, but without end
+        {"kind": "file_size", "num_bytes": -1},
         {"nothing": "known"},
     ],
 )
@@ -541,16 +561,33 @@ def test_a_child_that_lies(
     lie: dict[str, object], films: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What took it over can do no more than lose the film."""
-    info = json.dumps(info_to_message(probe(films["mp4"])))
-    liar = tmp_path / "liar"
-    liar.write_text(LIAR.format(python=sys.executable, info=info, lie=json.dumps(lie)))
-    liar.chmod(0o700)
-    monkeypatch.setattr(sys, "executable", str(liar))
+    pretend(MediaAnswer.of(1, probe(films["mp4"])), lie, tmp_path / "liar", monkeypatch)
     with Decoder(Limits(max_duration_s=1, stall_s=20)) as decoder:
         for call in (decoder.frames, lambda path: iter([decoder.sound(path)])):
-            with pytest.raises(MediaError, match="nonsense came out of it") as caught:
+            with pytest.raises(MediaError, match="sent an invalid answer") as caught:
                 list(call(films["mp4"]))
             assert caught.value.reason == "decoder_crashed"
+
+
+def pretend(answer: MediaAnswer, lie: object, liar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """New children are a program that gives this answer to `probe` and repeats the lie after any other request."""
+    text = LIAR.format(python=sys.executable, info=answer.model_dump_json(), lie=json.dumps(lie))
+    liar.write_text(text)
+    liar.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(liar))
+
+
+@pytest.mark.parametrize("changed", [{"width": 0}, {"width": 10_000}, {"audio_sample_rate_hz": 1 << 30}])
+def test_a_child_that_claims_what_the_limits_forbid(
+    changed: dict[str, object], films: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = MediaAnswer.of(1, probe(films["mp4"])).model_copy(update=changed)
+    pretend(answer, {"kind": "end"}, tmp_path / "liar", monkeypatch)
+    invalid = pytest.raises(MediaError, match="sent an invalid answer")
+    with Decoder(Limits(max_pixels=400_000, stall_s=20)) as decoder, invalid:
+        next(decoder.frames(films["mp4"]))
+    with Decoder(Limits(max_duration_s=0.5, stall_s=20)) as decoder, invalid:
+        decoder.probe(films["mp4"])
 
 
 def test_mutated_films(films: dict[str, Path], tmp_path: Path) -> None:

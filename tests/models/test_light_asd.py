@@ -143,7 +143,7 @@ def test_a_score_says_nothing_of_what_is_seconds_away(network: LightAsd) -> None
 def test_tracks_of_no_or_few_frames(network: LightAsd) -> None:
     assert network.score(*_track(0)).shape == (0,)
     assert np.isfinite(network.score(*_track(1))).all()
-    with pytest.raises(ValueError, match="1280 samples for 3 frames: give 640 to a frame"):
+    with pytest.raises(ValueError, match="1280 samples for 3 frames: give 640 per frame"):
         network.score(_track(2)[0], _track(3)[1])
 
 

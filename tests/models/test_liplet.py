@@ -212,7 +212,7 @@ def test_shapes_and_range(size_px, channels):
 
 @pytest.mark.parametrize(("size_px", "channels"), [(20, 16), (32, 6), (0, 16)])
 def test_sizes_that_do_not_fit_are_refused(size_px, channels):
-    with pytest.raises(TccpError, match="size is a multiple of 8, channels of 4"):
+    with pytest.raises(TccpError, match="a size that is a multiple of 8, channels of 4"):
         Liplet(size_px, channels)
 
 
@@ -240,7 +240,7 @@ def test_bad_folders_say_which_and_why(tmp_path):
     with pytest.raises(TccpError, match="not a folder with config"):
         load_liplet(tmp_path)
     Liplet(SIZE, 8).save_pretrained(tmp_path / "liplet")
-    with pytest.raises(TccpError, match=r"draws 16 px pictures; lips\.size_px is 32"):
+    with pytest.raises(TccpError, match=r"makes 16 px pictures; lips\.size_px is 32"):
         open_lip_source(LipSettings(source="liplet", size_px=32), tmp_path / "liplet")
     (tmp_path / "liplet" / "diffusion_pytorch_model.safetensors").write_bytes(b"no tensors")
     with pytest.raises(TccpError, match="liplet: cannot be loaded"):

@@ -326,7 +326,7 @@ def test_round_table_talkers_are_kept_and_neither_bystanders_nor_other_mouths():
         sound = FilmSound(_pcm(clip.audio), 0)
         voice, heard = voice_activity(sound, 0, clip.num_frames), articulation(sound, 0, clip.num_frames)
         talker = _track(0, clip.landmarks_px)
-        others = [_track(1 + i, actor.landmarks[..., :2]) for i, actor in enumerate(clip.stage.others)]
+        others = [_track(1 + i, actor.landmarks[..., :2]) for i, actor in enumerate(clip.scene.others)]
         stretches = speaking_stretches([talker, *others], voice, 0, articulation=heard)
         _check_cover([talker, *others], stretches)
         assert _frames(stretches, 0) >= 0.95 * clip.num_frames

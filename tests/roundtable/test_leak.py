@@ -42,7 +42,7 @@ def scene_features(clip: RoundTableClip) -> np.ndarray:
     """Where the others are, and which of them looks away from the camera: what the rest of the scene shows."""
     middle = clip.head_box[0, ::2].mean()
     sides = [np.sign(box[::2].mean() - middle) for box in clip.others_box[0]]
-    away = [abs(float(actor.place.pose.yaw_deg[0])) > 90 for actor in clip.stage.others]
+    away = [abs(float(actor.place.pose.yaw_deg[0])) > 90 for actor in clip.scene.others]
     return np.array([sum(side for side, turned in zip(sides, away, strict=True) if turned)])
 
 

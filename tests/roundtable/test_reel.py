@@ -102,7 +102,7 @@ def test_dubs_are_silent_or_of_another_scene(tmp_path: Path) -> None:
     samples, by = sound_of(tmp_path / "film.mp4"), SAMPLES_PER_FRAME
     assert np.abs(samples[7 * by : 8 * by]).max() < 0.01
     assert likeness(samples[10 * by : 25 * by], synthesise(9, 0.6).audio) > 0.9
-    with pytest.raises(TccpError, match="frames 20 to 31 were to be dubbed; the reel has 0 to 30"):
+    with pytest.raises(TccpError, match="cannot dub frames 20 to 31; the reel has 0 to 30"):
         write_reel(tmp_path / "film.mp4", [Shot(3, 30, 5)], WIDTH, HEIGHT, dubs=[Dub(20, 31)])
 
 

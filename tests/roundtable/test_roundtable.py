@@ -72,8 +72,8 @@ def test_frames_do_not_depend_on_the_order_they_are_drawn_in():
 def test_person_seed_brings_the_same_person_into_another_scene():
     first, second = synthesise(1, 0.2, person_seed=5), synthesise(2, 0.2, person_seed=5)
     assert first.person_id == second.person_id == make_person(5).person_id
-    assert first.stage.talker.model.person == second.stage.talker.model.person
-    assert first.stage.talker.outfit != second.stage.talker.outfit
+    assert first.scene.talker.model.person == second.scene.talker.model.person
+    assert first.scene.talker.outfit != second.scene.talker.outfit
     assert not np.array_equal(first.identity, second.identity)
     # Another person leaves the scene itself as it was.
     other = synthesise(1, 0.2, person_seed=6)
@@ -84,7 +84,7 @@ def test_person_seed_brings_the_same_person_into_another_scene():
 def test_a_longer_clip_keeps_its_people_and_room():
     short, long = synthesise(8, 0.4), synthesise(8, 4.0)
     assert short.person_seed == long.person_seed
-    assert np.array_equal(short.stage.room.picture, long.stage.room.picture)
+    assert np.array_equal(short.scene.room.picture, long.scene.room.picture)
 
 
 # -- shapes and refusals ----------------------------------------------------------------------------------------------
@@ -106,7 +106,7 @@ def test_sound_and_tracks_have_the_length_of_the_picture(seconds, num_frames):
         ({"seed": 0, "seconds": 0.0}, "at least one frame"),
         ({"seed": 0, "seconds": 1.0, "width": 100}, "128x96"),
         ({"seed": 0, "seconds": 1.0, "width": 257}, "even"),
-        ({"seed": -1, "seconds": 1.0}, "seeds are whole numbers from 0"),
+        ({"seed": -1, "seconds": 1.0}, "give seeds of at least 0"),
     ],
 )
 def test_wrong_numbers_are_refused_with_what_is_allowed(arguments, message):
@@ -164,7 +164,7 @@ def test_landmarks_lie_on_what_is_drawn():
     """Pixels that change when the mouth moves lie around its landmarks; between lip landmarks lies the lips' colour."""
     clip = synthesise(14, 2.0)
     frame = int(np.argmax(clip.mouth_opening))
-    lips = np.array(clip.stage.talker.model.person.lips)
+    lips = np.array(clip.scene.talker.model.person.lips)
     picture = clip.render(frame).astype(int)
     points = clip.landmarks_px[frame]
     # Half-way between inner and outer lip there is lip, in the middle of an open mouth there is none.
@@ -318,7 +318,7 @@ def test_the_addressee_stands_on_his_side_within_the_scene():
 def test_no_other_reaches_into_the_head_box(seed):
     """Else a generated head would have to draw somebody's shoulder, and the crop would tell where he stands."""
     clip = synthesise(seed, 2.0)
-    alone = dataclasses.replace(clip, stage=dataclasses.replace(clip.stage, others=()))
+    alone = dataclasses.replace(clip, scene=dataclasses.replace(clip.scene, others=()))
     for frame in (0, 49):
         x0, y0, x1, y1 = clip.head_box[frame].astype(int)
         drawn, empty = clip.render(frame), alone.render(frame)
@@ -360,7 +360,7 @@ def test_only_the_listener_and_the_turn_of_the_head_change(seed, listener_deg):
         drawn, redrawn = clip.render(frame), moved.render(frame)
         listener = np.zeros(drawn.shape[:2], bool)
         for version, picture in ((clip, drawn), (moved, redrawn)):
-            alone = dataclasses.replace(version, stage=dataclasses.replace(version.stage, others=()))
+            alone = dataclasses.replace(version, scene=dataclasses.replace(version.scene, others=()))
             listener |= (alone.render(frame) != picture).any(-1)
         assert 0.02 < listener.mean() < 0.7
         assert not np.array_equal(drawn[listener], redrawn[listener])
@@ -471,7 +471,7 @@ def test_identity_shows_the_same_skin_from_elsewhere():
     assert clip.identity.shape == (128, 128, 3)
     x0, y0, x1, y1 = clip.head_box[0].astype(int)
     crop = cv2.resize(clip.render(0)[y0:y1, x0:x1], (128, 128))
-    skin = np.array(clip.stage.talker.model.person.skin)
+    skin = np.array(clip.scene.talker.model.person.skin)
 
     def skin_share(picture):
         return (np.abs(picture.astype(int) - skin).max(axis=-1) < 12).mean()

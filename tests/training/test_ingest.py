@@ -142,7 +142,7 @@ def film_windows_of(cache: LatentCache) -> Any:
 
     def rows(epoch: int) -> Iterator[dict[str, np.ndarray]]:
         for clip_id in cache.table.ids:
-            columns = windows(cache.table.rows([clip_id]), SETTINGS, SETTINGS.window, 3, draws=(epoch % 2,))
+            columns = windows(cache.table.rows([clip_id]), SETTINGS, SETTINGS.window, 3, jitters=(epoch % 2,))
             for row in range(len(columns["start_frame"])):
                 yield {name: values[row] for name, values in columns.items()}
 

@@ -1,10 +1,11 @@
-"""Media files are decoded in a child process, for nobody knows what is in them.
+"""Decoding of untrusted media files in a child process.
 
-FFmpeg's hundreds of decoders are written in C, and a damaged or hostile file may crash one, hang it or have it take all
-memory. Here that costs one file: the child has limits and few rights, and is replaced when it dies or falls silent.
+FFmpeg's decoders are written in C. A damaged or hostile file may crash one, make it hang or make it take all memory.
+Here this costs one file: the child process has limits and few rights, and the parent replaces it when it dies or stops
+answering.
 
-The parent believes nothing that the child says: messages are JSON and checked, pictures travel through memory of a
-fixed size, and the child opens no file for writing.
+The parent trusts nothing that the child sends. Messages are checked by pydantic models whose fields are all bounded,
+pictures and sound travel through shared memory of a fixed size, and the child cannot write files.
 """
 
 from tccp.media.sandbox.limits import Limits

@@ -1,6 +1,6 @@
-"""The child: `python -m tccp.media.sandbox.child SOCKET PARENT`, started by `process` and of no use to people.
+"""The child process: `python -m tccp.media.sandbox.child SOCKET PARENT`. `process` starts it; it is no user command.
 
-Commands are `probe`, `frames` and `sound`, one at a time; a new one puts an end to the one before.
+It works on one request at a time (probe, frames or sound). A new request ends the one before it.
 """
 
 from __future__ import annotations
@@ -25,24 +25,43 @@ from jaxtyping import UInt8
 from tccp.config import SAMPLE_RATE_HZ
 from tccp.errors import TccpError
 from tccp.media import MediaError, MediaInfo, pictures, probe, read_frames
-from tccp.media.sandbox.channel import Channel, Closed, Message, info_to_message, mapped
+from tccp.media.sandbox.channel import Channel, Closed, mapped
 from tccp.media.sandbox.limits import Limits
+from tccp.media.sandbox.messages import (
+    LONGEST_PROBLEM,
+    TO_CHILD,
+    Answer,
+    Block,
+    Delivery,
+    End,
+    Failure,
+    FileSize,
+    FramesRequest,
+    Free,
+    MediaAnswer,
+    Message,
+    ProbeRequest,
+    Ready,
+    Request,
+    SoundRequest,
+    Start,
+    Stop,
+)
 from tccp.media.sound import sound_blocks
 from tccp.media.source import checked_file, opened
 
 _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
 _WATCH_EVERY_S = 0.5
 _OPEN_FILES = 64
-# Formats whose header states how long the film is; elsewhere FFmpeg guesses, and a good film may be set aside for it.
+# Formats whose header states the film's duration. In others FFmpeg guesses, which could reject a good film.
 _STATES_DURATION = {"mov", "matroska", "avi", "flac"}
-_LONGEST_TEXT = 500
-_MOST_AT_ONCE = 1 << 31  # bytes, av_malloc's own limit
-_NO_MEMORY = MemoryError, BlockingIOError  # the latter, EAGAIN, from FFmpeg: none for the stack of a thread
-_NEARLY_ALL = 0.75  # of the memory allowed, in use: what is asked for but not yet written to does not count
+_LARGEST_ALLOCATION = 1 << 31  # bytes, the limit of av_malloc itself
+_NO_MEMORY = MemoryError, BlockingIOError  # FFmpeg raises the latter (EAGAIN) if it gets no memory for a thread's stack
+_NEARLY_ALL = 0.75  # share of the allowed memory in use: memory that was allocated but not written to does not count
 
 
 class _Abandoned(Exception):
-    """The parent wants no more of this; `message` is what it wants instead, if anything."""
+    """The parent has stopped the request; `message` is its next request, if there is one."""
 
     def __init__(self, message: Message | None):
         super().__init__()
@@ -59,55 +78,63 @@ class _Server:
         message: Message | None = None
         while True:
             message = message or self._receive(None)
-            command, message = message, None
-            if "do" not in command:
-                continue  # about a command that has ended
+            request, message = message, None
+            if not isinstance(request, ProbeRequest | FramesRequest | SoundRequest):
+                continue  # `Free` or `Stop` for a request that has ended
             try:
-                self._answer(command)
+                self._answer(request)
             except _Abandoned as abandoned:
                 message = abandoned.message
 
     def _receive(self, timeout_s: float | None) -> Message:
-        message = self._channel.receive(timeout_s)
-        if "descriptor" in message:
-            self._memory = mapped(message["descriptor"])
-            os.close(message["descriptor"])
+        message, descriptor = self._channel.receive_with_descriptor(TO_CHILD.validate_json, timeout_s)
+        if descriptor is not None:
+            self._memory = mapped(descriptor)
+            os.close(descriptor)
         return message
 
-    def _answer(self, command: Message) -> None:
-        path = Path(command["path"])
+    def _answer(self, request: ProbeRequest | FramesRequest | SoundRequest) -> None:
+        path = Path(os.fsdecode(request.path))
         with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as peak:
             peak.write("5")
+        answer: Answer
         try:
-            answer = {"probe": self._probe, "frames": self._frames, "sound": self._sound}[command["do"]](path, command)
+            match request:
+                case ProbeRequest():
+                    answer = self._probe(path, request)
+                case FramesRequest():
+                    answer = self._frames(path, request)
+                case SoundRequest():
+                    answer = self._sound(path, request)
         except MediaError as error:
-            answer = _error("too_much_memory" if self._was_memory(error) else error.reason, error.problem)
+            reason = "too_much_memory" if self._was_memory(error) else error.reason
+            answer = _failure(request, reason, error.problem)
         except TccpError as error:
-            answer = _error(None, str(error).removeprefix(f"{path}: "))
+            answer = _failure(request, None, str(error).removeprefix(f"{path}: "))
         except _NO_MEMORY:
-            answer = {"error": "too_much_memory"}
+            answer = _failure(request, "too_much_memory", "")
         except (_Abandoned, Closed):
             raise
-        except Exception as error:  # what tccp.media did not foresee must cost a file, not the run
-            answer = _error("decoder_crashed", f"{type(error).__name__}: {error}")
-        self._channel.send({"id": command["id"], **answer})
+        except Exception as error:  # an error that tccp.media did not expect must cost one file, not the run
+            answer = _failure(request, "decoder_crashed", f"{type(error).__name__}: {error}")
+        self._channel.send(answer)
 
-    def _probe(self, path: Path, command: Message) -> Message:
-        info = self._looked_at(path, command)
-        if "start" in command:  # read_frames checks the range when it is called
-            read_frames(path, command["start"], command["count"])
-        return {"info": info_to_message(info)}
+    def _probe(self, path: Path, request: ProbeRequest) -> MediaAnswer:
+        info = self._checked(path, request)
+        if request.start_frame is not None:  # read_frames checks the range when it is called
+            read_frames(path, request.start_frame, request.num_frames)
+        return MediaAnswer.of(request.id, info)
 
-    def _frames(self, path: Path, command: Message) -> Message:
-        self._looked_at(path, command)
-        wanted = None if command["offsets"] is None else iter(command["offsets"])
-        self._deliver(command, _picked(read_frames(path, command["start"], command["count"]), wanted))
-        return {"end": True}
+    def _frames(self, path: Path, request: FramesRequest) -> End:
+        self._checked(path, request)
+        wanted = None if request.offsets is None else iter(request.offsets)
+        self._deliver(request, _picked(read_frames(path, request.start_frame, request.num_frames), wanted))
+        return End(id=request.id)
 
-    def _sound(self, path: Path, command: Message) -> Message:
-        info = self._looked_at(path, command)
-        self._deliver(command, self._samples(info, command["slot_bytes"] // 4))
-        return {"end": True}
+    def _sound(self, path: Path, request: SoundRequest) -> End:
+        info = self._checked(path, request)
+        self._deliver(request, self._samples(info, request.slot_bytes // 4))
+        return End(id=request.id)
 
     def _samples(self, info: MediaInfo, most: int) -> Generator[np.ndarray, None, None]:
         """The sound in blocks of up to `most` samples."""
@@ -118,10 +145,9 @@ class _Server:
             for start in range(0, len(block), most):
                 yield block[start : start + most]
 
-    def _deliver(self, command: Message, items: Generator[np.ndarray, None, None]) -> None:
-        """Puts each item into a slot that is free, as fast as the parent frees them."""
-        slot_bytes = command["slot_bytes"]
-        free = list(range(command["slots"]))
+    def _deliver(self, request: Delivery, items: Generator[np.ndarray, None, None]) -> None:
+        """Writes each item into a free slot. Waits for the parent to free one if there is none."""
+        free = list(range(request.slots))
         with contextlib.closing(items):
             for item in items:
                 while True:
@@ -129,23 +155,24 @@ class _Server:
                         message = self._receive(0 if free else None)
                     except TimeoutError:
                         break
-                    if message["id"] != command["id"] or "stop" in message:
-                        raise _Abandoned(None if "stop" in message else message)
-                    free.append(message["free"])
+                    if isinstance(message, Free) and message.id == request.id:
+                        free.append(message.slot)
+                    else:
+                        raise _Abandoned(None if isinstance(message, Stop) else message)
                 slot = free.pop()
-                start = slot * slot_bytes
+                start = slot * request.slot_bytes
                 self._memory[start : start + item.nbytes].view(item.dtype).reshape(item.shape)[...] = item
-                self._channel.send({"id": command["id"], "slot": slot, "bytes": item.nbytes})
+                self._channel.send(Block(id=request.id, slot=slot, num_bytes=item.nbytes))
 
-    def _looked_at(self, path: Path, command: Message) -> MediaInfo:
-        """`probe`, but what is beyond the limits is found as early as can be."""
+    def _checked(self, path: Path, request: Request) -> MediaInfo:
+        """Like `probe`, but raises MediaError `unsafe` as early as possible for a file beyond the limits."""
         file = checked_file(path)
         status = file.stat()
         if status.st_size > self._limits.max_file_bytes:
             raise _unsafe(
                 path, f"it is a file of {status.st_size} bytes", self._limits.max_file_bytes, "max_file_bytes"
             )
-        self._channel.send({"id": command["id"], "file_bytes": status.st_size})
+        self._channel.send(FileSize(id=request.id, num_bytes=status.st_size))
         self._check_header(file.absolute(), status.st_size, status.st_mtime_ns)
         info = probe(path)
         self._check_pixels(path, info.width, info.height)
@@ -177,19 +204,19 @@ class _Server:
             raise _unsafe(path, what, self._limits.max_duration_s, "max_duration_s")
 
     def _was_memory(self, error: MediaError) -> bool:
-        """Whether the limit on memory is behind the error, as far as can be told.
+        """Whether the limit on memory probably caused the error.
 
-        Some decoders that get no memory say that the file is damaged. And FFmpeg says that there is no memory where a
-        damaged header asks for more than it ever gives at once.
+        Some decoders that get no memory report a damaged file. And FFmpeg reports a lack of memory where a damaged
+        header asks for more than av_malloc's own limit.
         """
-        taken = _status_bytes("VmHWM") - self._idle_bytes
+        used = _status_bytes("VmHWM") - self._idle_bytes
         if isinstance(error.__context__, _NO_MEMORY):
-            return taken + _MOST_AT_ONCE > self._limits.memory_bytes
-        return error.reason == "corrupt" and taken > _NEARLY_ALL * self._limits.memory_bytes
+            return used + _LARGEST_ALLOCATION > self._limits.memory_bytes
+        return error.reason == "corrupt" and used > _NEARLY_ALL * self._limits.memory_bytes
 
 
 def _picked(frames: Iterator[np.ndarray], offsets: Iterator[int] | None) -> Generator[np.ndarray, None, None]:
-    """Those at ascending `offsets` (default: all)."""
+    """The frames at ascending `offsets` (None: all)."""
     if offsets is None:
         yield from frames
         return
@@ -206,8 +233,9 @@ def _unsafe(path: Path, what: str, limit: float, name: str) -> MediaError:
     )
 
 
-def _error(reason: str | None, problem: str) -> Message:
-    return {"error": reason, "problem": problem[:_LONGEST_TEXT]}
+def _failure(request: Request, reason: str | None, problem: str) -> Failure:
+    encodable = problem.encode("utf-8", "backslashreplace").decode()  # file names need not be valid UTF-8
+    return Failure(id=request.id, reason=reason, problem=encodable[:LONGEST_PROBLEM])
 
 
 def _status_bytes(name: str) -> int:
@@ -216,10 +244,10 @@ def _status_bytes(name: str) -> int:
 
 
 def _end_with(parent: int, signalled: bool) -> None:
-    """The process ends when its parent does, even in the middle of decoding.
+    """Ends this process when its parent ends, even in the middle of decoding.
 
-    signalled: also by a signal of the kernel's, which needs no thread of ours. It is sent at the end of the *thread*
-    that started the process, so this is for a process that was started by the main thread.
+    signalled: let the kernel also send a signal, which works without a thread. The kernel sends it when the *thread*
+    that started this process ends, so use it only if that was the parent's main thread.
     """
     if signalled:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -233,7 +261,7 @@ def _end_with(parent: int, signalled: bool) -> None:
 
 
 def _give_up_rights(limits: Limits) -> None:
-    """No file may be written, no core dumped, no more memory taken; what is left to gain by it is little."""
+    """From here on this process can write no files, dump no core and take no memory beyond the limit."""
     sys.dont_write_bytecode = True
     ctypes.CDLL(None).prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     for kind, most in (
@@ -246,23 +274,22 @@ def _give_up_rights(limits: Limits) -> None:
         most = most if hard == resource.RLIM_INFINITY else min(most, hard)
         resource.setrlimit(kind, (most, most))
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
-        score.write("1000")  # if memory runs out all the same, the kernel is to end this process and not its parent
+        score.write("1000")  # if memory runs out all the same, the kernel ends this process rather than its parent
 
 
 def main(descriptor: str, parent: str, signalled: str) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles interrupts
     _end_with(int(parent), signalled == "signalled")
     channel = Channel(socket.socket(fileno=int(descriptor)))
     with contextlib.suppress(Closed):
-        given = channel.receive()
-        limits = Limits(**given["limits"])
-        if given["threads"] is not None:
-            pictures.MAX_THREADS = given["threads"]
-        _give_up_rights(limits)
-        with open(os.devnull, "r+b") as nowhere:  # what FFmpeg has to say is not for the user's terminal
+        start = channel.receive(Start.model_validate_json)
+        if start.threads is not None:
+            pictures.MAX_THREADS = start.threads
+        _give_up_rights(start.limits)
+        with open(os.devnull, "r+b") as nowhere:  # FFmpeg's messages must not reach the user's terminal
             os.dup2(nowhere.fileno(), 2)
-        channel.send({"ready": True})
-        _Server(channel, limits).run()
+        channel.send(Ready())
+        _Server(channel, start.limits).run()
 
 
 if __name__ == "__main__":

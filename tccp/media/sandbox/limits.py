@@ -1,4 +1,4 @@
-"""What a media file may ask for."""
+"""Limits on what a media file may ask for."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from tccp.errors import TccpError
 
 @dataclass(frozen=True)
 class Limits:
-    """Generous for real footage: 8K pictures, half a day, a terabyte. Raises TccpError for what is not positive.
+    """The defaults leave room for real footage: 8K pictures, half a day, a terabyte.
 
-    max_pixels: of one picture. max_duration_s: from the common start to the end of pictures and sound.
-    max_sample_rate_hz: of the sound as stored. memory_bytes: what decoding may take, beyond what an idle child has.
-    stall_s: the longest wait for an answer. The first may take longer: by the size of the file at 10 MB/s, for it is
-      read as a whole, and by the time at which the first picture is due, for the film may be decoded up to there.
+    max_pixels: per picture. max_duration_s: from the common start to the end of pictures and sound.
+    max_sample_rate_hz: of the sound as stored. memory_bytes: memory for decoding, on top of what an idle child uses.
+    stall_s: the longest wait for an answer. The first answer may take longer: by the file's size at 10 MB/s, because
+      the child reads the whole file, and by the time of the first picture, because the child may have to decode
+      everything before it.
+    Raises TccpError if a limit is not a positive finite number.
     """
 
     max_pixels: int = 8192 * 4320

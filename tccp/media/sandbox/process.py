@@ -1,4 +1,4 @@
-"""Starting the child and making sure of its end."""
+"""Starts the child process and makes sure that it ends."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ import subprocess
 import sys
 import threading
 import weakref
-from dataclasses import asdict
 from pathlib import Path
 
 import tccp
 from tccp.media.sandbox.channel import Channel, Closed
 from tccp.media.sandbox.limits import Limits
+from tccp.media.sandbox.messages import Ready, Start
 
-_START_S = 120.0  # on a machine whose disk is slow and whose cores are busy
+_START_S = 120.0  # enough for a machine with a slow disk and busy cores
 _END_S = 10.0
-# The child has no use for the rest, in which there may be secrets.
+# The child does not need the other variables, which may hold secrets.
 _ENVIRONMENT = ("LANG", "LC_", "LD_", "PATH", "PYTHON", "TZ")
 
 
 class Process:
-    """A child at work. It ends with `end`, with this object and with this process, also if that is killed.
+    """A running child. It ends with `end`, with this object, and with this process even if that is killed.
 
-    Raises RuntimeError if it cannot be started.
+    Raises RuntimeError if the child cannot be started.
     """
 
     def __init__(self, limits: Limits, threads: int | None):
@@ -41,14 +41,14 @@ class Process:
                 raise _not_started(str(error.strerror)) from None
         self._finalizer = weakref.finalize(self, _end, self._popen, self.channel, self.owner)
         assert self._popen.stderr is not None
-        with self._popen.stderr as complaints:
+        with self._popen.stderr as stderr:
             try:
-                self.channel.send({"limits": asdict(limits), "threads": threads})
-                self.channel.receive(_START_S)
+                self.channel.send(Start(limits=limits, threads=threads))
+                self.channel.receive(Ready.model_validate_json, _START_S)
             except (Closed, TimeoutError, ValueError):
                 self.end()
-                said = complaints.read().decode(errors="replace").strip().splitlines()
-                raise _not_started(said[-1] if said else f"status {self._popen.returncode}") from None
+                lines = stderr.read().decode(errors="replace").strip().splitlines()
+                raise _not_started(lines[-1] if lines else f"status {self._popen.returncode}") from None
 
     @property
     def pid(self) -> int:
@@ -58,7 +58,7 @@ class Process:
         self._finalizer()
 
     def cause_of_death(self) -> str:
-        """After the channel was found closed."""
+        """Call it when the channel is closed. Returns the name of the signal or the exit status."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._popen.wait(_END_S)
         self.end()
@@ -77,7 +77,7 @@ def _popen(descriptor: int, owner: int) -> subprocess.Popen[bytes]:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         pass_fds=[descriptor],
-        process_group=0,  # an interrupt from the keyboard is sent to the whole group
+        process_group=0,  # a keyboard interrupt goes to the whole group of the parent
         cwd="/",
         env=_environment(),
     )
@@ -89,15 +89,15 @@ def _not_started(why: str) -> RuntimeError:
 
 def _end(popen: subprocess.Popen[bytes], channel: Channel, owner: int) -> None:
     channel.close()
-    if os.getpid() == owner:  # in a fork of the owner, this is somebody else's child
+    if os.getpid() == owner:  # a fork of the owner must not kill the owner's child
         popen.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):  # it may hang in the kernel, on a disk that is gone
+        with contextlib.suppress(subprocess.TimeoutExpired):  # the child may hang in the kernel, on a missing disk
             popen.wait(_END_S)
 
 
 def _environment() -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if name.startswith(_ENVIRONMENT)}
     root = str(Path(tccp.__file__).resolve().parent.parent)
-    places = [root, *(str(Path(place).absolute()) for place in sys.path)]
+    folders = [root, *(str(Path(folder).absolute()) for folder in sys.path)]
     single = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    return kept | single | {"PYTHONPATH": os.pathsep.join(places), "PYTHONSAFEPATH": "1"}
+    return kept | single | {"PYTHONPATH": os.pathsep.join(folders), "PYTHONSAFEPATH": "1"}

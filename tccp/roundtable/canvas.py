@@ -1,4 +1,4 @@
-"""Filled shapes on a canvas of twice the scene's resolution: smooth edges, sub-pixel places, one resize.
+"""Paints filled shapes on a canvas of twice the scene's resolution, for smooth edges and sub-pixel positions.
 
 Coordinates are scene pixels, continuous: pixel i covers i..i+1.
 """
@@ -14,30 +14,30 @@ from jaxtyping import Float, Float64, UInt8
 from tccp.roundtable.people import Colour
 
 SUPERSAMPLING = 2
-_ROUND_FROM_PX = 8.0  # canvas pixels; thinner lines show no joints
+_ROUND_FROM_PX = 8.0  # canvas pixels; the joints of thinner lines are not visible
 _SHIFT = 4  # fractional bits of cv2's fixed-point coordinates
 
 
 class Canvas:
-    """One picture under construction. `picture()` gives it at scene resolution."""
+    """A picture to paint on. `picture()` returns it at scene resolution."""
 
     def __init__(self, ground: UInt8[np.ndarray, "H W 3"]) -> None:
-        """ground: at SUPERSAMPLING times the scene's resolution; drawn over in place."""
+        """ground: the background at SUPERSAMPLING times the scene's resolution; it is painted over in place."""
         self._pixels = ground
 
     def fill(self, points: Float[np.ndarray, "n 2"], colour: Colour) -> None:
         cv2.fillPoly(self._pixels, [_fixed(points)], colour, cv2.LINE_AA, _SHIFT)
 
     def fill_hull(self, points: Float[np.ndarray, "n 2"], colour: Colour) -> None:
-        """Fill the convex hull."""
+        """Fills the convex hull of the points."""
         cv2.fillConvexPoly(self._pixels, cv2.convexHull(_fixed(points)), colour, cv2.LINE_AA, _SHIFT)
 
     def line(self, points: Float[np.ndarray, "n 2"], colour: Colour, width: float) -> None:
-        """Open line; a wide one has round joints and ends. A ribbon of sub-pixel width, which cv2's own lines lack."""
+        """Paints an open line with a sub-pixel width, which cv2's lines do not have. Wide lines have round joints."""
         along = np.diff(points, axis=0)
         along /= np.maximum(np.hypot(along[:, :1], along[:, 1:]), 1e-9)
         at_points = np.concatenate([along[:1], along[:-1] + along[1:], along[-1:]])
-        # At a bend of angle a the ribbon keeps its width if its side goes 1 / cos(a / 2) further; sharp bends are cut.
+        # At a bend of angle a, a factor of 1 / cos(a / 2) keeps the ribbon's width. Sharp bends are cut off.
         length = np.hypot(at_points[:, :1], at_points[:, 1:])
         length[1:-1] = np.maximum(length[1:-1] ** 2 / 2, 0.5)
         side = np.stack([-at_points[:, 1], at_points[:, 0]], axis=-1) * (width / 2 / np.maximum(length, 1e-9))
@@ -58,12 +58,12 @@ class Canvas:
 
 
 def _fixed(points: Float[np.ndarray, "n 2"]) -> np.ndarray:
-    # cv2 puts a pixel's centre at an integer, we at a half.
+    # In cv2 a pixel's centre is an integer; here it is an integer + 0.5.
     return np.rint((points * SUPERSAMPLING - 0.5) * (1 << _SHIFT)).astype(np.int32)
 
 
 def spline_matrix(num_points: int, per_span: int) -> Float64[np.ndarray, "m n"]:
-    """Rows of weights: `spline_matrix(n, k) @ points` is a Catmull-Rom curve through n points, k steps per span."""
+    """Weights of a Catmull-Rom spline: `spline_matrix(n, k) @ points` runs through n points in k steps per span."""
     identity = np.eye(num_points)
     padded = np.concatenate([2 * identity[:1] - identity[1:2], identity, 2 * identity[-1:] - identity[-2:-1]])
     s = np.arange(per_span)[:, None] / per_span
@@ -74,5 +74,5 @@ def spline_matrix(num_points: int, per_span: int) -> Float64[np.ndarray, "m n"]:
 
 
 def loop(curves: Sequence[Float[np.ndarray, "_ 2"]]) -> Float[np.ndarray, "n 2"]:
-    """Curves joined end to end into one outline."""
+    """Joins curves end to end into one outline."""
     return np.concatenate(list(curves))

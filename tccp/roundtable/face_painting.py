@@ -1,4 +1,4 @@
-"""Draws a face from its landmarks: every outline below runs through the very points that are its truth."""
+"""Paints a face from its landmarks. Every outline runs through the landmarks that are stored as ground truth."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Float64
 
-from tccp.roundtable.draw import Canvas, loop, spline_matrix
+from tccp.roundtable.canvas import Canvas, loop, spline_matrix
 from tccp.roundtable.head import PIVOT
 from tccp.roundtable.people import Colour, Person, blend, shade
 
@@ -25,9 +25,9 @@ _EYES = ((36, 37, 38, 39, 40, 41), (42, 43, 44, 45, 46, 47))
 
 @dataclass(frozen=True)
 class HeadView:
-    """A head as this frame shows it: `landmarks` turned, x and y in scene pixels, z in units; `matrix` its rotation.
+    """A head in one frame: `landmarks` of the turned head, x and y in scene pixels, z in units; `matrix`: its rotation.
 
-    gaze_deg: where the eyes look beyond the head's own yaw.
+    gaze_deg: yaw of the eyes relative to the head.
     """
 
     landmarks: Float64[np.ndarray, "68 3"]
@@ -44,7 +44,7 @@ def _is_side_visible(view: HeadView, side: int) -> bool:
 
 
 def _ground(view: HeadView, face: Float[np.ndarray, "n 2"]) -> Float64[np.ndarray, "m 2"]:
-    """Points whose convex hull is the face. It reaches around the lips, so that no mouth hangs in the air at a turn."""
+    """Points whose convex hull is the face. It includes the lips, so that they stay on the skin when the head turns."""
     points = view.landmarks[:, :2]
     mouth = points[48:60]
     middle = mouth.mean(axis=0)
@@ -54,19 +54,19 @@ def _ground(view: HeadView, face: Float[np.ndarray, "n 2"]) -> Float64[np.ndarra
 def paint_skin(
     canvas: Canvas, person: Person, view: HeadView, face: Float[np.ndarray, "n 2"], depth: Float[np.ndarray, " n"]
 ) -> None:
-    """The face's ground, which ends at the jaw line, and its shaded side planes. face: points beyond the landmarks."""
+    """Paints the face's skin, down to the jaw line, and its shaded sides. face: the points that are no landmarks."""
     jaw = view.landmarks[:17]
     curve = _JAW_SPLINE @ jaw
     near = curve[:, 2] > PIVOT[2] - 0.12
     canvas.fill_hull(np.concatenate([_ground(view, face), curve[near, :2]]), person.skin)
-    # Side planes, from the jaw line to the cheek: they give the turn its depth.
+    # Shaded sides, from the jaw line to the cheek, make a turn of the head look three-dimensional.
     for half, cheek in _SIDE_PLANES:
         if jaw[half, 2].sum() + depth[cheek].sum() > 0:
             canvas.fill(np.concatenate([jaw[half, :2], face[cheek]]), shade(person.skin, 0.94))
 
 
 def paint_profile(canvas: Canvas, person: Person, view: HeadView, face: Float[np.ndarray, "n 2"]) -> None:
-    """What a face turned away still shows: cheek and nose, once skull and hair are drawn over the rest."""
+    """Paints cheek and nose of a face that is turned away. Skull and hair are painted over the rest later."""
     canvas.fill_hull(np.concatenate([_ground(view, face), view.landmarks[:17, :2]]), shade(person.skin, 0.94))
     canvas.fill_hull(view.landmarks[27:36, :2], shade(person.skin, 0.94))
 
@@ -119,7 +119,7 @@ def _paint_nose(canvas: Canvas, person: Person, view: HeadView) -> None:
     points, unit = view.landmarks[:, :2], view.unit_px
     bridge, nostrils = points[_BRIDGE], points[_NOSTRILS]
     canvas.fill_hull(np.concatenate([bridge, nostrils]), shade(person.skin, 1.03))
-    # The side turned away from the viewer lies in shade; straight ahead, the right one.
+    # The side that faces away from the viewer is in shade; in a frontal face, the right side.
     shaded = nostrils[[0, 1, 2]] if view.matrix[0, 2] < -0.05 else nostrils[[4, 3, 2]]
     canvas.fill(np.concatenate([bridge, shaded[::-1]]), shade(person.skin, 0.86))
     canvas.line(bridge, shade(person.skin, 0.72), 0.05 * unit)
