@@ -227,7 +227,7 @@ def window_dataset(
     draws: Sequence[int | None] = (0,),
     cpus: float = Pools.WINDOWS_CPUS,
 ) -> Any:
-    """Training windows (`tccp.clips.windows.windows`) of a Dataset of clip rows, from film or from a table, in its order."""
+    """Training windows of a Dataset of clip rows (`tccp.clips.windows.windows`), from film or table, in its order."""
     arguments = {"settings": settings, "window": window, "stride": stride, "seed": settings.seed, "jitters": draws}
     return clips.map_batches(windows, fn_kwargs=arguments, batch_size=1, batch_format="pyarrow", num_cpus=cpus)
 

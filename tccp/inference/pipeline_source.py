@@ -6,6 +6,7 @@ What is not on this machine is copied to its cache: the manifest first, then the
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -80,9 +81,11 @@ def _from_hub(repository: str, components: Iterable[str], revision: str | None) 
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
+    endpoint = os.environ.get("HF_ENDPOINT") or None
+
     def download(name: str) -> Path:
         try:
-            return Path(hf_hub_download(repository, name, revision=revision))
+            return Path(hf_hub_download(repository, name, revision=revision, endpoint=endpoint))
         except EntryNotFoundError as error:
             if isinstance(error, LocalEntryNotFoundError):
                 raise TccpError(

@@ -159,7 +159,7 @@ def test_windows_straight_from_film_are_those_of_the_table_in_its_order(
     with in_order():
         streamed, stored = (
             list(
-                window_dataset(with_lips(clips, liplets), SMALL_LIPS, 8, 7, draws=(0, 1)).iter_batches(
+                window_dataset(with_lips(clips, liplets), SMALL_LIPS, 8, 7, jitters=(0, 1)).iter_batches(
                     batch_size=4, batch_format="numpy"
                 )
             )
@@ -170,7 +170,7 @@ def test_windows_straight_from_film_are_those_of_the_table_in_its_order(
         assert one["lips"].shape[1:] == (8, 16, 16, 3)
         for name in other:
             np.testing.assert_array_equal(one[name], other[name])
-    plain = windows(pa.concat_tables(clip_rows(listing, plan)), SMALL_LIPS, 8, 7, draws=(0, 1))
+    plain = windows(pa.concat_tables(clip_rows(listing, plan)), SMALL_LIPS, 8, 7, jitters=(0, 1))
     np.testing.assert_array_equal(np.concatenate([batch["face"] for batch in streamed]), plain["face"])
 
 
