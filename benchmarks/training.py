@@ -215,7 +215,7 @@ def train(arguments: argparse.Namespace, case: Case, place: Path) -> Path | None
 def command_of(arguments: argparse.Namespace, case: Case, place: Path, name: str) -> tuple[list[str], Path]:
     """What runs it, and where its metrics will be."""
     if case.workers:
-        command = [sys.executable, str(ROOT / "ray_jobs" / "train_stage1.py"), *overrides(arguments, case)]
+        command = [sys.executable, str(ROOT / "ray_jobs" / "train_stage1.py"), "--set", *overrides(arguments, case)]
         command += ["--variants", case.variant, "--workers", str(case.workers), "--zero-stage", str(case.zero_stage)]
         command += ["--device", arguments.device, "--preset", arguments.preset, "--data", str(place / "clips")]
         command += ["--storage", str(place), "--name", name, "--autoencoder", str(place / "untrained")]
