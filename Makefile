@@ -1,5 +1,5 @@
-# Every target that needs the set-up makes it: .venv with the exact versions of constraints.txt.
-# Needed beforehand: Python 3.11 with pip (Debian: python3 python3-pip), make, git.
+# Targets that need the virtual environment create it: .venv, with the exact versions of constraints.txt.
+# Install Python 3.11 with pip (Debian: python3 python3-pip), make and git first.
 
 PYTHON  ?= $(firstword $(shell command -v python3.11 python3))
 EXTRAS  ?= preprocess,evaluate,train,serve,dev
@@ -12,7 +12,7 @@ READY   := $(VENV)/.ready
 PARTIAL := $(VENV)/.incomplete
 SOURCES := tccp preprocessing ray_jobs
 
-# Two test processes on two cores: one thread each, so that they neither fight for cores nor change the order of sums.
+# Two test processes on two cores, one thread each: they do not compete for cores, and the order of sums stays fixed.
 ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENCV_FOR_THREADS_NUM=1
 PYTEST     := $(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
@@ -20,41 +20,41 @@ PYTEST     := $(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist workste
 .PHONY: help demo test soak check mlflow clean setup toy-weights ablation-weights
 MAKEFLAGS += --no-print-directory
 
-help:  ## this list
+help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(READY)  ## generate a talking head into a scene: out/demo.mp4, .png, .json; TRAIN=1 trains small weights first
+demo: $(READY)  ## generate a talking head into a scene: out/demo.mp4, .png, .json; TRAIN=1 first trains small weights
 	@$(BIN)/tccp demo --out out $(if $(TRAIN),--train)
 
-test: $(READY)  ## the test suite, on two cores (make soak has more of its kind); PYTEST_ARGS=... goes to pytest
+test: $(READY)  ## run the test suite on two cores; PYTEST_ARGS=... goes to pytest
 	@$(PYTEST) --durations 15 $(PYTEST_ARGS)
 
-soak: $(READY)  ## the long proofs, an hour or so; goes on where it was stopped: docs/soak/*.json
+soak: $(READY)  ## run the long tests, about an hour; continues after an interruption; results: docs/soak/*.json
 	@$(PYTEST) -q -m soak
 	@$(ONE_THREAD) $(BIN)/python benchmarks/kills.py --trials 10 --out docs/soak/kills.json
 	@$(ONE_THREAD) $(BIN)/python benchmarks/mutated_media.py --count 300 --out docs/soak/mutated_media.json
 	@$(ONE_THREAD) $(BIN)/python benchmarks/training_kills.py --kills 10 --out docs/soak/training_kills.json
 
-mlflow: $(READY)  ## look at training runs in a browser: those noted in the storage (TCCP_STORAGE, else ~/.tccp)
+mlflow: $(READY)  ## show training runs in a browser: those recorded in the storage (TCCP_STORAGE, else ~/.tccp)
 	@MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow ui --host 127.0.0.1 --port $(or $(PORT),5000) \
 		--backend-store-uri sqlite:///$(or $(TCCP_STORAGE),$(HOME)/.tccp)/mlflow.db
 
-check: $(READY)  ## lint, format, types, layers and the fast tests
+check: $(READY)  ## run lint, format, types, layers and the fast tests
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy $(SOURCES)
 	@$(BIN)/lint-imports
 	@$(PYTEST) -q -m 'not slow and not soak' $(PYTEST_ARGS)
 
-# The packaged weights, by the project's own commands. What is done is not done again; what was cut goes on.
-# Films long enough for a change of listener, for all networks; and for stage 1 many short parts of conversations, each
-# one more scene to read: whom a talker addresses is seen in few pixels.
+# The packaged weights, trained with the project's own commands. Finished parts are kept, interrupted ones continue.
+# All networks train on films that are long enough for a change of listener. Stage 1 also trains on many short excerpts
+# of conversations, because few pixels show whom a talker addresses and each excerpt adds a scene.
 TOY     := $(or $(TCCP_STORAGE),$(HOME)/.tccp)/toy-weights
 FIRST   := $(patsubst %,$(TOY)/footage/first/%/.done,$(shell seq 1001 1024) $(shell seq 1101 1148))
 FOOTAGE := $(FIRST) $(patsubst %,$(TOY)/footage/more/%/.done,$(shell seq 1201 1344))
 TRAIN_TOY = $(BIN)/tccp train $(1) --data $(TOY)/$(2) --storage $(TOY) --resume --weights $(TOY)/$(3)
 
-toy-weights: $(READY)  ## train the packaged weights anew, on two cores; stop and start it at any point
+toy-weights: $(READY)  ## train the packaged weights again, on two cores; may be stopped and started at any point
 	@$(MAKE) -j $(WORKERS) $(FOOTAGE)
 	@$(MAKE) -j $(WORKERS) $(TOY)/clips/index.parquet $(TOY)/first/index.parquet
 	@for last in autoencoder lips landmark_sequence face_sequence; do $(MAKE) $(TOY)/weights/$$last/config.json || exit; done
@@ -62,7 +62,7 @@ toy-weights: $(READY)  ## train the packaged weights anew, on two cores; stop an
 	@$(BIN)/tccp export $(TOY)/weights $(TOY)/packaged --half
 	@rm -rf tccp/toy && cp -r $(TOY)/packaged tccp/toy
 
-# One view of each clip is enough for them.
+# Auto-encoder and lips need only one view of each clip.
 $(TOY)/weights/autoencoder/config.json $(TOY)/weights/lips/config.json &: $(TOY)/first/index.parquet
 	@$(call TRAIN_TOY,autoencoder lips,first,weights) --jobs $(WORKERS) --set headbox.draws=1
 
@@ -82,16 +82,17 @@ $(TOY)/clips/index.parquet: $(FOOTAGE)
 $(TOY)/first/index.parquet: $(FIRST)
 	@$(BIN)/tccp preprocess $(TOY)/footage/first $(TOY)/first --backend truth
 
-# Networks that some of the benchmark's rows need, with the auto-encoder, lips and clips of the packaged ones; one stage,
-# which is both, on the clips of stage 1, which hold those of stage 2. The auto-encoder's statistics are those of `first`.
+# Networks for some rows of the benchmark. They use the auto-encoder, lips and clips of the packaged weights. The
+# one-stage networks replace both stages and train on the clips of stage 1, which include those of stage 2. The
+# auto-encoder's statistics come from `first`.
 ABLATIONS := one_stage/one_stage_first one_stage/one_stage_sequence context_blind/landmark_first \
              context_blind/landmark_sequence no_lip/face_first no_lip/face_sequence
 
-ablation-weights: toy-weights  ## train what the benchmark compares with: one stage, blind to the scene, without lips
+ablation-weights: toy-weights  ## train the benchmark's ablations: one stage, without the scene, without lips
 	@for kind in one_stage context_blind no_lip; do $(MAKE) $(TOY)/ablations/$$kind/autoencoder/config.json || exit; done
 	@$(MAKE) -j $(WORKERS) $(ABLATIONS:%=$(TOY)/ablations/%/config.json)
 
-# A sequence network is trained on frames of its first-frame network.
+# A sequence network trains on frames of its first-frame network.
 $(TOY)/ablations/one_stage/one_stage_sequence/config.json: $(TOY)/ablations/one_stage/one_stage_first/config.json
 $(TOY)/ablations/context_blind/landmark_sequence/config.json: $(TOY)/ablations/context_blind/landmark_first/config.json
 $(TOY)/ablations/no_lip/face_sequence/config.json: $(TOY)/ablations/no_lip/face_first/config.json
@@ -99,7 +100,7 @@ $(TOY)/ablations/no_lip/face_sequence/config.json: $(TOY)/ablations/no_lip/face_
 $(TOY)/ablations/context_blind/%: SET := context=none
 $(TOY)/ablations/no_lip/%: SET := lips.source=none
 
-# One stage is shown lips, so it takes the packaged pipeline's, too.
+# The one-stage networks take lip references, so their pipeline also needs the packaged lips.
 $(TOY)/ablations/one_stage/autoencoder/config.json:
 	@$(BIN)/tccp export $(TOY)/weights $(TOY)/ablations/one_stage --components autoencoder lips
 
@@ -107,14 +108,14 @@ $(TOY)/ablations/%/config.json:
 	@$(ONE_THREAD) $(call TRAIN_TOY,$(notdir $*),$(if $(filter no_lip/% %/autoencoder,$*),first,clips),ablations/$(patsubst %/,%,$(dir $*))) $(if $(SET),--set $(SET)) \
 		$(if $(filter %/autoencoder,$*),--autoencoder $(TOY)/weights/autoencoder)
 
-clean:  ## remove what make made here: .venv, out and caches
+clean:  ## remove .venv, out and caches
 	@rm -rf $(VENV) out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	@find $(SOURCES) tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-setup: $(READY)  ## .venv alone, as the other targets make it on need
+setup: $(READY)  ## create .venv only; the other targets create it when they need it
 
-# .venv/.incomplete stands while a set-up runs: found at the start of one, that venv was interrupted and is made anew.
-# Without pip of its own at first: Debian's venv would need one package more for that than Debian's pip does.
+# .venv/.incomplete exists while a set-up runs. A set-up that finds it removes the incomplete .venv and starts over.
+# The venv is created without pip, because Debian's venv would need one more package for it than Debian's pip does.
 $(READY): pyproject.toml constraints.txt .ci/system_libraries.py
 	@"$(PYTHON)" -c 'import sys, pip; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || { \
 		echo "TCCP needs Python 3.11 with pip (Debian 12: apt-get install python3 python3-pip); make PYTHON=/path/to/python3.11 names one" >&2; \

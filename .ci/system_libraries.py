@@ -1,7 +1,7 @@
-"""Checks for the shared libraries that the wheels of cv2 and mediapipe expect from the system (Debian's names).
+"""Checks for the system libraries that the wheels of cv2 and mediapipe need (with Debian's package names).
 
-As root (a container, CI) the missing ones are installed through apt-get; otherwise one line says what to install.
-Runs before anything is installed, so it uses the standard library alone.
+As root (in a container or CI) it installs missing ones with apt-get. Otherwise it prints one line that says what to
+install. It runs before any package is installed, so it uses only the standard library.
 """
 
 import ctypes

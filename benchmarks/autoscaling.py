@@ -1,7 +1,8 @@
-"""Does a cluster grow for preprocessing and training, and shrink after them?
+"""Measures whether a cluster grows for preprocessing and training, and shrinks afterwards.
 
-`python benchmarks/autoscaling.py --out docs/autoscaling.json`: `cluster.yaml`, with Ray's fake machines (all of them
-this one) in place of a cloud's and no GPUs, under Ray's own autoscaler; jobs are submitted to its head as users do.
+`python benchmarks/autoscaling.py --out docs/autoscaling.json` runs `cluster.yaml` under Ray's own autoscaler. Ray's
+fake machines, which are processes of this machine without GPUs, replace the cloud's. Jobs are submitted to the head as
+users submit them.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ from tccp.roundtable import write_clips
 
 IDLE_MINUTES = 0.25
 HEAD = "ray.head.default"
-"""What Ray's fake machines want the head's kind to be called."""
+"""The name that Ray's fake machines require for the head's node type."""
 SIZES = {"head": 0, "data": 2, "train": 2}
 
 
 def fake_cluster(port: int) -> dict[str, Any]:
-    """`cluster.yaml` with machines of these sizes that are processes here."""
+    """`cluster.yaml` with machines of SIZES that are processes of this machine."""
     config = yaml.safe_load((ROOT / "cluster.yaml").read_text())
     kinds = {
         name: {"resources": {"CPU": SIZES[name]}, "node_config": {}, "min_workers": 0, "max_workers": 1}
@@ -51,12 +52,12 @@ def fake_cluster(port: int) -> dict[str, Any]:
         "provider": {
             "type": "fake_multinode",
             "gcs_address": f"{ray.util.get_node_ip_address()}:{port}",
-            "use_node_id_as_ip": True,  # they all have the same
-            "disable_node_updaters": True,  # they are not reached by SSH
+            "use_node_id_as_ip": True,  # all of them have the same IP address
+            "disable_node_updaters": True,  # there is no SSH to them
         },
         "available_node_types": kinds,
         "head_node_type": HEAD,
-        # Nothing is copied or run there, but Ray's autoscaler looks for all of these.
+        # Nothing is copied or run on these machines, but Ray's autoscaler requires these keys.
         "auth": {},
         "file_mounts": {},
         "file_mounts_sync_continuously": False,
@@ -70,7 +71,7 @@ def fake_cluster(port: int) -> dict[str, Any]:
 
 
 class Watch(threading.Thread):
-    """Notes how many machines there are, whenever it changes."""
+    """Records the number of machines whenever it changes."""
 
     def __init__(self, address: str, environment: dict[str, str]):
         super().__init__(daemon=True)
@@ -115,7 +116,7 @@ def measure(place: Path) -> dict[str, Any]:
         "HOME": str(place),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "RAY_FAKE_CLUSTER": "1",
-        "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,  # by which the autoscaler knows the head
+        "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,  # the id by which the autoscaler recognises the head
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
         "RAY_AUTH_MODE": "disabled",
         "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
@@ -149,7 +150,7 @@ def measure(place: Path) -> dict[str, Any]:
         phases["before"] = settled(watch, 1)
         for name, job in (("preprocessing", preprocess), ("training", train)):
             began = len(watch.seen)
-            # No `--working-dir`: the machines share this one's copy of it, which the first one taken away would remove.
+            # No `--working-dir`: all machines share one copy of it, and the first machine that is removed deletes it.
             submit = [program, "job", "submit", "--", "python", str(ROOT / job[0]), *job[1:]]
             done = subprocess.run(submit, env=environment, capture_output=True, text=True, check=False)
             if done.returncode:
@@ -163,7 +164,7 @@ def measure(place: Path) -> dict[str, Any]:
 
 
 def settled(watch: Watch, machines: int, timeout_s: float = 180) -> dict[str, Any]:
-    """Waits until there are so many machines, the head among them."""
+    """Waits until there are this many machines, including the head, or the time is over."""
     began = time.monotonic()
     while watch.now() != machines and time.monotonic() - began < timeout_s:
         time.sleep(0.5)

@@ -1,7 +1,7 @@
-"""Does the memory of `tccp generate` grow with the length of the film? `python benchmarks/generation.py` prints JSON.
+"""Measures whether the memory of `tccp generate` grows with film length: `python benchmarks/generation.py` prints JSON.
 
-The command is run as users run it, in a process of its own, with a pipeline of small random networks: what could grow
-is everything around them. Takes some minutes at the default lengths.
+Each run is a separate process, as for users. The pipeline holds small random networks, because only the memory of the
+code around the networks could grow. The default lengths take some minutes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ print("peak_kib", next(line.split()[1] for line in status.splitlines() if line.s
 
 
 def peak_mib(arguments: list[str]) -> float:
-    """Peak resident memory of `tccp generate`. Of its own address space alone: ru_maxrss would count the parent's."""
+    """Peak resident memory of `tccp generate` in MiB, from VmHWM: ru_maxrss would include the parent process."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", _GENERATE, "generate", *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -42,7 +42,7 @@ def peak_mib(arguments: list[str]) -> float:
 
 
 def measure(folder: Path, seconds: list[float]) -> dict[str, Any]:
-    """Peak memory per length of sound, and the ratio of the last to the first."""
+    """Peak memory for each length of sound, and the ratio of the last to the first."""
     weights = folder / "weights"
     write_untrained(weights, override(toy(), SMALL))
     rows = []

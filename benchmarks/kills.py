@@ -1,8 +1,8 @@
-"""Does a run of preprocessing that was killed end, run again, with the table of one that was not?
+"""Measures whether preprocessing that is killed and started again gives the table of an uninterrupted run.
 
-`python benchmarks/kills.py --trials 10 --out docs/soak/kills.json`: each trial kills `tccp preprocess` (every other one
-on Ray) with SIGKILL at random moments, runs it again until it is done, and compares every row with an uninterrupted
-run's. Restartable: trials that are in the work file are not done again.
+`python benchmarks/kills.py --trials 10 --out docs/soak/kills.json`: each trial kills `tccp preprocess` (every second
+trial on Ray) with SIGKILL at random moments, starts it again until it is done, and compares all rows with an
+uninterrupted run. After an interruption, the trials in the work file are not repeated.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def command(footage: Path, out: Path, on_ray: bool) -> list[str]:
 
 
 def run(footage: Path, out: Path, on_ray: bool, kill_after_s: float | None = None) -> bool:
-    """Runs it, to its end or to the kill; whether it came to its end."""
+    """Runs preprocessing and kills it after `kill_after_s`. Returns whether it ended before that."""
     process = subprocess.Popen(
         command(footage, out, on_ray),
         stdout=subprocess.DEVNULL,
@@ -70,7 +70,7 @@ def trial(
         if run(footage, out, on_ray, moment):
             if moments:
                 break
-            shutil.rmtree(out)  # done before the first kill, which shows nothing: again
+            shutil.rmtree(out)  # it ended before the first kill, which tests nothing: start over
             continue
         moments.append(round(time.monotonic() - started, 2))
     finished = run(footage, out, on_ray)
@@ -82,7 +82,7 @@ def trial(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--trials", type=int, default=10)
-    parser.add_argument("--out", type=Path, required=True, help="JSON to write; FILE.part keeps what is done so far")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file; FILE.part.jsonl keeps finished trials")
     given = parser.parse_args()
     part = given.out.with_suffix(".part.jsonl")
     part.parent.mkdir(parents=True, exist_ok=True)

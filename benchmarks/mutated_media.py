@@ -1,9 +1,9 @@
-"""Does any damaged film do worse than cost itself? `python benchmarks/mutated_media.py --out FILE.json` says.
+"""Checks that a damaged film affects nothing but itself: `python benchmarks/mutated_media.py --out FILE.json`.
 
-Films of eight containers, and the shared clips where they are, are damaged by seed and decoded whole through
-tccp.media.sandbox: probed, heard, every picture looked at. After each one an intact film must come out as ever.
-Stop it and start it again at any point: what is done is kept in the work file. Ends with status 1 if anything was left
-behind, hung, or spoilt what came after it.
+Films in eight containers, and the shared clips if present, are damaged at random (by seed) and decoded completely
+through tccp.media.sandbox: probe, sound, every picture. After each one, an intact film must decode as before. The run
+can be stopped and started at any point; the work file keeps finished files. Exit status 1: a file left processes,
+descriptors or temporary files behind, hung, or changed the next decoding.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tccp.media.sandbox import Decoder
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from mutations import mutated, write_films  # noqa: E402 - a helper that tests and this file share
+from mutations import mutated, write_films  # noqa: E402 - shared with the tests
 
 _SLOWEST = 5
 Result = dict[str, Any]
@@ -37,10 +37,10 @@ Result = dict[str, Any]
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--count", type=int, default=300, help="mutated files")
+    parser.add_argument("--count", type=int, default=300, help="number of damaged files")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, required=True, help="the summary, JSON")
-    parser.add_argument("--work", type=Path, default=Path("out/mutated_media.jsonl"), help="what is done, JSON lines")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file for the summary")
+    parser.add_argument("--work", type=Path, default=Path("out/mutated_media.jsonl"), help="finished files")
     parser.add_argument(
         "--clips", type=Path, default=Path(os.environ.get("TCCP_SHARED") or ROOT.parent / "shared") / "clips"
     )
@@ -62,7 +62,7 @@ def main() -> int:
 
 
 def _films(folder: Path, clips: Path) -> list[Path]:
-    """The films that are damaged; the first is also the one that must come out as ever."""
+    """The films to damage. The first one is also the intact film that must decode as before."""
     found = sorted(clips.glob("*.m*")) if clips.is_dir() else []
     return write_films(folder) + [
         clip for clip in found if clip.suffix != ".md" and not clip.name.startswith("corrupt")
@@ -70,7 +70,7 @@ def _films(folder: Path, clips: Path) -> list[Path]:
 
 
 def _settings(seed: int, films: Sequence[Path]) -> Result:
-    """Results of other settings are not taken over."""
+    """What identifies a run: results of other settings are not reused."""
     return {
         "seed": seed,
         "films": len(films),
@@ -80,7 +80,7 @@ def _settings(seed: int, films: Sequence[Path]) -> Result:
 
 
 def _results(work: Path, settings: Result) -> list[Result]:
-    """What the work file holds of these settings; a line that was cut off does not count."""
+    """The results in the work file for these settings. Skips a truncated line."""
     lines = work.read_text().splitlines() if work.is_file() else []
     found = []
     for line in lines:
@@ -92,14 +92,14 @@ def _results(work: Path, settings: Result) -> list[Result]:
 
 
 def _decode_all(films: Sequence[Path], folder: Path, settings: Result, count: int, work: Path) -> dict[str, int]:
-    """Appends a result for each number that has none; returns how many files that were and what they left behind."""
+    """Appends a result for each number without one. Returns the number of files and what they left behind."""
     done = {result["number"] for result in _results(work, settings) if result["number"] < count}
     if not _results(work, settings):
         work.write_text(json.dumps(settings) + "\n")
     intact = np.stack(list(read_frames(films[0])))
     processes, descriptors = _processes(), len(os.listdir("/proc/self/fd"))
     with Decoder() as decoder, work.open("a") as file:
-        file.write("\n")  # after a line that was cut off
+        file.write("\n")  # ends a line that an interruption truncated
         for number in range(count):
             if number not in done:
                 result = _decode(number, films, folder, settings["seed"], decoder)
@@ -115,7 +115,7 @@ def _decode_all(films: Sequence[Path], folder: Path, settings: Result, count: in
 
 
 def _decode(number: int, films: Sequence[Path], folder: Path, seed: int, decoder: Decoder) -> Result:
-    """Every second file is one of our own small films, for their headers take most of the damage."""
+    """Decodes damaged file `number`. Every second one is a small film of ours, whose header gets most of the damage."""
     ours, theirs = films[:8], films[8:] or films[:8]
     source = (theirs if number % 2 else ours)[number // 2 % len(theirs if number % 2 else ours)]
     mutation, data = mutated(source.read_bytes(), seed * 1_000_000 + number)
@@ -140,12 +140,12 @@ def _decode(number: int, films: Sequence[Path], folder: Path, seed: int, decoder
 
 
 def _processes() -> set[str]:
-    """Children of this process, those that wait to be buried among them."""
+    """Ids of child processes, including zombies."""
     return {pid for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()}
 
 
 def summarised(results: Sequence[Result], settings: Result, left: dict[str, int]) -> Result:
-    """Counts, the slowest files, and every one that crashed or hung its child."""
+    """Counts, the slowest files, and all files that crashed or hung the child process."""
     worst = sorted(results, key=lambda result: -result["seconds"])
     bad = [result for result in results if result["outcome"] in ("decoder_crashed", "too_slow", "too_much_memory")]
     return {

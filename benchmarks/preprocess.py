@@ -1,8 +1,8 @@
-"""Speed and memory of `tccp preprocess`: one process against Ray with one and two workers, a long film against a short.
+"""Speed and memory of `tccp preprocess`: one process and Ray with one and two workers; a short film and a long one.
 
-`python benchmarks/preprocess.py` prints JSON. The command is run as users run it, each time in processes of its own and
-into an empty folder; what is compared was measured in the same run. Footage is RoundTable's. Needs the weights of the
-detector: --weights, or TCCP_WEIGHTS. At the default lengths most of the time goes into the long film.
+`python benchmarks/preprocess.py` prints JSON. Each run is a separate process, as for users, with an empty output
+folder. Ratios compare measurements of the same call. The footage is RoundTable's. It needs the detector's weights:
+--weights, or TCCP_WEIGHTS. With the default lengths, the long film takes most of the time.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "ray_1_worker": ("--workers", "1", "--ray"),
     "ray_2_workers": ("--workers", "2"),
 }
-"""What is added to `tccp preprocess SOURCE OUT` for each way to run it."""
+"""The options added to `tccp preprocess SOURCE OUT` for each configuration."""
 _WIDTH, _HEIGHT = 640, 480
 _SHOT_S = 5.0
-# Seconds between samples. Reading the maps of Ray's many processes costs milliseconds each: more often slows the run.
+# Seconds between samples. Reading the memory maps of Ray's processes takes milliseconds each and slows the run down.
 _SAMPLE_S, _SAMPLE_RAY_S = 0.25, 1.0
 
 
 @dataclass(frozen=True)
 class Peak:
-    """Most memory at one moment of all processes of a command together, MiB.
+    """Peak memory of all processes of a command together, in MiB.
 
-    shared_once: pages that several processes share count once (PSS); resident: in each of them (RSS).
+    shared_once: shared pages count once (PSS). resident: shared pages count in each process (RSS).
     """
 
     shared_once: float
@@ -51,7 +51,7 @@ class Peak:
 
 
 class TreeMemory:
-    """Samples the memory of a process and its descendants until it ends, those whose parents have ended included."""
+    """Samples the memory of a process and its descendants, including orphaned ones, until the process ends."""
 
     def __init__(self, root: int, every_s: float) -> None:
         self._every_s = every_s
@@ -91,7 +91,7 @@ def _processes() -> list[int]:
 
 
 def _stat(pid: int) -> list[str]:
-    """Fields of /proc/PID/stat after the name, which may hold anything; empty for a process that is gone."""
+    """Fields of /proc/PID/stat after the name, which may contain any character; empty for a process that has ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -104,7 +104,7 @@ def _parent(pid: int) -> int | None:
 
 
 def _started(pid: int) -> str | None:
-    """Tells a process from a later one with its number."""
+    """Start time, which distinguishes a process from a later one with the same id."""
     stat = _stat(pid)
     return stat[19] if stat else None
 
@@ -112,16 +112,17 @@ def _started(pid: int) -> str | None:
 def _memory_kib(pid: int) -> tuple[int, int]:
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except OSError:  # gone, or about to go
+    except OSError:  # the process has ended or is ending
         return 0, 0
     sizes = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines[1:])}
     return sizes["Pss"], sizes["Rss"]
 
 
 def run(source: Path, out: Path, flags: tuple[str, ...], weights: Path | None) -> dict[str, Any]:
-    """`tccp preprocess` of a film or folder: seconds on the clock, peak memory, clip-seconds per second, steps.
+    """Runs `tccp preprocess` on a film or folder. Returns wall-clock seconds, peak memory, clip seconds per second,
+    steps.
 
-    cpu_seconds: of all processes that the command has waited for, so not of Ray's.
+    cpu_seconds: of all processes that the command has waited for. That excludes Ray's.
     """
     command = [sys.executable, "-m", "tccp.cli", "preprocess", str(source), str(out), *flags]
     if weights is not None:
@@ -167,7 +168,7 @@ def _cpu_of_children() -> float:
 
 
 def lengthened(film: Path, times: int, path: Path) -> Path:
-    """The film so many times over: a longer one that asks nothing else of who reads it."""
+    """Writes the film repeated `times` times: longer, and otherwise the same work for a reader."""
     info = media.probe(film)
     with media.open_audio(film) as track:
         sound = np.tile(media.fit_samples(track.samples, info.num_frames), times)
@@ -196,10 +197,10 @@ def measure_workers(folder: Path, films: int, film_s: float, weights: Path | Non
 
 
 def measure_lengths(folder: Path, short_s: float, times: int, weights: Path | None) -> dict[str, Any]:
-    """One film against the same film over and over, in one process.
+    """One film and the same film repeated, in one process.
 
-    On a machine that does other work the ratio of processor time is the one to go by, and resident memory: how much
-    of it others share changes as they come and go.
+    On a busy machine, use the ratios of CPU time and of resident memory: wall-clock time and shared pages depend on
+    other processes.
     """
     short = folder / "short.mp4"
     write_reel(short, plan_shots(99, short_s, _SHOT_S, people=3), _WIDTH, _HEIGHT)
@@ -218,12 +219,12 @@ def measure_lengths(folder: Path, short_s: float, times: int, weights: Path | No
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--films", type=int, default=6, help="for workers to share")
-    parser.add_argument("--film-s", type=float, default=20.0, help="seconds of each of them")
-    parser.add_argument("--short-s", type=float, default=60.0, help="seconds of the short film")
-    parser.add_argument("--times", type=int, default=10, help="by which the long film is longer; 0 leaves lengths out")
+    parser.add_argument("--films", type=int, default=6, help="number of films for the comparison of workers")
+    parser.add_argument("--film-s", type=float, default=20.0, help="length of each of these films in seconds")
+    parser.add_argument("--short-s", type=float, default=60.0, help="length of the short film in seconds")
+    parser.add_argument("--times", type=int, default=10, help="long film length / short film length; 0 skips it")
     parser.add_argument("--weights", type=Path, help="folder of the detector's weights (default: TCCP_WEIGHTS)")
-    parser.add_argument("--out", type=Path, help="file to write the JSON to as well")
+    parser.add_argument("--out", type=Path, help="JSON file to write as well")
     given = parser.parse_args(arguments)
     found: dict[str, Any] = {"commit": git_commit(), "cpus": os.cpu_count(), "size": f"{_WIDTH}x{_HEIGHT}"}
     with tempfile.TemporaryDirectory() as folder:

@@ -1,9 +1,9 @@
-"""RoundTable as raw footage: what preprocessing finds in it, against what is in it.
+"""Accuracy of preprocessing on RoundTable films, compared with their ground truth.
 
-`python benchmarks/raw_roundtable.py` prints JSON. For each size of picture one film of several scenes with hard cuts,
-some of its talkers returning, goes through preprocessing as any film would. Compared with the truth: cuts, whose head
-the clips show, landmarks, and what was left out for which reason. Two more films ask about sound: one comes late; of
-the other some scenes are silent or dubbed. Needs the weights of the detector: --weights, or TCCP_WEIGHTS.
+`python benchmarks/raw_roundtable.py` prints JSON. For each picture size, a film of several scenes with hard cuts and
+recurring talkers is preprocessed like any film. Compared with the ground truth are cuts, the person that the clips
+show, landmarks, and the frames left out by reason. Two more films test the sound: in one it is late, in the other some
+scenes are silent or dubbed. It needs the detector's weights: --weights, or TCCP_WEIGHTS.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from tccp.roundtable.reel import OTHER_SOUND, OWN_SOUND, SILENCE, Dub, ReelTruth
 SIZES = ("256x192", "640x480", "960x720", "1280x960")
 LATE_FRAMES = 5
 _DETECT_EVERY = 10  # frames
-_LEAST_IOU = 0.3  # below, a box shows nobody
+_LEAST_IOU = 0.3  # a box with less overlap shows nobody
 
 
 def iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -43,7 +43,7 @@ def iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def measure_cuts(film: Path, truth: ReelTruth) -> dict[str, Any]:
-    """What CutFinder finds in the film as it was encoded."""
+    """The cuts that CutFinder finds in the encoded film."""
     finder, found = CutFinder(), set()
     for frame in media.read_frames(film):
         found.update(finder.add(frame))
@@ -53,7 +53,7 @@ def measure_cuts(film: Path, truth: ReelTruth) -> dict[str, Any]:
 
 
 def measure_detector(film: Path, truth: ReelTruth, weights: Path | None) -> dict[str, Any]:
-    """How often MediaPipe sees the talker and the others, in every tenth frame. Others may face away."""
+    """How often MediaPipe detects the talker and the others, in every tenth frame. Others may face away."""
     seen = frames = others_seen = others = elsewhere = 0
     detector = open_backend("mediapipe", weights)
     try:
@@ -86,7 +86,7 @@ def measure_detector(film: Path, truth: ReelTruth, weights: Path | None) -> dict
 
 
 def landmark_errors(clip: Clip, truth: ReelTruth) -> np.ndarray:
-    """(f 68 2) from true to found points, where they were found; unit: (frontal) distance of the outer eye corners."""
+    """Offsets (f 68 2) from true to detected points; unit: frontal distance between the outer eye corners."""
     frames = slice(clip.start_frame, clip.start_frame + clip.num_frames)
     side = (clip.head_box[:, 2] - clip.head_box[:, 0])[:, None, None]
     found, true = clip.head_box[:, None, :2] + side * clip.landmarks, truth.landmarks_px[frames]
@@ -100,7 +100,7 @@ def summary(errors: np.ndarray) -> dict[str, float]:
 
 
 def measure_clips(clips: Sequence[Clip], truth: ReelTruth) -> dict[str, Any]:
-    """Whose head the clips show, where they lie, and how far their landmarks are from the truth."""
+    """The person that the clips show, how much is kept, and the error of the landmarks."""
     shows = {"talker": 0, "another": 0, "nobody": 0}
     crossing = 0
     ious, errors = [], []
@@ -139,10 +139,10 @@ def measure_clips(clips: Sequence[Clip], truth: ReelTruth) -> dict[str, Any]:
 
 
 def run(film: Path, out: Path, weights: Path | None) -> tuple[list[Clip], dict[str, int]]:
-    """The clips that preprocessing makes of a film, and its frames in no clip by reason."""
+    """Preprocesses a film. Returns its clips, and the number of frames left out by reason."""
     try:
         preprocess([film], out, make_plan(toy().picture_px, "mediapipe", weights))
-    except TccpError:  # no clip at all: the report says why
+    except TccpError:  # no clip at all; the report has the reasons
         if not (out / "report.json").is_file():
             raise
         clips = []
@@ -171,7 +171,7 @@ def measure_size(folder: Path, shots: Sequence[Shot], width: int, height: int, w
 
 
 def measure_sound(folder: Path, shots: Sequence[Shot], width: int, height: int, weights: Path | None) -> dict[str, Any]:
-    """Sound that comes late, and sound that is not the talker's: every third scene is silent, every third dubbed."""
+    """Late sound, and wrong sound: of three scenes, one is silent and one is dubbed."""
     late = folder / "late.mp4"
     write_reel(late, shots, width, height, sound_offset_frames=LATE_FRAMES)
     clips, _ = run(late, folder / "late", weights)
@@ -216,15 +216,15 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--sizes", nargs="+", default=list(SIZES), help="of the pictures: WIDTHxHEIGHT")
-    parser.add_argument("--scenes", type=int, default=12, help="in each film")
-    parser.add_argument("--scene-s", type=float, default=5.0, help="seconds of a scene, about")
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES), help="picture sizes: WIDTHxHEIGHT")
+    parser.add_argument("--scenes", type=int, default=12, help="scenes per film")
+    parser.add_argument("--scene-s", type=float, default=5.0, help="approximate length of a scene in seconds")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument(
-        "--sound", action="store_true", help="also films whose sound is late or dubbed, of the first size"
+        "--sound", action="store_true", help="also test films with late or dubbed sound, in the first size"
     )
     parser.add_argument("--weights", type=Path, help="folder of the detector's weights (default: TCCP_WEIGHTS)")
-    parser.add_argument("--out", type=Path, help="file to write the JSON to as well")
+    parser.add_argument("--out", type=Path, help="JSON file to write as well")
     given = parser.parse_args()
     cv2.setNumThreads(1)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,6 @@
-"""How fast RoundTable draws, on one core: `python benchmarks/roundtable.py` prints one JSON object.
+"""Speed of drawing RoundTable films on one core: `python benchmarks/roundtable.py` prints one JSON object.
 
-Times are processor time, so that other work on the machine does not count.
+Times are CPU times, so other processes on the machine do not count.
 """
 
 from __future__ import annotations

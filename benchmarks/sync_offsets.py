@@ -1,9 +1,10 @@
-"""How well the a/v offset is found from lips and sound, and how often it is sure: `python benchmarks/sync_offsets.py`.
+"""Accuracy of the a/v offset from lips and sound, and how often it is reported as sure.
 
-Prints one JSON object. Tracks are parts of RoundTable clips with their true landmarks, noise added to them, the sound
-moved by -8..8 frames; or with the sound of another clip, where nothing may ever be sure. A guess is right if it is at
-most one frame off. With `--real FOLDER --weights FILE` (clips named as below, MediaPipe's landmark model) also parts of
-real films whose sound belongs to them, and each against the sound of the others and its own from elsewhere.
+`python benchmarks/sync_offsets.py` prints one JSON object. A track is a part of a RoundTable clip: its true landmarks
+with noise, and its sound moved by -8..8 frames, or the sound of another clip, where no offset may be sure. An estimate
+is right if it is at most one frame off. With `--real FOLDER --weights FILE` (clips as in REAL, MediaPipe's landmark
+model) it also measures parts of real films, with their own sound, with other films' sound, and with their own sound
+from elsewhere in the film.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ from tccp.roundtable import synthesise
 CLIPS, CLIP_SECONDS, FIRST_SEED = 60, 32, 90_000
 SECONDS = (3, 5, 10, 20, 30)
 PARTS = {3: 6, 5: 6, 10: 5, 20: 5, 30: 5}
-"""Of each clip, by their seconds; they overlap where they have to. The thresholds were set on seeds below 60,000."""
+"""Number of parts of each clip, by their length in seconds. Parts may overlap. The thresholds in the code were set on
+seeds below 60,000."""
 NOISE = (0.015, 0.05, 0.12)
-"""Standard deviations of each coordinate, in distances of the outer eye corners."""
+"""Standard deviations of the noise on each coordinate; unit: distance between the outer eye corners."""
 REAL = ("latentsync_demo2.mp4", "grid_bbaf2n.mpg", "grid_brbk7n.mpg", "grid_lwbsza.mpg")
 
 Film = tuple[Float32[np.ndarray, "f 68 2"], Int16[np.ndarray, " n"]]
@@ -38,7 +40,7 @@ Film = tuple[Float32[np.ndarray, "f 68 2"], Int16[np.ndarray, " n"]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--clips", type=int, default=CLIPS, help=f"RoundTable clips of {CLIP_SECONDS} s")
+    parser.add_argument("--clips", type=int, default=CLIPS, help=f"number of RoundTable clips of {CLIP_SECONDS} s")
     parser.add_argument("--real", type=Path, help="folder of real clips")
     parser.add_argument("--weights", type=Path, help="MediaPipe's face_landmarker.task")
     given = parser.parse_args()
@@ -104,7 +106,7 @@ def read_film(path: Path, weights: Path | None) -> Film:
 
 
 def measured(film: Film, frames: tuple[int, int], late: int) -> Offset:
-    """The offset of a part of a film whose sound is made to come late by so many frames."""
+    """The estimated offset of a part of a film whose sound is delayed by `late` frames."""
     landmarks = film[0][slice(*frames)]
     box, confidence = np.zeros((len(landmarks), 4), np.float32), np.ones(len(landmarks), np.float32)
     track = Track(0, 0, frames[0], box, landmarks, confidence, {})
@@ -112,7 +114,7 @@ def measured(film: Film, frames: tuple[int, int], late: int) -> Offset:
 
 
 class Counts:
-    """Offsets found, by group, with what is true; None where the sound is another's."""
+    """Estimated and true offsets by group. Sound from elsewhere has no true offset (None)."""
 
     def __init__(self) -> None:
         self._own: dict[str, list[tuple[Offset, int]]] = defaultdict(list)

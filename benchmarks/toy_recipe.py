@@ -1,9 +1,10 @@
-"""What does each change of the toy recipe gain? `python benchmarks/toy_recipe.py DATA WEIGHTS OUT.json --storage S`.
+"""Measures what each setting of the toy preset gains.
 
-One network at a time is trained anew, for a few hundred steps, with one setting put back to the paper's; everything
-else is that of WEIGHTS. It is judged on held-out clips, beside the network of the unchanged recipe at equally many
-steps, and that of another seed, which shows what chance does. Networks in OUT.json are not trained again, so it can be
-stopped and started. Two hours of one core; `--only` shares them out.
+`python benchmarks/toy_recipe.py DATA WEIGHTS OUT.json --storage S` trains one network at a time for a few hundred
+steps, with one setting as in the preset `paper`; everything else is as in WEIGHTS. Held-out clips judge it, next to the
+unchanged recipe at the same number of steps and to another seed, which shows the effect of chance. Networks that are in
+OUT.json are not trained again, so the run can be stopped and started. It takes two hours of one core; `--only` divides
+the work.
 """
 
 from __future__ import annotations
@@ -58,10 +59,10 @@ EVERY = 5  # frames of a clip that a first-frame network makes
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("data", type=Path, help="clip table that WEIGHTS were trained on")
+    parser.add_argument("data", type=Path, help="clip table on which WEIGHTS were trained")
     parser.add_argument("weights", type=Path, help="complete pipeline folder of the toy preset")
-    parser.add_argument("out", type=Path, help="JSON, added to")
-    parser.add_argument("--storage", type=Path, required=True, help="storage of that training: its latents are read")
+    parser.add_argument("out", type=Path, help="JSON file; results are added")
+    parser.add_argument("--storage", type=Path, required=True, help="storage of the training of WEIGHTS (for latents)")
     parser.add_argument("--only", choices=list(TRIALS), nargs="+", default=list(TRIALS))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -81,7 +82,7 @@ def main() -> None:
 
 
 def changed(settings: Settings, variant: VariantName, change: dict[str, Any]) -> Settings:
-    """For this variant alone, and with the short schedule; what clips and networks have to agree on, for all."""
+    """The change, for this variant only and with the short schedule. `surround` and `seed` change for all variants."""
     whole: dict[str, Any] = {name: change[name] for name in ("surround", "seed") if name in change}
     change = {name: value for name, value in change.items() if name not in whole}
     overrides = {**settings.variant_overrides.get(variant, {}), **change, "training.max_steps": STEPS[variant]}

@@ -1,17 +1,17 @@
-"""What Ray and DeepSpeed cost, and what they save: step times, waiting for data, memory.
+"""Costs and savings of Ray and DeepSpeed: step times, waiting for data, memory.
 
-`python benchmarks/training.py --out docs/training.json`: one variant of the preset toy on RoundTable, latents encoded
-before, one thread to a worker. All runs are made one after the other, `--rounds` times over; what counts of each is
-the lower quartile of the times of its steps in all rounds, for other work on a shared machine only ever adds. Networks
-start untrained, which costs the same.
+`python benchmarks/training.py --out docs/training.json` trains one variant of the preset toy on RoundTable, with
+latents encoded before and one thread per worker. All runs take place one after the other, `--rounds` times. The result
+of each is the lower quartile of its step times over all rounds, because other work on a shared machine only adds time.
+Networks start untrained, which costs the same.
 
-`python benchmarks/training.py --turns --steps 110`: the ratio alone of Ray with DeepSpeed to plain torch, of two
-trainings that run at the same time and take turns of ten seconds, one being stopped while the other runs: what a shared
-machine does from one minute to the next it then does to both. It goes into the same file.
+`python benchmarks/training.py --turns --steps 110` measures only the ratio of Ray with DeepSpeed to plain torch. Two
+trainings take turns of ten seconds: one is stopped while the other runs, so changes of the machine's speed affect both.
+The result goes into the same file.
 
-`python benchmarks/training.py --device cuda --preset paper --out docs/training_gpu.json --peak-tflops 989`: every
-network of the preset on one GPU, also compiled, and the share of the GPU's arithmetic put to use; the one chosen by
-`--variant` also under Ray and DeepSpeed, checkpointed, offloaded and with latents encoded in step.
+`python benchmarks/training.py --device cuda --preset paper --out docs/training_gpu.json --peak-tflops 989` trains every
+network of the preset on one GPU, also compiled, and measures the utilisation of the GPU's arithmetic. It trains the
+network that `--variant` names also under Ray and DeepSpeed: checkpointed, offloaded, and with latents encoded in step.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ RATIOS = {
     "compiled_to_plain_torch": ("plain_torch_compiled", "plain_torch"),
     "two_workers_to_one": ("ray_1_worker", "ray_2_workers_zero_1"),
 }
-"""Of step times that were measured in one call: shared machines are faster at one time than at another."""
+"""Ratios of step times. Both must come from one call, because the speed of shared machines changes."""
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 SKIPPED = 0.4
-"""Share of the steps, at the start, that is not counted: caches are cold, and Ray is still starting processes."""
+"""Share of the first steps that do not count: caches are cold, and Ray is still starting processes."""
 FILMS, SECONDS = 16, 3.0
 TURN_S, BY_TURNS = 10.0, "by_turns"
 Records = list[dict[str, float]]
@@ -55,7 +55,7 @@ VARIANTS = ["landmark_first", "landmark_sequence", "face_first", "face_sequence"
 
 @dataclass(frozen=True)
 class Case:
-    """One run. workers: 0 is plain torch in one process, without Ray and DeepSpeed."""
+    """One configuration. workers: 0 means plain torch in one process, without Ray and DeepSpeed."""
 
     name: str
     variant: str
@@ -96,18 +96,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/training.json"))
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--only", nargs="*", help="of the runs, these alone; the others stay in --out as they are")
-    parser.add_argument("--turns", action="store_true", help="the ratio of Ray to plain torch alone, by turns")
-    parser.add_argument("--storage", type=Path, help="keep clips and latents here, for another time")
+    parser.add_argument("--only", nargs="*", help="names of runs to measure; other results in --out stay")
+    parser.add_argument("--turns", action="store_true", help="measure only the ratio of Ray to plain torch, in turns")
+    parser.add_argument("--storage", type=Path, help="folder to keep clips and latents in, for later calls")
     parser.add_argument("--preset", default="toy")
     parser.add_argument("--variant", default="landmark_first")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--batch-size", type=int, help="default: the preset's own")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings to change")
+    parser.add_argument("--batch-size", type=int, help="default: the preset's batch size")
+    parser.add_argument("--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="settings to change")
     parser.add_argument(
-        "--peak-tflops", type=float, help="of the GPU, in the precision trained in, for its utilisation"
+        "--peak-tflops", type=float, help="peak TFLOPS of the GPU in the training precision, for its utilisation"
     )
-    parser.add_argument("--case", help=argparse.SUPPRESS)  # a run of plain torch, in a process of its own
+    parser.add_argument("--case", help=argparse.SUPPRESS)  # internal: one plain torch run in a separate process
     arguments = parser.parse_args()
     if arguments.case is not None:
         plain(arguments, Case(**json.loads(arguments.case)))
@@ -159,7 +159,7 @@ def measure(arguments: argparse.Namespace, place: Path) -> None:
 def summary(
     arguments: argparse.Namespace, runs: dict[str, dict[str, float]], measured: set[str], before: dict[str, Any]
 ) -> dict[str, Any]:
-    """measured: runs of this call; before: of earlier calls, what stands where this one has none."""
+    """The record. measured: runs of this call. before: ratios of earlier calls, kept unless this call has its own."""
     record: dict[str, Any] = {
         "machine": machine(arguments.device),
         "preset": arguments.preset,
@@ -182,7 +182,7 @@ def machine(device: str) -> str:
 
 
 def prepare(arguments: argparse.Namespace, place: Path) -> None:
-    """Clips and an untrained pipeline, unless they are there."""
+    """Makes clips and an untrained pipeline unless they exist."""
     from preprocessing.plan import make_plan
     from preprocessing.run import preprocess
     from tccp.clips.clip_table import INDEX
@@ -199,7 +199,7 @@ def prepare(arguments: argparse.Namespace, place: Path) -> None:
 
 
 def train(arguments: argparse.Namespace, case: Case, place: Path) -> Path | None:
-    """Runs it, in a process of its own; returns where its metrics are, or None if it failed."""
+    """Runs a case in a separate process. Returns the path of its metrics, or None if it failed."""
     name = f"{case.name}-{time.time_ns()}"
     command, metrics = command_of(arguments, case, place, name)
     done = subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True, check=False)
@@ -213,9 +213,9 @@ def train(arguments: argparse.Namespace, case: Case, place: Path) -> Path | None
 
 
 def command_of(arguments: argparse.Namespace, case: Case, place: Path, name: str) -> tuple[list[str], Path]:
-    """What runs it, and where its metrics will be."""
+    """The command of a case, and the path of its metrics."""
     if case.workers:
-        command = [sys.executable, str(ROOT / "ray_jobs" / "train_stage1.py"), *overrides(arguments, case)]
+        command = [sys.executable, str(ROOT / "ray_jobs" / "train_stage1.py"), "--set", *overrides(arguments, case)]
         command += ["--variants", case.variant, "--workers", str(case.workers), "--zero-stage", str(case.zero_stage)]
         command += ["--device", arguments.device, "--preset", arguments.preset, "--data", str(place / "clips")]
         command += ["--storage", str(place), "--name", name, "--autoencoder", str(place / "untrained")]
@@ -234,7 +234,7 @@ def command_of(arguments: argparse.Namespace, case: Case, place: Path, name: str
 
 
 def take_turns(arguments: argparse.Namespace, place: Path) -> None:
-    """The trainings of PAIR at the same time, one being stopped while the other runs."""
+    """Runs the two trainings of PAIR in turns: one is stopped while the other runs."""
     prepare(arguments, place)
     found = {case.name: case for case in cases(arguments.device, arguments.variant)}
     now = time.time_ns()
@@ -247,7 +247,7 @@ def take_turns(arguments: argparse.Namespace, place: Path) -> None:
         try:
             wait_by_turns(ray, plain, log)
         finally:
-            ray.kill()  # which does nothing to one that has ended
+            ray.kill()  # has no effect on a process that has ended
             plain.kill()
     if ray.returncode or plain.returncode:
         raise SystemExit(log.read_text()[-4000:])
@@ -264,20 +264,20 @@ def take_turns(arguments: argparse.Namespace, place: Path) -> None:
 
 
 def wait_by_turns(ray: subprocess.Popen[str], plain: subprocess.Popen[str], log: Path) -> None:
-    """Until both have ended. The job of Ray has the first turn, from when it trains: till then it cannot be stopped."""
+    """Waits until both have ended. The Ray job gets the first turn, once it trains: before, it cannot be stopped."""
     plain.send_signal(signal.SIGSTOP)
     while ray.poll() is None and "loss" not in log.read_text():
         time.sleep(0.5)
     rays_turn = True
     while ray.poll() is None and plain.poll() is None:
-        told(ranks_and_readers(ray.pid), signal.SIGCONT if rays_turn else signal.SIGSTOP)
-        told([psutil.Process(plain.pid)], signal.SIGSTOP if rays_turn else signal.SIGCONT)
+        send_to(ranks_and_readers(ray.pid), signal.SIGCONT if rays_turn else signal.SIGSTOP)
+        send_to([psutil.Process(plain.pid)], signal.SIGSTOP if rays_turn else signal.SIGCONT)
         deadline = time.monotonic() + TURN_S
         while time.monotonic() < deadline and ray.poll() is None and plain.poll() is None:
             time.sleep(0.1)
         rays_turn = not rays_turn
     if ray.poll() is None:
-        told(ranks_and_readers(ray.pid), signal.SIGCONT)
+        send_to(ranks_and_readers(ray.pid), signal.SIGCONT)
     if ray.wait():
         return
     plain.send_signal(signal.SIGCONT)
@@ -293,18 +293,21 @@ def ranks_and_readers(pid: int) -> list[psutil.Process]:
     return found
 
 
-def told(processes: Sequence[psutil.Process], what: signal.Signals) -> None:
+def send_to(processes: Sequence[psutil.Process], sent: signal.Signals) -> None:
     for one in processes:
         with contextlib.suppress(psutil.Error):
-            one.send_signal(what)
+            one.send_signal(sent)
 
 
 def figures(
     rounds: list[Records], arguments: argparse.Namespace, case: Case, longest_s: float = math.inf
 ) -> dict[str, float]:
-    """step_s: lower quartile; clips_s: windows a second at that; data_wait: share of the time; memory_mib: peak of rank
-    0 (of its GPU, where it has one); utilisation: share of the GPU's peak, a step being one forward and two for the way
-    back, what checkpointing computes again not counted. longest_s: longer steps have been stopped, and do not count.
+    """Results of a case.
+
+    step_s: lower quartile of step times. clips_s: windows per second at step_s. data_wait: share of the time.
+    memory_mib: peak of rank 0 (of its GPU, if it has one). utilisation: share of the GPU's peak; a step counts as three
+    forward passes, recomputation by checkpointing does not count.
+    longest_s: longer steps were stopped in between and do not count.
     """
     from tccp.cli.describe import describe
     from tccp.config import load_settings
@@ -338,7 +341,7 @@ def figures(
 
 
 def plain(arguments: argparse.Namespace, case: Case) -> None:
-    """The same training by the same loop, without Ray and DeepSpeed, on the latents that are there."""
+    """The same training with the same loop, without Ray and DeepSpeed, on the existing latents."""
     import torch
 
     from tccp.clips.clip_table import ClipTable

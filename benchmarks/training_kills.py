@@ -1,12 +1,12 @@
-"""Does a training on Ray that is killed, again and again, come to what one that is not comes to?
+"""Measures whether a training on Ray that is killed repeatedly gives the result of an uninterrupted one.
 
-`python benchmarks/training_kills.py --kills 10 --out docs/soak/training_kills.json`: at least so many kills of each
-kind, several to a training, each with SIGKILL at a random moment after a checkpoint: of a training worker; of the
-machine that workers are on (a Ray cluster of a head and two, all on this machine; another takes its place); of the
-driver, and the Ray it started. And a training is given notice, on such a cluster, that its machine will be taken away
-(a longer one, for Ray looks for that every five seconds): it must save once, at once. Losses of every step are compared
-with those of an uninterrupted training on Ray, bit for bit, and that one's with plain torch's, to 1e-4. Restartable:
-trainings that are in the output are not done again.
+`python benchmarks/training_kills.py --kills 10 --out docs/soak/training_kills.json` makes at least this many kills of
+each kind, several per training, each with SIGKILL at a random moment after a checkpoint. The kinds are: a training
+worker; a machine with workers (the cluster is a head and two machines, all processes of this machine; a new machine
+replaces it); the driver with the Ray that it started. In addition, trainings on such a cluster get notice that their
+machine will be taken away (longer trainings, because Ray checks for it every five seconds): they must save once, at
+once. Losses of every step are compared with an uninterrupted training on Ray, bit for bit, and that one with plain
+torch, to 1e-4. After an interruption, trainings in the output are not repeated.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from tccp.files import atomic_path
 Trace = list[tuple[int, float, float]]
 COMPONENT: VariantName = "landmark_first"
 NOTICE = {"steps": 80, "every": 40}
-"""Of trainings that are given notice: they save when they hear of it, between two of these checkpoints."""
+"""Lengths for trainings that get notice: they save on notice, between two of these regular checkpoints."""
 
 
 def main() -> None:
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--notices", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("docs/soak/training_kills.json"))
-    parser.add_argument("--minutes", type=float, help="begin no further training after so long; go on another time")
+    parser.add_argument("--minutes", type=float, help="start no training after this; call again to continue")
     arguments = parser.parse_args()
     record: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"trainings": {}}
     started = time.monotonic()
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def wanting(done: dict[str, dict[str, Any]], kills: int, notices: int) -> Kill | None:
-    """The kind that most is missing of; None if nothing is."""
+    """The kind of kill with the most missing, or None if none is missing."""
     missing = {kind: (notices if kind == "notice" else kills) - found["kills"] for kind, found in summary(done).items()}
     most = max(missing, key=lambda kind: missing[kind])
     return most if missing[most] > 0 else None
@@ -104,7 +104,7 @@ def uninterrupted(data: Path, untrained: Path, options: list[str], root: Path, l
 def training(
     kind: Kill, name: str, data: Path, options: list[str], root: Path, length: dict[str, int]
 ) -> dict[str, Any]:
-    """One training that is struck after each of its checkpoints but the last, if it has got so far by then."""
+    """One training with a kill after each checkpoint except the last."""
     rng = random.Random(name)
     steps, every = length.get("steps", trainings.STEPS), length.get("every", trainings.EVERY)
     run, log = run_folder(root / "storage", COMPONENT), root / f"{name}.log"
@@ -138,13 +138,13 @@ def training(
 
 
 def saved(run: Path) -> list[int]:
-    """Steps of all checkpoints that are there."""
+    """The steps of all existing checkpoints."""
     return sorted(int(place.name.split("-")[1]) for place in run.glob("step-*"))
 
 
 @contextlib.contextmanager
 def cluster_for(kind: Kill) -> Iterator[Any]:
-    """A head without work and two machines, where machines are to die; else None: a training starts its own."""
+    """A cluster of a head without CPUs and two machines, for kinds that need one; else None: a training starts Ray."""
     if kind in ("rank", "driver"):
         yield None
         return

@@ -1,7 +1,7 @@
 """`tccp preprocess` on a Ray cluster: `ray job submit --working-dir . -- python ray_jobs/preprocess.py SOURCE OUT`.
 
-The options are those of the command; workers are as many as the cluster has CPUs unless --workers says otherwise. On
-several machines SOURCE and OUT are URLs, for the folder that a job runs in is a throw-away copy.
+The options are those of `tccp preprocess`. Without --workers, the job uses as many workers as the cluster has CPUs for.
+On several machines SOURCE and OUT must be URLs, because a job runs in a temporary copy of the code.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a job's folder is no installed package
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a job's folder is not an installed package
 
 from tccp.cli import main
 
 
 def arguments(given: Sequence[str]) -> list[str]:
-    """The command line of `tccp` for that of this job."""
+    """The `tccp` command line that this job runs."""
     return ["preprocess", *given, "--ray"]
 
 

@@ -1,8 +1,8 @@
-"""Training of the auto-encoder, on a Ray cluster.
+"""Trains the auto-encoder on a Ray cluster.
 
-    ray job submit --working-dir . -- python ray_jobs/train_autoencoder.py [KEY=VALUE ...] [--storage URL] ...
+    ray job submit --working-dir . -- python ray_jobs/train_autoencoder.py [--preset NAME] [--set KEY=VALUE ...] ...
 
-`--help` lists the options. A job's folder is a throw-away copy: all that is kept goes to --storage.
+`--help` lists the options. A job runs in a temporary copy of the code; its results go to --storage.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a job's folder is no installed package
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a job's folder is not an installed package
 
 from ray_jobs.train_command import run
 

@@ -1,9 +1,7 @@
-"""The command line that the training jobs share."""
+"""The command line of the training jobs: train_autoencoder.py, train_stage1.py and train_stage2.py."""
 
 from __future__ import annotations
 
-import functools
-import inspect
 import json as json_format
 import os
 import shlex
@@ -13,15 +11,26 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import pydantic
 import tyro
-from tyro.conf import Positional, arg
 
 from tccp.cli import one_line_errors
-from tccp.cli.options import Json, Preset, emit, note
-from tccp.config import FPS, DeepSpeedSettings, Settings, VariantName, load_settings, storage_root
+from tccp.cli.options import (
+    Backend,
+    Json,
+    LipWeights,
+    MaxSteps,
+    Overrides,
+    Preset,
+    Resume,
+    deferred,
+    emit,
+    note,
+    settings_of,
+)
+from tccp.config import FPS, DeepSpeedSettings, Settings, VariantName, storage_root
 from tccp.errors import TccpError
 from tccp.files import Folder, is_url
 from tccp.models.variants import FIRST_OF, VARIANTS, variant
@@ -34,31 +43,24 @@ DEFAULT: dict[Stage, tuple[str, ...]] = {
     "stage2": ("face_first", "face_sequence"),
 }
 
-Overrides = Positional[
-    Annotated[
-        tuple[str, ...],
-        arg(metavar="KEY=VALUE", help="settings to change, e.g. training.learning_rate=1e-4 picture_px=128"),
-    ]
-]
-
 
 def train(
     stage: Stage,
-    overrides: Overrides = (),
     /,
     preset: Preset = "toy",
-    max_steps: int | None = None,
+    set: Overrides = (),
+    max_steps: MaxSteps = None,
     data: str | None = None,
     stream: tuple[str, ...] = (),
-    backend: Literal["mediapipe", "fan", "truth"] = "mediapipe",
+    backend: Backend = "mediapipe",
     storage: str | None = None,
     name: str | None = None,
-    resume: bool = False,
+    resume: Resume = False,
     variants: tuple[str, ...] = (),
     stage1: str | None = None,
     autoencoder: str | None = None,
     control_from: str | None = None,
-    lip_weights: Path | None = None,
+    lip_weights: LipWeights = None,
     workers: int | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     zero_stage: Literal[0, 1, 2, 3] | None = None,
@@ -76,45 +78,46 @@ def train(
     register: str | None = None,
     json: Json = False,
 ) -> None:
-    """Train on a Ray cluster: that of RAY_ADDRESS or of the job, else one on this machine for as long as it takes.
+    """Train networks on a Ray cluster: the one that RAY_ADDRESS names, or the one that the job runs on. Without either,
+    the command starts Ray on this machine and stops it at the end.
 
-    Without arguments: RoundTable's drawn conversations, with the preset toy. What is lacking is trained first.
+    Without options it trains on RoundTable's drawn conversations with the preset toy. Missing components that a network
+    depends on are trained first.
 
     Args:
-        max_steps: optimiser steps of each network, in place of the preset's.
         data: clip table, a folder or URL (default: RoundTable, drawn into the storage).
-        stream: films (files, folders, patterns, manifests, URLs) to train on straight away, in place of a clip table:
-            preprocessed on the cluster's CPUs while training goes on, anew in each epoch, and not kept.
-        backend: with --stream, where landmarks come from, as for `tccp preprocess`.
-        storage: folder or URL for everything that is kept; on several machines a URL, or file:///... for a folder that
-            all of them share (default: TCCP_STORAGE, else ~/.tccp).
-        name: of the run, a folder in STORAGE/runs (default: the job's name and the preset's).
-        resume: go on with a run that was interrupted, from its last checkpoint.
-        variants: networks to train, in place of the stage's two; one_stage_first and one_stage_sequence are known too.
-        stage1: a run in the storage, or a pipeline folder or URL, whose stage 1 is taken over, auto-encoder and lips
-            with it (default: the packaged toy weights, if the settings fit them).
-        autoencoder: likewise, for the auto-encoder and the lips alone; or a diffusers AutoencoderKL folder.
-        control_from: a pipeline whose video branches are taken over; with training.freeze_video_branch=true only the
-            control branches are trained.
-        lip_weights: the published Wav2Lip checkpoint, for lips.source=wav2lip.
+        stream: films to train on directly, instead of a clip table: files, folders, patterns, manifests or URLs. The
+            cluster's CPUs preprocess them during training, again in each epoch; the clips are not stored.
+        storage: folder or URL for all results. On several machines, give a URL, or file:///... for a folder that all
+            of them share (default: TCCP_STORAGE, else ~/.tccp).
+        name: name of the run, a folder in STORAGE/runs (default: the job's name and the preset's).
+        variants: networks to train instead of the job's two; one_stage_first and one_stage_sequence are also possible.
+        stage1: where to take stage 1, the auto-encoder and the lips from: a run in the storage, or a pipeline folder or
+            URL (default: the packaged toy weights, if the settings fit them).
+        autoencoder: where to take the auto-encoder and the lips from: as for --stage1, or a diffusers AutoencoderKL
+            folder.
+        control_from: run, or pipeline folder or URL, to copy the video branches from. With --set
+            training.freeze_video_branch=true only the control branches are trained.
         workers: training workers (default: one for each GPU; without GPUs two, or one on a single CPU).
-        device: auto takes GPUs where there are any.
-        zero_stage: what DeepSpeed divides among workers: nothing, the optimiser's state, gradients too, parameters too
-            (default: that of the run that is resumed; else 1, or 0 for a single worker, or what --offload needs).
+        device: auto uses GPUs if there are any.
+        zero_stage: what DeepSpeed's ZeRO divides among workers: 0 nothing, 1 optimiser state, 2 gradients too, 3
+            parameters too (default: the stage of the run that is resumed; else 1, or 0 for a single worker, or the
+            stage that --offload needs).
         offload: what DeepSpeed keeps in the CPU's memory.
-        deepspeed: a JSON file of DeepSpeed settings, laid over those derived.
-        latents: ahead: all clips are encoded before training, and kept in the storage; in-step: by the workers.
-        readers: Ray Data workers that read for each training worker; fewer if the cluster, when training starts, has
-            CPUs for fewer.
-        compile: let torch.compile translate the networks; takes minutes at the start.
-        max_failures: how often workers may die, other than with a machine that is taken away, before it is given up.
-        timeout_s: longest that workers wait for each other.
-        keep: checkpoints kept of each network.
-        keep_best: keep those that did best in validation, beside the newest.
-        validate_every: steps between looks at what a network can do, on RoundTable clips that are the same every time:
-            figures and a film, in MLflow. At the end, too; taken at the next checkpoint. 0: never.
+        deepspeed: JSON file of DeepSpeed settings. They replace the derived ones.
+        latents: ahead: encode all clips before training and store the latents; in-step: the training workers encode.
+        readers: Ray Data workers that read for each training worker. If the cluster has CPUs for fewer when training
+            starts, fewer are used.
+        compile: compile the networks with torch.compile, which takes minutes at the start.
+        max_failures: number of worker failures after which training stops. Machines that are taken away with notice do
+            not count.
+        timeout_s: longest time that workers wait for each other, in seconds.
+        keep: number of checkpoints to keep of each network.
+        keep_best: also keep the checkpoints with the best validation score.
+        validate_every: steps between validations, which take place at the next checkpoint and at the end. Validation
+            generates fixed RoundTable clips and logs metrics and a film to MLflow. 0: never.
         mlflow: address of an MLflow server, or none (default: a database in the storage, on one machine).
-        register: name under which the pipeline is registered with MLflow at the end, with the alias `newest`.
+        register: name to register the pipeline under in MLflow at the end, with the alias `newest`.
     """
     from tccp.inference.pipeline_folder import TOY_WEIGHTS
     from tccp.training.launcher.launch import launch
@@ -122,22 +125,22 @@ def train(
 
     if stream and data is not None:
         raise TccpError("--stream and --data: give one of them")
-    settings = _settings(preset, overrides, max_steps)
-    kept = storage or os.environ.get("TCCP_STORAGE")
-    place = Folder(kept if kept and is_url(kept) else storage_root(kept).absolute())
-    take = {"stage1": stage1, "autoencoder": autoencoder}
+    settings = settings_of(preset, set, max_steps)
+    given_storage = storage or os.environ.get("TCCP_STORAGE")
+    root = Folder(given_storage if given_storage and is_url(given_storage) else storage_root(given_storage).absolute())
+    sources = {"stage1": stage1, "autoencoder": autoencoder}
     pretrained = None
     if autoencoder is not None and (Path(autoencoder) / "config.json").is_file():
-        pretrained = Path(take.pop("autoencoder") or "")
+        pretrained = Path(sources.pop("autoencoder") or "")
     components = tuple(variants) or DEFAULT[stage]
-    for one in variants:
-        variant(one)
+    for variant_name in variants:
+        variant(variant_name)
     request = Request(
         components=components,
         settings=settings,
-        table=None if stream else partial(_roundtable, settings, place) if data is None else lambda: data,
+        table=None if stream else partial(_roundtable, settings, root) if data is None else lambda: data,
         films=_films(stream, backend, settings) if stream else None,
-        storage=place,
+        storage=root,
         name=name or f"{stage}-{preset}",
         resume=resume,
         workers=workers,
@@ -152,8 +155,8 @@ def train(
         keep_best=keep_best,
         validate_every=validate_every,
         take_from=(Folder(TOY_WEIGHTS),),
-        must_take=tuple(_pipeline(place, given) for given in take.values() if given is not None),
-        control_from=None if control_from is None else _pipeline(place, control_from),
+        must_take=tuple(_pipeline(root, given) for given in sources.values() if given is not None),
+        control_from=None if control_from is None else _pipeline(root, control_from),
         pretrained_autoencoder=pretrained,
         lip_weights=lip_weights,
         tracking=mlflow,
@@ -162,7 +165,7 @@ def train(
     )
     done = launch(request, validate, note)
     record = {"pipeline": done.pipeline, "trained": done.trained, "taken": done.taken, "workers": done.workers}
-    trained = ", ".join(done.trained) or "nothing: all is there"
+    trained = ", ".join(done.trained) or "nothing, no component is missing"
     emit(json, record, f"trained {trained}; pipeline: {done.pipeline}")
 
 
@@ -170,22 +173,16 @@ VALIDATION_CLIPS = 4
 
 
 def validate(job: Any, step: int, network: Any, folder: Path) -> dict[str, float]:
-    """`tccp.training.launcher.rank.Validate`; imports are inside, for it travels to where nothing is measured."""
+    """Implements `tccp.training.launcher.rank.Validate`. Other processes than the one that validates also load this
+    module, so the imports are local."""
     from tccp.evaluation.validation import validate_network, validation_clips, with_network
     from tccp.inference.pipeline_folder import has_component
 
-    with job.pipeline.here() as place:
-        if job.component in FIRST_OF and not has_component(place, FIRST_OF[job.component]):
-            return {}  # it continues from frames of a network that is not there yet
-        pipeline = with_network(place, job.component, network, "cuda" if job.spread.use_gpu else "cpu")
+    with job.pipeline.here() as folder_here:
+        if job.component in FIRST_OF and not has_component(folder_here, FIRST_OF[job.component]):
+            return {}  # the network that generates its first frame is not trained yet
+        pipeline = with_network(folder_here, job.component, network, "cuda" if job.spread.use_gpu else "cpu")
         return validate_network(pipeline, job.component, validation_clips(job.settings, VALIDATION_CLIPS), folder)
-
-
-def _settings(preset: str, overrides: Sequence[str], max_steps: int | None) -> Settings:
-    given = list(overrides)
-    if max_steps is not None:
-        given += [f"training.max_steps={max_steps}", f"autoencoder.max_steps={max_steps}"]
-    return load_settings(preset, given)
 
 
 def _parallel(zero_stage: int | None, offload: str, config: Path | None) -> DeepSpeedSettings:
@@ -194,7 +191,7 @@ def _parallel(zero_stage: int | None, offload: str, config: Path | None) -> Deep
         try:
             values["config"] = json_format.loads(config.read_text())
         except (OSError, ValueError) as error:
-            raise TccpError(f"--deepspeed {config}: {error}; give a file of DeepSpeed settings as JSON") from None
+            raise TccpError(f"--deepspeed {config}: {error}; give a JSON file of DeepSpeed settings") from None
     try:
         return DeepSpeedSettings(**values)
     except pydantic.ValidationError as error:
@@ -203,7 +200,7 @@ def _parallel(zero_stage: int | None, offload: str, config: Path | None) -> Deep
 
 
 def _pipeline(storage: Folder, given: str) -> Folder:
-    """The pipeline of a run in the storage, or a pipeline folder. Raises TccpError if it is neither."""
+    """The pipeline that `given` names: a run in the storage, or a pipeline folder or URL. Else raises TccpError."""
     run = Folder(storage.path(f"runs/{given}/pipeline"))
     folder = run if "/" not in given and run.exists("manifest.json") else Folder(given)
     if not folder.exists("manifest.json"):
@@ -212,7 +209,8 @@ def _pipeline(storage: Folder, given: str) -> Folder:
 
 
 def _films(sources: Sequence[str], backend: str, settings: Settings) -> Callable[[VariantName, Path, float], Any]:
-    """Windows straight from film, for the launcher. Raises TccpError for sources that are not there."""
+    """For the launcher: makes the training windows of a variant directly from films. Raises TccpError for missing
+    sources."""
     from preprocessing.graph import film_windows
     from preprocessing.lip_step import lip_work
     from preprocessing.plan import make_plan
@@ -222,8 +220,8 @@ def _films(sources: Sequence[str], backend: str, settings: Settings) -> Callable
 
     def windows_of(name: VariantName, pipeline: Path, held: float) -> Any:
         row = VARIANTS[name]
-        shown = "lips" in row.conditions_with(settings.lips.source)
-        lips = lip_work(settings.lips, pipeline / "lips") if shown else None
+        takes_lips = "lips" in row.conditions_with(settings.lips.source)
+        lips = lip_work(settings.lips, pipeline / "lips") if takes_lips else None
         window = row.num_frames(settings.window)
         return partial(film_windows, listing=listing, plan=plan, settings=settings, window=window, lips=lips, held=held)
 
@@ -231,11 +229,11 @@ def _films(sources: Sequence[str], backend: str, settings: Settings) -> Callable
 
 
 FILMS, SECONDS, SEED = 72, 3.0, 1
-"""RoundTable films that jobs train on where they are given no footage."""
+"""The RoundTable films that jobs train on without --data and --stream."""
 
 
 def _roundtable(settings: Settings, storage: Folder) -> str:
-    """RoundTable's clip table in a storage, drawn and preprocessed if it is not there. Ray must be running."""
+    """RoundTable's clip table in the storage. Draws and preprocesses the films if the table is missing. Needs Ray."""
     from preprocessing.plan import make_plan
     from preprocessing.run import preprocess
     from tccp.clips.clip_table import INDEX
@@ -245,30 +243,24 @@ def _roundtable(settings: Settings, storage: Folder) -> str:
     if Folder(table).exists(INDEX):
         return table
     if sum(name.endswith(".mp4") for name in films.names()) < FILMS:
-        with tempfile.TemporaryDirectory(prefix="tccp-films-") as place, progress() as bar:
+        with tempfile.TemporaryDirectory(prefix="tccp-films-") as folder, progress() as bar:
             task = bar.add_task("drawing scenes", total=FILMS * round(SECONDS * FPS))
-            write_clips(place, FILMS, SECONDS, SEED, progress=lambda name, done, total: bar.advance(task))
-            films.upload(Path(place), "")
+            write_clips(folder, FILMS, SECONDS, SEED, progress=lambda name, done, total: bar.advance(task))
+            films.upload(Path(folder), "")
     preprocess([str(films)], table, make_plan(settings.picture_px, "truth"), on_ray=True)
     return table
+
+
+def parse(stage: Stage, argv: Sequence[str] | None = None) -> Callable[[], None]:
+    """Parses a job's command line (default: sys.argv) and returns the call that it asks for, without making it.
+
+    Raises SystemExit: code 2 for wrong usage, 0 after --help.
+    """
+    return tyro.cli(partial(deferred(train), stage), prog=f"train_{stage}.py", args=argv)
 
 
 def run(stage: Stage, argv: Sequence[str] | None = None) -> None:
     """The entry point of a job."""
     warnings.simplefilter("ignore", FutureWarning)
     with one_line_errors():
-        tyro.cli(_of(stage), prog=f"train_{stage}.py", args=argv)
-
-
-def _of(stage: Stage) -> Callable[..., None]:
-    """`train` without its first argument, for the command line."""
-
-    @functools.wraps(train)
-    def job(*arguments: Any, **options: Any) -> None:
-        train(stage, *arguments, **options)
-
-    whole = inspect.signature(train, eval_str=True)
-    job.__signature__ = whole.replace(parameters=list(whole.parameters.values())[1:])  # type: ignore[attr-defined]
-    del job.__wrapped__
-    job.__annotations__ = {name: one.annotation for name, one in list(whole.parameters.items())[1:]} | {"return": None}
-    return job
+        parse(stage, argv)()

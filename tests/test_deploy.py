@@ -1,4 +1,4 @@
-"""cluster.yaml and the manifests in deploy/, by Ray's own checks and against what the code asks of a cluster."""
+"""cluster.yaml and the manifests in deploy/: checked by Ray itself, and against what the code asks of a cluster."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def load(name: str) -> Any:
 
 
 def largest(text: str) -> dict[str, float]:
-    """What TCCP_CLUSTER_MAX promises."""
+    """The resources that TCCP_CLUSTER_MAX names."""
     (found,) = set(re.findall(r"(?:TCCP_CLUSTER_MAX=|TCCP_CLUSTER_MAX, value: \")CPU=(\d+),GPU=(\d+)", text))
     return {"CPU": float(found[0]), "GPU": float(found[1])}
 
@@ -48,13 +48,13 @@ def test_the_cluster_file_passes_rays_checks_and_promises_what_it_can_grow_to() 
     assert largest((ROOT / "cluster.yaml").read_text()) == sum_of(list(pools.values()))
     assert sum(most for most, _ in pools.values()) == config["max_workers"]
     _, train = pools["train"]
-    assert train["CPU"] == train["GPU"] * GPU_WORKER_CPUS, "no room for data work beside the training workers"
+    assert train["CPU"] == train["GPU"] * GPU_WORKER_CPUS, "no CPUs left for data work beside the training workers"
     assert "GPU" not in pools["data"][1]
     spread = fits_training(largest((ROOT / "cluster.yaml").read_text()))
     assert (spread.use_gpu, spread.workers) == (True, 8)
     commands = " ".join(config["head_start_ray_commands"] + config["worker_start_ray_commands"])
     assert commands.count("RAY_AUTH_MODE=token") == 2
-    assert commands.count("TCCP_CLUSTER_MAX=") == 2, "what runs beside the ranks asks, too"
+    assert commands.count("TCCP_CLUSTER_MAX=") == 2, "processes beside the ranks read it, too"
 
 
 @pytest.mark.parametrize("name", ["rayjob", "rayservice"])
@@ -70,7 +70,7 @@ def test_manifests_give_clusters_that_rays_kubernetes_autoscaler_understands(nam
     validate_config(config)
     kinds = config["available_node_types"]
     assert kinds["headgroup"]["resources"]["CPU"] == 0
-    assert spec["authOptions"] == {"mode": "token"}, "whoever reaches the head runs what he likes"
+    assert spec["authOptions"] == {"mode": "token"}, "without a token anyone who reaches the head can run any code"
     if name == "rayjob":
         groups = [kind for key, kind in kinds.items() if key != "headgroup"]
         most = sum_of([(kind["max_workers"], kind["resources"]) for kind in groups])
@@ -81,7 +81,7 @@ def test_manifests_give_clusters_that_rays_kubernetes_autoscaler_understands(nam
         train = kinds["train"]["resources"]
         assert train["CPU"] == train["GPU"] * GPU_WORKER_CPUS
         assert manifest["spec"]["backoffLimit"] == 3
-        assert "--resume" in manifest["spec"]["entrypoint"], "a second attempt would be refused"
+        assert "--resume" in manifest["spec"]["entrypoint"], "without it a second attempt is refused"
 
 
 def test_the_services_configuration_is_one_that_serve_reads() -> None:
@@ -103,6 +103,6 @@ def test_versions_agree() -> None:
 
 
 def test_what_the_cluster_starts_for_mlflow_it_starts_once() -> None:
-    """The line that looks whether the server runs must not find itself."""
+    """The line that checks whether the server runs must not match itself."""
     (line,) = (one for one in load("cluster.yaml")["head_setup_commands"] if "mlflow" in one)
     assert "pgrep" not in line and "/health" in line

@@ -1,4 +1,4 @@
-"""The ground: what is pinned, declared, layered and promised by README and Makefile holds."""
+"""Packages, imports, layers, make targets, the tree and CI. tests/test_docs.py checks README and docs/."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import ast
 import importlib.metadata
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -27,14 +26,6 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 CODE = [folder for name in ("tccp", "preprocessing", "ray_jobs") if (folder := ROOT / name).is_dir()]
-README = (ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else ""
-README_COMMANDS = [
-    shlex.split(line, comments=True)
-    for block in re.findall(r"```(?:bash|sh|console)?\n(.*?)```", README, re.DOTALL)
-    for line in block.replace("\\\n", " ").splitlines()
-    if line.removeprefix("$ ").startswith(("make ", "tccp "))
-]
-ENTRY_POINT = "import sys, tccp.cli; sys.exit(tccp.cli.main())"  # what the script `tccp` does
 
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -245,29 +236,9 @@ def test_a_set_up_that_was_broken_off_is_made_anew_and_a_finished_one_is_kept(tm
     assert left_over.exists()
 
 
-def test_readme_shows_how_to_start() -> None:
-    assert README, "there is no README.md"
-    assert ["make", "demo"] in README_COMMANDS
-    assert ["make", "test"] in README_COMMANDS
-
-
 def test_the_demo_trains_on_request_alone() -> None:
     assert "--train" not in run("make", "--dry-run", "demo").stdout
     assert "demo --out out --train" in run("make", "--dry-run", "demo", "TRAIN=1").stdout
-
-
-@pytest.mark.parametrize("command", README_COMMANDS, ids=" ".join)
-def test_a_command_of_readme_exists(command: list[str]) -> None:
-    """Make targets by name; `tccp` verbs and every option given to one by the verb's own help."""
-    if command[0] == "make":
-        assert {word for word in command[1:] if "=" not in word} <= make_targets()
-        return
-    verb = [word for word in command[1:2] if not word.startswith("-")]
-    result = run(sys.executable, "-c", ENTRY_POINT, *verb, "--help", COLUMNS="200")
-    assert result.returncode == 0, result.stdout + result.stderr
-    offered = set(re.findall(r"(?<![\w-])--?[a-zA-Z][\w-]*", result.stdout))
-    for option in (word.partition("=")[0] for word in command[1:] if word.startswith("-")):
-        assert option in offered, f"{' '.join(command)}: {verb} has no {option}"
 
 
 # The tree

@@ -83,7 +83,7 @@ def command(
     """A job's command line, on two workers, without MLflow."""
     overrides = [*OVERRIDES, f"training.checkpoint_every={every}"]
     return [
-        *(sys.executable, str(ROOT / "ray_jobs" / f"train_{job}.py"), *overrides, "--data", str(data)),
+        *(sys.executable, str(ROOT / "ray_jobs" / f"train_{job}.py"), "--set", *overrides, "--data", str(data)),
         *("--storage", str(storage), "--name", "run", "--workers", "2", "--max-steps", str(steps), "--mlflow", "none"),
         *("--validate-every", "0"),
         *options,

@@ -1,4 +1,4 @@
-"""`tccp <verb>`: the commands. Heavy imports stay inside the verbs, so that `tccp --help` answers at once."""
+"""`tccp <verb>`: the commands. The verbs import heavy modules in their bodies, so that `tccp --help` starts fast."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import tyro
 from tccp.cli.footage import inspect, preprocess, synth, weights
 from tccp.cli.generate import demo, doctor, generate
 from tccp.cli.networks import describe, evaluate, export, train
-from tccp.cli.options import note
+from tccp.cli.options import deferred, note
 from tccp.errors import TccpError
 
 VERBS: dict[str, Callable[..., None]] = {
@@ -33,7 +33,7 @@ VERBS: dict[str, Callable[..., None]] = {
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """A user's mistake ends in one line on stderr and exit code 2; a bug keeps its traceback."""
+    """Turns a user's mistake into one line on stderr and exit code 2. A bug keeps its traceback."""
     try:
         yield
     except TccpError as error:
@@ -52,11 +52,23 @@ def one_line_errors() -> Iterator[None]:
         raise SystemExit(130) from None
 
 
+def parse(argv: Sequence[str] | None = None) -> Callable[[], None]:
+    """Parses a command line (default: sys.argv) and returns the call that it asks for, without making it.
+
+    Raises SystemExit: code 2 for wrong usage, 0 after --help.
+    """
+    verbs = {name: deferred(verb) for name, verb in VERBS.items()}
+    description = "Generates talking heads into films, from sound and a picture of a person."
+    call: Callable[[], None] = tyro.extras.subcommand_cli_from_dict(
+        verbs, prog="tccp", description=description, args=argv
+    )
+    return call
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    warnings.simplefilter("ignore", FutureWarning)  # of other packages; no news to a user
+    """Runs a command line (default: sys.argv)."""
+    warnings.simplefilter("ignore", FutureWarning)  # from other packages; users cannot act on them
     from tccp.cli.progress_display import shown_on_stderr
 
     with one_line_errors(), shown_on_stderr():
-        tyro.extras.subcommand_cli_from_dict(
-            VERBS, prog="tccp", description="Talking heads, generated into scenes from sound.", args=argv
-        )
+        parse(argv)()

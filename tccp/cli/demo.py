@@ -1,4 +1,4 @@
-"""`make demo`: a head generated into an unseen scene, with the packaged weights or with weights trained for it."""
+"""`make demo`: generates a head into an unseen scene, with the packaged weights or with weights trained first."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ from tccp.training.recipe import Trainer
 
 TRAINING_FILMS, TRAINING_SECONDS, TRAINING_SEED = 72, 3.0, 1
 SCENE_SECONDS, SCENE_SEED = 4.0, 20_001
-"""Films of two seeds share neither persons, rooms nor voices."""
-DRAWN = 2
-"""Counted up when RoundTable draws otherwise: films in a storage that were drawn before are then drawn anew."""
+"""Films of different seeds share no people, rooms or voices."""
+DRAWING_VERSION = 2
+"""Raise it when RoundTable's drawing changes, so that films in a storage are drawn again."""
 SETTINGS = (
     "autoencoder.max_steps=2200",
     "training.max_steps=500",
-    "training.initial_frames=truth",  # what half-trained networks restore teaches nothing
+    "training.initial_frames=truth",  # frames restored by half-trained networks do not help training
     "lips.liplet_steps=250",
     "headbox.draws=1",
     "variant_overrides.landmark_first.training.max_steps=450",
     "variant_overrides.face_first.training.max_steps=450",
 )
-"""The toy preset, cut short: a demo that trains its own weights has a quarter of an hour."""
+"""The toy preset with fewer steps, so that a demo with training takes a quarter of an hour."""
 SHEET_COLUMNS = 8
 _SCALE = 2
 _LABEL_PX = 22
@@ -58,15 +58,15 @@ _PREVIEW_PX = 768
 def run_demo(out: Path, storage: Path, train: bool = False, fresh: bool = False, device: str = "cpu") -> dict[str, Any]:
     """Writes demo.mp4, demo.png, demo.webp, demo.json, generated.mp4 and landmarks.jsonl to `out`.
 
-    Generates with the packaged toy weights, or (`train`) with weights trained here first. Of the latter what is done
-    already is found in `storage` and not done again, unless `fresh`; an interrupted demo goes on from its last
-    checkpoint. Returns what demo.json holds. Raises TccpError if `out` or `storage` cannot be written to.
+    train: train weights first, instead of using the packaged toy weights. Finished parts of an earlier training are
+    reused from `storage`, and an interrupted training continues from its last checkpoint, unless `fresh`.
+    Returns the content of demo.json. Raises TccpError if `out` or `storage` is not writable.
     """
     started = time.monotonic()
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise TccpError(f"--out {out}: cannot be made a folder ({error.strerror}); choose another") from None
+        raise TccpError(f"--out {out}: cannot create this folder ({error.strerror}); choose another one") from None
     seconds: dict[str, float] = {}
     if train:
         root = _training_root(storage, fresh)
@@ -75,9 +75,11 @@ def run_demo(out: Path, storage: Path, train: bool = False, fresh: bool = False,
         root, weights = storage / "demo", TOY_WEIGHTS
     settings = read_settings(weights)
 
-    (scene,) = _footage(root / f"scene-{DRAWN}-{SCENE_SECONDS:g}s", 1, SCENE_SECONDS, SCENE_SEED).glob("*.mp4")
+    (scene,) = _footage(root / f"scene-{DRAWING_VERSION}-{SCENE_SECONDS:g}s", 1, SCENE_SECONDS, SCENE_SEED).glob(
+        "*.mp4"
+    )
     truth = read_truth(scene)
-    shown: list[GeneratedFrame] = []
+    frames: list[GeneratedFrame] = []
     request = FilmRequest(
         scene=scene,
         audio=scene,
@@ -88,10 +90,10 @@ def run_demo(out: Path, storage: Path, train: bool = False, fresh: bool = False,
         save_landmarks=out / "landmarks.jsonl",
         device=device,
     )
-    result = generate_film(request, on_frame=shown.append)
+    result = generate_film(request, on_frame=frames.append)
     seconds["generate"] = _lap(started, seconds)
-    _write_films(out, scene, shown)
-    _write_picture(out / "demo.png", sheet(scene, truth, shown))
+    _write_films(out, scene, frames)
+    _write_picture(out / "demo.png", sheet(scene, truth, frames))
     seconds["pictures"] = _lap(started, seconds)
     record = {
         "weights": "trained by this demo" if train else "packaged",
@@ -102,7 +104,7 @@ def run_demo(out: Path, storage: Path, train: bool = False, fresh: bool = False,
         "git_commit": git_commit(),
         "settings": json.loads(settings.model_dump_json()),
         "film": _film_record(result),
-        "against_truth": measure(scene, truth, shown, settings),
+        "against_truth": measure(scene, truth, frames, settings),
     }
     (out / "demo.json").write_text(json.dumps(record, indent=2) + "\n")
     return record
@@ -117,11 +119,11 @@ def _training_root(storage: Path, fresh: bool) -> Path:
 
 
 def _train(root: Path, device: str, started: float, seconds: dict[str, float]) -> Path:
-    """The demo's own weights, trained in minutes. `seconds` gets what each part took."""
+    """Trains the demo's weights in minutes and returns their folder. Adds the time of each part to `seconds`."""
     settings = load_settings("toy", SETTINGS)
-    films = _footage(root / f"footage-{DRAWN}", TRAINING_FILMS, TRAINING_SECONDS, TRAINING_SEED)
+    films = _footage(root / f"footage-{DRAWING_VERSION}", TRAINING_FILMS, TRAINING_SECONDS, TRAINING_SEED)
     seconds["footage"] = _lap(started, seconds)
-    clips = root / f"clips-{DRAWN}"
+    clips = root / f"clips-{DRAWING_VERSION}"
     if not (clips / INDEX).exists():
         preprocess([films], clips, make_plan(settings.picture_px, "truth"))
     seconds["preprocess"] = _lap(started, seconds)
@@ -132,30 +134,31 @@ def _train(root: Path, device: str, started: float, seconds: dict[str, float]) -
 
 
 def _lap(started: float, seconds: dict[str, float]) -> float:
+    """Seconds since the parts in `seconds` ended."""
     return time.monotonic() - started - sum(seconds.values())
 
 
 def _film_record(result: FilmResult) -> dict[str, Any]:
-    """The result without paths: the record is made to be passed on."""
+    """The result without paths, because demo.json may be published."""
     return {name: value for name, value in result.to_json().items() if name != "out"}
 
 
 def _footage(folder: Path, films: int, seconds: float, seed: int) -> Path:
-    """RoundTable films in `folder`, drawn if they are not all there."""
+    """Draws RoundTable films into `folder` unless all of them exist. Returns the folder."""
     if len(list(folder.glob("*.mp4"))) < films:
         with progress() as bar:
-            frames = films * round(seconds * FPS)
-            task = bar.add_task("drawing scenes", total=frames)
+            total = films * round(seconds * FPS)
+            task = bar.add_task("drawing scenes", total=total)
             write_clips(folder, films, seconds, seed, progress=lambda name, done, total: bar.advance(task))
     return folder
 
 
 def measure(scene: Path, truth: Truth, frames: list[GeneratedFrame], settings: Settings) -> dict[str, float | None]:
-    """Generated landmarks and faces against truth: correlation of the mouth's opening and width, yaw error, PSNR.
+    """Generated landmarks and faces against the ground truth: correlation of mouth opening and width, yaw error, PSNR.
 
-    Landmark figures come from the points read back from stage 1's pictures; where none could be read, the head counts
-    as turned straight ahead, as in the benchmark. `wrong_clip_mouth_corr` is the control, the same generated mouth
-    against the truth played backwards. `landmark_error` is null if no frame could be read.
+    Landmark figures use the points read back from stage 1's pictures. A frame in which none could be read counts as a
+    head that looks straight ahead, as in the benchmark. `wrong_clip_mouth_corr` is a control: the same generated mouth
+    against the reversed ground truth. `landmark_error` is null if no frame could be read.
     """
     points = np.stack([frame.points for frame in frames if frame.points is not None])
     opening, width = landmarks.mouth_opening(points), landmarks.mouth_width(points)
@@ -194,9 +197,9 @@ def _masked(picture: UInt8[np.ndarray, "h w 3"], frame: GeneratedFrame) -> UInt8
 
 
 def _write_films(out: Path, scene: Path, frames: list[GeneratedFrame]) -> None:
-    """What was given, what was generated and the truth, side by side: demo.mp4 with sound, demo.webp to loop on a page.
+    """Writes the masked scene, the result and the ground truth side by side: demo.mp4 with sound, demo.webp as a loop.
 
-    The preview shows every other frame, at half the speed of its frames, so that it plays as fast as the film.
+    demo.webp holds every second frame, each shown twice as long, so that it plays at the film's speed.
     """
     height, width = frames[0].picture.shape[:2]
     size = (_SCALE * width, _SCALE * height)
@@ -219,7 +222,7 @@ def _write_films(out: Path, scene: Path, frames: list[GeneratedFrame]) -> None:
 
 
 def sheet(scene: Path, truth: Truth, frames: list[GeneratedFrame]) -> UInt8[np.ndarray, "h w 3"]:
-    """Over time, in rows: masked scene, landmarks and true ones, face and true one, result and true scene."""
+    """A picture of frames over time, in rows: masked scene, landmarks, face and result, each with its ground truth."""
     chosen = set(np.linspace(0, len(frames) - 1, SHEET_COLUMNS).round().astype(int).tolist())
     rows: dict[str, list[np.ndarray]] = {}
     for i, (frame, true) in enumerate(zip(frames, read_frames(scene), strict=False)):

@@ -1,4 +1,4 @@
-"""Counting a preset: parameters, and floating-point operations of one evaluation of the network on one window."""
+"""Counts a preset's parameters, and the floating-point operations of one network evaluation on one window."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tccp.models.variants import VARIANTS
 
 
 def describe(settings: Settings) -> list[dict[str, Any]]:
-    """One row per variant. Networks are built on torch's meta device: real modules, no memory, exact counts."""
+    """One row per variant. The real modules are built on torch's meta device: exact counts without memory."""
     rows = []
     for name, row in VARIANTS.items():
         resolved = settings.for_variant(name)

@@ -1,4 +1,4 @@
-"""What this installation can do, checked rather than assumed."""
+"""`tccp doctor`: checks what this installation can do."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from tccp.weights import WEIGHTS, available
 
 PACKAGES = ("torch", "diffusers", "av", "opencv-contrib-python", "pyarrow")
 OPTIONAL = {
-    "mediapipe": "face landmarks of real footage",
+    "mediapipe": "face landmarks in real footage",
     "scikit-image": "the LBP face detector",
     "scenedetect": "cuts in real footage",
     "face-alignment": "FAN landmarks",
     "onnxruntime": "Silero voice activity",
-    "ray": "clusters",
+    "ray": "preprocessing and training on clusters",
     "deepspeed": "ZeRO training",
-    "mlflow": "tracking",
+    "mlflow": "experiment tracking",
 }
 
 
 def examine(storage: Path) -> list[dict[str, Any]]:
-    """One record per check: name, ok, required, found."""
+    """One record per check: name, ok, required (a failure makes `tccp doctor` fail), found (text)."""
     checks: list[dict[str, Any]] = []
 
     def add(name: str, ok: bool, found: str, required: bool = True) -> None:
@@ -42,7 +42,7 @@ def examine(storage: Path) -> list[dict[str, Any]]:
         ok, found = _version(package)
         add(package, ok, found if ok else f"{found} (needed for {purpose})", required=False)
     bad = importlib.util.find_spec("torchvision") is not None
-    found = "installed: it breaks diffusers here, uninstall it" if bad else "absent, as it should be"
+    found = "installed; it breaks diffusers here: uninstall it" if bad else "not installed, as required"
     add("torchvision", not bad, found)
 
     import torch
@@ -69,5 +69,5 @@ def _writable(folder: Path) -> tuple[bool, str]:
         existing = existing.parent
     free = shutil.disk_usage(existing).free / 2**30
     if not os.access(existing, os.W_OK):
-        return False, f"{folder} cannot be written to: set TCCP_STORAGE or give --storage"
+        return False, f"{folder} is not writable: set TCCP_STORAGE or give --storage"
     return True, f"{folder}, {free:.0f} GiB free"

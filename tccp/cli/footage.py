@@ -1,4 +1,4 @@
-"""Commands about footage and clip tables: synth, weights, preprocess, inspect."""
+"""Commands for footage and clip tables: synth, weights, preprocess, inspect."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from tccp.cli.options import Json, Overrides, Preset, emit, note
-from tccp.config import load_settings
+from tccp.cli.options import Backend, Json, Overrides, Preset, emit, note, settings_of
 from tccp.errors import TccpError
 
 
@@ -22,15 +21,16 @@ def synth(
     excerpt: float | None = None,
     json: Json = False,
 ) -> None:
-    """Write procedural conversation scenes (RoundTable): MP4s with sound, a truth file and an identity picture each.
+    """Draw RoundTable films: procedural conversations, each an MP4 with sound, a truth file and an identity picture.
 
     Args:
-        out: folder for the films; made if it does not exist.
+        out: folder for the films; created if it does not exist.
         clips: number of films.
-        seconds: length of each.
+        seconds: length of each film.
         seed: the same seed gives the same films.
-        people: how many different persons talk in them; by default each film has its own.
-        excerpt: film only so many seconds of each conversation, from a random moment: more scenes in as many frames.
+        people: number of different speakers over all films (default: a new speaker in each film).
+        excerpt: film only this many seconds of each conversation, from a random moment. More scenes for the same number
+            of frames.
     """
     from tccp.progress import progress
     from tccp.roundtable import write_clips
@@ -53,13 +53,14 @@ def weights(
     to: Path | None = None,
     json: Json = False,
 ) -> None:
-    """Weights made by others: what there is and under which licence, fetch them, or say where they are.
+    """List third-party weights with their licences, download them, or print where they are.
 
     Args:
-        action: list: the table; fetch: download, check the hash, put into place; path: where a file is.
-        names: which of the table; with list, all by default.
-        url: of the one file to fetch (http, https, file). TCCP_WEIGHTS_URL names a mirror's folder for all of them.
-        to: folder to fetch to (default: TCCP_WEIGHTS, else <storage>/weights).
+        action: list: print the table; fetch: download files and check their hashes; path: print where files are.
+        names: names from the table (with list, default: all).
+        url: address to download the one named file from (http, https, file). TCCP_WEIGHTS_URL names the folder of a
+            mirror for all files.
+        to: folder to download to (default: TCCP_WEIGHTS, else <storage>/weights).
     """
     from tccp import weights as third_party
 
@@ -85,7 +86,7 @@ def preprocess(
     source: Positional[str],
     out: Positional[str],
     /,
-    backend: Literal["mediapipe", "fan", "truth"] = "mediapipe",
+    backend: Backend = "mediapipe",
     weights: Path | None = None,
     max_clip_s: float = 5.0,
     min_clip_s: float = 0.64,
@@ -101,35 +102,36 @@ def preprocess(
     set: Overrides = (),
     json: Json = False,
 ) -> None:
-    """Raw footage to a clip table: shots, faces, who speaks, 68 landmarks, head boxes, identity pictures, sound.
+    """Turn raw footage into a clip table: shots, faces, active speaker, 68 landmarks, head boxes, identity pictures,
+    sound.
 
-    Run it again after a stop, or with more films, and only what is missing is done. OUT/report.html shows what became
-    of every film.
+    A second run, after an interruption or with more films, does only the missing work. OUT/report.html shows the result
+    for every film.
 
     Args:
-        source: a film, a folder, a pattern in quotes, a manifest (.csv, .parquet, .jsonl), or a URL of any of them.
+        source: a film, a folder, a pattern in quotes, a manifest (.csv, .parquet, .jsonl), or a URL of one of these.
         out: folder or URL for the table (index.parquet, clips/), report.json and report.html.
-        backend: where landmarks come from: mediapipe, fan (face-alignment), or truth (RoundTable's truth files).
         weights: folder of weights, or the backend's file (default: TCCP_WEIGHTS, else <storage>/weights).
-        max_clip_s: longest clip in seconds; a longer shot gives several.
-        min_clip_s: shortest; what is shorter is set aside. A window of the sequence networks has 0.32 seconds.
-        speakers: active: whoever is seen to speak; main: in each shot the person who is there most, speaking or not.
-        person: pictures of the one person who is wanted; needs SFace (tccp weights fetch sface).
-        lips: also draw the lip references of all clips, into OUT/lips, with this Wav2Lip checkpoint (--set
-            lips.source=wav2lip) or folder of cross-fitted Liplets. Training draws them itself where they are not there.
-        workers: processes that look at films (default: this one). More than one run on Ray, on the cluster of
-            RAY_ADDRESS if it is set.
-        ray: use Ray in any case; workers are then as many as there are CPUs for, unless --workers says.
-        dry_run: measure a sample of the films, say what all of them would take, and write nothing.
-        sample: with --dry-run, how many films to measure.
-        price_per_cpu_hour: with --dry-run, to estimate the cost.
+        max_clip_s: longest clip in seconds; a longer shot is split into several clips.
+        min_clip_s: shortest clip in seconds; shorter ones are left out. A window of the sequence networks lasts 0.32 s.
+        speakers: active: keep people who are seen to speak; main: keep in each shot the person who is visible longest,
+            whether they speak or not.
+        person: pictures of the one person to keep; needs SFace (tccp weights fetch sface).
+        lips: also compute the lip references of all clips, in OUT/lips, with this Wav2Lip checkpoint (--set
+            lips.source=wav2lip) or folder of cross-fitted Liplets. Training computes the references that are missing.
+        workers: processes that analyse films (default: only this one). Several workers run on Ray, on the cluster that
+            RAY_ADDRESS names if it is set.
+        ray: always use Ray. Without --workers, it uses as many workers as there are CPUs for.
+        dry_run: measure a sample of the films and print the estimated time, storage and cost for all; write nothing.
+        sample: with --dry-run, number of films to measure.
+        price_per_cpu_hour: with --dry-run, price for the estimate of the cost.
     """
     from preprocessing.lip_step import lip_work
     from preprocessing.plan import make_plan
     from preprocessing.run import dry_run as estimate
     from preprocessing.run import preprocess as run
 
-    settings = load_settings(preset, set)
+    settings = settings_of(preset, set)
     pictures = tuple(str(path) for path in person)
     plan = make_plan(settings.picture_px, backend, weights, max_clip_s, min_clip_s, speakers, pictures)
     if dry_run:
@@ -155,13 +157,14 @@ def inspect(
     count: int = 24,
     json: Json = False,
 ) -> None:
-    """Look into a clip table: statistics; a contact sheet of its clips; a film of one clip with all that is known.
+    """Print statistics of a clip table; draw a contact sheet of its clips, or a film of one clip with its annotations.
 
     Args:
         table: folder or URL of a clip table.
-        clip: id of a clip, or its beginning; --out is then an MP4 with landmarks, box, mask, mel and offset drawn in.
-        out: what to write: .png for a contact sheet, .mp4 with --clip (default: clip-ID.mp4 here).
-        count: clips on the contact sheet.
+        clip: id of a clip, or the first characters of it. --out is then an MP4 that shows landmarks, box, mask, mel and
+            offset.
+        out: file to write: a .png contact sheet, or with --clip an .mp4 (default: clip-ID.mp4 in the current folder).
+        count: number of clips on the contact sheet.
     """
     from preprocessing.report import inspection as inspecting
     from tccp.clips.clip_table import ClipTable

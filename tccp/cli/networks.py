@@ -1,4 +1,4 @@
-"""Commands about networks: train, export, describe, evaluate."""
+"""Commands for networks: train, export, describe, evaluate."""
 
 from __future__ import annotations
 
@@ -9,8 +9,21 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from tccp.cli.options import Device, Json, Overrides, Preset, Storage, device_of, emit
-from tccp.config import load_settings, storage_root
+from tccp.cli.options import (
+    Device,
+    Json,
+    LipWeights,
+    MaxSteps,
+    Overrides,
+    Preset,
+    Resume,
+    Storage,
+    device_of,
+    emit,
+    flat,
+    settings_of,
+)
+from tccp.config import storage_root
 from tccp.errors import TccpError
 
 
@@ -21,36 +34,37 @@ def train(
     weights: Path,
     preset: Preset = "toy",
     set: Overrides = (),
-    resume: bool = False,
+    max_steps: MaxSteps = None,
+    resume: Resume = False,
     autoencoder: Path | None = None,
-    lip_weights: Path | None = None,
+    lip_weights: LipWeights = None,
     control_from: Path | None = None,
     jobs: int = 1,
     device: Device = "auto",
     storage: Storage = None,
     json: Json = False,
 ) -> None:
-    """Train components of a pipeline, or all that it lacks, and add them to its folder.
+    """Train components of a pipeline, or all that are missing, and add them to its folder. Runs without Ray.
 
     Args:
-        components: of autoencoder, lips, landmark_first, landmark_sequence, face_first, face_sequence, one_stage_first
-            and one_stage_sequence; or all.
+        components: autoencoder, lips, landmark_first, landmark_sequence, face_first, face_sequence, one_stage_first,
+            one_stage_sequence; or all.
         data: clip table (the folder that `tccp preprocess` wrote).
-        weights: the pipeline folder to add to; made if it does not exist.
-        resume: go on with a run that was interrupted, from its last checkpoint.
-        autoencoder: a pre-trained diffusers AutoencoderKL folder to take instead of training one.
-        lip_weights: the published Wav2Lip checkpoint, for lips.source=wav2lip.
-        control_from: a pipeline folder whose video branches are taken over; with training.freeze_video_branch=true only
-            the control branch is trained.
-        jobs: components trained side by side, each in a process with its share of the cores.
+        weights: pipeline folder to add the components to; created if it does not exist.
+        autoencoder: folder of a pre-trained diffusers AutoencoderKL, used instead of training one.
+        control_from: pipeline folder to copy the video branches from. With --set training.freeze_video_branch=true only
+            the control branches are trained.
+        jobs: number of components to train at the same time. Each has its own process and an equal share of the cores.
     """
     from tccp.training.recipe import Trainer
 
     if not components or ("all" in components and len(components) > 1):
         raise TccpError("name components, or all, not both: tccp train --help lists them")
-    settings = load_settings(preset, set)
+    settings = settings_of(preset, set, max_steps)
     taken = {"autoencoder": autoencoder, "lip-weights": lip_weights, "control-from": control_from}
     options = [item for name, path in taken.items() if path for item in (f"--{name}", path.resolve().name)]
+    options += ["--set", *flat(set)] if set else []
+    options += ["--max-steps", str(max_steps)] if max_steps is not None else []
     trainer = Trainer(
         data,
         weights,
@@ -61,9 +75,7 @@ def train(
         pretrained_autoencoder=autoencoder,
         lip_weights=lip_weights,
         control_from=control_from,
-        command=shlex.join(
-            ["tccp", "train", *components, "--preset", preset, *options, *(["--set", *set] if set else [])]
-        ),
+        command=shlex.join(["tccp", "train", *components, "--preset", preset, *options]),
     )
     if "all" in components:
         components = trainer.train_missing(jobs)
@@ -72,7 +84,7 @@ def train(
     emit(
         json,
         {"weights": str(weights), "trained": list(components)},
-        f"trained {', '.join(components) or 'nothing: all is there'}: {weights}",
+        f"trained {', '.join(components) or 'nothing, no component is missing'}: {weights}",
     )
 
 
@@ -84,19 +96,21 @@ def export(
     set: Overrides = (),
     json: Json = False,
 ) -> None:
-    """Copy components of a pipeline folder to another folder, to be passed on.
+    """Copy components of a pipeline folder to another folder, for distribution.
+
+    Only the sampling settings (sampling.*) of the copy can be changed: the other settings belong to the trained
+    networks.
 
     Args:
         weights: pipeline folder.
-        out: folder to copy to; components that are there are replaced.
-        components: which; by default those that generate in two stages.
+        out: folder to copy to. Existing components of the same name are replaced.
+        components: components to copy (default: those of two-stage generation).
         half: store weights in half precision, at half the size.
-        set: settings of sampling that the copy is to have, e.g. sampling.steps=20; training has decided the others.
     """
     from tccp.inference.pipeline_folder import export as export_components
     from tccp.inference.pipeline_folder import read_manifest
 
-    copied = export_components(weights, out, components, half=half, sampling=set)
+    copied = export_components(weights, out, components, half=half, sampling=flat(set))
     files = [path for path in out.rglob("*") if path.is_file()]
     size_mb = sum(path.stat().st_size for path in files) / 1e6
     emit(
@@ -107,10 +121,10 @@ def export(
 
 
 def describe(preset: Preset = "paper", set: Overrides = (), json: Json = False) -> None:
-    """Build the networks of a preset and count their parameters and their work per window."""
+    """Count the parameters of a preset's networks and their floating-point operations per window."""
     from tccp.cli.describe import describe as count
 
-    rows = count(load_settings(preset, set))
+    rows = count(settings_of(preset, set))
     header = f"{'variant':20} {'params':>12} {'control':>12} {'GFLOP/window':>13}"
     lines = [
         f"{row['variant']:20} {row['params']:12,} {row['control_params']:12,} {row['gflop_per_window']:13.2f}"
@@ -131,18 +145,19 @@ def evaluate(
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Measure a pipeline on clips of which everything is known: sync, coherence, fidelity, drift, against baselines.
+    """Measure a pipeline on clips with known ground truth: sync, coherence, fidelity and drift, next to baselines.
 
-    On two cores some twenty minutes; with --quick two.
+    It takes about twenty minutes on two cores, and two minutes with --quick.
 
     Args:
-        benchmark: roundtable: procedural scenes with new people, rooms and voices.
+        benchmark: roundtable: drawn scenes with people, rooms and voices that no training uses.
         weights: pipeline folder; `toy` for the packaged one.
-        ablations: folder with the pipelines no_lip, one_stage and context_blind; rows without them are left out.
-        quick: a tenth of the clips and shorter chains, to see that all is well; not to be quoted.
+        ablations: folder with the pipelines no_lip, one_stage and context_blind. Rows without a pipeline are left out.
+        quick: use a tenth of the clips and shorter chains, as a smoke test. Do not quote these figures.
         clips: number of held-out clips (default: 128; 12 with --quick).
-        jobs: processes of one thread each (default: one per core, at most 8; 1 on a GPU). Figures do not depend on it.
-        sheet: a PNG to write, of five clips: what was given, the truth, what was generated.
+        jobs: processes of one thread each (default: one per core, at most 8; 1 on a GPU). It does not change the
+            figures.
+        sheet: PNG file to write, with the input, the ground truth and the result of five clips.
     """
     import dataclasses
 

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from tiny import ROOT, tccp
 
-from tccp.cli import VERBS, main
+from ray_jobs import preprocess as preprocess_job
+from ray_jobs import train_command
+from tccp.cli import VERBS, main, parse
+from tccp.cli.options import settings_of
 from tccp.media import probe
 from tccp.roundtable import identity_path, truth_path
 
 pytest_plugins = ["tiny_fixtures"]
+SETTINGS_OPTIONS = ("preset", "set", "max_steps")
 
 
 def test_help_is_light() -> None:
@@ -175,3 +180,30 @@ def test_a_reader_that_leaves_early_is_no_mistake() -> None:
     command = f"{sys.executable} -m tccp.cli describe --preset toy | head -n 1"
     done = subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert "Traceback" not in done.stderr
+
+
+def test_settings_options_are_spelled_alike_in_tccp_and_in_the_jobs(capsys: pytest.CaptureFixture[str]) -> None:
+    spelled = ["--preset", "toy", "--set", "window=4", "lips.size_px=16", "--set", "window=3", "--max-steps", "7"]
+    ours = parse(["train", "lips", "--data", "D", "--weights", "W", *spelled])
+    for stage in get_args(train_command.Stage):
+        calls = [ours, train_command.parse(stage, spelled)]
+        tccp_train, job = (settings_of(*(one.keywords[key] for key in SETTINGS_OPTIONS)) for one in calls)
+        assert tccp_train == job
+        assert (job.window, job.lips.size_px, job.autoencoder.max_steps) == (3, 16, 7), "every --set counts"
+        with pytest.raises(SystemExit) as caught:
+            train_command.parse(stage, ["window=4"])
+        assert caught.value.code == 2
+    capsys.readouterr()
+
+
+def test_options_that_tccp_and_the_jobs_share_have_one_meaning() -> None:
+    """Types and help of settings, landmark sources and output are one object in both."""
+    of_commands = [inspect.signature(one, eval_str=True).parameters for one in (VERBS["train"], VERBS["preprocess"])]
+    of_jobs = inspect.signature(train_command.train, eval_str=True).parameters
+    for name in (*SETTINGS_OPTIONS, "backend", "resume", "lip_weights", "json"):
+        annotations = [one[name].annotation for one in of_commands if name in one]
+        assert annotations
+        assert all(one == of_jobs[name].annotation for one in annotations), name
+    assert preprocess_job.arguments(["a", "b", "--set", "window=4"]) == [
+        "preprocess", "a", "b", "--set", "window=4", "--ray",
+    ]  # fmt: skip

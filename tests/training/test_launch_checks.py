@@ -17,6 +17,7 @@ import tiny
 import trainings
 
 from ray_jobs import train_command as training
+from tccp.cli.options import settings_of
 from tccp.cluster import CLUSTER_MAX, connected, could_have, num_nodes
 from tccp.config import DeepSpeedSettings, load_settings, override, storage_root
 from tccp.errors import TccpError
@@ -112,7 +113,7 @@ def test_a_cluster_of_ones_own_is_asked_about_itself(monkeypatch: pytest.MonkeyP
 def test_what_is_refused_is_no_run(tmp_path: Path) -> None:
     """So the same command, mended, needs no other name and no --resume."""
     clips, _ = trainings.make_data(tmp_path / "data")
-    job = [sys.executable, str(trainings.ROOT / "ray_jobs" / "train_stage2.py"), "lips.source=wav2lip"]
+    job = [sys.executable, str(trainings.ROOT / "ray_jobs" / "train_stage2.py"), "--set", "lips.source=wav2lip"]
     job += ["--data", str(clips), "--storage", str(tmp_path / "storage"), "--name", "run"]
     done = subprocess.run(job, capture_output=True, text=True, check=False)
     assert (done.returncode, "needs weights: give --lip-weights PATH" in done.stderr) == (2, True), done.stderr
@@ -153,7 +154,7 @@ def refused(capsys: pytest.CaptureFixture[str], stage: training.Stage, *argument
 def test_mistakes_on_a_jobs_command_line_end_in_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     say = functools.partial(refused, capsys, "stage2")
     storage = ("--storage", str(tmp_path))
-    assert "unknown setting 'trainin.seed'" in say("trainin.seed=1", *storage)
+    assert "unknown setting 'trainin.seed'" in say("--set", "trainin.seed=1", *storage)
     assert "unknown preset 'huge': choose one of paper, toy" in say("--preset", "huge", *storage)
     assert "unknown variant 'face': choose one of landmark_first" in say("--variants", "face", *storage)
     assert f"nothing is neither a run in {tmp_path} nor a pipeline folder" in say("--stage1", "nothing", *storage)
@@ -212,12 +213,12 @@ def test_a_resumed_run_keeps_its_zero_stage_on_another_number_of_workers(tmp_pat
 
 
 def test_steps_of_a_job_hold_for_all_that_it_trains() -> None:
-    settings = training._settings("toy", ["training.batch_size=8"], 7)
+    settings = settings_of("toy", (("training.batch_size=8",),), 7)
     assert settings.autoencoder.max_steps == 7
     for name in settings.variant_overrides:
         own = settings.for_variant(name).training
         assert (own.max_steps, own.batch_size) == (7, 8)
-    assert training._settings("toy", [], None) == load_settings("toy")
+    assert settings_of("toy") == load_settings("toy")
 
 
 def test_storage_of_the_command_line_stays_a_folder(tmp_path: Path) -> None:

@@ -198,17 +198,15 @@ def test_a_training_survives_its_workers_and_machines(data: tuple[Path, Path], t
         ["--offload", "parameters"],
         ["--workers", "1"],
         ["--compile"],
-        ["network.gradient_checkpointing=true"],
-        ["training.accumulation=2"],
+        ["--set", "network.gradient_checkpointing=true"],
+        ["--set", "training.accumulation=2"],
     ],
     ids=lambda options: "_".join(options).strip("-"),
 )
 def test_every_way_to_train_is_the_same_training(data: tuple[Path, Path], tmp_path: Path, options: list[str]) -> None:
     clips, untrained = data
     arguments = command("stage1", clips, tmp_path, "--variants", "landmark_first", "--autoencoder", str(untrained))
-    overrides = [one for one in options if "=" in one]
-    arguments[2:2] = overrides
-    process = trainings.start([*arguments, *(one for one in options if "=" not in one)], tmp_path / "log")
+    process = trainings.start([*arguments, *options], tmp_path / "log")
     assert trainings.ended(process) == 0, (tmp_path / "log").read_text()
     plain = trainings.plain_trace("landmark_first", clips, untrained, tmp_path / "plain")
     assert_same_trace(trace(run_folder(tmp_path, "landmark_first")), plain)
@@ -224,7 +222,7 @@ def test_a_control_branch_is_trained_alone_on_anothers_video_branch(data: tuple[
     first = command("stage1", clips, tmp_path, *options, steps=4)
     assert trainings.ended(trainings.start(first, log)) == 0, log.read_text()
     again = command("stage1", clips, tmp_path, *options, "--control-from", "run", "--name", "control", steps=4)
-    again.insert(2, "training.freeze_video_branch=true")
+    again += ["--set", "training.freeze_video_branch=true"]
     assert trainings.ended(trainings.start(again, log)) == 0, log.read_text()
     weights = "pipeline/one_stage_first/diffusion_pytorch_model.safetensors"
     before, after = (load_file(tmp_path / "runs" / name / weights) for name in ("run", "control"))

@@ -1,5 +1,6 @@
-"""Puts the tables of docs/roundtable.json, toy_recipe.json, training.json and training_gpu.json into README:
-`python benchmarks/readme_tables.py`
+"""Writes the measured tables into the pages of docs/: `python benchmarks/docs_tables.py`.
+
+A page marks the place of a table with `<!-- NAME -->` and `<!-- /NAME -->`; docs/NAME.json holds the figures.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 from tccp.evaluation.score_table import markdown_table
 
-ROOT = Path(__file__).resolve().parent.parent
+DOCS = Path(__file__).resolve().parent.parent / "docs"
 _LABELS = {
     "mouth_corr": "mouth",
     "mouth_corr_face": "mouth",
@@ -23,11 +24,11 @@ _LABELS = {
     "psnr_window_5": "window 5",
     "colour_off_percent": "colour off, %",
 }
-"""Figures of a trial that go into the table."""
+"""The figures of a trial that the table shows, with their headings."""
 
 
 def recipe_table(record: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
-    """A table in Markdown for each network of benchmarks/toy_recipe.py, a line per trial."""
+    """Markdown tables of the record of benchmarks/toy_recipe.py: one per network, one line per trial."""
     parts = []
     for variant, trials in record.items():
         kept = [name for name in trials["toy"] if name in _LABELS]
@@ -52,9 +53,9 @@ _RUNS = {
 
 
 def training_table(record: Mapping[str, Any]) -> str:
-    """A table in Markdown of docs/training.json: a line per run."""
+    """A Markdown table of the record of benchmarks/training.py: one line per run."""
     lines = [
-        ["", "seconds a step", "windows a second", "waiting for data", "peak memory of a worker"],
+        ["", "seconds per step", "windows per second", "waiting for data", "peak memory per worker"],
         [":--", *["--:"] * 4],
     ]
     runs = {name: record["runs"][name] for name in _RUNS if name in record["runs"]}
@@ -69,27 +70,32 @@ def training_table(record: Mapping[str, Any]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-TABLES: dict[str, Callable[[Any], str]] = {
-    "roundtable": markdown_table,
-    "toy_recipe": recipe_table,
-    "training": training_table,
-    "training_gpu": training_table,
+TABLES: dict[str, dict[str, Callable[[Any], str]]] = {
+    "benchmark.md": {"roundtable": markdown_table},
+    "settings.md": {"toy_recipe": recipe_table},
+    "cluster.md": {"training": training_table, "training_gpu": training_table},
 }
+"""By page of docs/: the tables in it, by the name of the record."""
+
+
+def rendered(page: str) -> str:
+    """The text of a page, with the tables of the records that are in docs/ now."""
+    text = (DOCS / page).read_text()
+    for name, table in TABLES[page].items():
+        text = _replaced(text, page, name, table(json.loads((DOCS / f"{name}.json").read_text())))
+    return text
+
+
+def _replaced(text: str, page: str, name: str, table: str) -> str:
+    marks = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+    text, found = marks.subn(lambda match: f"{match[1]}\n{table}\n{match[2]}", text)
+    assert found == 1, f"docs/{page} has {found} places for the table {name}"
+    return text
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    for place, table in TABLES.items():
-        text = _replaced(text, place, table(json.loads((ROOT / "docs" / f"{place}.json").read_text())))
-    readme.write_text(text)
-
-
-def _replaced(text: str, place: str, table: str) -> str:
-    marks = re.compile(rf"(<!-- {place} -->\n).*?(<!-- /{place} -->)", re.DOTALL)
-    text, found = marks.subn(lambda match: f"{match[1]}\n{table}\n{match[2]}", text)
-    assert found == 1, f"README has no place for {place}"
-    return text
+    for page in TABLES:
+        (DOCS / page).write_text(rendered(page))
 
 
 if __name__ == "__main__":
