@@ -24,7 +24,7 @@ from ray_jobs import preprocess as preprocess_job
 from ray_jobs import train_command
 from tccp.cli import VERBS, main, parse
 from tccp.clips.clip_table import ClipTable
-from tccp.inference.pipeline import write_untrained
+from tccp.inference.pipeline_folder import write_untrained
 from tccp.media import VideoWriter, open_audio, probe, read_frames, write_audio_wav
 from tccp.roundtable import identity_path, read_truth, truth_path, write_clips
 
