@@ -72,9 +72,7 @@ class Extent:
 
     def __post_init__(self) -> None:
         if self.clips < 2:
-            raise TccpError(
-                f"--clips {self.clips} is too small: give at least 2, because the wrong-clip control needs another clip"
-            )
+            raise TccpError(f"--clips {self.clips} is too small: give at least 2, for the wrong-clip control")
 
 
 FULL = Extent()
@@ -162,11 +160,9 @@ def _weights_summary(folder: Path) -> dict[str, Any]:
         for name, component in manifest["components"].items()
     }
     settings = {key: manifest["settings"].get(key) for key in ("preset", "picture_px", "window")}
-    pipeline_settings = read_settings(folder)
+    all_settings = read_settings(folder)
     trained = [name for name in VARIANTS if name in components]
-    settings["sampling"] = {
-        name: pipeline_settings.for_variant(name).sampling.model_dump(mode="json") for name in trained
-    }
+    settings["sampling"] = {name: all_settings.for_variant(name).sampling.model_dump(mode="json") for name in trained}
     return {"folder": folder.resolve().name, "settings": settings, "components": components}
 
 
@@ -304,9 +300,7 @@ def _work(
     queue = context.SimpleQueue()
     if jobs == 1:
         threads = torch.get_num_threads()
-        torch.set_num_threads(
-            1
-        )  # as in the processes of a pool: another number of threads would round sums differently
+        torch.set_num_threads(1)  # as in the processes of a pool: more threads would round sums differently
         _process.worker = Worker(models, on_work)
         try:
             yield _Work(_ThisProcess(), queue, on_work)

@@ -151,8 +151,9 @@ def _first_frame_stage(pipeline: Components, variant: VariantName) -> Stage:
 
 
 def with_network(folder: Path, variant: VariantName, network: MVControlNet, device: str = "cpu") -> Components:
-    """Loads auto-encoder, lip source and, for a sequence variant, its first-frame network from `folder`; adds `network`.
+    """The pipeline in `folder` with `network` as its network of this variant.
 
+    The auto-encoder, the lip source and, for a sequence variant, the first-frame network come from `folder`.
     Raises TccpError as `load_components`.
     """
     first = (FIRST_OF[variant],) if variant in FIRST_OF else ()

@@ -31,11 +31,9 @@ from tccp.evaluation.sheet import SheetClip, sheet_clip
 DRIFT_WINDOWS = (10, 50)
 """Numbers of the windows that are compared with a chain's window 1."""
 DRIFT_METHODS = ("two_stage_truth", "two_stage_generated", "one_stage", "per_frame")
-"""per_frame is the control: its landmarks form a chain, its faces do not. Its loss measures the drift of stage 1 and the
-greater difficulty of later windows; any further loss of the other methods comes from the chain of faces."""
-_REFERENCE_CHAINS = (
-    0.1  # for the progress estimate: time to render and read a true clip over time for a stage to generate it
-)
+"""per_frame is the control: its landmarks form a chain, its faces do not. Its loss measures the drift of stage 1 and
+the greater difficulty of later windows; any further loss of the other methods comes from the chain of faces."""
+_REFERENCE_CHAINS = 0.1  # for the progress estimate: rendering and reading a true clip, relative to generating it
 
 
 @dataclass

@@ -123,7 +123,7 @@ def test_a_frozen_picture_wins_nothing_that_moves(clip, other):
 
 
 def test_another_clip_correlates_with_its_own_sound_and_not_with_this_one(clip, other):
-    """ClipOutput is the other clip: its own truth is what the wrong-clip control then finds."""
+    """The output is the other clip, so the wrong-clip control finds a correlation of 1."""
     swapped = clip_figures(clip, output_of(other), output_of(clip), other)
     for of, ending in (("landmarks", ""), ("face", "_face")):
         assert abs(swapped[f"mouth_corr_{of}"]) < 0.35
