@@ -121,8 +121,8 @@ def compare(samples: Samples, pooled: PooledSamples) -> dict[str, dict[str, Cell
         cells = {name: interval(ours[name] - theirs[name]) for name in ours.keys() & theirs.keys()}
         all_ours, all_theirs = pooled.get(OURS, {}), pooled.get(other, {})
         cells |= {name: all_ours[name].cell(all_theirs[name]) for name in all_ours.keys() & all_theirs.keys()}
-        kept = {name: cell for name, cell in cells.items() if cell is not None}
-        differences[f"{OURS} - {other}"] = {name: kept[name] for name in FIGURE_NAMES if name in kept}
+        defined = {name: cell for name, cell in cells.items() if cell is not None}
+        differences[f"{OURS} - {other}"] = {name: defined[name] for name in FIGURE_NAMES if name in defined}
     return differences
 
 

@@ -137,8 +137,9 @@ class Worker:
         settings = self.models.pipeline.settings
         clips = [make_clip(seed, num_frames, settings, benchmark_clips.MID_SPEECH_FRAME) for seed in seeds]
         shard = Shard(self.models, clips, self.on_work)
-        new = settings.window - 1
-        frames = [i for k in (1, *DRIFT_WINDOWS) for i in range((k - 1) * new + 1, k * new + 1) if k * new < num_frames]
+        new_frames = settings.window - 1
+        ends = [k * new_frames for k in (1, *DRIFT_WINDOWS) if k * new_frames < num_frames]
+        frames = [i for end in ends for i in range(end - new_frames + 1, end + 1)]
         results: list[dict[str, Drift]] = [{} for _ in seeds]
         for name in DRIFT_METHODS:
             if name in self.models.missing:
@@ -148,10 +149,8 @@ class Worker:
                 faces = shard.decode(made.face_latents[i], "face")
                 latents = None if made.landmark_latents is None else made.landmark_latents[i]
                 points = None if latents is None else shard.read_points(latents, frames)
-                output, truth = (
-                    ClipOutput(points, faces, read_faces(self.models.probe, faces)),
-                    ClipOutput(faces=clip.faces),
-                )
+                output = ClipOutput(points, faces, read_faces(self.models.probe, faces))
+                truth = ClipOutput(faces=clip.faces)
                 results[i][name] = drift_figures(clip, output, truth, settings.window, DRIFT_WINDOWS)
         return results
 

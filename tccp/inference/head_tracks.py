@@ -99,9 +99,10 @@ def square_box(box: Float[np.ndarray, "4"], width: int, height: int, source: str
 
 
 def find_cuts(scene: MediaInfo, num_frames: int | None = None, on_frame: OnFrame = lambda: None) -> frozenset[int]:
-    """The frames, except frame 0, at which a new shot begins, among the first `num_frames` (default: all).
+    """The frames, except frame 0, at which a new shot begins.
 
-    on_frame: called after each of these frames.
+    num_frames: search only this many frames (default: all) and the few that the last decisions need. on_frame: called
+    after each of the `num_frames`.
     """
     needed = scene.num_frames if num_frames is None else num_frames
     finder = CutFinder()
@@ -192,7 +193,7 @@ def track_from_detector(
     """A track from a face detector: in each shot, the person in most frames, or the one at `choose` (x, y in pixels).
 
     num_frames: length of the track (default: all frames). on_frame: called after each of these frames.
-    Raises TccpError if no face is detections.
+    Raises TccpError if no face is found.
     """
     needed = scene.num_frames if num_frames is None else num_frames
     finder = CutFinder()
