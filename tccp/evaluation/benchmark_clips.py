@@ -1,6 +1,6 @@
-"""The clips that rows are judged on: RoundTable, drawn in memory, with people, rooms and voices of their own.
+"""The benchmark's clips: RoundTable scenes rendered in memory, with people, rooms and voices unseen in training.
 
-No film is written or decoded: what a codec does to pictures is no part of the measurement.
+No film is encoded or decoded, so that codec losses do not affect the figures.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ from tccp.media.mel import mel_windows
 from tccp.roundtable import Truth, synthesise
 
 HELD_OUT_FRAMES = 36
-"""1.44 s: a first frame and five windows of seven new ones."""
+"""1.44 s: a first frame and five windows of seven new frames each."""
 DRIFT_FRAMES = 351
-"""A first frame and fifty windows of seven new ones."""
+"""A first frame and fifty windows of seven new frames each."""
 COUNTERFACTUAL_FRAMES = 15
 COUNTERFACTUAL_DEG = (-50.0, -25.0, 25.0, 50.0)
-"""Bearings at which the only listener of a clip is made to stand."""
+"""Bearings, in degrees, at which the only listener of a counterfactual clip is placed."""
 MID_SPEECH_FRAME = 50
-"""By two seconds everybody has begun to speak; all clips begin in silence, heads and mouths at rest."""
-_SOUND_MARGIN_FRAMES = 5  # the last frame's audio window looks 0.14 s ahead of it
+"""After two seconds every talker speaks. All clips begin in silence, with heads and mouths at rest."""
+_SOUND_MARGIN_FRAMES = 5  # the audio window of the last frame ends 0.14 s after the frame
 
 Purpose = Literal["held_out", "reference", "prior", "drift", "counterfactual"]
-"""What clips are for: figures; the true faces of the Frechet distance; what predictors that see no scene learn from;
-long chains; the listener moved."""
+"""held_out: figures per clip. reference: true faces for the Frechet distance. prior: training of the baselines in
+`predictors`. drift: long chains. counterfactual: clips whose listener is moved."""
 _FIRST_ENTROPY = 90_001  # training films come from seeds 1 and 1001 onward (write_clips), the probe's from 5,000,000
 
 
 def clip_seeds(purpose: Purpose, count: int) -> list[int]:
-    """Seeds of `count` clips, the same whenever asked for; more of them begin with the same ones.
+    """Seeds of the first `count` clips for a purpose; deterministic, and a prefix of those for a larger count.
 
-    They are hashes of 63 bits, so no two purposes share a clip, nor do they with any film of `tccp synth`.
+    The seeds are 63-bit hashes, so different purposes, and films of `tccp synth`, share no seed.
     """
     sequence = np.random.SeedSequence([_FIRST_ENTROPY + get_args(Purpose).index(purpose)])
     return [int(seed) for seed in sequence.generate_state(count, np.uint64) >> 1]
 
 
 def counterfactual_seeds(count: int) -> list[int]:
-    """Seeds of clips in which the talker has one listener: `make_clip(..., listener_deg=...)` can move him."""
+    """Seeds of clips in which the talker has a single listener, which `make_clip(..., listener_deg=...)` can move."""
 
     def suitable() -> Iterator[int]:
         for seed in clip_seeds("counterfactual", 16 * count + 16):
@@ -62,11 +62,12 @@ def _seconds(num_frames: int) -> float:
 
 @dataclass(frozen=True)
 class EvaluationClip:
-    """A clip of f frames: its truth, and everything that generation is given.
+    """A clip of f frames: its truth, and the inputs of generation.
 
-    scenes: as drawn; faces: what truth.head_box shows, at picture_px; points: true landmarks, 0..1 of the head box;
-    masked_scenes: at picture_px; mel: the networks' audio window of each frame; audio: 16 kHz, -1..1, going on a little
-    after the last frame; identity: the talker elsewhere, at picture_px; fitted_boxes: the mask in masked_scenes.
+    scenes: as rendered. faces: crops of truth.head_box, s = picture_px pixels wide. points: true landmarks, 0..1 of the
+    head box. masked_scenes: scaled to picture_px, head masked. mel: audio window of each frame. audio: 16 kHz, -1..1;
+    ends 0.2 s after the last frame. identity: picture of the talker from another scene. fitted_boxes: mask boxes in
+    pixels of masked_scenes.
     """
 
     truth: Truth
@@ -85,12 +86,12 @@ class EvaluationClip:
 
 
 def make_clip(seed: int, num_frames: int, settings: Settings, start: int = 0, **options: Any) -> EvaluationClip:
-    """The clip of this seed, from frame `start` on, as `tccp generate` would see it.
+    """Renders the clip with this seed from frame `start` on, and prepares the inputs as `tccp generate` does.
 
-    options: of `tccp.roundtable.synthesise`.
+    options: passed to `tccp.roundtable.synthesise`.
     """
     clip = synthesise(seed, _seconds(start + num_frames), **options)
-    truth = _stretch(clip, start, num_frames)
+    truth = _excerpt(clip, start, num_frames)
     scenes = np.stack([clip.render(frame) for frame in range(start, start + num_frames)])
     audio = clip.audio[start * SAMPLES_PER_FRAME :]
     size, boxes = settings.picture_px, truth.head_box
@@ -109,22 +110,22 @@ def make_clip(seed: int, num_frames: int, settings: Settings, start: int = 0, **
 
 
 def true_points(truth: Truth) -> Float32[np.ndarray, "f 68 2"]:
-    """The true landmarks in 0..1 of the head box."""
+    """The true landmarks, 0..1 of the head box."""
     return np.stack([headbox.to_crop(*frame) for frame in zip(truth.landmarks_px, truth.head_box, strict=True)])
 
 
 def in_mid_speech(clip: EvaluationClip) -> EvaluationClip:
-    """The clip with the truth of as many frames from two seconds on, for the wrong-clip control.
+    """The clip with its truth replaced by that of equally many frames from two seconds on, for the wrong-clip control.
 
-    Any two clips agree on when speech sets in: the true mouths of two beginnings correlate by 0.24, those of a
-    beginning and a later stretch by 0.01.
+    Speech begins at a similar time in all clips: true mouth openings of the beginnings of two clips correlate by 0.24,
+    those of a beginning and a later excerpt by 0.01.
     """
     count = clip.num_frames
     longer = synthesise(clip.truth.seed, _seconds(MID_SPEECH_FRAME + 2 * count), clip.truth.width, clip.truth.height)
-    return replace(clip, truth=_stretch(longer, MID_SPEECH_FRAME, count))
+    return replace(clip, truth=_excerpt(longer, MID_SPEECH_FRAME, count))
 
 
-def _stretch(truth: Truth, start: int, count: int) -> Truth:
-    """`count` frames of a truth from frame `start` on, and what happens in them."""
+def _excerpt(truth: Truth, start: int, count: int) -> Truth:
+    """The truth of `count` frames from frame `start` on, with the events that fall into them."""
     part = truth.between(start, start + count)
     return replace(part, event_s=part.event_s[(part.event_s >= 0) & (part.event_s < count / FPS)])

@@ -1,14 +1,14 @@
-"""The fixed probe: a small network that reads mouth, yaw and person from pictures of RoundTable faces.
+"""The face probe: a small fixed network that reads mouth, yaw and identity from pictures of RoundTable faces.
 
-It judges generated faces, so it has seen none of them: `python -m tccp.evaluation.face_probe` trains it on drawn faces,
-blurred, moved and tinted so that it reads soft pictures too. Its seeds are its own: 5,000,000 on for training,
-5,500,000 on for the figures below.
+The probe measures generated faces, so it is trained on none of them. `python -m tccp.evaluation.train_face_probe`
+trains it on rendered faces, which are blurred, moved and tinted so that the probe also reads soft pictures. Its seeds
+are used for nothing else: from 5,000,000 for training, from 5,500,000 for the figures below.
 
-What the packaged one reaches on 64 held-out clips of 2 s: on faces as drawn, and on the same faces through the
-packaged auto-encoder, which is the ceiling of what it can find in generated ones. It was trained with the defaults of
-`main`: 1,200 people, 12 faces each, 1,400 steps, about 10 core-minutes with the drawing.
+The table shows the packaged probe on 64 held-out clips of 2 s: on rendered faces, and on the same faces after encoding
+and decoding with the packaged auto-encoder, the upper bound for generated faces. Its training used the command's
+defaults: 1,200 people, 12 faces each, 1,400 steps, about 10 core-minutes including the rendering.
 
-    figure, mean over clips              drawn    auto-encoded
+    figure, mean over clips              rendered auto-encoded
     correlation of the opening           0.994    0.971
     amplitude of the opening, ratio      0.98     0.90
     correlation of the width             0.979    0.750
@@ -19,9 +19,7 @@ packaged auto-encoder, which is the ceiling of what it can find in generated one
 
 from __future__ import annotations
 
-import json
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +27,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-import tyro
 from einops import rearrange
 from jaxtyping import Float, Float32, UInt8
 from safetensors import SafetensorError
@@ -45,10 +42,11 @@ from tccp.sequences import correlation
 
 PROBE_FILE = Path(__file__).with_name("probe.safetensors")
 PROBE_PX = 64
-"""Side of the face crops that the probe sees; others are resized."""
+"""Side of the probe's input in pixels; other crops are resized."""
 CANDIDATES = 16
+"""Number of people among whom the probe identifies the talker."""
 _YAW_UNIT_DEG = 45.0
-_MARGIN_PX = 4  # around training crops, so that the box can be moved
+_MARGIN_PX = 4  # around training crops, so that `augment` can move the box
 _TRAINING_SEED, _HELD_OUT_SEED = 5_000_000, 5_500_000
 _IDENTITY_STREAM = 0x1D
 _CLIP_S = 2.0
@@ -58,10 +56,10 @@ _LEARNING_RATE, _TEMPERATURE = 2e-3, 0.08
 
 @dataclass(frozen=True)
 class FaceReading:
-    """What the probe reads of one clip's face pictures.
+    """The probe's outputs for f face pictures of one clip.
 
-    opening (0 closed), width (0 rounded): 0..1, as in `Truth`. yaw_deg: positive to the picture's right. identity: unit
-    vectors; those of one person are close. features: the last layer's, for a Frechet distance.
+    opening (0 closed), width (0 rounded): of the mouth, 0..1 as in `Truth`. yaw_deg: positive to the picture's right.
+    identity: unit vectors, close together for one person. features: of the last hidden layer, for Frechet distances.
     """
 
     opening: Float32[np.ndarray, " f"]
@@ -76,7 +74,7 @@ def _conv(c_in: int, c_out: int, stride: int = 1) -> nn.Sequential:
 
 
 class FaceProbe(nn.Module):
-    """Face crops to mouth opening, mouth width, yaw, an identity embedding, and features. 0.5 M parameters."""
+    """Maps face crops to mouth opening, mouth width, yaw, an identity embedding and features. 0.5 M parameters."""
 
     def __init__(self, channels: int = 24, features: int = 160, identity: int = 64) -> None:
         super().__init__()
@@ -107,20 +105,22 @@ class FaceProbe(nn.Module):
 
 
 def load_probe(path: Path = PROBE_FILE) -> FaceProbe:
-    """The packaged probe, ready to read. Raises TccpError if its file is missing or is not a probe's."""
+    """A probe in evaluation mode, by default the packaged one. Raises TccpError if the file is missing or no probe."""
     probe = FaceProbe()
     try:
         probe.load_state_dict({name: value.float() for name, value in load_file(path).items()})
     except FileNotFoundError:
-        raise TccpError(f"no probe at {path}: train it with `python -m tccp.evaluation.face_probe`") from None
+        raise TccpError(f"no probe at {path}: train it with `python -m tccp.evaluation.train_face_probe`") from None
     except (SafetensorError, RuntimeError, OSError) as error:
-        why = str(error).splitlines()[0]
-        raise TccpError(f"{path} is no probe ({why}): train it with `python -m tccp.evaluation.face_probe`") from None
+        reason = str(error).splitlines()[0]
+        raise TccpError(
+            f"{path} is no probe ({reason}): train it with `python -m tccp.evaluation.train_face_probe`"
+        ) from None
     return probe.eval()
 
 
 def save_probe(probe: FaceProbe, path: Path, metadata: dict[str, str]) -> None:
-    """Written as half floats."""
+    """Writes the weights in half precision."""
     state = {name: value.half() if value.is_floating_point() else value for name, value in probe.state_dict().items()}
     save_file({name: value.contiguous() for name, value in state.items()}, path, metadata)
 
@@ -128,23 +128,26 @@ def save_probe(probe: FaceProbe, path: Path, metadata: dict[str, str]) -> None:
 def _resized(pictures: UInt8[np.ndarray, "n h w 3"]) -> UInt8[np.ndarray, "n s s 3"]:
     if pictures.shape[1:3] == (PROBE_PX, PROBE_PX):
         return pictures
-    how = cv2.INTER_AREA if pictures.shape[1] > PROBE_PX else cv2.INTER_CUBIC
+    interpolation = cv2.INTER_AREA if pictures.shape[1] > PROBE_PX else cv2.INTER_CUBIC
     size = (PROBE_PX, PROBE_PX)
-    return np.stack([cv2.resize(picture, size, interpolation=how) for picture in pictures])
+    return np.stack([cv2.resize(picture, size, interpolation=interpolation) for picture in pictures])
 
 
 @torch.inference_mode()
 def read_faces(probe: FaceProbe, faces: UInt8[np.ndarray, "f s s 3"]) -> FaceReading:
-    """What the probe reads of face crops (of the head box, any size), frame by frame. Needs at least one frame."""
+    """Applies the probe to every face crop. faces: crops of the head box, of any size.
+
+    Raises TccpError if there is no frame.
+    """
     if not len(faces):
-        raise TccpError("no face pictures to read: give at least one frame")
+        raise TccpError("there are no face pictures to read: give at least one frame")
     parts = [probe(to_model(part)) for part in torch.from_numpy(_resized(faces)).split(256)]
     pose, identity, features = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
     return FaceReading(pose[:, 0].copy(), pose[:, 1].copy(), _YAW_UNIT_DEG * pose[:, 2], identity, features)
 
 
 def embed_identity(probe: FaceProbe, pictures: UInt8[np.ndarray, "n s s 3"]) -> Float32[np.ndarray, "n d"]:
-    """Identity pictures as unit vectors, in the space of `FaceReading.identity`."""
+    """Unit vectors of identity pictures, comparable with `FaceReading.identity`."""
     return read_faces(probe, pictures).identity
 
 
@@ -161,7 +164,10 @@ def top1(identity: Float32[np.ndarray, "f d"], candidates: Float32[np.ndarray, "
 
 @dataclass(frozen=True)
 class FaceSamples:
-    """Drawn faces of p people, with a margin, each with the truth (opening, width, yaw / 45 degrees)."""
+    """Rendered faces of p people, k each, and their identity pictures, with a margin for `augment`.
+
+    pose: the truth of each face: mouth opening, mouth width, yaw / 45 degrees.
+    """
 
     faces: UInt8[np.ndarray, "p k m m 3"]
     pose: Float32[np.ndarray, "p k 3"]
@@ -173,26 +179,29 @@ def _with_margin(picture: UInt8[np.ndarray, "h w 3"], box: Float[np.ndarray, "4"
     return crop(picture, box + np.array([-margin, -margin, margin, margin]), PROBE_PX + 2 * _MARGIN_PX)
 
 
-def draw_samples(
+def render_samples(
     people: int, frames: int, first_seed: int = _TRAINING_SEED, on_person: Callable[[int], None] | None = None
 ) -> FaceSamples:
-    """`frames` faces each of so many people, half as they act in their clip and half turned and speaking at random."""
+    """Renders `frames` faces of each person: half with the clip's motion, half with random head pose and mouth.
+
+    frames: at most 50. first_seed: seed of the first person; the others follow. on_person: receives the number done.
+    """
     faces, poses, identities = [], [], []
     for seed in range(first_seed, first_seed + people):
         rng = np.random.default_rng([seed, _IDENTITY_STREAM])
         clip = synthesise(seed, _CLIP_S)
         f = clip.num_frames
-        acted = clip.with_head(
+        randomised = clip.with_head(
             yaw_deg=rng.uniform(-65, 65, f).astype(np.float32),
             pitch_deg=(clip.pitch_deg + rng.normal(0, 4, f)).astype(np.float32),
             mouth_opening=np.clip(rng.uniform(-0.3, 1.1, f), 0, 1).astype(np.float32),
             mouth_width=rng.uniform(0, 1, f).astype(np.float32),
         )
         chosen = rng.choice(f, frames, replace=False)
-        shown = [(clip if k % 2 else acted, int(frame)) for k, frame in enumerate(chosen)]
-        faces.append(np.stack([_with_margin(c.render(i), c.head_box[i]) for c, i in shown]))
-        poses.append([(c.mouth_opening[i], c.mouth_width[i], c.yaw_deg[i] / _YAW_UNIT_DEG) for c, i in shown])
-        # Its border is the head box's: beyond it nothing is shown, and the edge is repeated.
+        views = [(clip if k % 2 else randomised, int(frame)) for k, frame in enumerate(chosen)]
+        faces.append(np.stack([_with_margin(c.render(i), c.head_box[i]) for c, i in views]))
+        poses.append([(c.mouth_opening[i], c.mouth_width[i], c.yaw_deg[i] / _YAW_UNIT_DEG) for c, i in views])
+        # The identity picture ends at the head box, so its margin repeats the edge pixels.
         picture = identity_picture(clip.scene.talker.model.person, rng)
         identities.append(_with_margin(picture, np.array([0.0, 0, *picture.shape[:2]])))
         if on_person is not None:
@@ -201,18 +210,18 @@ def draw_samples(
 
 
 def augment(pictures: Float[Tensor, "n 3 m m"], rng: np.random.Generator) -> Float[Tensor, "n 3 s s"]:
-    """Pictures with their margin as a generator might have drawn them.
+    """Degrades pictures with a margin in the ways a generator might, and cuts the margin off.
 
-    The box moved and resized, blur by a smaller size and back, noise, contrast, brightness and tint; each picture on
-    its own, a quarter of them moved only.
+    Moves and resizes the box, blurs by resizing down and up, adds noise, and changes contrast, brightness and tint.
+    Each picture gets its own changes; a quarter of them are only moved and resized.
     """
     n, size = len(pictures), pictures.shape[-1]
 
-    def draw(low: float, high: float, *shape: int) -> Tensor:
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
         return torch.from_numpy(rng.uniform(low, high, (n, *shape)).astype(np.float32))
 
-    zoom = PROBE_PX / size * draw(0.96, 1.04)
-    shift = draw(-1.0, 1.0, 2) * (2 * 2.5 / size)
+    zoom = PROBE_PX / size * uniform(0.96, 1.04)
+    shift = uniform(-1.0, 1.0, 2) * (2 * 2.5 / size)
     theta = torch.zeros(n, 2, 3)
     theta[:, 0, 0] = theta[:, 1, 1] = zoom
     theta[:, :, 2] = shift
@@ -221,32 +230,35 @@ def augment(pictures: Float[Tensor, "n 3 m m"], rng: np.random.Generator) -> Flo
     out = moved.clone()
     kind = torch.from_numpy(rng.choice(5, n, p=[0.4, 0.2, 0.2, 0.1, 0.1]))
     for number, smaller in enumerate((44, 32, 24, 20), start=1):
-        rows = kind == number
-        small = functional.interpolate(moved[rows], size=smaller, mode="bilinear", antialias=True)
-        out[rows] = functional.interpolate(small, size=PROBE_PX, mode="bicubic")
-    gain, level = draw(0.88, 1.12, 1, 1, 1), draw(-0.12, 0.12, 1, 1, 1) + draw(-0.04, 0.04, 3, 1, 1)
-    noise = torch.from_numpy(rng.standard_normal(out.shape).astype(np.float32)) * draw(0.0, 0.08, 1, 1, 1)
-    disturbed = (out * gain + level + noise).clamp(-1, 1)
-    return torch.where(draw(0.0, 1.0, 1, 1, 1) < 0.25, moved, disturbed)
+        blurred = kind == number
+        small = functional.interpolate(moved[blurred], size=smaller, mode="bilinear", antialias=True)
+        out[blurred] = functional.interpolate(small, size=PROBE_PX, mode="bicubic")
+    gain, level = uniform(0.88, 1.12, 1, 1, 1), uniform(-0.12, 0.12, 1, 1, 1) + uniform(-0.04, 0.04, 3, 1, 1)
+    noise = torch.from_numpy(rng.standard_normal(out.shape).astype(np.float32)) * uniform(0.0, 0.08, 1, 1, 1)
+    degraded = (out * gain + level + noise).clamp(-1, 1)
+    return torch.where(uniform(0.0, 1.0, 1, 1, 1) < 0.25, moved, degraded)
 
 
 def probe_loss(
     pose: Float[Tensor, "n 3"], truth: Float[Tensor, "n 3"], faces: Float[Tensor, "p k d"], people: Float[Tensor, "p d"]
 ) -> Float[Tensor, ""]:
-    """Huber error of mouth and yaw, and the contrastive error (InfoNCE, both ways) of faces and identity pictures."""
+    """Huber loss of mouth and yaw, plus the InfoNCE loss, in both directions, of faces and identity pictures."""
     error = functional.smooth_l1_loss(pose, truth, beta=0.05, reduction="none") * torch.tensor([3.0, 1.5, 2.0])
     same = torch.arange(len(people))
     contrast = torch.zeros(())
     for k in range(faces.shape[1]):
-        likeness = faces[:, k] @ people.T / _TEMPERATURE
-        contrast = contrast + functional.cross_entropy(likeness, same) + functional.cross_entropy(likeness.T, same)
+        logits = faces[:, k] @ people.T / _TEMPERATURE
+        contrast = contrast + functional.cross_entropy(logits, same) + functional.cross_entropy(logits.T, same)
     return error.sum(dim=1).mean() + 0.1 * contrast / faces.shape[1]
 
 
 def train_probe(
     samples: FaceSamples, steps: int, seed: int = 0, on_step: Callable[[int, float], None] | None = None
 ) -> FaceProbe:
-    """A probe trained on one thread; the same samples, steps and seed give the same network on one machine."""
+    """Trains a probe on one thread. Equal samples, steps and seed give the same network on one machine.
+
+    on_step: receives the number of steps done and the loss.
+    """
     torch.set_num_threads(1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -256,13 +268,13 @@ def train_probe(
     people, frames = samples.pose.shape[:2]
     batch = min(_BATCH_PEOPLE, people)
     for step in range(steps):
-        rows = rng.choice(people, batch, replace=False)
-        columns = rng.integers(frames, size=(batch, _FRAMES_EACH))
-        chosen = samples.faces[rows[:, None], columns]
-        pictures = np.concatenate([rearrange(chosen, "p k m n c -> (p k) m n c"), samples.identities[rows]])
-        truth = torch.from_numpy(samples.pose[rows[:, None], columns].reshape(-1, 3))
+        persons = rng.choice(people, batch, replace=False)
+        indices = rng.integers(frames, size=(batch, _FRAMES_EACH))
+        chosen = samples.faces[persons[:, None], indices]
+        pictures = np.concatenate([rearrange(chosen, "p k m n c -> (p k) m n c"), samples.identities[persons]])
+        truth = torch.from_numpy(samples.pose[persons[:, None], indices].reshape(-1, 3))
         augmented = augment(to_model(torch.from_numpy(pictures)), rng)
-        # Person by person, so that a parting or a lock stays on one side for face and identity picture alike.
+        # All pictures of a person are mirrored together, so that asymmetric hair matches between them.
         mirrored = torch.from_numpy(rng.random(batch) < 0.5)
         of_faces = mirrored.repeat_interleave(_FRAMES_EACH)
         flips = torch.cat([of_faces, mirrored])[:, None, None, None]
@@ -281,7 +293,7 @@ def train_probe(
     return probe.to(memory_format=torch.contiguous_format).eval()
 
 
-# -- what it reaches --------------------------------------------------------------------------------------------------
+# -- accuracy --------------------------------------------------------------------------------------------------------
 
 
 def _faces(clip: RoundTableClip) -> UInt8[np.ndarray, "f s s 3"]:
@@ -298,16 +310,17 @@ def _autoencoded(faces: UInt8[np.ndarray, "f s s 3"], autoencoder: PictureAutoen
 def measure(
     probe: FaceProbe, clips: Sequence[RoundTableClip], autoencoder: PictureAutoencoder | None = None
 ) -> dict[str, float]:
-    """The probe's ceiling on held-out faces, as drawn, or after an auto-encoder: means over clips.
+    """The probe's accuracy on held-out faces, rendered or after an auto-encoder: means over clips.
 
-    Correlations are per clip. identity_top1: among 16, the talker and the 15 of the clips that follow; at least 16.
+    clips: at least 16. Correlations are per clip. identity_top1: the candidates are the talker and those of the 15
+    following clips.
     """
     candidates = embed_identity(probe, np.stack([clip.identity for clip in clips]))
     figures = []
     for k, clip in enumerate(clips):
         faces = _faces(clip)
         reading = read_faces(probe, faces if autoencoder is None else _autoencoded(faces, autoencoder))
-        rows = (k + np.arange(CANDIDATES)) % len(clips)
+        indices = (k + np.arange(CANDIDATES)) % len(clips)
         yaw_error = reading.yaw_deg - clip.yaw_deg
         figures.append(
             {
@@ -316,58 +329,13 @@ def measure(
                 "width_corr_face": correlation(reading.width, clip.mouth_width),
                 "yaw_mae_deg_face": np.abs(yaw_error).mean(),
                 "yaw_bias_deg": yaw_error.mean(),
-                "identity_top1": top1(reading.identity, candidates[rows], 0),
-                "identity_top1_of_mean": top1(reading.identity.mean(axis=0, keepdims=True), candidates[rows], 0),
+                "identity_top1": top1(reading.identity, candidates[indices], 0),
+                "identity_top1_of_mean": top1(reading.identity.mean(axis=0, keepdims=True), candidates[indices], 0),
             }
         )
     return {name: round(float(np.mean([figure[name] for figure in figures])), 4) for name in figures[0]}
 
 
 def held_out_clips(count: int, seconds: float = 2.0) -> list[RoundTableClip]:
-    """Clips that the probe was not trained on, for `measure`."""
+    """Clips for `measure`, which the probe was not trained on."""
     return [synthesise(_HELD_OUT_SEED + k, seconds) for k in range(count)]
-
-
-def main(
-    out: Path = PROBE_FILE,
-    people: int = 1200,
-    frames: int = 12,
-    steps: int = 1400,
-    seed: int = 0,
-    clips: int = 64,
-    autoencoder: Path | None = None,
-) -> None:
-    """Train the probe and print, as JSON, what it reaches on held-out clips.
-
-    Args:
-        out: where the weights go.
-        people: how many are drawn for training.
-        frames: faces of each, at most 50.
-        steps: of training, 192 pictures each.
-        seed: of weights and batches.
-        clips: held-out clips to measure on, at least 16.
-        autoencoder: folder of an auto-encoder at 64 px, to measure on its pictures as well.
-    """
-
-    def report(what: str, every: int) -> Callable[..., None]:
-        def show(done: int, loss: float | None = None) -> None:
-            if done % every == 0:
-                print(
-                    f"{what} {done}" + (f": loss {loss:.3f}" if loss is not None else ""), file=sys.stderr, flush=True
-                )
-
-        return show
-
-    samples = draw_samples(people, frames, on_person=report("people drawn", 100))
-    probe = train_probe(samples, steps, seed, report("step", 50))
-    settings = {"people": people, "frames": frames, "steps": steps, "seed": seed}
-    save_probe(probe, out, {name: str(value) for name, value in settings.items()})
-    probe, held_out = load_probe(out), held_out_clips(clips)
-    rows = {"truth": measure(probe, held_out)}
-    if autoencoder is not None:
-        rows["reconstruction"] = measure(probe, held_out, PictureAutoencoder.load(autoencoder).eval())
-    print(json.dumps(settings | rows, indent=2))
-
-
-if __name__ == "__main__":
-    tyro.cli(main)

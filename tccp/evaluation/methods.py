@@ -1,7 +1,8 @@
-"""The rows of the table: what each way of making a talking head shows of the same clips.
+"""The methods under evaluation: ways of making a talking head, applied to the same clips.
 
-Rows use what `tccp generate` uses, in the same order and with the same seeds, so a row's faces and scenes are those of
-the film that `tccp generate --seed <the clip's seed>` makes. Clips of one length go through the networks in lockstep.
+A method calls the same components as `tccp generate`, in the same order and with the same seeds. Its faces and scenes
+therefore equal those of the film that `tccp generate --seed <the clip's seed>` makes. The networks process clips of
+equal length in lockstep.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from tccp.diffusion.sampling import FrameInputs
 from tccp.errors import TccpError
 from tccp.evaluation.benchmark_clips import EvaluationClip
 from tccp.evaluation.face_probe import FaceProbe, load_probe, read_faces
-from tccp.evaluation.figures import Shown
+from tccp.evaluation.figures import ClipOutput
 from tccp.inference.components import Components, load_components
 from tccp.inference.conditioning import LandmarkReader, control_kinds, landmark_pictures, lip_pictures, picture_of
 from tccp.inference.pipeline_folder import (
@@ -43,15 +44,15 @@ ABLATIONS: dict[Ablation, VariantName] = {
     "one_stage": "one_stage_sequence",
     "context_blind": "landmark_sequence",
 }
-"""Rows with networks trained anew: the sequence variant that differs, together with its first-frame variant."""
-_SHARED = ("window", "picture_px", "surround", "autoencoder")
+"""Methods with separately trained networks: the sequence variant that differs, along with its first-frame variant."""
+_SHARED_SETTINGS = ("window", "picture_px", "surround", "autoencoder")
 
 
 @dataclass(frozen=True)
 class Models:
-    """Everything that is judged, and the probe that judges.
+    """The pipelines under evaluation, and the probe that reads their faces.
 
-    ablations: pipelines that hold only the networks that differ. missing: rows that cannot be made, and why.
+    ablations: pipelines that hold only the networks that differ. missing: methods without networks -> the reason.
     """
 
     pipeline: Components
@@ -61,40 +62,44 @@ class Models:
 
     @classmethod
     def load(cls, weights: Path, ablations: Path | None, device: torch.device | str = "cpu") -> Models:
-        """Raises TccpError for a folder that is missing, incomplete or damaged, or ablations that do not fit."""
+        """Loads the pipeline in `weights` and every pipeline found in `ablations`.
+
+        Raises TccpError if a folder is missing, incomplete or damaged, or if an ablation's settings, auto-encoder or
+        lip source differ from those of `weights`.
+        """
         pipeline = load_components(weights, TWO_STAGE, device=device)
         if ablations is not None and not ablations.is_dir():
-            raise TccpError(f"--ablations {ablations} is not a folder: give one with {', '.join(ABLATIONS)} in it")
-        found: dict[Ablation, Components] = {}
+            raise TccpError(f"--ablations {ablations} is not a folder: give one that holds {', '.join(ABLATIONS)}")
+        loaded: dict[Ablation, Components] = {}
         missing: dict[str, str] = {}
         for name in ABLATIONS:
             if ablations is None:
-                missing[name] = "its networks are trained anew: give their folder with --ablations"
+                missing[name] = "it needs separately trained networks: give their folder with --ablations"
             elif not (ablations / name / MANIFEST).is_file():
-                missing[name] = f"the folder given with --ablations has no pipeline {name}/"
+                missing[name] = f"the --ablations folder has no pipeline {name}/: train it there"
             else:
-                found[name] = _load_ablation(name, ablations / name, weights, pipeline)
-        for loaded in (pipeline, *found.values()):
-            for network in loaded.networks.values():
+                loaded[name] = _load_ablation(name, ablations / name, weights, pipeline)
+        for components in (pipeline, *loaded.values()):
+            for network in components.networks.values():
                 network.to(memory_format=torch.channels_last)  # a fifth faster on a CPU
-        return cls(pipeline, found, missing, load_probe())
+        return cls(pipeline, loaded, missing, load_probe())
 
 
 def _load_ablation(name: Ablation, folder: Path, weights: Path, main: Components) -> Components:
-    """The networks that differ, on the auto-encoder and the lip source of `main`."""
+    """Loads the networks that differ, and combines them with the auto-encoder and lip source of `main`."""
     settings = read_settings(folder)
-    for key in _SHARED:
+    for key in _SHARED_SETTINGS:
         if getattr(settings, key) != getattr(main.settings, key):
             raise TccpError(f"{folder} differs from {weights} in {key}: train the ablation with the same settings")
     for shared in ("autoencoder", "lips"):
         if has_component(folder, shared) and not same_component(folder, weights, shared):
-            raise TccpError(f"{folder} has another {shared} than {weights}: train the ablation on the same")
+            raise TccpError(f"{folder} has another {shared} than {weights}: train the ablation with that {shared}")
     if name == "no_lip" and settings.lips.source != "none":
-        raise TccpError(f"{folder} was trained with lips: train it with lips.source=none")
+        raise TccpError(f"{folder} was trained with a lip reference: train it with lips.source=none")
     if name != "no_lip" and settings.lips != main.settings.lips:
         raise TccpError(f"{folder} differs from {weights} in lips: train the ablation with the same settings")
     if name == "context_blind" and settings.context != "none":
-        raise TccpError(f"{folder} was trained with the scene: train it with context=none")
+        raise TccpError(f"{folder} was trained with the scene as input: train it with context=none")
     sequence = ABLATIONS[name]
     networks = {variant: load_network(folder, variant, main.device) for variant in (FIRST_OF[sequence], sequence)}
     for variant, network in networks.items():
@@ -104,13 +109,15 @@ def _load_ablation(name: Ablation, folder: Path, weights: Path, main: Components
 
 
 class Shard:
-    """Clips of one length on their way through the networks. What several rows need is made once."""
+    """Clips of equal length that the networks process together. Caches latents that several methods use."""
 
-    def __init__(self, models: Models, clips: Sequence[EvaluationClip], tick: Callable[[int], object] | None = None):
-        """tick: called with the number of frames that a stage has made since."""
+    def __init__(
+        self, models: Models, clips: Sequence[EvaluationClip], on_frames: Callable[[int], object] | None = None
+    ):
+        """on_frames: receives the number of frames that a stage has generated since the last call."""
         self.models = models
         self.clips = clips
-        self.tick = tick
+        self.on_frames = on_frames
         self.pipeline = models.pipeline
 
     @cached_property
@@ -119,20 +126,22 @@ class Shard:
 
     @cached_property
     def scene_latents(self) -> list[Float[Tensor, "f c h w"]]:
-        return [self.pipeline.encoder.encode(picture_of("scene", _seen(clip)), "scene") for clip in self.clips]
+        return [self.pipeline.encoder.encode(picture_of("scene", _scene_arrays(clip)), "scene") for clip in self.clips]
 
     @cached_property
     def surround_latents(self) -> list[Float[Tensor, "f c h w"]]:
-        return [self.pipeline.encoder.encode(picture_of("surround", _seen(clip)), "surround") for clip in self.clips]
+        return [
+            self.pipeline.encoder.encode(picture_of("surround", _scene_arrays(clip)), "surround") for clip in self.clips
+        ]
 
     @cached_property
     def true_landmark_latents(self) -> list[Float[Tensor, "c f h w"]]:
-        """Latents of the true landmarks' pictures."""
+        """Latents of pictures of the true landmarks."""
         return [self.encode_landmarks(clip.points) for clip in self.clips]
 
     @cached_property
     def landmark_latents(self) -> list[Float[Tensor, "c f h w"]]:
-        """Stage 1's latents, as two_stage_generated passes them to stage 2."""
+        """Latents of the landmarks that stage 1 generates, the input of stage 2 in two_stage_generated."""
         return self.stage_one(self.pipeline, self.clips)
 
     def encode_landmarks(self, points: Float[np.ndarray, "f 68 2"]) -> Float[Tensor, "c f h w"]:
@@ -145,79 +154,86 @@ class Shard:
     def read_points(
         self, latents: Float[Tensor, "c f h w"], frames: Sequence[int] | None = None
     ) -> Float32[np.ndarray, "f 68 2"]:
-        """Points read back from landmarks; NaN where none can be read, and outside `frames` (default: all)."""
-        at = list(range(latents.shape[1])) if frames is None else list(frames)
+        """Landmark points in 0..1 of the head box, read from the decoded landmark pictures.
+
+        frames: the frames to read, by default all. Frames that are unreadable or not in `frames` are NaN.
+        """
+        indices = list(range(latents.shape[1])) if frames is None else list(frames)
         points = np.full((latents.shape[1], landmarks.NUM_POINTS, 2), np.nan, np.float32)
-        points[at] = landmarks.read(self.decode(latents[:, at], "landmark"))[0]
+        points[indices] = landmarks.read(self.decode(latents[:, indices], "landmark"))[0]
         return points
 
     def seeds(self, stage: Literal["landmark", "face"] | None = None) -> list[int]:
-        """The seeds of the clips' chains, as `tccp generate` draws them; None for the one stage of one_stage."""
-        runs = [rng_seed(clip.truth.seed, "run", 0) for clip in self.clips]
-        return [rng_seed(run, stage) if stage else run for run in runs]
+        """The seed of each clip's chain, equal to the one in `tccp generate`. stage: None for one_stage."""
+        chain_seeds = [rng_seed(clip.truth.seed, "run", 0) for clip in self.clips]
+        return [rng_seed(seed, stage) if stage else seed for seed in chain_seeds]
 
     def inputs(
         self,
         pipeline: Components,
         variant: VariantName,
-        sounds: Sequence[EvaluationClip],
-        marks: Sequence[Float[Tensor, "c f h w"]] | None = None,
+        audio_clips: Sequence[EvaluationClip],
+        landmark_latents: Sequence[Float[Tensor, "c f h w"]] | None = None,
     ) -> list[list[FrameInputs]]:
-        """What a variant's network of `pipeline` is shown of every clip.
+        """The inputs of a variant's network in `pipeline`: a list of frames for each clip.
 
-        sounds: the clips whose sound is heard. marks: latents of landmarks, for networks that are shown landmarks.
+        audio_clips: for each clip, the clip whose audio conditions the network.
+        landmark_latents: needed by variants with landmarks as control.
         """
-        row = VARIANTS[variant]
-        kinds = control_kinds(row, pipeline.settings)
-        conditions = row.conditions_with(pipeline.settings.lips.source)
+        spec = VARIANTS[variant]
+        kinds = control_kinds(spec, pipeline.settings)
+        conditions = spec.conditions_with(pipeline.settings.lips.source)
         inputs = []
-        for i, (clip, sound) in enumerate(zip(self.clips, sounds, strict=True)):
+        for i, (clip, audio_clip) in enumerate(zip(self.clips, audio_clips, strict=True)):
             known: dict[ControlKind, Tensor] = {}
             for kind in kinds:
                 if kind == "landmark":
-                    assert marks is not None
-                    known[kind] = marks[i].transpose(0, 1)
+                    assert landmark_latents is not None
+                    known[kind] = landmark_latents[i].transpose(0, 1)
                 else:
                     known[kind] = (self.scene_latents if kind == "scene" else self.surround_latents)[i]
             lips = None
             if "lips" in conditions:
                 assert pipeline.lips is not None
-                lips = lip_pictures(pipeline.lips, sound.audio, 0, clip.num_frames, clip.identity)
-            inputs.append(pipeline.encoder.inputs(row, _seen(clip), sound.mel, lips, known))
+                lips = lip_pictures(pipeline.lips, audio_clip.audio, 0, clip.num_frames, clip.identity)
+            inputs.append(pipeline.encoder.inputs(spec, _scene_arrays(clip), audio_clip.mel, lips, known))
         return inputs
 
     def chains(
         self,
         pipeline: Components,
         sequence: VariantName,
-        sounds: Sequence[EvaluationClip],
+        audio_clips: Sequence[EvaluationClip],
         seeds: Sequence[int],
-        marks: Sequence[Float[Tensor, "c f h w"]] | None = None,
+        landmark_latents: Sequence[Float[Tensor, "c f h w"]] | None = None,
     ) -> list[Float[Tensor, "c f h w"]]:
-        """Latents that a stage generates for every clip, all clips in lockstep."""
-        inputs = self.inputs(pipeline, sequence, sounds, marks)
-        return pipeline.stage(sequence).chain_batch(inputs, self.identities, seeds, on_frames=self.tick)
+        """Latents that one stage generates for every clip, all clips in lockstep. Arguments as for `inputs`."""
+        inputs = self.inputs(pipeline, sequence, audio_clips, landmark_latents)
+        return pipeline.stage(sequence).chain_batch(inputs, self.identities, seeds, on_frames=self.on_frames)
 
-    def stage_one(self, pipeline: Components, sounds: Sequence[EvaluationClip]) -> list[Float[Tensor, "c f h w"]]:
-        """Latents of generated landmarks, redrawn if the settings say so."""
-        latents = self.chains(pipeline, "landmark_sequence", sounds, self.seeds("landmark"))
-        return [self.redrawn(one) for one in latents] if pipeline.settings.sampling.redraw_landmarks else latents
+    def stage_one(self, pipeline: Components, audio_clips: Sequence[EvaluationClip]) -> list[Float[Tensor, "c f h w"]]:
+        """Latents of generated landmarks, redrawn if `sampling.redraw_landmarks` is set."""
+        latents = self.chains(pipeline, "landmark_sequence", audio_clips, self.seeds("landmark"))
+        return [self.redrawn(clip) for clip in latents] if pipeline.settings.sampling.redraw_landmarks else latents
 
     def redrawn(self, latents: Float[Tensor, "c f h w"]) -> Float[Tensor, "c f h w"]:
-        """Latents of the points read back and drawn anew, as generation does with `redraw`."""
+        """Reads the points from decoded landmarks and encodes clean pictures of them, as generation does."""
         return self.encode_landmarks(LandmarkReader().read(self.decode(latents, "landmark"))[0])
 
     def stage_two(
-        self, pipeline: Components, marks: Sequence[Float[Tensor, "c f h w"]], sounds: Sequence[EvaluationClip]
+        self,
+        pipeline: Components,
+        landmark_latents: Sequence[Float[Tensor, "c f h w"]],
+        audio_clips: Sequence[EvaluationClip],
     ) -> list[Float[Tensor, "c f h w"]]:
         """Latents of generated faces."""
-        return self.chains(pipeline, "face_sequence", sounds, self.seeds("face"), marks)
+        return self.chains(pipeline, "face_sequence", audio_clips, self.seeds("face"), landmark_latents)
 
-    def truth(self) -> list[Shown]:
-        """The pictures themselves: the ceiling of every instrument."""
+    def true_outputs(self) -> list[ClipOutput]:
+        """The true pictures of every clip, measured like a method's output: the upper bound of every figure."""
         size = self.pipeline.settings.picture_px
         return [
-            Shown(
+            ClipOutput(
                 landmarks.read(landmarks.draw(clip.points, size))[0],
                 clip.faces,
                 read_faces(self.models.probe, clip.faces),
@@ -226,111 +242,122 @@ class Shard:
             for clip in self.clips
         ]
 
-    def shown(self, made: Made) -> list[Shown]:
-        """The row's pictures: points as they are read back, faces as the probe reads them, and faces in the scene."""
-        marks = [None] * len(self.clips) if made.marks is None else [self.read_points(one) for one in made.marks]
-        pairs = zip(self.clips, made.faces, marks, strict=True)
-        return [composed(self.models.probe, clip, self.decode(faces, "face"), points) for clip, faces, points in pairs]
+    def outputs(self, result: MethodResult) -> list[ClipOutput]:
+        """Decodes a method's latents: per clip, points read back, faces, the probe's reading, and composed scenes."""
+        points: list[Float32[np.ndarray, "f 68 2"] | None] = [None] * len(self.clips)
+        if result.landmark_latents is not None:
+            points = [self.read_points(latents) for latents in result.landmark_latents]
+        return [
+            compose_output(self.models.probe, clip, self.decode(latents, "face"), clip_points)
+            for clip, latents, clip_points in zip(self.clips, result.face_latents, points, strict=True)
+        ]
 
 
-def _seen(clip: EvaluationClip) -> dict[str, np.ndarray]:
+def _scene_arrays(clip: EvaluationClip) -> dict[str, np.ndarray]:
     """The clip's scene as `tccp.inference.conditioning.picture_of` takes it."""
     return {"masked_scene": clip.masked_scenes, "mask_box": clip.fitted_boxes}
 
 
-def composed(
+def compose_output(
     probe: FaceProbe,
     clip: EvaluationClip,
     faces: UInt8[np.ndarray, "f s s 3"],
     points: Float32[np.ndarray, "f 68 2"] | None,
-) -> Shown:
+) -> ClipOutput:
+    """Pastes the faces into the clip's scenes and reads them with the probe."""
     pasted = [headbox.paste(*frame) for frame in zip(clip.scenes, faces, clip.truth.head_box, strict=True)]
-    return Shown(points, faces, read_faces(probe, faces), np.stack(pasted))
+    return ClipOutput(points, faces, read_faces(probe, faces), np.stack(pasted))
 
 
 @dataclass(frozen=True)
-class Made:
-    """A row's latents, one window of all frames per clip. marks: landmarks, where they are the row's own doing."""
+class MethodResult:
+    """The latents that a method produces, one tensor of all frames per clip.
 
-    faces: list[Float[Tensor, "c f h w"]]
-    marks: list[Float[Tensor, "c f h w"]] | None = None
+    landmark_latents: None if the method has no landmarks, or takes those of another method.
+    """
+
+    face_latents: list[Float[Tensor, "c f h w"]]
+    landmark_latents: list[Float[Tensor, "c f h w"]] | None = None
 
 
-def reconstruction(shard: Shard) -> Made:
-    """True pictures through the auto-encoder: the ceiling of what generates latents."""
+def reconstruction(shard: Shard) -> MethodResult:
+    """True pictures encoded and decoded: the upper bound of methods that generate latents."""
     faces = [shard.pipeline.encoder.encode(clip.faces, "face").transpose(0, 1) for clip in shard.clips]
-    return Made(faces, shard.true_landmark_latents)
+    return MethodResult(faces, shard.true_landmark_latents)
 
 
-def two_stage_truth(shard: Shard) -> Made:
-    """Stage 2 from the true landmarks."""
-    return Made(shard.stage_two(shard.pipeline, shard.true_landmark_latents, shard.clips))
+def two_stage_truth(shard: Shard) -> MethodResult:
+    """Stage 2 with the true landmarks as input."""
+    return MethodResult(shard.stage_two(shard.pipeline, shard.true_landmark_latents, shard.clips))
 
 
-def two_stage_generated(shard: Shard) -> Made:
-    """The paper's pipeline: what `tccp generate` makes."""
+def two_stage_generated(shard: Shard) -> MethodResult:
+    """The paper's pipeline, stage 1 and stage 2, as in `tccp generate`."""
     faces = shard.stage_two(shard.pipeline, shard.landmark_latents, shard.clips)
-    return Made(faces, shard.landmark_latents)
+    return MethodResult(faces, shard.landmark_latents)
 
 
-def no_lip(shard: Shard) -> Made:
-    """Stage 2 trained without the lip reference, from the same generated landmarks."""
-    return Made(shard.stage_two(shard.models.ablations["no_lip"], shard.landmark_latents, shard.clips))
+def no_lip(shard: Shard) -> MethodResult:
+    """Stage 2 trained without the lip reference, with the landmarks of two_stage_generated as input."""
+    return MethodResult(shard.stage_two(shard.models.ablations["no_lip"], shard.landmark_latents, shard.clips))
 
 
-def one_stage(shard: Shard) -> Made:
-    """Faces straight from scene, sound, lips and identity."""
+def one_stage(shard: Shard) -> MethodResult:
+    """Faces generated directly from scene, audio, lip reference and identity, without landmarks."""
     pipeline = shard.models.ablations["one_stage"]
-    return Made(shard.chains(pipeline, "one_stage_sequence", shard.clips, shard.seeds()))
+    return MethodResult(shard.chains(pipeline, "one_stage_sequence", shard.clips, shard.seeds()))
 
 
-def per_frame(shard: Shard) -> Made:
-    """Every face by the first-frame network, from the same generated landmarks."""
+def per_frame(shard: Shard) -> MethodResult:
+    """Every face by the first-frame network, with the landmarks of two_stage_generated as input."""
     stage = shard.pipeline.stage("face_sequence")
     inputs = shard.inputs(shard.pipeline, "face_sequence", shard.clips, shard.landmark_latents)
-    told = zip(inputs, shard.identities, shard.seeds("face"), strict=True)
     faces = []
-    for clip in told:
-        faces.append(stage.each_frame(*clip))
-        if shard.tick is not None:
-            shard.tick(faces[-1].shape[1])
-    return Made(faces)
+    for clip_inputs, identity, seed in zip(inputs, shard.identities, shard.seeds("face"), strict=True):
+        faces.append(stage.each_frame(clip_inputs, identity, seed))
+        if shard.on_frames is not None:
+            shard.on_frames(faces[-1].shape[1])
+    return MethodResult(faces)
 
 
-def context_blind(shard: Shard) -> Made:
-    """Stage 1 trained without seeing the scene; stage 2 as it is."""
-    marks = shard.stage_one(shard.models.ablations["context_blind"], shard.clips)
-    return Made(shard.stage_two(shard.pipeline, marks, shard.clips), marks)
+def context_blind(shard: Shard) -> MethodResult:
+    """Stage 1 trained without the scene as input, then the pipeline's stage 2."""
+    landmark_latents = shard.stage_one(shard.models.ablations["context_blind"], shard.clips)
+    return MethodResult(shard.stage_two(shard.pipeline, landmark_latents, shard.clips), landmark_latents)
 
 
-def audio_shuffled(shard: Shard) -> Made:
-    """The paper's pipeline to the sound of another clip, judged against the clip's own truth."""
-    sounds = [shard.clips[other_index(index, len(shard.clips))] for index in range(len(shard.clips))]
-    marks = shard.stage_one(shard.pipeline, sounds)
-    return Made(shard.stage_two(shard.pipeline, marks, sounds), marks)
+def audio_shuffled(shard: Shard) -> MethodResult:
+    """The paper's pipeline with another clip's audio as input; figures compare it with the clip's own truth."""
+    audio_clips = [shard.clips[other_index(index, len(shard.clips))] for index in range(len(shard.clips))]
+    landmark_latents = shard.stage_one(shard.pipeline, audio_clips)
+    return MethodResult(shard.stage_two(shard.pipeline, landmark_latents, audio_clips), landmark_latents)
 
 
 def other_index(index: int, count: int) -> int:
-    """Which clip of its shard a clip is confronted with: the next one."""
+    """Index of the clip that serves as the wrong clip for clip `index` of a shard: the next one, cyclically."""
     return (index + 1) % count
 
 
 @dataclass(frozen=True)
-class Row:
-    """make: what the row makes of a shard. chains: how often that takes all frames through a stage, for the ETA."""
+class Method:
+    """A way of making a talking head.
 
-    make: Callable[[Shard], Made]
-    chains: int
+    make: applies the method to a shard. num_chains: stages that generate all frames, for the progress estimate;
+    stage 1 of two_stage_generated counts once, because other methods use its landmarks.
+    """
+
+    make: Callable[[Shard], MethodResult]
+    num_chains: int
 
 
-ROWS: dict[str, Row] = {
-    "reconstruction": Row(reconstruction, 0),
-    "two_stage_truth": Row(two_stage_truth, 1),
-    "two_stage_generated": Row(two_stage_generated, 2),
-    "no_lip": Row(no_lip, 1),
-    "one_stage": Row(one_stage, 1),
-    "per_frame": Row(per_frame, 1),
-    "context_blind": Row(context_blind, 2),
-    "audio_shuffled": Row(audio_shuffled, 2),
+METHODS: dict[str, Method] = {
+    "reconstruction": Method(reconstruction, 0),
+    "two_stage_truth": Method(two_stage_truth, 1),
+    "two_stage_generated": Method(two_stage_generated, 2),
+    "no_lip": Method(no_lip, 1),
+    "one_stage": Method(one_stage, 1),
+    "per_frame": Method(per_frame, 1),
+    "context_blind": Method(context_blind, 2),
+    "audio_shuffled": Method(audio_shuffled, 2),
 }
-"""Rows that come out of networks, in the order of the table."""
+"""Methods that use networks, in the order of their rows in the table."""

@@ -1,8 +1,8 @@
-"""Rows that generate nothing: what can be said without looking at the people in the scene.
+"""Baselines without networks, which do not use the other people in the scene.
 
-`mean` shows the mean landmarks and the mean face of other clips, whatever it is told. `mask_only` and `mask_body` are
-forests that tell the head's yaw from what the mask shows, and from the mask together with the talker's own body: a
-model that looks at the scene has to be better than they are.
+`mean` outputs the mean landmarks and the mean face of other clips, whatever the input. `mask_only` and `mask_body` are
+random forests that predict the head's yaw, from the head box, and from the head box and the talker's own body. A model
+that uses the scene has to predict yaw better than they do.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from tccp.roundtable import Truth, synthesise
 Cue = Literal["mask_only", "mask_body"]
 CUES: tuple[Cue, ...] = ("mask_only", "mask_body")
 _MEAN_CLIPS = 64
-_FRAME_STEP = 3  # neighbouring frames tell the same: every third one is learnt from
+_FRAME_STEP = 3  # neighbouring frames are nearly equal: the forests are fitted to every third
 _TREES, _MIN_SAMPLES_LEAF = 200, 15
 
 
 @dataclass(frozen=True)
 class MeanFace:
-    """The mean landmarks, 0..1 of the head box, and the mean face crop of clips that nothing else is judged on."""
+    """The mean landmarks, 0..1 of the head box, and the mean face crop, over clips used for no figure."""
 
     points: Float32[np.ndarray, "68 2"]
     face: UInt8[np.ndarray, "s s 3"]
@@ -39,7 +39,7 @@ class MeanFace:
 
 @functools.cache
 def mean_face(picture_px: int) -> MeanFace:
-    """Over one frame of each clip."""
+    """The mean over the first frames of 64 clips, with face crops of `picture_px` pixels."""
     clips = [synthesise(seed, 1 / FPS) for seed in clip_seeds("prior", _MEAN_CLIPS)]
     faces = [headbox.crop(clip.render(0), clip.head_box[0], picture_px) for clip in clips]
     points = np.stack([true_points(clip)[0] for clip in clips]).mean(axis=0)
@@ -47,10 +47,10 @@ def mean_face(picture_px: int) -> MeanFace:
 
 
 def cue_features(cue: Cue, truth: Truth) -> Float[np.ndarray, "f n"]:
-    """What the cue shows at every frame.
+    """The input of a forest for every frame.
 
-    The mask: the box's place and size, its way from the clip's first frame on and from frame to frame. The body: the
-    turn of the torso, exactly, from which all of it is drawn, now and at first, and its shoulders against the box.
+    mask_only: position and size of the head box, its displacement since the first frame, and its velocity.
+    mask_body: also the exact yaw of the torso, now and in the first frame, and the shoulders relative to the head box.
     """
     box = truth.head_box.astype(np.float64)
     corner, side = box[:, :2], box[:, 2:3] - box[:, :1]
@@ -63,7 +63,10 @@ def cue_features(cue: Cue, truth: Truth) -> Float[np.ndarray, "f n"]:
 
 
 def fit_cues(count: int, num_frames: int, on_clip: Callable[[], object] = lambda: None) -> dict[Cue, Any]:
-    """A random forest per cue, fitted to the yaw that landmarks show (`head_pose`), on clips of their own."""
+    """A random forest per cue, fitted to the yaw of the true landmarks (`head_pose`) of `count` separate clips.
+
+    on_clip: called after each clip is rendered.
+    """
     from sklearn.ensemble import RandomForestRegressor  # a slow import
 
     features: dict[Cue, list[np.ndarray]] = {cue: [] for cue in CUES}
@@ -82,7 +85,7 @@ def fit_cues(count: int, num_frames: int, on_clip: Callable[[], object] = lambda
 
 
 def cue_figures(cue: Cue, forest: Any, clip: EvaluationClip) -> dict[str, float]:
-    """What a forest's yaw is worth; it has no mouth and no picture."""
+    """Figures of a forest's yaw. It predicts neither mouth nor picture, so there are no other figures."""
     yaw_deg = forest.predict(cue_features(cue, clip.truth))
     error = np.abs(yaw_deg - head_pose(clip.points).yaw_deg).mean()
     return {"yaw_mae_deg_landmarks": float(error), "side_accuracy": side_accuracy(yaw_deg, clip)}

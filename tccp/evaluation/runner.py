@@ -1,7 +1,7 @@
-"""`tccp evaluate roundtable`: work shared out to processes, and what they found made into one record.
+"""`tccp evaluate roundtable`: distributes the work to processes and combines their results into one record.
 
-Which clips go through the networks together depends on the number of clips alone: the number of processes changes
-nothing but the time.
+The grouping of clips into shards depends only on the number of clips. The number of processes therefore affects the run
+time but not the figures.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from tccp.evaluation.figures import Drift, corr_loss, frechet_distance
 from tccp.evaluation.methods import Models
 from tccp.evaluation.predictors import fit_cues
 from tccp.evaluation.score_table import POOLED_RESAMPLES, RESAMPLES, TARGETS, Pooled, compare, summarise
-from tccp.evaluation.sheet import check_writable, chosen, write_sheet
+from tccp.evaluation.sheet import check_writable, choose_clips, write_sheet
 from tccp.evaluation.worker import (
-    DRIFT_AT,
-    HeldOut,
-    Reference,
+    DRIFT_WINDOWS,
+    HeldOutResult,
+    ReferenceResult,
     Worker,
     counterfactual_work,
     drift_work,
@@ -61,7 +61,7 @@ _POLL_S = 0.5
 
 @dataclass(frozen=True)
 class Extent:
-    """How much is measured. prior: clips that the forests of mask_only and mask_body learn from."""
+    """Size of the benchmark: numbers of clips per purpose (`benchmark_clips.Purpose`), and frames per clip."""
 
     clips: int = 128
     drift: int = 12
@@ -72,12 +72,12 @@ class Extent:
 
     def __post_init__(self) -> None:
         if self.clips < 2:
-            raise TccpError(f"--clips {self.clips}: at least 2, every clip is also judged against another one's truth")
+            raise TccpError(f"--clips {self.clips} is too small: give at least 2, for the wrong-clip control")
 
 
 FULL = Extent()
 QUICK = Extent(clips=12, drift=3, counterfactual=8, prior=120, drift_frames=71)
-"""Chains of ten windows instead of fifty."""
+"""A tenth of the clips, and chains of ten windows instead of fifty."""
 
 
 def evaluate_roundtable(
@@ -89,14 +89,16 @@ def evaluate_roundtable(
     sheet: Path | None = None,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Measures a pipeline folder on RoundTable clips that no training has seen; the record that `--json` prints.
+    """Measures a pipeline folder on RoundTable clips unseen in training. Returns the record that `--json` prints.
 
-    ablations: folder with pipelines no_lip/, one_stage/ and context_blind/ of what differs; rows without networks are
-    null, and `missing` says why. jobs: processes of one thread each. sheet: a PNG of five clips.
-    Raises TccpError for weights that are missing or do not fit, and numbers out of range.
+    ablations: folder with pipelines no_lip/, one_stage/ and context_blind/, which hold only the components that differ.
+    Rows without networks are null, and `missing` gives the reason. jobs: processes of one thread each. sheet: path of a
+    PNG of five clips.
+    Raises TccpError if weights are missing or do not match, a number is out of range, or the `evaluate` extra is
+    missing.
     """
     if jobs < 1:
-        raise TccpError(f"--jobs {jobs}: at least 1")
+        raise TccpError(f"--jobs {jobs} is too small: give at least 1")
     if sheet is not None:
         check_writable(sheet)
     if absent := [name for name in ("skimage", "sklearn") if importlib.util.find_spec(name) is None]:
@@ -109,18 +111,18 @@ def evaluate_roundtable(
             drift = work.submit(
                 Worker.drift, _shards(clip_seeds("drift", extent.drift), _DRIFT_SHARD_CLIPS), extent.drift_frames
             )
-            moved = _shards(counterfactual_seeds(extent.counterfactual), _COUNTERFACTUAL_SHARD_CLIPS)
-            counterfactual = work.submit(Worker.counterfactual, moved)
-            others = _shards(clip_seeds("reference", extent.clips), _SHARD_CLIPS)
-            reference = work.submit(Worker.reference, others, extent.frames)
+            counterfactual_shards = _shards(counterfactual_seeds(extent.counterfactual), _COUNTERFACTUAL_SHARD_CLIPS)
+            counterfactual = work.submit(Worker.counterfactual, counterfactual_shards)
+            reference_shards = _shards(clip_seeds("reference", extent.clips), _SHARD_CLIPS)
+            reference = work.submit(Worker.reference, reference_shards, extent.frames)
             forests = fit_cues(extent.prior, extent.frames, work.poll)
             numbered = _shards(list(enumerate(clip_seeds("held_out", extent.clips))), _SHARD_CLIPS)
-            on_sheet = chosen(extent.clips) if sheet else []
+            on_sheet = choose_clips(extent.clips) if sheet else []
             held_out = work.submit(Worker.held_out, numbered, extent.frames, forests, on_sheet)
-            found = Found(*(work.collect(part) for part in (held_out, reference, drift, counterfactual)))
+            measured = Measurements(*(work.collect(part) for part in (held_out, reference, drift, counterfactual)))
     if sheet is not None:
-        write_sheet(sheet, [clip.sheet for clip in found.held_out if clip.sheet is not None])
-    samples, pooled = found.samples(), found.pooled()
+        write_sheet(sheet, [clip.sheet for clip in measured.held_out if clip.sheet is not None])
+    samples, pooled = measured.samples(), measured.pooled()
     rows, differences = summarise(samples, pooled), compare(samples, pooled)
     return {
         "benchmark": "roundtable",
@@ -133,7 +135,7 @@ def evaluate_roundtable(
         "counts": {
             "drift_clips": extent.drift,
             "drift_frames": extent.drift_frames,
-            "counterfactual_clips": sum(map(len, moved)),
+            "counterfactual_clips": sum(map(len, counterfactual_shards)),
             "counterfactual_frames": COUNTERFACTUAL_FRAMES,
             "reference_clips": extent.clips,
             "prior_clips": extent.prior,
@@ -150,21 +152,22 @@ def evaluate_roundtable(
 
 
 def _weights_summary(folder: Path) -> dict[str, Any]:
-    """What is judged: settings that name it, and per component its commit, steps and minutes."""
+    """Identifies a pipeline in the record: its main settings, and the provenance of each component."""
     manifest = read_manifest(folder)
-    kept = ("git_commit", "steps", "seconds", "seed", "clips")
+    keys = ("git_commit", "steps", "seconds", "seed", "clips")
     components = {
-        name: {key: component["provenance"][key] for key in kept if key in component.get("provenance", {})}
+        name: {key: component["provenance"][key] for key in keys if key in component.get("provenance", {})}
         for name, component in manifest["components"].items()
     }
     settings = {key: manifest["settings"].get(key) for key in ("preset", "picture_px", "window")}
-    whole = read_settings(folder)
+    all_settings = read_settings(folder)
     trained = [name for name in VARIANTS if name in components]
-    settings["sampling"] = {name: whole.for_variant(name).sampling.model_dump(mode="json") for name in trained}
+    settings["sampling"] = {name: all_settings.for_variant(name).sampling.model_dump(mode="json") for name in trained}
     return {"folder": folder.resolve().name, "settings": settings, "components": components}
 
 
 def _all_work(models: Models, extent: Extent) -> float:
+    """The total for the progress bar, in the unit of `Worker.on_work`."""
     return (
         extent.clips * extent.frames * (held_out_work(models) + reference_work())
         + extent.drift * extent.drift_frames * drift_work(models)
@@ -173,27 +176,30 @@ def _all_work(models: Models, extent: Extent) -> float:
 
 
 def _shards(items: Sequence[Any], size: int) -> list[list[Any]]:
-    """In order, alike in length, at most `size`; two at least where two processes can share, none with a single item
-    unless there is but one."""
+    """Splits items, in order, into shards of nearly equal length, at most `size`.
+
+    Makes at least two shards from four or more items, so that two processes can share the work. No shard has a single
+    item unless it is the only item: the wrong-clip control needs another clip in its shard.
+    """
     count = max(math.ceil(len(items) / size), min(2, len(items) // 2), 1)
     edges = np.linspace(0, len(items), count + 1).round().astype(int)
     return [list(items[a:b]) for a, b in itertools.pairwise(edges) if b > a]
 
 
 @dataclass(frozen=True)
-class Found:
-    """What the processes found, in the order of the clips."""
+class Measurements:
+    """The results of all processes, in the order of the clips."""
 
-    held_out: list[HeldOut]
-    reference: list[Reference]
+    held_out: list[HeldOutResult]
+    reference: list[ReferenceResult]
     drift: list[dict[str, Drift]]
     counterfactual: list[dict[str, dict[str, float]]]
 
     def samples(self) -> dict[str, dict[str, Float[np.ndarray, " n"]]]:
-        """Figures per clip: row -> figure -> values."""
+        """Figures per clip: row -> figure -> one value per clip."""
         samples: dict[str, dict[str, np.ndarray]] = {}
         per_clip: list[list[dict[str, dict[str, float]]]] = [
-            [{row: kept.figures for row, kept in clip.rows.items()} for clip in self.held_out],
+            [{row: result.figures for row, result in clip.rows.items()} for clip in self.held_out],
             [{row: drift.figures for row, drift in clip.items()} for clip in self.drift],
             self.counterfactual,
         ]
@@ -206,27 +212,30 @@ class Found:
         return samples
 
     def _rows_with_faces(self) -> list[str]:
-        return [row for row, kept in self.held_out[0].rows.items() if kept.identity is not None]
+        return [row for row, result in self.held_out[0].rows.items() if result.identity is not None]
 
     def _identity_top1(self, row: str) -> Float[np.ndarray, " n"]:
-        """Each talker among 16: himself, those of the clips that follow, and of other clips where there are too few."""
+        """Share of frames, per clip, in which the probe identifies the talker among 16 candidates.
+
+        Candidates: the clip's talker, then those of the following clips, then those of reference clips.
+        """
         people = np.stack([clip.identity for clip in self.held_out])
         others = [clip.identity for clip in self.reference]
-        found = []
+        shares = []
         for k, clip in enumerate(self.held_out):
             candidates = np.stack([*np.roll(people, -k, axis=0), *others])[:CANDIDATES]
             identity = clip.rows[row].identity
             assert identity is not None
-            found.append(top1(identity, candidates, 0))
-        return np.array(found)
+            shares.append(top1(identity, candidates, 0))
+        return np.array(shares)
 
     def pooled(self) -> dict[str, dict[str, Pooled]]:
-        """Figures of all clips together: Frechet distances, and the loss of correlation in long chains."""
+        """Figures over all clips together: Frechet distances, and the loss of correlation in long chains."""
         pooled: dict[str, dict[str, Pooled]] = {}
         reference = np.concatenate([clip.features for clip in self.reference])
         for row in self._rows_with_faces():
-            kept = [clip.rows[row].features for clip in self.held_out]
-            features = np.stack([one for one in kept if one is not None])
+            results = [clip.rows[row] for clip in self.held_out]
+            features = np.stack([result.features for result in results if result.features is not None])
 
             def distance(clips: np.ndarray, features: np.ndarray = features) -> float:
                 return frechet_distance(features[clips].reshape(-1, features.shape[-1]), reference)
@@ -234,7 +243,7 @@ class Found:
             pooled[row] = {"frechet": Pooled.of(len(features), distance)}
         for row in self.drift[0] if self.drift else ():
             drifts = [clip[row] for clip in self.drift]
-            for k in DRIFT_AT:
+            for k in DRIFT_WINDOWS:
                 for ending in ("", "_face"):
                     openings = [drift.mouth_face[k] if ending else drift.mouth[k] for drift in drifts]
 
@@ -249,7 +258,7 @@ class Found:
 
 
 class _ThisProcess(Executor):
-    """Does at once what it is asked to."""
+    """An executor that runs every task immediately, in this process."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         future: Future[Any] = Future()
@@ -259,7 +268,7 @@ class _ThisProcess(Executor):
 
 @dataclass(frozen=True)
 class _Work:
-    """Shards of clips on their way through processes, which report what they have done to `queue`."""
+    """Submits shards to the executor's processes, which report the work they have done through `queue`."""
 
     executor: Executor
     queue: SimpleQueue[float]
@@ -273,7 +282,7 @@ class _Work:
             self.on_work(self.queue.get())
 
     def collect(self, submitted: Sequence[Future[list[Any]]]) -> list[Any]:
-        """The results of all shards, in order; raises what a process raised."""
+        """Waits for all shards and returns their results in order. Re-raises an error of any process."""
         pending = set(submitted)
         while pending:
             done, pending = wait(pending, _POLL_S, FIRST_EXCEPTION)
@@ -291,7 +300,7 @@ def _work(
     queue = context.SimpleQueue()
     if jobs == 1:
         threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # as in a process of its own: other sums would round otherwise
+        torch.set_num_threads(1)  # as in the processes of a pool: more threads would round sums differently
         _process.worker = Worker(models, on_work)
         try:
             yield _Work(_ThisProcess(), queue, on_work)
@@ -303,7 +312,7 @@ def _work(
         try:
             yield _Work(pool, queue, on_work)
         except BrokenProcessPool:
-            raise TccpError("a process of the evaluation was ended from outside, perhaps for its memory: "
+            raise TccpError("an evaluation process was killed, perhaps because memory ran out: "
                             f"give fewer than --jobs {jobs}") from None  # fmt: skip
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -315,7 +324,7 @@ class _Process:
 
 
 _process = _Process()
-"""What this process works with."""
+"""The worker of this process, set when the process starts."""
 
 
 def _start_process(queue: SimpleQueue[float], weights: Path, ablations: Path | None, device: str) -> None:

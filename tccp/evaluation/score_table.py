@@ -1,4 +1,8 @@
-"""From figures per clip to the table: means with intervals, differences between rows, targets; as JSON and as text."""
+"""Aggregates figures per clip into the table: means with intervals, differences between rows, and targets.
+
+A row of the table is a method of `tccp.evaluation.methods`, a baseline of `tccp.evaluation.predictors`, or the truth.
+The output is JSON or text.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +18,11 @@ from rich.console import Console
 from rich.table import Table
 
 RESAMPLES, POOLED_RESAMPLES = 1000, 100
-"""Bootstrap resamples over clips: of means; of figures of all clips together, each computed anew, so there are fewer of
-them."""
+"""Numbers of bootstrap resamples over clips: for means, and for pooled figures, which are slower to compute."""
 _SEED = 0
 OURS = "two_stage_generated"
 COMPARED = ("one_stage", "per_frame", "no_lip", "context_blind", "mask_body", "audio_shuffled", "two_stage_truth")
-"""Rows that `differences` holds OURS against."""
+"""Rows that `differences` compares with OURS."""
 
 ROW_NAMES = (
     "truth", "reconstruction", "two_stage_truth", "two_stage_generated", "no_lip", "one_stage", "per_frame",
@@ -34,19 +37,18 @@ FIGURE_NAMES = (
     "blink_rate_gap", "unread_landmarks",
     *(f"drift_{k}{of}" for k in (10, 50) for of in ("_corr", "_corr_face", "_yaw_deg", "_yaw_deg_face", "_colour")),
 )  # fmt: skip
-"""Figures of the record, in its order. A row has null where a figure has no meaning."""
+"""Figures of the record, in its order. A figure that is undefined for a row is null."""
 
 Samples = Mapping[str, Mapping[str, Float[np.ndarray, " n"]]]
-"""Row -> figure -> one value per clip, NaN where the clip says nothing. Clips are the same, in the same order, in all
-rows."""
+"""Row -> figure -> one value per clip, NaN where undefined. All rows have the same clips in the same order."""
 PooledSamples = Mapping[str, Mapping[str, "Pooled"]]
-"""Row -> figure that is no mean over clips."""
+"""Row -> figure computed over all clips together."""
 Cell = dict[str, float | None]
-"""mean, and low and high of its 95% interval (null where there is but one clip)."""
+"""mean, and the low and high ends of its 95% interval (null if only one clip has a value)."""
 
 
 def resamples(count: int, times: int) -> Integer[np.ndarray, "times count"]:
-    """Clips drawn with replacement, the same ones for every row and figure: differences are paired."""
+    """Indices of clips sampled with replacement. All rows and figures get the same samples, which pairs differences."""
     return np.random.default_rng(_SEED).integers(count, size=(times, count))
 
 
@@ -62,7 +64,7 @@ def _cell(mean: float, low: float, high: float) -> Cell | None:
 
 
 def interval(values: Float[np.ndarray, " n"]) -> Cell | None:
-    """Mean over the clips that have a value, with its percentile bootstrap interval; None where none has."""
+    """Mean over the finite values, with its 95% percentile bootstrap interval; None without a finite value."""
     values = values[np.isfinite(values)]
     if len(values) == 0:
         return None
@@ -75,28 +77,31 @@ def interval(values: Float[np.ndarray, " n"]) -> Cell | None:
 
 @dataclass(frozen=True)
 class Pooled:
-    """A figure of all clips together, and of resampled ones."""
+    """A figure computed over all clips together, and over each bootstrap resample."""
 
     value: float
     resampled: Float[np.ndarray, " times"]
 
     @classmethod
     def of(cls, count: int, statistic: Callable[[Integer[np.ndarray, " n"]], float]) -> Pooled:
-        """statistic: of the clips with these indices, out of `count`."""
-        drawn = resamples(count, POOLED_RESAMPLES if count > 1 else 0)
-        return cls(statistic(np.arange(count)), np.array([statistic(clips) for clips in drawn], np.float64))
+        """statistic: computes the figure over the clips with these indices, 0..count - 1."""
+        samples = resamples(count, POOLED_RESAMPLES if count > 1 else 0)
+        return cls(statistic(np.arange(count)), np.array([statistic(clips) for clips in samples], np.float64))
 
     def cell(self, minus: Pooled | None = None) -> Cell | None:
-        """Two standard errors around the value: resampling repeats clips, which by itself moves such figures."""
+        """The value, or its difference from `minus`, with an interval of 1.96 bootstrap standard errors on either side.
+
+        Percentiles would be biased: a resample repeats clips, which alone shifts such figures.
+        """
         value = self.value - (minus.value if minus else 0)
-        spread = self.resampled - (minus.resampled if minus else 0)
-        spread = spread[np.isfinite(spread)]
-        reach = 1.96 * float(spread.std()) if len(spread) > 1 else math.nan
-        return _cell(value, value - reach, value + reach)
+        resampled = self.resampled - (minus.resampled if minus else 0)
+        resampled = resampled[np.isfinite(resampled)]
+        half_width = 1.96 * float(resampled.std()) if len(resampled) > 1 else math.nan
+        return _cell(value, value - half_width, value + half_width)
 
 
 def summarise(samples: Samples, pooled: PooledSamples) -> dict[str, dict[str, Cell | None]]:
-    """rows[NAME][FIGURE], every row with every figure."""
+    """rows[NAME][FIGURE] for all rows and figures; None where there is no value."""
     rows: dict[str, dict[str, Cell | None]] = {}
     for row in ROW_NAMES:
         cells: dict[str, Cell | None] = dict.fromkeys(FIGURE_NAMES)
@@ -108,7 +113,7 @@ def summarise(samples: Samples, pooled: PooledSamples) -> dict[str, dict[str, Ce
 
 def compare(samples: Samples, pooled: PooledSamples) -> dict[str, dict[str, Cell]]:
     """differences["two_stage_generated - NAME"][FIGURE], paired over clips, for every figure that both rows have."""
-    found: dict[str, dict[str, Cell]] = {}
+    differences: dict[str, dict[str, Cell]] = {}
     for other in COMPARED:
         if not {OURS, other} <= samples.keys():
             continue
@@ -116,17 +121,18 @@ def compare(samples: Samples, pooled: PooledSamples) -> dict[str, dict[str, Cell
         cells = {name: interval(ours[name] - theirs[name]) for name in ours.keys() & theirs.keys()}
         all_ours, all_theirs = pooled.get(OURS, {}), pooled.get(other, {})
         cells |= {name: all_ours[name].cell(all_theirs[name]) for name in all_ours.keys() & all_theirs.keys()}
-        kept = {name: cell for name, cell in cells.items() if cell is not None}
-        found[f"{OURS} - {other}"] = {name: kept[name] for name in FIGURE_NAMES if name in kept}
-    return found
+        defined = {name: cell for name, cell in cells.items() if cell is not None}
+        differences[f"{OURS} - {other}"] = {name: defined[name] for name in FIGURE_NAMES if name in defined}
+    return differences
 
 
 @dataclass(frozen=True)
 class Target:
-    """What two_stage_generated is to reach.
+    """A value that two_stage_generated should reach.
 
-    `surely within`: its whole interval, of a figure that chance alone would bring near 0. `below`: a row that its
-    interval has to stay below.
+    kind: `at least`, `at most` and `within` (absolute value) test the mean. `surely within` tests both ends of the
+    interval, for figures whose mean can be near 0 by chance. `below` tests that the interval of the difference from
+    the row `bound` is below 0.
     """
 
     figure: str
@@ -134,7 +140,7 @@ class Target:
     bound: float | str
 
     def record(self, rows: Mapping[str, Any], differences: Mapping[str, Any]) -> dict[str, Any]:
-        """found: the mean; for `below`, the difference. met: null where nothing was measured."""
+        """The target's entry in the record. found: the mean; for `below`, the difference. met: None if not measured."""
         name = f"{self.figure} {self.kind} {self.bound}"
         if isinstance(self.bound, str):
             cell = differences.get(f"{OURS} - {self.bound}", {}).get(self.figure)
@@ -224,18 +230,18 @@ def _text(cell: Cell | None) -> str:
 
 
 def _lines(record: Mapping[str, Any], columns: Sequence[str]) -> list[list[str]]:
-    """A line per row that has any of the columns."""
+    """One line of cells per row; rows without a value in any of the columns are left out."""
     lines = [[row, *(_text(record["rows"][row][column]) for column in columns)] for row in record["rows"]]
     return [line for line in lines if any(line[1:])]
 
 
 def _targets_line(record: Mapping[str, Any]) -> str:
     targets = record["targets"]
-    open_ones = [f"{item['target']} (is {item['found']})" for item in targets if item["met"] is False]
+    missed = [f"{item['target']} (is {item['found']})" for item in targets if item["met"] is False]
     unknown = [item["target"] for item in targets if item["met"] is None]
     met = sum(item["met"] is True for item in targets)
     parts = [f"targets: {met} of {len(targets)} met"]
-    parts += [f"not met: {'; '.join(open_ones)}"] if open_ones else []
+    parts += [f"not met: {'; '.join(missed)}"] if missed else []
     parts += [f"not measured: {'; '.join(unknown)}"] if unknown else []
     return ". ".join(parts)
 
@@ -245,7 +251,7 @@ def _notes(record: Mapping[str, Any]) -> list[str]:
 
 
 def text_table(record: Mapping[str, Any], width: int = 160) -> str:
-    """The tables as plain text: mean, and half the width of its 95% interval."""
+    """The tables as plain text; a cell is the mean ± half the width of its 95% interval. width: in characters."""
     console = Console(file=io.StringIO(), width=width, color_system=None)
     for title, columns in _TABLES.items():
         lines = _lines(record, list(columns))
@@ -265,12 +271,12 @@ def text_table(record: Mapping[str, Any], width: int = 160) -> str:
 
 
 def markdown_table(record: Mapping[str, Any]) -> str:
-    """The tables in Markdown."""
+    """The tables in Markdown, with cells as in `text_table`."""
     parts = []
     for title, columns in _TABLES.items():
         lines = _lines(record, list(columns))
         if lines:
-            head = ["row", *columns.values()]
+            head = [f"**{title}**", *columns.values()]
             rule = [":--", *["--:"] * len(columns)]
-            parts.append("\n".join(f"| {' | '.join(line)} |" for line in ([f"**{title}**", *head[1:]], rule, *lines)))
+            parts.append("\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *lines)))
     return "\n\n".join([*parts, "  \n".join(_notes(record))]) + "\n"

@@ -1,6 +1,6 @@
-"""What a single network can do, on RoundTable clips that nothing is trained on: figures, and a film to look at.
+"""Validation of a single network during training: figures on held-out RoundTable clips, and a sample film.
 
-For networks in the midst of training: each is given the truth in place of what the networks before it would generate.
+The network receives true pictures as input in place of pictures that earlier networks would generate.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from tccp.models.mvcontrolnet import MVControlNet
 from tccp.models.variants import FIRST_OF
 
 FRAMES = HELD_OUT_FRAMES
-EVERY = 9
-"""Frames of a clip that networks of single frames are shown: every ninth."""
-FILM = "sample.mp4"
+FRAME_STEP = 9
+"""First-frame networks generate every ninth frame of a clip."""
+SAMPLE_FILM = "sample.mp4"
 
 Figures = dict[str, float]
 
@@ -41,9 +41,10 @@ def validation_clips(settings: Settings, count: int) -> list[EvaluationClip]:
 def validate_network(
     pipeline: Components, variant: VariantName, clips: list[EvaluationClip], folder: Path | None = None
 ) -> Figures:
-    """Figures of one network of a pipeline, the same for the same network; and a film of the first clip in `folder`.
+    """Figures of one network of a pipeline; deterministic. Empty for variants of the one-stage ablation.
 
-    `score` among them is what a better network has more of: correlation of the mouth for landmarks, PSNR for faces.
+    `score` is higher for a better network: correlation of the mouth opening for landmarks, PSNR in dB for faces.
+    folder: where to write `SAMPLE_FILM`, which shows the true and the generated pictures of the first clip.
     """
     measure: dict[VariantName, Callable[[Components, list[EvaluationClip]], tuple[Figures, np.ndarray]]] = {
         "landmark_first": _landmark_first,
@@ -54,19 +55,19 @@ def validate_network(
     if variant not in measure:
         return {}
     with torch.inference_mode():
-        figures, shown = measure[variant](pipeline, clips)
+        figures, generated = measure[variant](pipeline, clips)
     if folder is not None:
-        every = EVERY if variant not in FIRST_OF else 1
+        step = FRAME_STEP if variant not in FIRST_OF else 1
         clip = clips[0]
         true = landmarks.draw(clip.points, clip.faces.shape[1]) if variant.startswith("landmark") else clip.faces
-        _write_film(folder / FILM, true[::every], shown)
+        _write_film(folder / SAMPLE_FILM, true[::step], generated)
     return {name: round(float(value), 4) for name, value in figures.items()}
 
 
-def _write_film(path: Path, true: UInt8[np.ndarray, "f s s 3"], made: UInt8[np.ndarray, "f s s 3"]) -> None:
-    """Truth and what was made, side by side; networks of single frames are shown as the stills they are."""
+def _write_film(path: Path, true: UInt8[np.ndarray, "f s s 3"], generated: UInt8[np.ndarray, "f s s 3"]) -> None:
+    """Writes true (left) and generated (right) pictures side by side, one frame per picture."""
     with VideoWriter(path, 2 * true.shape[2], true.shape[1], None) as film:
-        for pair in zip(true, made, strict=True):
+        for pair in zip(true, generated, strict=True):
             film.write(np.concatenate(pair, axis=1))
 
 
@@ -85,54 +86,56 @@ def _landmark_figures(points: np.ndarray, truth: np.ndarray) -> Figures:
 
 
 def _landmark_first(pipeline: Components, clips: list[EvaluationClip]) -> tuple[Figures, np.ndarray]:
-    stage, shard = single(pipeline, "landmark_first"), Shard(_models(pipeline), clips)
-    given = zip(clips, shard.inputs(pipeline, "landmark_first", clips), shard.identities, strict=True)
+    stage, shard = _first_frame_stage(pipeline, "landmark_first"), Shard(_models(pipeline), clips)
+    arguments = zip(clips, shard.inputs(pipeline, "landmark_first", clips), shard.identities, strict=True)
     pictures = [
-        shard.decode(stage.each_frame(inputs[::EVERY], identity, clip.truth.seed), "landmark")
-        for clip, inputs, identity in given
+        shard.decode(stage.each_frame(inputs[::FRAME_STEP], identity, clip.truth.seed), "landmark")
+        for clip, inputs, identity in arguments
     ]
-    read = np.concatenate([landmarks.read(one)[0] for one in pictures])
-    return _landmark_figures(read, np.concatenate([clip.points[::EVERY] for clip in clips])), pictures[0]
+    points = np.concatenate([landmarks.read(clip_pictures)[0] for clip_pictures in pictures])
+    return _landmark_figures(points, np.concatenate([clip.points[::FRAME_STEP] for clip in clips])), pictures[0]
 
 
 def _landmark_sequence(pipeline: Components, clips: list[EvaluationClip]) -> tuple[Figures, np.ndarray]:
     shard = Shard(_models(pipeline), clips)
-    made = shard.stage_one(pipeline, clips)
-    read = np.concatenate([shard.read_points(latents) for latents in made])
-    figures = _landmark_figures(read, np.concatenate([clip.points for clip in clips]))
-    return figures, shard.decode(made[0], "landmark")
+    latents = shard.stage_one(pipeline, clips)
+    points = np.concatenate([shard.read_points(clip_latents) for clip_latents in latents])
+    figures = _landmark_figures(points, np.concatenate([clip.points for clip in clips]))
+    return figures, shard.decode(latents[0], "landmark")
 
 
 def _face_first(pipeline: Components, clips: list[EvaluationClip]) -> tuple[Figures, np.ndarray]:
-    stage, probe = single(pipeline, "face_first"), load_probe()
+    stage, probe = _first_frame_stage(pipeline, "face_first"), load_probe()
     shard = Shard(_models(pipeline), clips)
     inputs_of_clips = shard.inputs(pipeline, "face_first", clips, shard.true_landmark_latents)
-    given = zip(inputs_of_clips, shard.identities, clips, strict=True)
-    made = [stage.each_frame(inputs[::EVERY], identity, clip.truth.seed) for inputs, identity, clip in given]
-    shown = [shard.decode(latents, "face") for latents in made]
-    faces, true = np.concatenate(shown), np.concatenate([clip.faces[::EVERY] for clip in clips])
-    opening = np.concatenate([clip.truth.mouth_opening[::EVERY] for clip in clips])
+    arguments = zip(inputs_of_clips, shard.identities, clips, strict=True)
+    latents = [
+        stage.each_frame(inputs[::FRAME_STEP], identity, clip.truth.seed) for inputs, identity, clip in arguments
+    ]
+    pictures = [shard.decode(clip_latents, "face") for clip_latents in latents]
+    faces, true = np.concatenate(pictures), np.concatenate([clip.faces[::FRAME_STEP] for clip in clips])
+    opening = np.concatenate([clip.truth.mouth_opening[::FRAME_STEP] for clip in clips])
     fidelity = float(np.mean([psnr(a[None], b[None]) for a, b in zip(faces, true, strict=True)]))
-    off = np.abs(faces.mean(axis=(1, 2)) - true.mean(axis=(1, 2))).mean() / 255
+    colour_error = np.abs(faces.mean(axis=(1, 2)) - true.mean(axis=(1, 2))).mean() / 255
     figures = {
         "mouth_corr_face": correlation(read_faces(probe, faces).opening, opening),
         "psnr": fidelity,
-        "colour_off_percent": 100 * float(off),
+        "colour_off_percent": 100 * float(colour_error),
         "score": fidelity,
     }
-    return figures, shown[0]
+    return figures, pictures[0]
 
 
 def _face_sequence(pipeline: Components, clips: list[EvaluationClip]) -> tuple[Figures, np.ndarray]:
     probe, shard = load_probe(), Shard(_models(pipeline), clips)
-    made = shard.stage_two(pipeline, shard.true_landmark_latents, clips)
-    faces = [shard.decode(latents, "face") for latents in made]
+    latents = shard.stage_two(pipeline, shard.true_landmark_latents, clips)
+    faces = [shard.decode(clip_latents, "face") for clip_latents in latents]
     pairs = list(zip(faces, clips, strict=True))
     windows = {
-        name: float(np.mean([psnr(shown[part], clip.faces[part]) for shown, clip in pairs]))
+        name: float(np.mean([psnr(generated[part], clip.faces[part]) for generated, clip in pairs]))
         for name, part in (("psnr_window_1", slice(1, 8)), ("psnr_window_5", slice(-7, None)))
     }
-    corr = [correlation(read_faces(probe, shown).opening, clip.truth.mouth_opening) for shown, clip in pairs]
+    corr = [correlation(read_faces(probe, generated).opening, clip.truth.mouth_opening) for generated, clip in pairs]
     return {"mouth_corr_face": float(np.mean(corr)), **windows, "score": windows["psnr_window_5"]}, faces[0]
 
 
@@ -140,17 +143,20 @@ def _models(pipeline: Components) -> Models:
     return Models(pipeline, {}, {}, load_probe())
 
 
-def single(pipeline: Components, variant: VariantName) -> Stage:
-    """A stage of which only the first-frame network is used."""
+def _first_frame_stage(pipeline: Components, variant: VariantName) -> Stage:
+    """A stage for `each_frame`, which uses only the first-frame network; it fills the sequence network's place too."""
     network = pipeline.networks[variant]
     settings = pipeline.settings.for_variant(variant)
     return Stage(network, network, NoiseSchedule.from_settings(settings.diffusion), *[settings.sampling] * 2)
 
 
 def with_network(folder: Path, variant: VariantName, network: MVControlNet, device: str = "cpu") -> Components:
-    """The pipeline in a folder, with this network in place of its own, and with its first-frame network."""
-    companions = (FIRST_OF[variant],) if variant in FIRST_OF else ()
-    whole = load_components(folder, companions, device=device)
-    return Components(
-        whole.settings, whole.autoencoder, {**whole.networks, variant: network.to(device)}, whole.lips, whole.device
-    )
+    """The pipeline in `folder` with `network` as its network of this variant.
+
+    The auto-encoder, the lip source and, for a sequence variant, the first-frame network come from `folder`.
+    Raises TccpError as `load_components`.
+    """
+    first = (FIRST_OF[variant],) if variant in FIRST_OF else ()
+    loaded = load_components(folder, first, device=device)
+    networks = {**loaded.networks, variant: network.to(device)}
+    return Components(loaded.settings, loaded.autoencoder, networks, loaded.lips, loaded.device)

@@ -1,11 +1,11 @@
-"""The pipeline folder: what training exports and everything downstream reads.
+"""The pipeline folder: training writes it; generation, evaluation and export read it.
 
-    <folder>/manifest.json                 format, settings, and per component its files' SHA-256 and its provenance
+    <folder>/manifest.json                 format, settings; per component, the SHA-256 of its files and its provenance
     <folder>/autoencoder/                  diffusers AutoencoderKL + latent_statistics.json
-    <folder>/lips/                         the lip source's network, where there is one
+    <folder>/lips/                         the lip source's network, if it has one
     <folder>/<variant>/                    config.json + safetensors
 
-No pickles. Loading refuses a folder whose files are not those of the manifest, and says which file and why.
+No file is a pickle. Loading compares every file with the manifest; if one differs, the error names the file and why.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 TOY_WEIGHTS = Path(__file__).parent.parent / "toy"
 """The packaged pipeline, trained on RoundTable by `make toy-weights`."""
-SHAPING = (
+SHARED_SETTINGS = (
     "preset",
     "window",
     "picture_px",
@@ -50,27 +50,27 @@ SHAPING = (
     "lips",
     "variant_overrides",
 )
-"""Settings that components of one pipeline must share: they decide shapes, latents, or what is predicted."""
-HOW_TRAINED = {
+"""Settings that all components of a pipeline share: they determine shapes, latents, or the prediction target."""
+PER_COMPONENT_SETTINGS = {
     "autoencoder": ("kl_weight", "precision", "batch_size", "max_steps", "learning_rate"),
     "lips": ("liplet_steps", "liplet_batch_size", "liplet_learning_rate"),
     "network": ("dropout", "gradient_checkpointing"),
 }
-"""Settings inside those that do not bind: how long, and how, a component was trained."""
+"""Exceptions within SHARED_SETTINGS: they affect only how a component is trained, so components may differ."""
 
 
-def weights_folder(given: Path) -> Path:
-    """The folder that `--weights` means: `toy` is the packaged pipeline, unless there is a folder of that name."""
-    return TOY_WEIGHTS if given == Path("toy") and not given.exists() else given
+def weights_folder(option: Path) -> Path:
+    """The folder for a value of `--weights`: `toy` is the packaged pipeline unless a folder of that name exists."""
+    return TOY_WEIGHTS if option == Path("toy") and not option.exists() else option
 
 
-def _digest(path: Path) -> str:
+def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest. Raises TccpError if there is none, or it is damaged or of another format."""
+    """Reads the manifest. Raises TccpError if it is missing, unreadable, damaged or of another format."""
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -86,12 +86,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         found = manifest.get("format") if isinstance(manifest, dict) else None
         raise TccpError(f"{path} is of pipeline format {found}; this version reads {FORMAT}: export the weights again")
     components = manifest.get("components")
-    if not isinstance(manifest.get("settings"), dict) or not _are_components(components):
-        raise TccpError(f"{path} is damaged (settings or components are not as written): copy the folder again")
+    if not isinstance(manifest.get("settings"), dict) or not _valid_components(components):
+        raise TccpError(f"{path} is damaged (settings or components are malformed): copy the folder again")
     return manifest
 
 
-def _are_components(components: object) -> bool:
+def _valid_components(components: object) -> bool:
     return isinstance(components, dict) and all(
         isinstance(component, dict)
         and isinstance(component.get("files"), dict)
@@ -101,7 +101,7 @@ def _are_components(components: object) -> bool:
 
 
 def read_settings(folder: Path) -> Settings:
-    """The settings of a pipeline. Raises TccpError that names the manifest."""
+    """Reads the settings of a pipeline. Raises TccpError, which names the manifest, if they are invalid."""
     try:
         return settings_from_json(json.dumps(read_manifest(folder)["settings"]))
     except TccpError as error:
@@ -110,30 +110,33 @@ def read_settings(folder: Path) -> Settings:
         raise TccpError(f"{folder / MANIFEST}: {error}; copy the folder again") from None
 
 
-def _shaping(settings: Settings) -> dict[str, Any]:
-    """Of variants' own settings, too, those that shape: how long one is trained does not bind the others."""
-    values = {name: json.loads(settings.model_dump_json(include={name}))[name] for name in SHAPING}
-    for name, keys in HOW_TRAINED.items():
+def _shared_settings(settings: Settings) -> dict[str, Any]:
+    """The values of SHARED_SETTINGS, without PER_COMPONENT_SETTINGS; `variant_overrides` is filtered alike."""
+    values = {name: json.loads(settings.model_dump_json(include={name}))[name] for name in SHARED_SETTINGS}
+    for name, keys in PER_COMPONENT_SETTINGS.items():
         for key in keys:
             del values[name][key]
     values["variant_overrides"] = {
-        variant: shaping
+        variant: shared
         for variant, overrides in values["variant_overrides"].items()
-        if (shaping := {key: value for key, value in overrides.items() if _shapes(*key.split(".", 1))})
+        if (shared := {key: value for key, value in overrides.items() if _is_shared(*key.split(".", 1))})
     }
     return values
 
 
-def _shapes(name: str, key: str = "") -> bool:
-    return name in SHAPING and key not in HOW_TRAINED.get(name, ())
+def _is_shared(name: str, key: str = "") -> bool:
+    return name in SHARED_SETTINGS and key not in PER_COMPONENT_SETTINGS.get(name, ())
 
 
 def check_settings(folder: Path, settings: Settings) -> None:
-    """Raises TccpError that names the first setting in which a pipeline that exists differs from `settings`."""
+    """Raises TccpError if an existing pipeline has other shared settings; it names the first that differs.
+
+    Does nothing if `folder` holds no pipeline.
+    """
     if not (folder / MANIFEST).exists():
         return
-    stored = _shaping(read_settings(folder))
-    for name, value in _shaping(settings).items():
+    stored = _shared_settings(read_settings(folder))
+    for name, value in _shared_settings(settings).items():
         if stored[name] != value:
             key, there, here = _first_difference(name, stored[name], value)
             raise TccpError(
@@ -150,8 +153,8 @@ def _first_difference(name: str, there: Any, here: Any) -> tuple[str, Any, Any]:
     return name, there, here
 
 
-def _forget_origin(config: Path) -> None:
-    """diffusers notes from which folder a network was loaded: a path that means nothing elsewhere."""
+def _remove_origin(config: Path) -> None:
+    """Removes the path from which diffusers loaded the network, which is meaningless on other machines."""
     values = json.loads(config.read_text())
     if values.pop("_name_or_path", None) is not None:
         config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
@@ -164,9 +167,10 @@ def save_component(
     write: Callable[[Path], object],
     provenance: Mapping[str, Any],
 ) -> None:
-    """Adds or replaces one component: written aside, renamed, and then entered in the manifest.
+    """Adds or replaces one component. Writes it to a temporary folder, renames that, then updates the manifest.
 
-    Raises TccpError if the folder holds weights of other settings or cannot be written.
+    write: writes the component's files into the folder it is given.
+    Raises TccpError if the pipeline has other shared settings or the folder cannot be written.
     """
     check_settings(folder, settings)
     try:
@@ -177,14 +181,14 @@ def save_component(
     try:
         write(temporary)
         for config in temporary.rglob("config.json"):
-            _forget_origin(config)
+            _remove_origin(config)
         files = {
-            str(path.relative_to(temporary)): _digest(path) for path in sorted(temporary.rglob("*")) if path.is_file()
+            str(path.relative_to(temporary)): _sha256(path) for path in sorted(temporary.rglob("*")) if path.is_file()
         }
         final = folder / name
         if final.exists():
             shutil.rmtree(final)
-        for path in (temporary, *temporary.rglob("*")):  # safetensors keeps its files to their owner
+        for path in (temporary, *temporary.rglob("*")):  # safetensors makes its files readable only by the owner
             path.chmod(0o755 if path.is_dir() else 0o644)
         os.replace(temporary, final)
     finally:
@@ -207,18 +211,18 @@ def export(
     sampling: Sequence[str] = (),
     **provenance: Any,
 ) -> tuple[str, ...]:
-    """Copies components of a pipeline to another folder, to be passed on, and returns their names.
+    """Copies components of a pipeline to another folder for distribution, and returns their names.
 
-    names: by default those that generate in two stages. half: weights are stored in half precision, half the size;
-    loading gives single precision again. sampling: `key=value` settings of sampling that the copy is to have, for all
-    networks or (`variant_overrides.NAME.sampling...`) for one. `provenance` is added to each component's.
-    Raises TccpError if a component is missing or damaged, for settings that training has decided, or if `out` holds
-    weights of other settings.
+    names: by default all components of two-stage generation. half: store weights in half precision, which halves the
+    size; loading converts them to single precision. sampling: `key=value` sampling settings for the copy, for all
+    networks (`sampling...`) or one (`variant_overrides.NAME.sampling...`). provenance: added to that of each component.
+    Raises TccpError if a component is missing or damaged, if `sampling` changes any other setting, or if `out` has
+    other shared settings.
     """
     for item in sampling:
         if not re.match(r"(variant_overrides\.\w+\.)?sampling\.", item):
             raise TccpError(
-                f"--set {item}: the networks were trained with the other settings; sampling.* can be changed"
+                f"--set {item}: only sampling.* can be changed, because training has fixed the other settings"
             )
     settings = changed(read_settings(folder), sampling)
     if names is None:
@@ -237,16 +241,16 @@ def export(
                 save_file(tensors, path, metadata={"format": "pt"})
 
         record = dict(components[name]["provenance"])
-        commit = record.pop("git_commit", None)  # of the training, not of this copy
+        commit = record.pop("git_commit", None)  # the commit that trained the component, not the one that copies it
         precision = {"precision": "fp16"} if half else {}
         save_component(out, name, settings, write, {**record, "git_commit": commit, **precision, **provenance})
     return names
 
 
 def write_untrained(folder: Path, settings: Settings, variants: Iterable[VariantName] = tuple(VARIANTS)) -> None:
-    """A complete pipeline folder of random networks, the same for the same seed: to test and to measure with.
+    """Writes a complete pipeline folder of random networks, for tests and benchmarks. Deterministic for a seed.
 
-    Their control branches are open, so that control is felt.
+    The control branches' zero convolutions get random weights, so that the control input has an effect.
     """
     torch.manual_seed(settings.seed)
     autoencoder = PictureAutoencoder.from_settings(settings.autoencoder)
@@ -263,8 +267,8 @@ def write_untrained(folder: Path, settings: Settings, variants: Iterable[Variant
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time: components of one pipeline may be trained side by side."""
-    handle = os.open(folder, os.O_RDONLY)  # the folder itself is locked: no file is left in it
+    """Lets one process at a time update the manifest, because components may be trained in parallel."""
+    handle = os.open(folder, os.O_RDONLY)  # locks the folder itself, which leaves no lock file behind
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
@@ -273,7 +277,10 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def verified(folder: Path, name: str) -> Path:
-    """The component's folder, every file checked against the manifest. Raises TccpError naming file and reason."""
+    """Checks every file of a component against the manifest, and returns the component's folder.
+
+    Raises TccpError, which names the file and the reason, if a file is missing or differs.
+    """
     manifest = read_manifest(folder)
     if name not in manifest["components"]:
         have = ", ".join(manifest["components"]) or "nothing"
@@ -281,34 +288,36 @@ def verified(folder: Path, name: str) -> Path:
     for relative, digest in manifest["components"][name]["files"].items():
         path = folder / name / relative
         if not path.is_file():
-            raise TccpError(f"{path} is missing: the pipeline folder is incomplete, copy it again or train {name} anew")
-        if _digest(path) != digest:
+            raise TccpError(f"{path} is missing: the pipeline folder is incomplete, copy it again or retrain {name}")
+        if _sha256(path) != digest:
             raise TccpError(
-                f"{path} is not the file of the manifest (its SHA-256 differs): copy it again or train {name} anew"
+                f"{path} is not the file of the manifest (its SHA-256 differs): copy it again or retrain {name}"
             )
     return folder / name
 
 
 def has_component(folder: Path, name: str) -> bool:
+    """Whether the manifest lists the component. Raises TccpError if the manifest is damaged."""
     return (folder / MANIFEST).exists() and name in read_manifest(folder)["components"]
 
 
 def load_network(
     folder: Path, name: VariantName, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> MVControlNet:
+    """Loads a network in evaluation mode. Raises TccpError if its files are missing, differ or cannot be loaded."""
     path = verified(folder, name)
     try:
         network = MVControlNet.from_pretrained(
             path, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False, torch_dtype=dtype
         )
         return network.to(device).eval()
-    except Exception as error:  # diffusers and safetensors raise many kinds for a broken folder
+    except Exception as error:  # diffusers and safetensors raise many types of error
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise TccpError(f"{path} cannot be loaded ({reason}): copy it again or train {name} anew") from None
+        raise TccpError(f"{path} cannot be loaded ({reason}): copy it again or retrain {name}") from None
 
 
 def same_component(a: Path, b: Path, name: str) -> bool:
-    """Whether two pipelines hold the same component, in whatever precision it is stored. Raises as `verified`."""
+    """Whether two pipelines hold equal components, compared in half precision. Raises TccpError as `verified`."""
     folders = [verified(folder, name) for folder in (a, b)]
     files = [{path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()} for folder in folders]
     return files[0].keys() == files[1].keys() and all(_same_file(files[0][key], files[1][key]) for key in files[0])
@@ -324,13 +333,13 @@ def _same_file(a: Path, b: Path) -> bool:
 
 
 def check_network(folder: Path, settings: Settings, name: VariantName, network: MVControlNet) -> None:
-    """Raises TccpError if the network is not the one that the pipeline's settings describe."""
+    """Raises TccpError if the network's configuration differs from the one that the pipeline's settings give."""
     with torch.device("meta"):
-        described = MVControlNet.from_settings(settings, name).config
-    for key, value in described.items():
+        expected = MVControlNet.from_settings(settings, name).config
+    for key, value in expected.items():
         found = network.config[key]
         if not key.startswith("_") and json.dumps(found) != json.dumps(value):
             raise TccpError(
-                f"{folder / name / 'config.json'}: {key} is {found} there and {value} by the settings in "
-                f"{folder / MANIFEST}: copy the folder again or train {name} anew"
+                f"{folder / name / 'config.json'}: {key} is {found}, but the settings in "
+                f"{folder / MANIFEST} give {value}: copy the folder again or retrain {name}"
             )

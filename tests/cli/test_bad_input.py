@@ -411,7 +411,7 @@ DAMAGE: dict[str, Callable[[Path], str]] = {
     "no settings": _manifest(lambda m: m.pop("settings"), "is damaged"),
     "no components": _manifest(lambda m: m.update(components=[]), "is damaged"),
     "unknown setting": _manifest(lambda m: m["settings"].update(speed=1), "speed"),
-    "other window": _manifest(lambda m: m["settings"].update(window=8), "num_frames is 4 there and 8"),
+    "other window": _manifest(lambda m: m["settings"].update(window=8), "num_frames is 4, but the settings in"),
     "other digest": _manifest(lambda m: m["components"]["lips"]["files"].update({"config.json": "0"}), "SHA-256"),
     "no component": _manifest(lambda m: m["components"].pop("face_first"), "has no face_first"),
     "missing": _missing,

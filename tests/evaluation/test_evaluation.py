@@ -18,13 +18,13 @@ from sklearn.dummy import DummyRegressor
 from tccp import headbox
 from tccp.config import FPS, Settings, VariantName, override
 from tccp.errors import TccpError
-from tccp.evaluation import benchmark_clips as of
+from tccp.evaluation import benchmark_clips
 from tccp.evaluation.benchmark_clips import EvaluationClip, clip_seeds, counterfactual_seeds, in_mid_speech, make_clip
 from tccp.evaluation.face_probe import FaceProbe
 from tccp.evaluation.figures import CLIP_FIGURES
-from tccp.evaluation.methods import ROWS, Models, Shard, audio_shuffled, one_stage, per_frame, two_stage_generated
+from tccp.evaluation.methods import METHODS, Models, Shard, audio_shuffled, one_stage, per_frame, two_stage_generated
 from tccp.evaluation.predictors import CUES, cue_features, cue_figures, mean_face
-from tccp.evaluation.runner import QUICK, Extent, Found, evaluate_roundtable
+from tccp.evaluation.runner import QUICK, Extent, Measurements, evaluate_roundtable
 from tccp.evaluation.score_table import (
     COMPARED,
     FIGURE_NAMES,
@@ -39,11 +39,11 @@ from tccp.evaluation.score_table import (
     summarise,
     text_table,
 )
-from tccp.evaluation.sheet import chosen, draw_sheet, sheet_clip
+from tccp.evaluation.sheet import choose_clips, render_sheet, sheet_clip
 from tccp.evaluation.worker import (
-    HeldOut,
-    Reference,
-    RowOfClip,
+    HeldOutResult,
+    ReferenceResult,
+    RowResult,
     Worker,
     counterfactual_work,
     drift_work,
@@ -123,7 +123,7 @@ def test_the_last_frame_hears_true_sound(clips: tuple[EvaluationClip, ...]) -> N
 def test_what_happens_in_a_clip_happens_while_it_is_looked_at() -> None:
     kinds = set()
     for seed in clip_seeds("held_out", 16):
-        clip = synthesise(seed, (of.HELD_OUT_FRAMES + 5) / FPS)
+        clip = synthesise(seed, (benchmark_clips.HELD_OUT_FRAMES + 5) / FPS)
         kinds.add(clip.kind)
         assert all(0.3 < at_s < 1.2 for at_s in clip.event_s)
         assert len(clip.event_s) == (0 if clip.kind == "still" else 1)
@@ -198,35 +198,35 @@ def test_rows_are_what_generate_makes(
         generator = Generator(pipeline, sound, clip.identity, clip.truth.seed, one_stage=row == "one_stage")
         generated = list(generator.frames(frames))
     both = Shard(models, (clips[0], heard))
-    shown = both.shown(ROWS[row].make(both))[1]
-    assert shown.faces is not None and shown.scenes is not None
+    output = both.outputs(METHODS[row].make(both))[1]
+    assert output.faces is not None and output.scenes is not None
     for i, frame in enumerate(generated):
         assert frame.face is not None
-        assert np.abs(shown.faces[i].astype(int) - frame.face).max() <= 1
-        assert np.abs(shown.scenes[i].astype(int) - frame.picture).max() <= 2
+        assert np.abs(output.faces[i].astype(int) - frame.face).max() <= 1
+        assert np.abs(output.scenes[i].astype(int) - frame.picture).max() <= 2
     if row == "one_stage":
-        assert shown.points is None
+        assert output.points is None
     else:
-        assert shown.points is not None
-        for points, frame in zip(shown.points, generated, strict=True):
+        assert output.points is not None
+        for points, frame in zip(output.points, generated, strict=True):
             assert np.isnan(points).all() or np.allclose(points, frame.points, atol=0.02)
 
 
 def test_truth_is_the_ceiling(shard: Shard) -> None:
-    for clip, shown in zip(shard.clips, shard.truth(), strict=True):
-        assert shown.points is not None
-        assert np.abs(shown.points - clip.points).mean() < 0.02
-        assert np.array_equal(shown.faces, clip.faces)  # type: ignore[arg-type]
-        assert np.array_equal(shown.scenes, clip.scenes)  # type: ignore[arg-type]
+    for clip, output in zip(shard.clips, shard.true_outputs(), strict=True):
+        assert output.points is not None
+        assert np.abs(output.points - clip.points).mean() < 0.02
+        assert np.array_equal(output.faces, clip.faces)  # type: ignore[arg-type]
+        assert np.array_equal(output.scenes, clip.scenes)  # type: ignore[arg-type]
 
 
 def test_the_sound_of_another_clip_is_all_that_is_shuffled(models: Models, clips: tuple[EvaluationClip, ...]) -> None:
     a, b = clips
     alike = Shard(models, (a, dataclasses.replace(b, audio=a.audio, mel=a.mel)))
-    for ours, shuffled in zip(two_stage_generated(alike).faces, audio_shuffled(alike).faces, strict=True):
+    for ours, shuffled in zip(two_stage_generated(alike).face_latents, audio_shuffled(alike).face_latents, strict=True):
         assert torch.equal(ours, shuffled)
     apart = Shard(models, clips)
-    assert not torch.equal(two_stage_generated(apart).faces[0], audio_shuffled(apart).faces[0])
+    assert not torch.equal(two_stage_generated(apart).face_latents[0], audio_shuffled(apart).face_latents[0])
 
 
 def test_the_blind_row_does_not_depend_on_the_scene(models: Models, clips: tuple[EvaluationClip, ...]) -> None:
@@ -239,11 +239,11 @@ def test_the_blind_row_does_not_depend_on_the_scene(models: Models, clips: tuple
 
 
 def test_per_frame_begins_as_the_chain_does(shard: Shard) -> None:
-    ours, alone = two_stage_generated(shard).faces, per_frame(shard).faces
+    ours, alone = two_stage_generated(shard).face_latents, per_frame(shard).face_latents
     for chained, frames in zip(ours, alone, strict=True):
         torch.testing.assert_close(chained[:, 0], frames[:, 0], rtol=0, atol=1e-4)
         assert not torch.equal(chained[:, 1], frames[:, 1])
-    assert one_stage(shard).marks is None
+    assert one_stage(shard).landmark_latents is None
 
 
 def test_only_frames_that_are_asked_for_are_read(shard: Shard) -> None:
@@ -378,7 +378,7 @@ def test_targets() -> None:
 def test_every_figure_of_a_clip_is_in_the_table() -> None:
     assert set(CLIP_FIGURES) <= set(FIGURE_NAMES)
     assert len(set(FIGURE_NAMES)) == len(FIGURE_NAMES)
-    assert set(ROWS) <= set(ROW_NAMES)
+    assert set(METHODS) <= set(ROW_NAMES)
     assert set(COMPARED) <= set(ROW_NAMES)
 
 
@@ -389,9 +389,9 @@ def test_the_person_is_looked_for_among_sixteen() -> None:
     held_out = []
     for k in range(3):
         shown = {"right": people[[k] * 3], "next": people[[(k + 1) % 3] * 3]}
-        rows = {row: RowOfClip({}, identity, features) for row, identity in shown.items()}
-        held_out.append(HeldOut(rows, people[k]))
-    found = Found(held_out, [Reference(people[3 + k], features) for k in range(3)], [], [])
+        rows = {row: RowResult({}, identity, features) for row, identity in shown.items()}
+        held_out.append(HeldOutResult(rows, people[k]))
+    found = Measurements(held_out, [ReferenceResult(people[3 + k], features) for k in range(3)], [], [])
     samples = found.samples()
     assert samples["right"]["identity_top1"].tolist() == [1, 1, 1]
     assert samples["next"]["identity_top1"].tolist() == [0, 0, 0]
@@ -402,11 +402,11 @@ def test_the_person_is_looked_for_among_sixteen() -> None:
 
 
 def test_the_sheet_shows_five_clips(shard: Shard) -> None:
-    assert chosen(128) == [0, 32, 64, 95, 127]
-    assert chosen(3) == [0, 1, 2]
-    truth, figures = shard.truth(), dict.fromkeys(CLIP_FIGURES, 0.5)
+    assert choose_clips(128) == [0, 32, 64, 95, 127]
+    assert choose_clips(3) == [0, 1, 2]
+    truth, figures = shard.true_outputs(), dict.fromkeys(CLIP_FIGURES, 0.5)
     parts = [sheet_clip(k, clip, truth[k], clip.faces, figures) for k, clip in enumerate(shard.clips)]
-    one, two = draw_sheet(parts[:1]), draw_sheet(parts)
+    one, two = render_sheet(parts[:1]), render_sheet(parts)
     assert np.array_equal(two[: len(one)], one)
     assert len(two) == 2 * len(one)
     assert one.std() > 20

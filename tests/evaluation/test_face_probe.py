@@ -16,11 +16,11 @@ from tccp.evaluation.face_probe import (
     FaceProbe,
     FaceSamples,
     augment,
-    draw_samples,
     embed_identity,
     load_probe,
     probe_loss,
     read_faces,
+    render_samples,
     save_probe,
     top1,
     train_probe,
@@ -52,7 +52,7 @@ def probe() -> FaceProbe:
 
 @pytest.fixture(scope="module")
 def samples() -> FaceSamples:
-    return draw_samples(6, 4, UNSEEN_SEED)
+    return render_samples(6, 4, UNSEEN_SEED)
 
 
 # -- what the packaged probe reads ------------------------------------------------------------------------------------
@@ -138,7 +138,7 @@ def test_what_is_saved_is_loaded(tmp_path):
 
 
 def test_a_file_that_is_missing_or_no_probe_is_refused_by_name(tmp_path):
-    with pytest.raises(TccpError, match=r"no probe at .*p\.safetensors.*python -m tccp\.evaluation\.probe"):
+    with pytest.raises(TccpError, match=r"no probe at .*p\.safetensors.*python -m tccp\.evaluation\.train_face_probe"):
         load_probe(tmp_path / "p.safetensors")
     (tmp_path / "q.safetensors").write_bytes(b"not weights")
     with pytest.raises(TccpError, match=r"q\.safetensors is no probe"):
@@ -170,7 +170,7 @@ def test_samples_carry_their_truth_and_their_margin(samples):
     assert likeness[frame] < 4
     truth = clip.mouth_opening[frame], clip.mouth_width[frame], clip.yaw_deg[frame] / 45
     np.testing.assert_allclose(samples.pose[0, 1], truth, atol=0.15)
-    again = draw_samples(1, 4, UNSEEN_SEED)
+    again = render_samples(1, 4, UNSEEN_SEED)
     assert np.array_equal(again.faces[0], samples.faces[0])
     assert not np.array_equal(samples.identities[0], samples.identities[1])
 

@@ -14,7 +14,7 @@ from tccp.evaluation.benchmark_clips import EvaluationClip, make_clip
 from tccp.evaluation.face_probe import FaceReading
 from tccp.evaluation.figures import (
     CLIP_FIGURES,
-    Shown,
+    ClipOutput,
     best_lag,
     blinks_per_s,
     border_step,
@@ -39,7 +39,7 @@ FRAMES = 80
 
 @pytest.fixture(scope="module")
 def clip() -> EvaluationClip:
-    """The addressee changes in it, so the head turns far; he speaks in its windows 1 and 10."""
+    """The addressee changes in it, so the head turns far; the talker speaks in its windows 1 and 10."""
     return make_clip(44, FRAMES, SETTINGS)
 
 
@@ -57,17 +57,17 @@ def reading_of(clip: EvaluationClip, identity: np.ndarray | None = None) -> Face
     return FaceReading(truth.mouth_opening, truth.mouth_width, truth.yaw_deg, identity, np.zeros((f, 3), np.float32))
 
 
-def shown_of(clip: EvaluationClip) -> Shown:
-    return Shown(clip.points, clip.faces, reading_of(clip), clip.scenes)
+def output_of(clip: EvaluationClip) -> ClipOutput:
+    return ClipOutput(clip.points, clip.faces, reading_of(clip), clip.scenes)
 
 
-def frozen(shown: Shown) -> Shown:
+def frozen(output: ClipOutput) -> ClipOutput:
     """The first frame throughout."""
-    first = shown.reading
+    first = output.reading
     assert first is not None
     still = FaceReading(*(np.repeat(part[:1], len(part), axis=0) for part in vars(first).values()))
-    hold = {name: np.repeat(part[:1], len(part), axis=0) for name, part in vars(shown).items() if name != "reading"}
-    return Shown(reading=still, **hold)
+    hold = {name: np.repeat(part[:1], len(part), axis=0) for name, part in vars(output).items() if name != "reading"}
+    return ClipOutput(reading=still, **hold)
 
 
 def late(values: np.ndarray, frames: int) -> np.ndarray:
@@ -82,7 +82,7 @@ def level(value: float, frames: int = 20, side: int = 8) -> np.ndarray:
 
 
 def test_truth_is_perfect_in_every_figure(clip, other):
-    truth = shown_of(clip)
+    truth = output_of(clip)
     figures = clip_figures(clip, truth, truth, other)
     assert tuple(figures) == CLIP_FIGURES
     for name in ("mouth_corr_landmarks", "width_corr_landmarks"):
@@ -103,7 +103,7 @@ def test_truth_is_perfect_in_every_figure(clip, other):
 
 
 def test_a_frozen_picture_wins_nothing_that_moves(clip, other):
-    truth = shown_of(clip)
+    truth = output_of(clip)
     figures = clip_figures(clip, frozen(truth), truth, other)
     for of in ("landmarks", "face"):
         assert figures[f"mouth_corr_{of}"] == figures[f"width_corr_{of}"] == 0
@@ -123,8 +123,8 @@ def test_a_frozen_picture_wins_nothing_that_moves(clip, other):
 
 
 def test_another_clip_correlates_with_its_own_sound_and_not_with_this_one(clip, other):
-    """Shown is the other clip: its own truth is what the wrong-clip control then finds."""
-    swapped = clip_figures(clip, shown_of(other), shown_of(clip), other)
+    """The output is the other clip, so the wrong-clip control finds a correlation of 1."""
+    swapped = clip_figures(clip, output_of(other), output_of(clip), other)
     for of, ending in (("landmarks", ""), ("face", "_face")):
         assert abs(swapped[f"mouth_corr_{of}"]) < 0.35
         assert swapped[f"wrong_clip_corr{ending}"] > 0.99
@@ -134,26 +134,26 @@ def test_another_clip_correlates_with_its_own_sound_and_not_with_this_one(clip, 
 
 
 def test_a_film_two_frames_late_is_found_two_frames_late(clip, other):
-    truth = shown_of(clip)
+    truth = output_of(clip)
     assert truth.reading is not None
     moved = FaceReading(*(late(part, 2) for part in vars(truth.reading).values()))
-    figures = clip_figures(clip, Shown(late(clip.points, 2), late(clip.faces, 2), moved), truth, other)
+    figures = clip_figures(clip, ClipOutput(late(clip.points, 2), late(clip.faces, 2), moved), truth, other)
     assert figures["lag_frames"] == figures["lag_frames_face"] == 2
     assert 0 < figures["mouth_corr_face"] < 0.9
 
 
 def test_half_the_mouth_has_half_the_amplitude(clip, other):
     reading = replace(reading_of(clip), opening=(0.5 * clip.truth.mouth_opening).astype(np.float32))
-    figures = clip_figures(clip, Shown(reading=reading), shown_of(clip), other)
+    figures = clip_figures(clip, ClipOutput(reading=reading), output_of(clip), other)
     assert figures["amplitude_ratio_face"] == pytest.approx(0.5, abs=1e-5)
     assert figures["mouth_corr_face"] == pytest.approx(1)
 
 
 def test_what_is_not_shown_has_no_figure(clip, other):
-    truth = shown_of(clip)
-    nothing = clip_figures(clip, Shown(), truth, other)
+    truth = output_of(clip)
+    nothing = clip_figures(clip, ClipOutput(), truth, other)
     assert np.isnan(list(nothing.values())).all()
-    landmarks = clip_figures(clip, Shown(points=clip.points), truth, other)
+    landmarks = clip_figures(clip, ClipOutput(points=clip.points), truth, other)
     of_faces = {name for name in CLIP_FIGURES if name.endswith("_face")} | {
         "psnr", "ssim", "seam", "consistency_gap", "flicker_gap",
     }  # fmt: skip
@@ -161,17 +161,17 @@ def test_what_is_not_shown_has_no_figure(clip, other):
 
 
 def test_landmarks_that_could_not_be_read_count_as_saying_nothing(clip, other):
-    truth = shown_of(clip)
+    truth = output_of(clip)
     lost = clip.points.copy()
     lost[::2] = np.nan
-    figures = clip_figures(clip, Shown(points=lost), truth, other)
+    figures = clip_figures(clip, ClipOutput(points=lost), truth, other)
     assert figures["unread_landmarks"] == 0.5
     assert figures["landmark_nme"] == 0
     assert 0.3 < figures["mouth_corr_landmarks"] < 0.9
-    true_yaw = np.abs(clip_figures(clip, Shown(np.full_like(lost, np.nan)), truth, other)["yaw_mae_deg_landmarks"])
+    true_yaw = np.abs(clip_figures(clip, ClipOutput(np.full_like(lost, np.nan)), truth, other)["yaw_mae_deg_landmarks"])
     assert figures["yaw_mae_deg_landmarks"] == pytest.approx(true_yaw / 2, rel=0.1)
     assert figures["side_accuracy"] == pytest.approx(0.5, abs=0.1)
-    blank = clip_figures(clip, Shown(np.full_like(lost, np.nan)), truth, other)
+    blank = clip_figures(clip, ClipOutput(np.full_like(lost, np.nan)), truth, other)
     assert (blank["mouth_corr_landmarks"], blank["side_accuracy"], blank["unread_landmarks"]) == (0, 0, 1)
     assert np.isnan(blank["landmark_nme"])
 
@@ -180,7 +180,7 @@ def test_landmark_error_is_in_units_of_the_eye_distance(clip, other):
     off = head_pose(clip.points).scale[:, None].astype(np.float32) * 0.1
     moved = clip.points.copy()
     moved[..., 0] += off
-    figures = clip_figures(clip, Shown(points=moved), shown_of(clip), other)
+    figures = clip_figures(clip, ClipOutput(points=moved), output_of(clip), other)
     assert figures["landmark_nme"] == pytest.approx(0.1, rel=1e-4)
     assert figures["yaw_mae_deg_landmarks"] == pytest.approx(0, abs=0.01)
 
@@ -266,7 +266,7 @@ def test_a_pasted_patch_has_a_seam(clip, other):
     pasted = clip.scenes.copy()
     for scene, box in zip(pasted, clip.truth.head_box.astype(int), strict=True):
         scene[box[1] : box[3], box[0] : box[2]] = 255
-    assert clip_figures(clip, Shown(scenes=pasted), shown_of(clip), other)["seam"] > 2
+    assert clip_figures(clip, ClipOutput(scenes=pasted), output_of(clip), other)["seam"] > 2
 
 
 def test_flicker_is_what_is_neither_still_nor_steady():
@@ -282,7 +282,7 @@ def test_flicker_is_what_is_neither_still_nor_steady():
 
 def test_twice_the_flicker_is_as_wrong_as_none(clip, other):
     double = np.clip(clip.faces.astype(int) * 2 - clip.faces.mean(0), 0, 255).astype(np.uint8)
-    gap = clip_figures(clip, Shown(faces=double), shown_of(clip), other)["flicker_gap"]
+    gap = clip_figures(clip, ClipOutput(faces=double), output_of(clip), other)["flicker_gap"]
     assert gap > 0.5
 
 
@@ -308,7 +308,7 @@ def test_frechet_distance_against_the_matrix_root():
 
 
 def test_truth_does_not_drift(clip):
-    drift = drift_figures(clip, shown_of(clip), shown_of(clip), at=(10, 50))
+    drift = drift_figures(clip, output_of(clip), output_of(clip), later=(10, 50))
     for name in ("drift_10", "drift_10_yaw_deg", "drift_10_yaw_deg_face", "drift_10_colour"):
         assert drift.figures[name] == pytest.approx(0, abs=1e-6), name
         assert np.isnan(drift.figures[name.replace("10", "50")]), "a clip of 80 frames has no window 50"
@@ -326,8 +326,8 @@ def test_what_gets_worse_is_measured_in_its_own_unit(clip):
     faces = np.clip(grey.faces + brighter, 0, 255).astype(np.uint8)
     yaw = truth.yaw_deg + np.where(np.arange(FRAMES) < 40, 2, 9).astype(np.float32)
     opening = np.where(np.arange(FRAMES) < 40, truth.mouth_opening, 1 - truth.mouth_opening).astype(np.float32)
-    shown = Shown(faces=faces, reading=replace(reading_of(clip), yaw_deg=yaw, opening=opening))
-    drift = drift_figures(grey, shown, Shown(faces=grey.faces), at=(10,))
+    output = ClipOutput(faces=faces, reading=replace(reading_of(clip), yaw_deg=yaw, opening=opening))
+    drift = drift_figures(grey, output, ClipOutput(faces=grey.faces), later=(10,))
     first, last = faces[1:8].astype(float) - 100, faces[64:71].astype(float) - 100
     assert drift.figures["drift_10"] == pytest.approx(10 * np.log10((last**2).mean() / (first**2).mean()))
     assert drift.figures["drift_10_colour"] == pytest.approx((last.mean() - first.mean()) / 2.55)
@@ -336,12 +336,12 @@ def test_what_gets_worse_is_measured_in_its_own_unit(clip):
     assert drift.mouth[10].shape == (2, 2, 0)
     assert corr_loss([drift.mouth_face[10]]) == pytest.approx(2)
     # Truth that brightens alike has no drift of colour.
-    alike = drift_figures(grey, shown, Shown(faces=faces), at=(10,))
+    alike = drift_figures(grey, output, ClipOutput(faces=faces), later=(10,))
     assert alike.figures["drift_10_colour"] == 0
 
 
 def test_windows_have_the_frames_that_each_adds(clip):
-    drift = drift_figures(clip, shown_of(clip), shown_of(clip), window=4, at=(2,))
+    drift = drift_figures(clip, output_of(clip), output_of(clip), window=4, later=(2,))
     np.testing.assert_allclose(drift.mouth_face[2][:, 1], clip.truth.mouth_opening[[range(1, 4), range(4, 7)]])
 
 

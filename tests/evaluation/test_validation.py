@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from tccp.evaluation.validation import EVERY, FILM, FRAMES, validate_network, validation_clips, with_network
+from tccp.evaluation.validation import FRAME_STEP, FRAMES, SAMPLE_FILM, validate_network, validation_clips, with_network
 from tccp.inference.pipeline_folder import load_network
 from tccp.models.variants import FIRST_OF, TWO_STAGE
 
@@ -21,8 +21,8 @@ def test_a_network_is_measured_alike_every_time_and_shown(weights: Path, tmp_pat
     figures = validate_network(pipeline, name, clips, tmp_path)
     assert "score" in figures
     assert figures == validate_network(pipeline, name, validation_clips(tiny.SETTINGS, 1))
-    film = tiny.pictures(tmp_path / FILM)
-    frames = FRAMES if name in FIRST_OF else len(range(0, FRAMES, EVERY))
+    film = tiny.pictures(tmp_path / SAMPLE_FILM)
+    frames = FRAMES if name in FIRST_OF else len(range(0, FRAMES, FRAME_STEP))
     assert film.shape == (frames, tiny.SETTINGS.picture_px, 2 * tiny.SETTINGS.picture_px, 3)
 
 
