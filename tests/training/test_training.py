@@ -26,7 +26,7 @@ from tccp.seeds import rng_seed
 from tccp.training import precision as precision_module
 from tccp.training.engine import TorchEngine, learning_rate_factor
 from tccp.training.fit_autoencoder import fit_latent_statistics, train_autoencoder
-from tccp.training.fit_variant import VariantLoss, _DrawsAhead, draw, train_variant
+from tccp.training.fit_variant import VariantLoss, _NoisePrefetch, sample_noise, train_variant
 from tccp.training.latent_cache import LatentCache
 from tccp.training.lip_folds import open_lip_sources, train_liplets
 from tccp.training.loop import NonFiniteLoss, fit
@@ -158,7 +158,8 @@ def test_a_blind_network_is_shown_no_scene_and_the_others_their_control(cache):
 def test_a_shift_of_time_steps_trains_more_on_noisy_ones(cache):
     planned = [PlannedWindow(epoch, WindowId(cache.table.ids[0], 0)) for epoch in range(400)]
     plain, shifted = (
-        draw(planned, (1, 1, 1, 1), small(**{"training.timestep_shift": shift}), 1000).t.double() for shift in (1, 3)
+        sample_noise(planned, (1, 1, 1, 1), small(**{"training.timestep_shift": shift}), 1000).t.double()
+        for shift in (1, 3)
     )
     assert abs(plain.mean() - 500) < 45
     assert torch.equal(shifted, (3000 * (u := (plain + 0.5) / 1000) / (1 + 2 * u)).floor())
@@ -224,9 +225,9 @@ def test_every_random_number_of_a_window_comes_from_seed_id_and_epoch(cache):
     settings = small()
     a, b = WindowId(cache.table.ids[0], 3), WindowId(cache.table.ids[1], 0)
     shape = (4, 4, 4, 4)
-    together = draw([PlannedWindow(0, a), PlannedWindow(0, b)], shape, settings, 1000)
-    alone = draw([PlannedWindow(0, b)], shape, settings, 1000)
-    later = draw([PlannedWindow(1, b)], shape, settings, 1000)
+    together = sample_noise([PlannedWindow(0, a), PlannedWindow(0, b)], shape, settings, 1000)
+    alone = sample_noise([PlannedWindow(0, b)], shape, settings, 1000)
+    later = sample_noise([PlannedWindow(1, b)], shape, settings, 1000)
     assert torch.equal(together.noise[1], alone.noise[0])
     assert together.t[1] == alone.t[0]
     assert not torch.equal(alone.noise, later.noise)
@@ -235,11 +236,11 @@ def test_every_random_number_of_a_window_comes_from_seed_id_and_epoch(cache):
 def test_times_and_dropout_follow_the_settings(cache):
     settings = small(**{"training.condition_dropout": 0.25})
     planned = [PlannedWindow(e, WindowId(cache.table.ids[0], 0)) for e in range(2000)]
-    draws = draw(planned, (1, 1, 1, 1), settings, 1000)
-    assert 0.2 < float(draws.dropped.float().mean()) < 0.3
-    assert 450 < float(draws.t.float().mean()) < 550
-    assert (int(draws.t.min()) < 10, int(draws.t.max()) > 990) == (True, True)
-    assert abs(float(draws.noise.mean())) < 0.1
+    sampled = sample_noise(planned, (1, 1, 1, 1), settings, 1000)
+    assert 0.2 < float(sampled.dropped.float().mean()) < 0.3
+    assert 450 < float(sampled.t.float().mean()) < 550
+    assert (int(sampled.t.min()) < 10, int(sampled.t.max()) > 990) == (True, True)
+    assert abs(float(sampled.noise.mean())) < 0.1
 
 
 OVERFIT = [
@@ -302,16 +303,17 @@ def test_overfit(cache, name):
     assert after < 0.05 * before
 
 
-def test_random_numbers_drawn_ahead_are_those_drawn_at_once():
+def test_prefetched_noise_equals_noise_sampled_directly():
     settings, shape = small(), (4, 4, 4, 4)
     planned = [
         [PlannedWindow(epoch, WindowId("a", epoch)), PlannedWindow(epoch, WindowId("b", 0))] for epoch in range(3)
     ]
-    ahead = _DrawsAhead(settings, 1000)
-    for k, following in ((0, planned[1]), (1, planned[2]), (0, planned[1]), (2, ())):  # the third was foreseen wrongly
-        drawn, plain = ahead.of(planned[k], shape, following), draw(planned[k], shape, settings, 1000)
-        assert all(torch.equal(getattr(drawn, name), getattr(plain, name)) for name in vars(plain))
-        assert (ahead.next is None) == (not following)
+    prefetch = _NoisePrefetch(settings, 1000)
+    # The third call asks for other windows than were prefetched.
+    for k, following in ((0, planned[1]), (1, planned[2]), (0, planned[1]), (2, ())):
+        prefetched, plain = prefetch.get(planned[k], shape, following), sample_noise(planned[k], shape, settings, 1000)
+        assert all(torch.equal(getattr(prefetched, name), getattr(plain, name)) for name in vars(plain))
+        assert (prefetch.next is None) == (not following)
 
 
 def test_frozen_video_branch_is_not_trained(cache):
@@ -340,40 +342,40 @@ def sixteen_windows(cache, mode):
     losses = VariantLoss(MVControlNet.from_settings(settings, "face_sequence"), "face_sequence", settings, here, first)
     planned = [PlannedWindow(epoch, WindowId(c, 2)) for epoch in range(4) for c in cache.table.ids]
     batch = here.batch(planned, VARIANTS["face_sequence"], settings.window)
-    return losses, planned, batch, draw(planned, tuple(batch.latents.shape[1:]), settings, 1000)
+    return losses, planned, batch, sample_noise(planned, tuple(batch.latents.shape[1:]), settings, 1000)
 
 
 @pytest.mark.parametrize("mode", ["generated", "mix", "denoised"])
 def test_initial_frames_can_be_generated(cache, mode):
-    losses, planned, batch, draws = sixteen_windows(cache, mode)
-    initial = losses._initial(batch, draws, planned)
-    again = losses._initial(batch, draws, planned)
+    losses, planned, batch, sampled = sixteen_windows(cache, mode)
+    initial = losses._initial(batch, sampled, planned)
+    again = losses._initial(batch, sampled, planned)
     true = [torch.equal(a, b) for a, b in zip(initial, batch.latents[:, :, 0], strict=True)]
     assert torch.equal(initial, again)
-    assert true == ([False] * 16 if mode == "generated" else (~draws.generated).tolist())
+    assert true == ([False] * 16 if mode == "generated" else (~sampled.generated).tolist())
     assert mode == "generated" or 0 < sum(true) < 16
     assert torch.isfinite(initial).all()
 
 
 def test_a_generated_initial_frame_is_what_the_first_network_makes_by_itself(cache):
-    losses, planned, batch, draws = sixteen_windows(cache, "generated")
+    losses, planned, batch, sampled = sixteen_windows(cache, "generated")
     told = cache.batch(planned[:1], VARIANTS["face_first"], 1)
     sampling = losses.settings.sampling.model_copy(update={"temperature": 0.5})
     epoch, (clip_id, start) = planned[0]
     seed = rng_seed(losses.settings.seed, "initial", clip_id, start, epoch)
     state = start_window(losses.schedule, sampling, told.conditions, told.control[0], None, seed, 4)
     (alone,) = run_windows(losses.first, losses.schedule, [state])
-    torch.testing.assert_close(losses._initial(batch, draws, planned)[0], alone[:, 0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(losses._initial(batch, sampled, planned)[0], alone[:, 0], rtol=1e-4, atol=1e-4)
 
 
 def test_a_denoised_initial_frame_is_the_true_one_at_no_noise_and_knows_nothing_of_it_at_all(cache):
-    losses, planned, batch, draws = sixteen_windows(cache, "denoised")
-    truth, restored = batch.latents[:, :, 0], draws.generated
-    assert 0 < int(draws.initial_t.min()) < 300 < 700 < int(draws.initial_t.max()) < 1000
+    losses, planned, batch, sampled = sixteen_windows(cache, "denoised")
+    truth, restored = batch.latents[:, :, 0], sampled.generated
+    assert 0 < int(sampled.initial_t.min()) < 300 < 700 < int(sampled.initial_t.max()) < 1000
     other = dataclasses.replace(batch, latents=batch.latents.flip(0))
     distances = []
     for t in (0, 500, 999):
-        at_t = dataclasses.replace(draws, initial_t=torch.full_like(draws.initial_t, t))
+        at_t = dataclasses.replace(sampled, initial_t=torch.full_like(sampled.initial_t, t))
         initial = losses._initial(batch, at_t, planned)
         assert torch.equal(initial[~restored], truth[~restored])
         distances.append(float((initial - truth)[restored].abs().mean()))
