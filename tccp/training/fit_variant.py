@@ -199,7 +199,7 @@ class VariantLoss:
         """The frame that each window continues from: the true one, or one from the first-frame variant (section 4.4).
 
         The setting `initial_frames` selects which. `truth`: all frames are true. `generated`: the first-frame variant
-        generates all of them. `mix`: it generates half of them. `denoised`: half of them are true frames, noised up to a
+        generates all of them. `mix`: it generates half of them. `denoised`: half of them are true frames, noised to a
         random time and denoised by the first-frame variant in a few steps (SDEdit, Meng et al. 2022). Like the frames
         along a chain, they are partly generated, but they cost a fraction of a full generation.
         """
