@@ -24,7 +24,7 @@ from tccp.clips.order import PlannedWindow
 from tccp.clips.windows import view
 from tccp.config import Settings
 from tccp.files import Folder
-from tccp.inference.conditioning import as_shown, control_kinds, picture_of, training_conditions
+from tccp.inference.conditioning import control_kinds, picture_of, training_conditions, zero_if_hidden
 from tccp.inference.encoding import Encoder
 from tccp.models.autoencoder import PictureAutoencoder, to_model
 from tccp.models.conditions import Conditions
@@ -126,7 +126,7 @@ def encode_columns(
         latents = encoder.encode(np.concatenate(pictures), kind).half().cpu()
         return latents.unflatten(0, pictures.shape[:2]).numpy()
 
-    control = [as_shown(kind, encoded(kind, kind), settings) for kind in control_kinds(row, settings)]
+    control = [zero_if_hidden(kind, encoded(kind, kind), settings) for kind in control_kinds(row, settings)]
     others = {name: values for name, values in columns.items() if name not in control_kinds(row, settings)}
     return {**others, "latents": encoded("latents", row.generates), "control": np.concatenate(control, axis=2)}
 

@@ -20,7 +20,7 @@ from tccp.clips.order import PlannedWindow, TrainingOrder, window_ids
 from tccp.clips.windows import mirrored, view
 from tccp.config import Settings, TrainingSettings, VariantName
 from tccp.files import Folder, fetched
-from tccp.inference.conditioning import as_shown, control_kinds, picture_of, training_pictures
+from tccp.inference.conditioning import control_kinds, picture_of, training_pictures, zero_if_hidden
 from tccp.models.variants import VARIANTS, ConditionKind, PictureKind, Variant
 from tccp.seeds import rng_seed
 
@@ -81,7 +81,7 @@ class LatentFiles:
             frames = slice(start, start + num_frames)
             columns["latents"].append(self._latents(clip_id, jitter, row.generates, frames))
             control = [
-                as_shown(kind, self._latents(clip_id, jitter, kind, frames), self.settings)
+                zero_if_hidden(kind, self._latents(clip_id, jitter, kind, frames), self.settings)
                 for kind in control_kinds(row, self.settings)
             ]
             columns["control"].append(np.concatenate(control, axis=1))

@@ -430,9 +430,9 @@ def test_options_of_sampling_are_heard(
     ("change", "message"),
     [
         ({"steps": 0}, r"sampling\.steps"),
-        ({"steps": 1001}, "--steps 1001: at most 1000"),
+        ({"steps": 1001}, "--steps 1001: give at most 1000"),
         ({"guidance_scale": float("nan")}, r"sampling\.guidance_scale"),
-        ({"truth": True, "box": "0,0,9,9"}, "three ways"),
+        ({"truth": True, "box": "0,0,9,9"}, "give only one of them"),
         ({"identity_box": "1,2,3"}, "--identity-box 1,2,3"),
         ({"identity_box": "900,900,950,950"}, "outside the picture"),
     ],
