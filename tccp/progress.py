@@ -1,6 +1,6 @@
-"""Progress of long work, as events to a callback. Without a callback nothing is shown.
+"""Reports progress of long tasks as events to a handler. Without a handler, nothing is shown.
 
-Library code reports through `progress()`. A program that wants to show it sets a handler for its process
+Library code reports through `progress()`. A program that shows progress sets a handler for its process
 (`set_progress_handler`), as the command line does (`tccp.cli.progress_display`), or passes one to the call.
 """
 
@@ -20,10 +20,10 @@ LINE_EVERY_S = 15.0
 
 @dataclass(frozen=True)
 class ProgressEvent:
-    """How far one task is.
+    """The progress of one task.
 
-    task_id: the same for all events of one task, unique in its process. description: for people; it may change.
-    done, total: in units of the task; total is None while it is unknown. ended: the last event of the task.
+    task_id: the same for all events of a task, unique in its process. description: for display; it may change.
+    done, total: in units of the task; total is None while it is unknown. ended: whether this is the task's last event.
     """
 
     task_id: int
@@ -40,7 +40,7 @@ _numbers = itertools.count()
 
 
 def set_progress_handler(handler: ProgressHandler | None) -> None:
-    """Who hears of progress in this process where a call names nobody. Processes started later do not inherit it."""
+    """Sets the handler for calls in this process that are given none. Child processes do not inherit it."""
     global _handler
     _handler = handler
 
@@ -50,16 +50,16 @@ def progress_handler() -> ProgressHandler | None:
 
 
 class Tasks:
-    """The tasks of one piece of work; see `progress`."""
+    """Tasks that report to one handler; see `progress`."""
 
     def __init__(self, handler: ProgressHandler | None):
         self._handler = handler
         self._tasks: dict[int, ProgressEvent] = {}
 
     def add_task(self, description: str, total: float | int | None = None, completed: float | int = 0.0) -> int:
-        """Returns the number by which `advance` and `update` know it."""
+        """Starts a task; returns its id for `advance` and `update`."""
         task_id = next(_numbers)
-        self._tell(ProgressEvent(task_id, description, completed, total))
+        self._report(ProgressEvent(task_id, description, completed, total))
         return task_id
 
     def advance(self, task_id: int, advance: float | int = 1) -> None:
@@ -74,10 +74,10 @@ class Tasks:
         total: float | int | None = None,
         description: str | None = None,
     ) -> None:
-        """completed: units done in all; advance: units done since the last event."""
+        """completed: units done in total. advance: units done since the last event."""
         event = self._tasks[task_id]
         done = event.done + advance if completed is None else completed
-        self._tell(
+        self._report(
             replace(
                 event,
                 done=done,
@@ -88,9 +88,9 @@ class Tasks:
 
     def end(self) -> None:
         for event in list(self._tasks.values()):
-            self._tell(replace(event, ended=True))
+            self._report(replace(event, ended=True))
 
-    def _tell(self, event: ProgressEvent) -> None:
+    def _report(self, event: ProgressEvent) -> None:
         self._tasks[event.task_id] = event
         if self._handler is not None:
             self._handler(event)
@@ -98,7 +98,7 @@ class Tasks:
 
 @contextmanager
 def progress(handler: ProgressHandler | None = None, shown: bool = True) -> Iterator[Tasks]:
-    """Tasks whose progress goes to `handler`, else to the process's handler; to nobody unless `shown`."""
+    """Tasks that report to `handler`, or by default to the process's handler. If not `shown`, they report nothing."""
     tasks = Tasks((handler or _handler) if shown else None)
     try:
         yield tasks
@@ -107,9 +107,9 @@ def progress(handler: ProgressHandler | None = None, shown: bool = True) -> Iter
 
 
 class ProgressLines:
-    """A handler for logs and pipes: one line per task every 15 seconds, and one at the end of a task that took longer.
+    """A handler for logs and pipes: writes a line per task every 15 seconds, and at the end of longer tasks.
 
-    write: takes a line; by default it is logged.
+    write: called with each line; by default, lines are logged.
     """
 
     def __init__(self, write: Callable[[str], object] = logger.info):

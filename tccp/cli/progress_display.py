@@ -1,4 +1,4 @@
-"""Progress and log lines of the library on stderr, so that stdout stays clean for `--json`."""
+"""Shows progress and log lines of the library on stderr, so that `--json` has stdout to itself."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rich.progress import (
 from tccp.progress import ProgressEvent, ProgressHandler, ProgressLines, set_progress_handler
 
 LINES_ONLY = "TCCP_PROGRESS_LINES"
-"""Environment variable that asks for lines on a terminal too."""
+"""Environment variable: if set, progress is shown as lines on a terminal too."""
 
 
 class _Bars:
@@ -60,7 +60,7 @@ class _Bars:
 
 
 class _StderrLines(ProgressLines):
-    """Lines on stderr, in this process or in one that gets a copy."""
+    """Writes lines to stderr, in this process and in processes that get a copy."""
 
     def __init__(self) -> None:
         super().__init__(lambda line: print(line, file=sys.stderr, flush=True))
@@ -70,7 +70,7 @@ class _StderrLines(ProgressLines):
 
 
 class _LogLines(logging.Handler):
-    """The library's log records as the command line's own lines."""
+    """Prints the library's log records as lines of the command line."""
 
     def emit(self, record: logging.LogRecord) -> None:
         print(f"tccp: {' '.join(self.format(record).split())}", file=sys.stderr, flush=True)

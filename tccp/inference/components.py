@@ -23,7 +23,7 @@ from tccp.models.variants import FIRST_OF, TWO_STAGE, VariantName
 
 @dataclass(frozen=True)
 class Components:
-    """What generation computes with. All networks are on one device and in evaluation mode."""
+    """The loaded parts of a pipeline. All networks are on one device and in evaluation mode."""
 
     settings: Settings
     autoencoder: PictureAutoencoder
@@ -54,12 +54,11 @@ def load_components(
     dtype: torch.dtype = torch.float32,
     lip_weights: Path | None = None,
 ) -> Components:
-    """Loads a pipeline folder of this machine and checks every file against the manifest.
+    """Loads a local pipeline folder and checks every file against the manifest.
 
-    preset: raises TccpError if the folder's weights are of another preset.
-    dtype: of the networks' and the auto-encoder's weights and arithmetic. Latents between them stay in single
-    precision, and so does the lip source.
-    lip_weights: take the place of the folder's own.
+    preset: raise TccpError if the folder's weights are of another preset. dtype: weights and arithmetic of the networks
+    and the auto-encoder; the latents between them and the lip source stay in single precision. lip_weights: replace the
+    folder's lip weights.
     Raises TccpError for a folder that is missing, incomplete or damaged.
     """
     settings = read_settings(folder)

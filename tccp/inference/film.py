@@ -1,4 +1,4 @@
-"""One film: check every input, find the head, generate the frames, write the film."""
+"""Generates one film: checks the inputs, finds the head, generates the frames and writes the film."""
 
 from __future__ import annotations
 
@@ -42,23 +42,23 @@ OnFrame = Callable[[GeneratedFrame], object]
 
 @dataclass(frozen=True)
 class FilmRequest:
-    """What to generate, and how.
+    """Inputs and options of one film.
 
-    scene: the film to generate into. audio: any media file with sound; the film becomes as long as it. identity: a
-    picture or a film of the person. out: the film to write (.mp4); None where frames are taken instead.
-    weights: a pipeline folder of this machine, a URL, a Hub id, or `toy`; not used where a pipeline is given.
+    scene: the film to generate into. audio: any media file with sound; it sets the length of the film. identity: a
+    picture or a film of the person to generate. out: the film to write (.mp4); None if only frames are wanted.
+    weights: a local pipeline folder, a URL, a Hub id, or `toy`; ignored if a loaded pipeline is given.
 
-    Where the head is, one of: mask (a film of the scene's size, bright where the head is to be), box (`x0,y0,x1,y1` in
-    scene pixels, or a JSON track file), truth (the truth file beside a film of `tccp synth`); else a face detector
-    looks for it: detector, detector_weights, person (x, y in pixels of the person to replace).
-    identity_box: `x0,y0,x1,y1` of the head in the identity picture, or `whole`.
+    At most one of three fields gives the head's position: mask (a film of the scene's size, bright at the head),
+    box (`x0,y0,x1,y1` in scene pixels, or a JSON track file), or truth (use the truth file beside a film of
+    `tccp synth`). Without them, a face detector finds the head: detector, detector_weights, person (x, y in pixels of
+    the person to replace). identity_box: `x0,y0,x1,y1` of the head in the identity picture, or `whole`.
 
-    extend: what to do if the scene is shorter than the sound. steps, solver, guidance_scale, temperature: sampling;
-    None is as the weights say. seed: of all random numbers. preset: refuse weights of another preset. one_stage: use
-    the one-stage networks. landmarks, save_landmarks: files of stage 1's points to generate from, or to write.
-    redraw: read stage 1's points back and draw them anew for stage 2. color_match: match the head's colours to the ring
-    around the mask. lossless: keep every pixel outside the mask. lip_weights: the published Wav2Lip checkpoint.
-    device: cpu, cuda or cuda:N.
+    extend: what to do if the scene is shorter than the sound. steps, solver, guidance_scale, temperature: sampling
+    settings; None: as in the weights. seed: for all random numbers. preset: refuse weights of another preset.
+    one_stage: use the one-stage networks. landmarks, save_landmarks: landmark files to generate from, or to write.
+    redraw: read landmarks from stage 1's pictures and draw them again for stage 2. color_match: match the head's
+    colours to the ring around the mask. lossless: write a lossless film, which keeps every pixel outside the mask.
+    lip_weights: the published Wav2Lip checkpoint. device: cpu, cuda or cuda:N.
     """
 
     scene: Path
@@ -90,7 +90,7 @@ class FilmRequest:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        """Paths may be given as strings."""
+        """Converts paths given as strings."""
         for name in ("scene", "audio", "identity", "out", "mask", "detector_weights", "save_landmarks", "landmarks"):
             given = getattr(self, name)
             if isinstance(given, str):
@@ -98,13 +98,17 @@ class FilmRequest:
 
     @property
     def variants(self) -> tuple[VariantName, ...]:
-        """The networks it needs."""
+        """The networks that the request needs."""
         return variants_needed(self.one_stage, from_landmarks=self.landmarks is not None)
 
 
 @dataclass(frozen=True)
 class FilmResult:
-    """frames = generated + passed_through (frames without the person). seconds: wall clock, with loading and checks."""
+    """A written film and its statistics.
+
+    frames = generated + passed_through, where passed_through counts frames without the person. seconds: wall-clock
+    time, including loading and checks.
+    """
 
     out: Path
     frames: int
@@ -120,8 +124,7 @@ class FilmResult:
 class FilmInputs:
     """The opened and checked inputs of a request. Use as a context manager.
 
-    Everything that can be refused before the networks are loaded is refused when it is opened: raises TccpError or
-    MediaError.
+    Opening checks everything that can be checked without the networks; raises TccpError or MediaError.
     """
 
     def __init__(self, request: FilmRequest):
@@ -142,10 +145,10 @@ class FilmInputs:
                 LandmarkFile(request.landmarks) if request.landmarks else nullcontext()
             )
             self.audio: AudioTrack = opened.enter_context(open_audio(request.audio))
-            self.num_frames = self.audio.num_frames  # of the film to be, at 25 fps
+            self.num_frames = self.audio.num_frames  # of the generated film, at 25 fps
             for text in check_audio(self.audio):
                 self.warn(f"{request.audio}: {text}")
-            # Refuses a scene that is too short.
+            # Raises TccpError if the scene is too short.
             scene_indices(self.scene.num_frames, self.num_frames, request.extend, request.scene)
             self._open = opened.pop_all()
         return self
@@ -159,7 +162,7 @@ class FilmInputs:
 
 
 def film_frames(components: Components, inputs: FilmInputs, tasks: Tasks) -> Iterator[GeneratedFrame]:
-    """The frames of the film, in order, as windows finish. Raises TccpError if no head or face is found."""
+    """Yields the frames of the film in order, as windows finish. Raises TccpError if no head or face is found."""
     request = inputs.request
     components = dataclasses.replace(components, settings=_with_sampling(components.settings, request))
     identity = identity_head(
@@ -193,14 +196,14 @@ def write_film(
     on_frame: OnFrame = lambda frame: None,
     on_progress: ProgressHandler | None = None,
 ) -> FilmResult:
-    """Generates and writes the film. Nothing stands under `request.out` unless it is whole.
+    """Generates a film and writes it. `request.out` appears only when the film is complete.
 
-    load: gives the components, once the inputs are checked. on_frame: gets every finished frame.
-    Raises TccpError or MediaError for whatever is wrong with the inputs, before any work wherever that can be known.
+    load: loads the components; called after the inputs are checked. on_frame: called with every finished frame.
+    Raises TccpError or MediaError for inputs that cannot be used, before generation where possible.
     """
     started = time.monotonic()
     if request.out is None:
-        raise TccpError("no film to write to: give out (a name that ends in .mp4)")
+        raise TccpError("the request has no output file: give out (a name that ends in .mp4)")
     with FilmInputs(request) as inputs, progress(on_progress) as tasks:
         film = VideoWriter(
             request.out,
@@ -211,7 +214,7 @@ def write_film(
             metadata=mark_generated(seed=str(request.seed), weights=Path(request.weights).absolute().name),
         )
         frames = film_frames(load(request), inputs, tasks)
-        first = next(frames)  # every input is checked by now; only then is a folder made
+        first = next(frames)  # by now, every input is checked; create the folder only then
         request.out.parent.mkdir(parents=True, exist_ok=True)
         generated = 0
         with film, landmark_writer(request.save_landmarks) as save:
@@ -228,9 +231,9 @@ def write_film(
 
 
 def _check_options(request: FilmRequest) -> None:
-    """Refuses options that contradict each other, and outputs that could not be written in the end."""
+    """Refuses contradicting options, and outputs that cannot be written."""
     if sum((request.mask is not None, request.box is not None, request.truth)) > 1:
-        raise TccpError("--mask, --box and --truth say the same thing in three ways: give one of them")
+        raise TccpError("--mask, --box and --truth all give the head's position: give only one of them")
     if request.one_stage and (request.landmarks or request.save_landmarks or request.redraw):
         raise TccpError("--one-stage has no landmarks: leave out --landmarks, --save-landmarks and --redraw")
     track_file = Path(request.box) if request.box else None
@@ -247,7 +250,7 @@ def _check_options(request: FilmRequest) -> None:
 
 
 def _check_writable(path: Path, option: str) -> None:
-    """Tries what will be done in the end, and leaves nothing behind."""
+    """Raises TccpError if a file cannot be created at `path`. Leaves nothing behind."""
     if path.is_dir():
         raise TccpError(f"{option} {path} is a folder: give the name of a file")
     try:
@@ -256,12 +259,12 @@ def _check_writable(path: Path, option: str) -> None:
             pass
     except OSError as error:
         raise TccpError(
-            f"cannot write {option} {path}: {error.strerror} ({folder}); choose a folder that can be written"
+            f"cannot write {option} {path}: {error.strerror} ({folder}); give a folder that can be written"
         ) from None
 
 
 def _with_sampling(settings: Settings, request: FilmRequest) -> Settings:
-    """The pipeline's settings with the request's sampling, also where a variant has sampling settings of its own."""
+    """The pipeline's settings with the sampling options of the request, which also override those of variants."""
     names = ("solver", "steps", "guidance_scale", "temperature")
     given = {name: getattr(request, name) for name in names}
     changes = {f"sampling.{name}": value for name, value in given.items() if value is not None}
@@ -271,12 +274,12 @@ def _with_sampling(settings: Settings, request: FilmRequest) -> Settings:
         settings = override(settings, {f"variant_overrides.{variant}": {**own, **again}})
     most = settings.diffusion.num_train_timesteps
     if settings.sampling.steps > most:
-        raise TccpError(f"--steps {settings.sampling.steps}: at most {most}, as many as the networks were trained with")
+        raise TccpError(f"--steps {settings.sampling.steps}: give at most {most}, the number of steps in training")
     return settings
 
 
 def _find_head(inputs: FilmInputs, tasks: Tasks) -> HeadTrack:
-    """The head in as much of the scene as the film shows, and the cuts there."""
+    """Finds the head and the cuts in the part of the scene that the film shows."""
     request, scene = inputs.request, inputs.scene
     num_frames = min(inputs.num_frames, scene.num_frames)
     if request.truth:
@@ -302,13 +305,13 @@ def _find_head(inputs: FilmInputs, tasks: Tasks) -> HeadTrack:
 def _cuts(
     inputs: FilmInputs, scene: MediaInfo, num_frames: int, on_frame: Callable[[], object]
 ) -> frozenset[int] | None:
-    """The cuts; None, with a warning, where the optional package that finds them is not installed."""
+    """The cuts; None, with a warning, if the optional package that finds them is not installed."""
     try:
         return find_cuts(scene, num_frames, on_frame)
     except MediaError:
         raise
     except TccpError as error:
-        inputs.warn(f"{scene.path} is taken for one shot: {error}")
+        inputs.warn(f"{scene.path} is treated as one shot: {error}")
         return None
 
 

@@ -1,4 +1,4 @@
-"""One frame before and after generation."""
+"""A frame before and after generation."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from jaxtyping import Float32, UInt8
 
 @dataclass(frozen=True)
 class SceneFrame:
-    """One frame of the film to be.
+    """A frame to generate.
 
-    index: of the film to be, at 25 fps. picture: the scene's. box: the head box x0 y0 x1 y1 in its pixels, None where
-    the person is absent. starts_shot: whether a cut lies before it.
+    index: frame number in the generated film, at 25 fps. picture: the frame of the scene. box: the head box x0 y0 x1 y1
+    in pixels of `picture`; None if the person is absent. starts_shot: whether a new shot starts at this frame.
     """
 
     index: int
@@ -24,11 +24,11 @@ class SceneFrame:
 
 @dataclass(frozen=True)
 class GeneratedFrame:
-    """A finished frame. Where the person is absent, `picture` is the scene's own and the rest is None.
+    """A finished frame. If the person is absent, `picture` is the frame of the scene and the other fields are None.
 
-    picture: RGB, the scene with the generated head in it. masked_scene, landmark_picture and face are square pictures
-    as the networks see and make them (s = picture_px). points: 68 landmarks in 0..1 of `box`, NaN where none could be
-    read; confidence: of the reading, 0..1. Landmarks are None with the one-stage networks.
+    picture: RGB, the scene with the generated head in it. masked_scene, landmark_picture and face are the square
+    inputs and outputs of the networks (s = picture_px). points: 68 landmarks in 0..1 of `box`, NaN if none could be
+    read. confidence: of the landmark reading, 0..1. Landmark fields are None with the one-stage networks.
     """
 
     index: int

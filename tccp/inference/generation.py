@@ -1,7 +1,6 @@
-"""The two chained stages on a stream of scene frames, and the generated heads pasted back.
+"""Runs the two stages on a stream of scene frames and pastes the generated heads into them.
 
-Memory use does not grow with film length: pictures flow from the decoder through both chains to the encoder, at most
-two windows at a time.
+Frames stream through both stages, at most two windows at a time, so memory use does not grow with film length.
 """
 
 from __future__ import annotations
@@ -36,15 +35,15 @@ from tccp.seeds import rng_seed
 
 @runtime_checkable
 class LandmarkSource(Protocol):
-    """Given landmarks: `tccp.inference.landmark_file.LandmarkFile`."""
+    """A source of given landmarks, such as `tccp.inference.landmark_file.LandmarkFile`."""
 
     def read(self, frame: int) -> tuple[Float32[np.ndarray, "68 2"], float]:
-        """Points in 0..1 of the head box and confidence; frames are asked for in order."""
+        """Points in 0..1 of the head box, and confidence. Called with frame numbers in ascending order."""
 
 
 @dataclass(frozen=True)
 class _SceneWindow:
-    """Frames that a window adds, before their heads exist."""
+    """The frames that a window adds to its chain, and their inputs."""
 
     frames: list[SceneFrame]
     masked_scene: UInt8[np.ndarray, "f s s 3"]
@@ -55,7 +54,7 @@ class _SceneWindow:
 
 @dataclass(frozen=True)
 class _LandmarkWindow:
-    """The landmarks that stage 2 sees for such a window."""
+    """The landmarks of the frames of a `_SceneWindow`: stage 2 takes their pictures."""
 
     pictures: UInt8[np.ndarray, "f s s 3"]
     points: Float32[np.ndarray, "f 68 2"]
@@ -63,7 +62,7 @@ class _LandmarkWindow:
 
 
 def variants_needed(one_stage: bool, from_landmarks: bool) -> tuple[VariantName, ...]:
-    """The networks a generation uses."""
+    """The networks that generation uses. from_landmarks: landmarks are given, so stage 1 does not run."""
     if one_stage:
         return ("one_stage_first", "one_stage_sequence")
     faces: tuple[VariantName, ...] = ("face_first", "face_sequence")
@@ -85,9 +84,9 @@ class Generator:
         redraw: bool | None = None,
         color_match: bool = True,
     ):
-        """identity: a head crop of any size. landmark_points: given (edited) points take the place of stage 1.
+        """identity: a head crop of any size. landmark_points: given landmarks, which replace stage 1.
 
-        redraw: read stage 1's points back and draw them anew for stage 2; None is as the settings say.
+        redraw: read landmarks from stage 1's pictures and draw them again for stage 2; None: as in the settings.
         color_match: match the head's colours to the ring around the mask.
         """
         self.components = components
@@ -103,8 +102,8 @@ class Generator:
         self.identity = self.encoder.tensor(self.identity_picture)
 
     def frames(self, scene: Iterable[SceneFrame]) -> Iterator[GeneratedFrame]:
-        """Finished frames, in order, window by window. A cut or an absence ends a chain; the next starts anew."""
-        for present, frames in _uninterrupted(scene):
+        """Finished frames, in order, window by window. A new shot, or the person's return, starts a new chain."""
+        for present, frames in _split_at_interruptions(scene):
             if present:
                 yield from self._chain(frames)
             else:
@@ -114,7 +113,7 @@ class Generator:
     def _chain(self, frames: Iterator[SceneFrame]) -> Iterator[GeneratedFrame]:
         first = next(frames)
         seed = rng_seed(self.seed, "run", first.index)
-        waiting: deque[_SceneWindow] = deque()  # at most two windows, as is `landmarks`
+        waiting: deque[_SceneWindow] = deque()  # at most two windows, like `landmarks`
         landmarks: deque[_LandmarkWindow] = deque()
         scene = self._scene_windows(chain([first], frames), waiting)
         if self.one_stage:
@@ -144,7 +143,7 @@ class Generator:
             )
 
     def _scene_windows(self, frames: Iterator[SceneFrame], waiting: deque[_SceneWindow]) -> Iterator[_SceneWindow]:
-        """Scene, sound and lips of the frames that each window adds; each waits in `waiting` for its heads."""
+        """Prepares the frames that each window adds; appends them to `waiting`, where they wait for their heads."""
         for batch in _window_frames(frames, self.components.settings.window):
             boxes = np.stack([frame.box for frame in batch if frame.box is not None])
             masked, mask_box = masked_scenes(np.stack([frame.picture for frame in batch]), boxes, self.size_px)
@@ -166,7 +165,7 @@ class Generator:
         landmarks: deque[_LandmarkWindow],
         seed: int,
     ) -> Iterator[list[FrameInputs]]:
-        """Stage 1, or given landmarks, and what stage 2 sees of them."""
+        """Runs stage 1, or reads the given landmarks; yields the inputs of stage 2, window by window."""
         if self.landmark_points is not None:
             for window in scene:
                 read = [self.landmark_points.read(frame.index) for frame in window.frames]
@@ -194,16 +193,19 @@ class Generator:
         landmarks: _LandmarkWindow | None = None,
         landmark_latents: Float[Tensor, "f c h w"] | None = None,
     ) -> list[FrameInputs]:
-        """What a network sees of each frame. landmark_latents: as generated, in place of those of the pictures."""
-        seen = {"masked_scene": window.masked_scene, "mask_box": window.mask_box}
+        """The inputs of a network, frame by frame. landmark_latents: those generated, instead of encoded pictures."""
+        fields = {"masked_scene": window.masked_scene, "mask_box": window.mask_box}
         if landmarks is not None:
-            seen["landmark_pictures"] = landmarks.pictures
+            fields["landmark_pictures"] = landmarks.pictures
         known: dict[ControlKind, Tensor] = {} if landmark_latents is None else {"landmark": landmark_latents}
-        return self.encoder.inputs(VARIANTS[variant], seen, window.mel, window.lips, known)
+        return self.encoder.inputs(VARIANTS[variant], fields, window.mel, window.lips, known)
 
 
-def _uninterrupted(frames: Iterable[SceneFrame]) -> Iterator[tuple[bool, Iterator[SceneFrame]]]:
-    """Runs of frames with a head, without a cut, and of frames without one; consume each before asking for the next."""
+def _split_at_interruptions(frames: Iterable[SceneFrame]) -> Iterator[tuple[bool, Iterator[SceneFrame]]]:
+    """Splits frames at cuts and where the head appears or disappears; yields (head present, frames) for each part.
+
+    Consume each part before asking for the next.
+    """
 
     def numbered() -> Iterator[tuple[int, SceneFrame]]:
         number, before = 0, None
@@ -214,13 +216,13 @@ def _uninterrupted(frames: Iterable[SceneFrame]) -> Iterator[tuple[bool, Iterato
             yield number, frame
 
     for _, group in groupby(numbered(), key=itemgetter(0)):
-        of_run = (frame for _, frame in group)
-        first = next(of_run)
-        yield first.box is not None, chain([first], of_run)
+        part = (frame for _, frame in group)
+        first = next(part)
+        yield first.box is not None, chain([first], part)
 
 
 def _window_frames(frames: Iterable[SceneFrame], window: int) -> Iterator[list[SceneFrame]]:
-    """The frames that each window of a chain adds: one, then `window - 1` at a time. None is read ahead."""
+    """The frames that each window of a chain adds: one, then `window - 1` at a time. Reads no frame in advance."""
     source = iter(frames)
     yield list(islice(source, 1))
     while batch := list(islice(source, window - 1)):

@@ -1,4 +1,4 @@
-"""The person to generate: a head crop out of a picture or a film."""
+"""Cuts the head of the person to generate from a picture or a film."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from tccp.media import MediaError, probe, read_frames
 from tccp.roundtable import read_truth
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
-_CANDIDATES = 16  # frames of an identity film in which faces are looked for
+_CANDIDATES = 16  # frames of an identity film to search for faces
 
 Candidates = dict[int, UInt8[np.ndarray, "_ _ 3"]]
-"""Pictures in which the head is looked for, by the number of their frame."""
+"""Pictures to search for the head, by frame number."""
 
 
 def identity_candidates(path: Path) -> Candidates:
-    """The picture, or up to 16 frames spread over the film.
+    """The identity picture, or up to 16 evenly spaced frames of the identity film.
 
     Raises TccpError or MediaError if the file is missing, unreadable or has no pictures.
     """
@@ -35,7 +35,7 @@ def identity_candidates(path: Path) -> Candidates:
             raise TccpError(f"{path}: {error.strerror}; give a picture or a film of the person") from None
         picture = cv2.imdecode(data, cv2.IMREAD_COLOR) if len(data) else None
         if picture is None:
-            raise TccpError(f"{path} is not a picture that can be read: give PNG, JPEG, BMP or WebP, or a film")
+            raise TccpError(f"{path} is not a readable picture: give PNG, JPEG, BMP or WebP, or a film")
         return {0: np.asarray(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB), np.uint8)}
     info = probe(path)
     if not info.has_video:
@@ -55,9 +55,9 @@ def identity_head(
 ) -> UInt8[np.ndarray, "h w 3"]:
     """The head crop of the candidate that shows the largest face.
 
-    path: of the identity, for messages and its truth file. box: `x0,y0,x1,y1` in pixels of the middle candidate, or
-    `whole` if it shows the head alone. truth: take a picture as the head crop it is, and a film's box from its truth
-    file. Raises TccpError if no face is found or the box is outside the picture.
+    path: the identity file, for messages and its truth file. box: `x0,y0,x1,y1` in pixels of the middle candidate, or
+    `whole` if it shows only the head. truth: use a picture as it is, and take the box of a film from its truth file.
+    Raises TccpError if no face is found or the box is outside the picture.
     """
     frame, middle = list(candidates.items())[len(candidates) // 2]
     if box == "whole":
@@ -79,7 +79,7 @@ def identity_head(
     if not found:
         raise TccpError(
             f"no face found in {path} with {name}: give --identity-box x0,y0,x1,y1, or --identity-box whole if the "
-            "picture shows the head alone"
+            "picture shows only the head"
         )
     face, picture = max(found, key=lambda pair: pair[0].side)
     if face.landmarks_px is not None:

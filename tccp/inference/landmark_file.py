@@ -1,4 +1,4 @@
-"""Landmarks of a film as JSON lines: written by generation, edited by people, and generated from again."""
+"""Landmark files: JSON lines that generation writes, users edit, and generation reads again."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from tccp.inference.frames import GeneratedFrame
 
 
 class LandmarkFile:
-    """Landmarks of a film as JSON lines, one frame a line, to be looked at, edited and generated from again.
+    """Reads the landmarks of a film from JSON lines, one line per frame.
 
-    A header line, then `{"frame": i, "confidence": c, "points": [[x, y] x 68]}` with points in 0..1 of the head box, or
-    null where no face could be read (drawn as an empty picture). Read in step with the film: one line is in memory at a
-    time. Use as a context manager.
+    After a header line, each line is `{"frame": i, "confidence": c, "points": [[x, y] x 68]}`, with points in 0..1 of
+    the head box, or null if no face could be read (drawn as a black picture). Only one line is in memory at a time. Use
+    it as a context manager.
+    Raises TccpError if the file cannot be opened or is not a landmark file.
     """
 
     def __init__(self, path: Path):
@@ -35,7 +36,7 @@ class LandmarkFile:
         try:
             header = json.loads(self._file.readline())
             if not isinstance(header, dict) or header.get("tccp") != "landmarks":
-                raise ValueError("its first line is no landmark header")
+                raise ValueError("its first line is not a landmark header")
         except (OSError, ValueError) as error:
             self.close()
             raise self._refused(str(error)) from None
@@ -46,9 +47,9 @@ class LandmarkFile:
         )
 
     def read(self, frame: int) -> tuple[Float32[np.ndarray, "68 2"], float]:
-        """Points (NaN where the file says null) and confidence of a frame; frames must be asked for in order.
+        """Points (NaN if the file says null) and confidence of a frame. Call with frame numbers in ascending order.
 
-        Raises TccpError for a line that cannot be understood, and if the file has no such frame.
+        Raises TccpError for an invalid line, and if the file has no such frame.
         """
         try:
             for line in self._file:
@@ -84,8 +85,10 @@ class LandmarkFile:
 
 @contextmanager
 def landmark_writer(path: Path | None) -> Iterator[Callable[[GeneratedFrame], None]]:
-    """A function that appends a frame's landmarks to `path`, which appears when the block succeeds; None writes
-    nothing."""
+    """Gives a function that writes a frame's landmarks to `path`; without a path it writes nothing.
+
+    The file appears when the block succeeds.
+    """
     if path is None:
         yield lambda frame: None
         return

@@ -32,9 +32,9 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 @dataclass(frozen=True)
 class Pipeline(Components):
-    """Loaded networks that generate any number of films. For one thread at a time.
+    """Loaded networks that generate any number of films. Use it in one thread at a time.
 
-    source: the folder, URL or Hub id it was loaded from.
+    source: the folder, URL or Hub id that it was loaded from. dtype, revision: as given to `from_pretrained`.
     """
 
     source: str = ""
@@ -55,16 +55,15 @@ class Pipeline(Components):
     ) -> Pipeline:
         """Loads a pipeline.
 
-        source: a pipeline folder of this machine; a URL of one on any fsspec filesystem (`s3://bucket/pipeline`); the
-          id of a model repository on the Hugging Face Hub (`owner/name`, `revision`: branch, tag or commit); or `toy`,
-          the packaged weights. What is not on this machine is copied to its cache, and every file is checked against
-          the manifest.
+        source: a local pipeline folder; the URL of one on any fsspec filesystem (`s3://bucket/pipeline`); the id of a
+          model repository on the Hugging Face Hub (`owner/name`, `revision`: branch, tag or commit); or `toy`, the
+          packaged weights. Remote files are copied to the local cache. Every file is checked against the manifest.
         variants: networks to load now; others are loaded when a request needs them.
-        device: cpu, cuda, cuda:N, or auto (a GPU where there is one).
+        device: cpu, cuda, cuda:N, or auto (a GPU if there is one).
         dtype: of the networks' and the auto-encoder's weights and arithmetic: float32, bfloat16 or float16.
-        preset: raises TccpError if the weights are of another preset. lip_weights: the published Wav2Lip checkpoint, in
-          place of the pipeline's own.
-        Raises TccpError for a source that is missing, incomplete or damaged; StorageError if it cannot be reached.
+        preset: raise TccpError if the weights are of another preset. lip_weights: the published Wav2Lip checkpoint,
+          which replaces the pipeline's own lip weights.
+        Raises TccpError for a source that is missing, incomplete or damaged, StorageError if it cannot be reached.
         """
         names = tuple(variants)
         folder = pipeline_folder(source, component_names(names, own_lips=lip_weights is None), revision)
@@ -87,16 +86,16 @@ class Pipeline(Components):
     ) -> Iterator[GeneratedFrame]:
         """Generates the head of `identity` into `scene`, speaking `audio`; yields the frames of the film, in order.
 
-        Frames come at 25 fps, as many as the sound lasts, window by window (8 frames) as they are finished; memory use
-        does not grow with film length. options: the other fields of `FilmRequest`, such as seed, box, steps.
-        Raises TccpError or MediaError for inputs that cannot be used, at the first frame.
+        The film has 25 frames per second of sound. Frames come window by window (8 frames), as they are finished;
+        memory use does not grow with film length. options: the other fields of `FilmRequest`, such as seed, box, steps.
+        The first `next` raises TccpError or MediaError for inputs that cannot be used.
         """
         request = FilmRequest(Path(scene), Path(audio), Path(identity), **options)
         with FilmInputs(request) as inputs, progress(on_progress) as tasks:
             yield from film_frames(self.with_networks(request.variants), inputs, tasks)
 
     def with_networks(self, names: Iterable[VariantName]) -> Pipeline:
-        """This pipeline, after loading those of these networks that it lacks."""
+        """Loads those of these networks that the pipeline lacks, and returns the pipeline."""
         missing = [name for name in names if name not in self.networks]
         if missing:
             folder = pipeline_folder(self.source, missing, self.revision)
@@ -118,10 +117,10 @@ def generate_film(
 ) -> FilmResult:
     """Generates the film of a request and writes it, with the sound, to `request.out`.
 
-    pipeline: a loaded one; without it the pipeline of `request.weights` is loaded, once the inputs are checked.
-    on_frame: gets every finished frame. on_progress: gets `ProgressEvent`s; by default the process's handler does.
-    Nothing stands under `request.out` unless it is whole. The film is marked as generated.
-    Raises TccpError or MediaError for whatever is wrong with the inputs, before any work wherever that can be known.
+    pipeline: a loaded pipeline; None: `request.weights` is loaded after the inputs are checked. on_frame: called with
+    every finished frame. on_progress: called with `ProgressEvent`s; None: the process's handler.
+    `request.out` appears only when the film is complete. The film is marked as generated.
+    Raises TccpError or MediaError for inputs that cannot be used, before generation where possible.
     """
 
     def load(given: FilmRequest) -> Components:
@@ -153,5 +152,5 @@ def _dtype(given: str | torch.dtype) -> torch.dtype:
     if isinstance(given, torch.dtype) and given in _DTYPES.values():
         return given
     if str(given) not in _DTYPES:
-        raise TccpError(f"dtype {given}: give {', '.join(_DTYPES)}")
+        raise TccpError(f"dtype {given}: give one of {', '.join(_DTYPES)}")
     return _DTYPES[str(given)]

@@ -1,6 +1,6 @@
-"""Where a pipeline comes from: a folder, the packaged weights, a URL, or a repository on the Hugging Face Hub.
+"""Finds a pipeline: a local folder, the packaged weights, a URL, or a repository on the Hugging Face Hub.
 
-What is not on this machine is copied to its cache: the manifest first, then the files of the components asked for.
+Remote pipelines are copied to the local cache: first the manifest, then the files of the components that are needed.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def component_names(variants: Iterable[VariantName], own_lips: bool = True) -> list[str]:
-    """The components that generation with these networks loads."""
+    """The components that generation with these networks loads. own_lips: include the pipeline's lip weights."""
     return ["autoencoder", *(["lips"] if own_lips else []), *variants]
 
 
 def pipeline_folder(source: str | Path, components: Iterable[str], revision: str | None = None) -> Path:
-    """The pipeline as a folder of this machine that holds at least these components (of those that it has).
+    """A local folder of the pipeline that holds at least those of these components that the pipeline has.
 
     Raises TccpError if there is no such pipeline.
     """
@@ -42,11 +42,11 @@ def pipeline_folder(source: str | Path, components: Iterable[str], revision: str
         return TOY_WEIGHTS
     if isinstance(source, str) and _HUB_ID.fullmatch(text) and not local.parent.exists():
         return _from_hub(text, components, revision)
-    return local  # `read_manifest` says that nothing is there
+    return local  # `read_manifest` reports the missing folder
 
 
 def _copied(name: str, download: Callable[[str, Path], object], components: Iterable[str]) -> Path:
-    """Copies what is missing. The manifest is fetched anew each time, for it says which files are meant."""
+    """Copies missing and changed files to the cache. Downloads the manifest every time, since it lists the files."""
     key = hashlib.blake2b(name.encode(), digest_size=12).hexdigest()
     place = cache_folder() / "pipelines" / key
     place.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ def _sha256(path: Path) -> str:
 
 
 def _from_hub(repository: str, components: Iterable[str], revision: str | None) -> Path:
-    """From the Hub's own cache; HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE hold as everywhere."""
+    """Downloads to the Hub's own cache. HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE have their usual meaning."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
@@ -92,7 +92,7 @@ def _from_hub(repository: str, components: Iterable[str], revision: str | None) 
                     f"{repository}: {name} is not in the Hub's cache and the Hub cannot be reached: check the network, "
                     "or give a local folder"
                 ) from None
-            raise TccpError(f"{repository} has no {name}: it is no TCCP pipeline, or not a complete one") from None
+            raise TccpError(f"{repository} has no {name}: it is not a complete TCCP pipeline; check the id") from None
         except HfHubHTTPError as error:
             reason = str(error).splitlines()[0]
             raise TccpError(f"{repository} on the Hugging Face Hub: {reason}; check the id, or give a folder") from None

@@ -1,4 +1,4 @@
-"""The frames of the film to be: which picture of the scene each shows, its head box, and where shots begin."""
+"""The frames to generate: the picture of the scene that each shows, its head box, and the starts of shots."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from tccp.inference.head_tracks import HeadTrack
 from tccp.media import MediaInfo, read_frames
 
 Extend = Literal["no", "freeze", "pingpong"]
-_REVERSED_CHUNK = 16  # frames held in memory to play a stretch of film backwards
+_REVERSED_CHUNK = 16  # frames held in memory to play film backwards
 
 
 def scene_indices(num_scene: int, num_frames: int, extend: Extend, name: str | Path = "scene") -> Iterator[int]:
-    """Which frame of the scene each frame of the film shows.
+    """The number of the scene frame that each frame of the generated film shows.
 
     Raises TccpError if the scene is shorter than the sound and `extend` is "no".
     """
@@ -30,14 +30,14 @@ def scene_indices(num_scene: int, num_frames: int, extend: Extend, name: str | P
     if extend == "no":
         raise TccpError(
             f"{name} lasts {num_scene / FPS:.2f} s and the sound {num_frames / FPS:.2f} s: give a longer scene or "
-            "shorter sound, or say how to go on with --extend freeze or --extend pingpong"
+            "shorter sound, or extend the scene with --extend freeze or --extend pingpong"
         )
     period = max(1, 2 * (num_scene - 1))
     return (min(i % period, period - i % period) for i in range(num_frames))
 
 
 def _scene_pictures(path: Path, indices: Iterable[int]) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
-    """The pictures of these frames, decoded forwards; a stretch that runs backwards is decoded in short chunks."""
+    """The pictures of these frames. Ascending numbers are decoded as a stream, descending ones in short chunks."""
     reader: Iterator[np.ndarray] = iter(())
     next_of_reader, shown_at = -1, -1
     shown: np.ndarray | None = None
@@ -65,10 +65,10 @@ def _scene_pictures(path: Path, indices: Iterable[int]) -> Iterator[UInt8[np.nda
 def scene_frames(
     path: Path, info: MediaInfo, track: HeadTrack, num_frames: int, extend: Extend
 ) -> Iterator[SceneFrame]:
-    """The frames of the film to be."""
+    """The frames to generate, in order."""
     indices = list(scene_indices(info.num_frames, num_frames, extend, path))
     cuts = track.cuts or frozenset()
-    # Played backwards, a cut lies between the same two frames.
+    # A cut lies between the same two frames when they are played backwards.
     starts = [True, *(a != b and max(a, b) in cuts for a, b in pairwise(indices))]
     for i, picture in enumerate(_scene_pictures(path, indices)):
         yield SceneFrame(i, picture, track.box(indices[i]), starts[i])

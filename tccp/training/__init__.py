@@ -1,1 +1,1 @@
-"""Training: the loops, what they read, and what they write."""
+"""Training: the training loop, its data readers, and its checkpoints and metrics."""

@@ -1,4 +1,4 @@
-"""Training the auto-encoder on faces, landmark images and masked scenes of a clip table."""
+"""Trains the auto-encoder on faces, landmark pictures and masked scenes of a clip table."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ STATISTICS_FRAMES = 8
 
 
 def autoencoder_training(settings: Settings) -> TrainingSettings:
-    """The loop's settings for the auto-encoder: its own batch, steps and rate; the rest as for the networks."""
+    """The training loop's settings for the auto-encoder.
+
+    Batch size, number of steps and learning rate are the auto-encoder's own; the rest is as for the networks.
+    """
     own = settings.autoencoder
     return settings.training.model_copy(
         update={
@@ -46,17 +49,17 @@ def autoencoder_training(settings: Settings) -> TrainingSettings:
 
 @runtime_checkable
 class Pictures(Protocol):
-    """Where an auto-encoder's pictures come from."""
+    """A source of pictures to train an auto-encoder."""
 
     def batch(self, step: int, rank: int, num_ranks: int) -> PictureBatch:
-        """A rank's part of the pictures of step k. Sources that stream hand out one step after the other."""
+        """The rank's share of the pictures of step k. Streaming sources require consecutive steps."""
 
 
 class ReconstructionLoss(nn.Module):
-    """The module that an engine trains: mean squared error, and the KL term of latent diffusion that bounds latents.
+    """The module that an engine trains: mean squared error plus the KL term of latent diffusion, which bounds latents.
 
-    Squared, not absolute: the median of a pixel that a thin landmark stroke rarely covers is black, and for a long time
-    an absolute error learns just that.
+    The error is squared, not absolute: thin landmark strokes rarely cover a given pixel, so its median is black, and an
+    absolute error learns black pictures for a long time.
     """
 
     def __init__(self, autoencoder: PictureAutoencoder, settings: AutoencoderSettings):
@@ -65,7 +68,7 @@ class ReconstructionLoss(nn.Module):
         self.settings = settings
 
     def forward(self, pictures: Float[Tensor, "n 3 h w"], noise: Float[Tensor, "n c hl wl"]) -> Float[Tensor, ""]:
-        """Of pictures in [-1, 1]; noise is what the posterior is sampled with."""
+        """The loss of pictures in [-1, 1]. noise: standard normal, samples the posterior."""
         with arithmetic(self.settings.precision, pictures.device.type):
             posterior = self.autoencoder.posterior(pictures)
             restored = self.autoencoder.reconstruct(posterior.mean + posterior.std * noise)
@@ -74,7 +77,7 @@ class ReconstructionLoss(nn.Module):
 
 
 class AutoencoderLoss:
-    """`loss_of(step, micro)` for the training loop, of one rank."""
+    """The loss of one rank's micro-batch, `loss_of(step, micro)` of the training loop."""
 
     def __init__(
         self,
@@ -85,7 +88,7 @@ class AutoencoderLoss:
         num_ranks: int = 1,
     ):
         self.module = ReconstructionLoss(autoencoder, settings.autoencoder)
-        self.forward: Callable[..., Any] = self.module  # or the engine's
+        self.forward: Callable[..., Any] = self.module  # replaced by the engine's forward
         self.settings = settings
         self.pictures = pictures
         self.device = autoencoder.mean.device
@@ -95,11 +98,11 @@ class AutoencoderLoss:
         self.waited_s = 0.0
 
     def __call__(self, step: int, micro: int) -> Tensor:
-        asked = time.monotonic()
+        started = time.monotonic()
         batch = self.pictures.batch(step, self.rank, self.num_ranks)
-        self.waited_s += time.monotonic() - asked
+        self.waited_s += time.monotonic() - started
         noise = []
-        for number in batch.numbers:  # of each picture by its number, so that it is the same on any number of ranks
+        for number in batch.numbers:  # seeded by the picture's number: the same on any number of ranks
             generator = torch.Generator().manual_seed(rng_seed(self.settings.seed, "posterior", int(number)))
             noise.append(torch.randn(self.latent_shape, generator=generator))
         pictures = to_model(torch.from_numpy(batch.pictures)).to(self.device)
@@ -112,33 +115,33 @@ def _statistics_batches(table: ClipTable, settings: Settings, kind: PictureKind)
     for index in sorted(chosen):
         clip = table[table.ids[index]]
         frames = np.linspace(0, clip.num_frames - 1, STATISTICS_FRAMES).astype(int)
-        seen = [picture_of(kind, vars(view(clip, settings, 0, settings.seed, int(i), 1)))[0] for i in frames]
-        yield to_model(torch.from_numpy(np.stack(seen)))
+        pictures = [picture_of(kind, vars(view(clip, settings, 0, settings.seed, int(i), 1)))[0] for i in frames]
+        yield to_model(torch.from_numpy(np.stack(pictures)))
 
 
 def fit_latent_statistics(autoencoder: PictureAutoencoder, table: ClipTable, settings: Settings) -> None:
-    """Mean and spread of each kind's latents, from up to 512 pictures each."""
+    """Sets mean and standard deviation of the latents of each kind of picture, from up to 512 pictures per kind."""
     autoencoder.fit_statistics({kind: _statistics_batches(table, settings, kind) for kind in PICTURE_KINDS})
 
 
 def _check_shape(autoencoder: PictureAutoencoder, settings: Settings, folder: Path) -> None:
     for name in ("downsampling", "latent_channels"):
-        found, asked = getattr(autoencoder, name), getattr(settings.autoencoder, name)
-        if found != asked:
+        found, wanted = getattr(autoencoder, name), getattr(settings.autoencoder, name)
+        if found != wanted:
             raise TccpError(
-                f"the auto-encoder {folder} has {name} {found}, the settings {asked}: give another folder, or "
+                f"the auto-encoder {folder} has {name} {found}, the settings {wanted}: give another folder, or "
                 f"--set autoencoder.{name}={found}"
             )
 
 
 def new_autoencoder(settings: Settings) -> PictureAutoencoder:
-    """The auto-encoder as its training starts, the same for the same seed."""
+    """An untrained auto-encoder. The same seed gives the same weights."""
     torch.manual_seed(rng_seed(settings.seed, "init", "autoencoder"))
     return PictureAutoencoder.from_settings(settings.autoencoder)
 
 
 def pretrained_autoencoder(settings: Settings, folder: Path) -> PictureAutoencoder:
-    """A diffusers folder as it is. Raises TccpError if its shape is not that of the settings."""
+    """Loads a diffusers folder. Raises TccpError if downsampling or latent channels differ from the settings."""
     autoencoder = PictureAutoencoder.load(folder)
     _check_shape(autoencoder, settings, folder)
     return autoencoder
@@ -153,9 +156,9 @@ def fit_autoencoder(
     stop_at: int | None = None,
     engine_of: Callable[[nn.Module, TrainingSettings], Engine] = TorchEngine,
 ) -> tuple[PictureAutoencoder | None, FitResult]:
-    """Trains an auto-encoder, and returns it with its EMA weights, on the CPU; on ranks above 0 of many, None.
+    """Trains an auto-encoder and returns it with its EMA weights, on the CPU. Ranks above 0 get None in its place.
 
-    Its latent statistics are still to be fitted (`fit_latent_statistics`).
+    Call `fit_latent_statistics` on it before use.
     """
     run = run or Unkept()
     training = autoencoder_training(settings)
@@ -187,7 +190,10 @@ def train_autoencoder(
     device: torch.device | str = "cpu",
     stop_at: int | None = None,
 ) -> tuple[PictureAutoencoder, FitResult]:
-    """In one process: trains an auto-encoder, or takes one as it is, and fits the latent statistics to this data."""
+    """Trains an auto-encoder in one process and fits its latent statistics to this data.
+
+    pretrained: a diffusers folder to use in place of a trained auto-encoder.
+    """
     if pretrained is not None:
         autoencoder: PictureAutoencoder | None = pretrained_autoencoder(settings, pretrained).eval()
         result = FitResult([])

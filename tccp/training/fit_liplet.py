@@ -1,4 +1,4 @@
-"""Training of Liplet: mouths of the clips at hand, in the canonical frame, from their sound and identity pictures."""
+"""Trains Liplet to paint mouths in the canonical frame, from the sound and identity pictures of clips."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from tccp.models.liplet import Liplet, identity_picture, mouth_picture, mouth_re
 from tccp.seeds import rng_seed
 
 MAX_SAMPLES = 16_384
-"""Frames held in memory; longer footage is thinned evenly. At 96 px this is 0.5 GB."""
+"""Most frames held in memory (0.5 GB at 96 px); of longer footage, every n-th frame is used."""
 TINT = 0.25
-"""Largest change of a colour channel's gain, and of its level in [-1, 1], when pictures are tinted in training."""
+"""Largest change of a colour channel's gain, and of its offset in [-1, 1], when augmentation tints pictures."""
 MOUTH_WEIGHT = 4.0
-"""Extra weight of the error where lips can be, above the 1 it has everywhere."""
+"""Weight of the error where lips can be, in addition to the weight 1 of every pixel."""
 
 
 @dataclass(frozen=True)
 class LipletSamples:
-    """Training frames of some clips. `identity_range` is each frame's (first, end) row of `identities`."""
+    """Training frames of some clips. identity_range: rows (first, end) of `identities` that belong to each frame."""
 
     mel: Float32[np.ndarray, "n 80 16"]
     mouths: UInt8[np.ndarray, "n s s 3"]
@@ -51,9 +51,9 @@ def mouths_of(clip: Clip, frames: Sequence[int], size_px: int) -> list[UInt8[np.
 
 
 def collect_samples(clips: Iterable[Clip], num_frames: int, size_px: int) -> LipletSamples:
-    """Frames to train on, at most about MAX_SAMPLES of them, evenly thinned.
+    """Collects at most about MAX_SAMPLES frames to train on, evenly spaced.
 
-    num_frames: sum over the clips, known beforehand so that the clips can be streamed.
+    num_frames: total of all clips, given so that the clips can be streamed.
     Raises TccpError if no frame has a usable mouth.
     """
     stride = max(1, math.ceil(num_frames / MAX_SAMPLES))
@@ -86,7 +86,7 @@ def mouth_loss(lips: Float[Tensor, "b 3 s s"], target: Float[Tensor, "b 3 s s"])
 def augment(
     identity: Float[Tensor, "b 3 s s"], mouths: Float[Tensor, "b 3 s s"], rng: np.random.Generator
 ) -> tuple[Float[Tensor, "b 3 s s"], Float[Tensor, "b 3 s s"]]:
-    """Both pictures of a person mirrored and tinted alike: there are few people to learn skin colours from."""
+    """Mirrors and tints both pictures of a sample alike, because data sets have few people and skin colours."""
     gain = rng.uniform(1 - TINT, 1 + TINT, (len(mouths), 3, 1, 1))
     shift = rng.uniform(-TINT, TINT, (len(mouths), 3, 1, 1))
     mirrored = torch.from_numpy(rng.random((len(mouths), 1, 1, 1)) < 0.5).to(mouths.device)
@@ -105,7 +105,7 @@ def train_liplet(
     on_step: Callable[[int, float], None] | None = None,
     device: str | torch.device = "cpu",
 ) -> Liplet:
-    """A Liplet trained for `liplet_steps` with Adam; the same samples, settings and seed give the same network.
+    """Trains a Liplet for `liplet_steps` with Adam. The same samples, settings and seed give the same network.
 
     on_step: called with (steps done, loss) after every step.
     """
@@ -124,7 +124,7 @@ def train_liplet(
         )
         identity, mouths = augment(to_model(identity), to_model(mouths), rng)
         loss = mouth_loss(network(mel, identity), mouths)
-        for group in optimiser.param_groups:  # warm-up, then half a cosine down to zero
+        for group in optimiser.param_groups:  # warm-up, then a cosine decay to zero
             warm_up = min(1.0, (step + 1) / 20)
             decay = 0.5 * (1 + math.cos(math.pi * step / settings.liplet_steps))
             group["lr"] = settings.liplet_learning_rate * warm_up * decay

@@ -1,4 +1,4 @@
-"""Training one variant of MVControlNet on windows of latents."""
+"""Trains one variant of MVControlNet on windows of latents."""
 
 from __future__ import annotations
 
@@ -30,27 +30,32 @@ from tccp.training.run_folder import Run, Unkept
 from tccp.training.window_files import micro_batch, training_order
 
 DENOISING_STEPS = 4
-"""Steps in which the first-frame variant makes an initial frame out of a noised one."""
+"""Steps in which the first-frame variant denoises a noised true frame (`initial_frames=denoised`)."""
 
 
 @dataclass(frozen=True)
-class Draws:
-    """Every random number of a batch of windows, from (seed, window id, epoch) alone."""
+class WindowNoise:
+    """All random numbers of a batch of windows. They depend on (seed, window id, epoch) only.
+
+    noise: added to the latents at diffusion time `t`. dropped: windows trained without conditions. initial_noise:
+    added to the initial frames. generated: windows whose initial frame is not the true one (`initial_frames` mix and
+    denoised). initial_t: diffusion time up to which a true initial frame is noised (`initial_frames=denoised`).
+    """
 
     noise: Float[Tensor, "b c f h w"]
     t: Int[Tensor, " b"]
     dropped: Bool[Tensor, " b"]
     initial_noise: Float[Tensor, "b c h w"]
-    generated: Bool[Tensor, " b"]  # windows whose initial frame is not the true one, when settings ask for a mix
-    initial_t: Int[Tensor, " b"]  # the time up to which those of `denoised` are noised
+    generated: Bool[Tensor, " b"]
+    initial_t: Int[Tensor, " b"]
 
 
-def draw(
+def sample_noise(
     planned: Sequence[PlannedWindow], shape: tuple[int, ...], settings: Settings, num_train_timesteps: int
-) -> Draws:
-    """Draws for windows whose latents have `shape` c f h w."""
+) -> WindowNoise:
+    """Samples the random numbers of windows whose latents have the shape `shape` = (c, f, h, w)."""
     noise, t, dropped, initial, generated, initial_t = [], [], [], [], [], []
-    # Half the way where noise is predicted: beyond, that says little of the picture.
+    # Half the times for noise prediction: at later times, predicted noise says little about the picture.
     last = num_train_timesteps // (1 if settings.diffusion.prediction == "v" else 2)
     shift = settings.training.timestep_shift
     for epoch, (clip_id, start) in planned:
@@ -62,33 +67,37 @@ def draw(
         initial.append(torch.randn((shape[0], *shape[2:]), generator=generator))
         generated.append(torch.rand((), generator=generator) < 0.5)
         initial_t.append(torch.randint(last, (), generator=generator))
-    return Draws(*(torch.stack(values) for values in (noise, t, dropped, initial, generated, initial_t)))
+    return WindowNoise(*(torch.stack(values) for values in (noise, t, dropped, initial, generated, initial_t)))
 
 
-class _DrawsAhead:
-    """`draw`, for the next windows while a GPU is at work on these: some 40 ms of a processor for 64 windows."""
+class _NoisePrefetch:
+    """Samples the noise of the next windows in a thread while the GPU trains on the current ones.
+
+    `sample_noise` takes about 40 ms of CPU time for 64 windows.
+    """
 
     def __init__(self, settings: Settings, num_train_timesteps: int):
         self.settings, self.num_train_timesteps = settings, num_train_timesteps
         self.thread = ThreadPoolExecutor(1)
-        self.next: tuple[list[PlannedWindow], Future[Draws]] | None = None
+        self.next: tuple[list[PlannedWindow], Future[WindowNoise]] | None = None
 
-    def of(
+    def get(
         self, planned: Sequence[PlannedWindow], shape: tuple[int, ...], following: Sequence[PlannedWindow] = ()
-    ) -> Draws:
-        foreseen, self.next = self.next, None
-        if foreseen is not None and foreseen[0] == list(planned):
-            draws = foreseen[1].result()
+    ) -> WindowNoise:
+        """The noise of `planned`; starts sampling that of `following`."""
+        prefetched, self.next = self.next, None
+        if prefetched is not None and prefetched[0] == list(planned):
+            sampled = prefetched[1].result()
         else:
-            draws = draw(planned, shape, self.settings, self.num_train_timesteps)
+            sampled = sample_noise(planned, shape, self.settings, self.num_train_timesteps)
         if following:
-            begun = self.thread.submit(draw, following, shape, self.settings, self.num_train_timesteps)
-            self.next = list(following), begun
-        return draws
+            future = self.thread.submit(sample_noise, following, shape, self.settings, self.num_train_timesteps)
+            self.next = list(following), future
+        return sampled
 
 
 class WindowLoss(nn.Module):
-    """The module that an engine trains: the network, and around it its loss, in the precision of training."""
+    """The module that an engine trains: the network and its loss, computed in the training precision."""
 
     def __init__(self, network: MVControlNet, schedule: NoiseSchedule, precision: str):
         super().__init__()
@@ -105,13 +114,13 @@ class WindowLoss(nn.Module):
         control: Float[Tensor, "b c2 f h w"],
         initial: Float[Tensor, "b c h w"] | None,
     ) -> Float[Tensor, " b"]:
-        """As `window_loss`."""
+        """`window_loss` in the training precision."""
         with arithmetic(self.precision, latents.device.type):
             return window_loss(self.network, self.schedule, latents, noise, t, conditions, control, initial)
 
 
 class VariantLoss:
-    """`loss_of(step, micro)` for the training loop, of one rank."""
+    """The loss of one rank's micro-batch, `loss_of(step, micro)` of the training loop."""
 
     def __init__(
         self,
@@ -130,35 +139,35 @@ class VariantLoss:
         self.first = first.eval().requires_grad_(False) if first is not None else None
         self.schedule = NoiseSchedule.from_settings(self.settings.diffusion)
         self.module = WindowLoss(model, self.schedule, self.settings.training.precision)
-        self.forward: Callable[..., Any] = self.module  # or the engine's
+        self.forward: Callable[..., Any] = self.module  # replaced by the engine's forward
         self.device = next(model.parameters()).device
         self.num_frames = self.row.num_frames(settings.window)
         self.order = training_order(windows.lengths, variant, self.settings) if isinstance(windows, Windows) else None
         self.taken: list[PlannedWindow] = []
-        self.draws = _DrawsAhead(self.settings, self.schedule.num_train_timesteps)
+        self.noise = _NoisePrefetch(self.settings, self.schedule.num_train_timesteps)
         self.rank, self.num_ranks = rank, num_ranks
-        self.waited_s = 0.0  # for windows, since the start
+        self.waited_s = 0.0  # total time spent waiting for windows
 
     def describe_step(self, step: int) -> list[str]:
-        """The windows of a step, those of all ranks; where there is no plan, those that this rank took for it."""
+        """The windows of a step as `clip:start`: those of all ranks, or of this rank if they cannot be planned."""
         planned = self.order.step(step, self.settings.training.batch_size) if self.order else self.taken
-        shown = 12 if self.order else None  # a hash, where the clip's own id is not known
-        return [f"{clip_id[:shown]}:{start}" for _, (clip_id, start) in planned]
+        id_length = 12 if self.order else None  # without an order, ids are hashes and are given whole
+        return [f"{clip_id[:id_length]}:{start}" for _, (clip_id, start) in planned]
 
     def __call__(self, step: int, micro: int) -> Tensor:
-        asked = time.monotonic()
+        started = time.monotonic()
         following: Sequence[PlannedWindow] = ()
         if self.order is not None and isinstance(self.windows, Windows):
             planned = self._planned(step, micro)
             batch = self.windows.batch(planned, self.row, self.num_frames)
-            if self.device.type != "cpu":  # which would have to do both
+            if self.device.type != "cpu":  # on a CPU, sampling would compete with training
                 last = micro + 1 == self.settings.training.accumulation
                 following = self._planned(step + 1, 0) if last else self._planned(step, micro + 1)
         else:
             assert isinstance(self.windows, Unplanned)
             planned, batch = self.windows.take(self.row)
             self.taken = [*(self.taken if micro else ()), *planned]
-        self.waited_s += time.monotonic() - asked
+        self.waited_s += time.monotonic() - started
         return self.loss(planned, batch, following).mean()
 
     def _planned(self, step: int, micro: int) -> list[PlannedWindow]:
@@ -168,47 +177,49 @@ class VariantLoss:
     def loss(
         self, planned: Sequence[PlannedWindow], batch: TrainingBatch, following: Sequence[PlannedWindow] = ()
     ) -> Float[Tensor, " b"]:
-        """Of each window. The batch may hold more kinds of conditions than the network takes.
+        """The loss of each window. The batch may hold more kinds of conditions than the network takes.
 
-        following: the windows of the next call, for which random numbers are drawn meanwhile.
+        following: the windows of the next call; their random numbers are sampled during this one.
         """
-        told = batch.only(self.row.conditions_with(self.settings.lips.source))
-        draws = self.draws.of(planned, tuple(batch.latents.shape[1:]), following)
-        initial = self._initial(batch, draws, planned).to(self.device) if self.row.continues else None
+        conditions = batch.only(self.row.conditions_with(self.settings.lips.source)).conditions
+        sampled = self.noise.get(planned, tuple(batch.latents.shape[1:]), following)
+        initial = self._initial(batch, sampled, planned).to(self.device) if self.row.continues else None
         return self.forward(
             batch.latents.to(self.device),
-            draws.noise.to(self.device),
-            draws.t.to(self.device),
-            told.conditions.drop(draws.dropped).to(self.device),
+            sampled.noise.to(self.device),
+            sampled.t.to(self.device),
+            conditions.drop(sampled.dropped).to(self.device),
             batch.control.to(self.device),
             initial,
         )
 
     def _initial(
-        self, batch: TrainingBatch, draws: Draws, planned: Sequence[PlannedWindow]
+        self, batch: TrainingBatch, sampled: WindowNoise, planned: Sequence[PlannedWindow]
     ) -> Float[Tensor, "b c h w"]:
-        """The frame a window continues from: true, or one as the first-frame variant makes them (section 4.4).
+        """The frame that each window continues from: the true one, or one from the first-frame variant (section 4.4).
 
-        `generated`: all are; `mix`: half of them. `denoised`: half of them are true frames, noised up to a random time
-        and denoised by the first-frame variant in a few steps (Meng et al. 2022, SDEdit): true in part, its guess for
-        the rest, as frames along a chain are, at a fraction of the price.
+        The setting `initial_frames` selects which. `truth`: all frames are true. `generated`: the first-frame variant
+        generates all of them. `mix`: it generates half of them. `denoised`: half of them are true frames, noised to a
+        random time and denoised by the first-frame variant in a few steps (SDEdit, Meng et al. 2022). Like the frames
+        along a chain, they are partly generated, but they cost a fraction of a full generation.
         """
         settings = self.settings.training
         initial = batch.latents[:, :, 0]
         if settings.initial_frames != "truth":
-            chosen = torch.ones_like(draws.generated) if settings.initial_frames == "generated" else draws.generated
+            all_generated = settings.initial_frames == "generated"
+            chosen = torch.ones_like(sampled.generated) if all_generated else sampled.generated
             rows = [i for i in range(len(planned)) if chosen[i]]
             if rows:
                 first = self._first_network()
                 kinds = VARIANTS[FIRST_OF[self.row.name]].conditions_with(self.settings.lips.source)
-                shown = batch[rows].first_frame().only(kinds)
+                frames = batch[rows].first_frame().only(kinds)
                 if settings.initial_frames == "denoised":
-                    made = self._denoise_first(first, shown, draws.noise[rows, :, 0], draws.initial_t[rows])
+                    made = self._denoise_first(first, frames, sampled.noise[rows, :, 0], sampled.initial_t[rows])
                 else:
-                    made = self._generate_first(first, shown, [planned[i] for i in rows])
+                    made = self._generate_first(first, frames, [planned[i] for i in rows])
                 initial = initial.clone()
                 initial[rows] = made
-        return initial + settings.initial_frame_noise * draws.initial_noise
+        return initial + settings.initial_frame_noise * sampled.initial_noise
 
     def _first_network(self) -> MVControlNet:
         if self.first is None:
@@ -220,27 +231,27 @@ class VariantLoss:
 
     @torch.no_grad()
     def _denoise_first(
-        self, first: MVControlNet, shown: TrainingBatch, noise: Float[Tensor, "b c h w"], t: Int[Tensor, " b"]
+        self, first: MVControlNet, frames: TrainingBatch, noise: Float[Tensor, "b c h w"], t: Int[Tensor, " b"]
     ) -> Float[Tensor, "b c h w"]:
         device = next(first.parameters()).device
-        conditions, control = shown.conditions.to(device), shown.control.to(device)
-        clean, noise = shown.latents.to(device), noise[:, :, None].to(device)
+        conditions, control = frames.conditions.to(device), frames.control.to(device)
+        clean, noise = frames.latents.to(device), noise[:, :, None].to(device)
         for k in range(DENOISING_STEPS, 0, -1):
             times = (t[:, None] * k // DENOISING_STEPS).to(device)
             noisy = self.schedule.add_noise(clean, noise, times)
             predicted = first(noisy, times, conditions, control)
             clean, noise = self.schedule.clean(noisy, predicted, times), self.schedule.noise(noisy, predicted, times)
-        return clean[:, :, 0].to(shown.latents)
+        return clean[:, :, 0].to(frames.latents)
 
     def _generate_first(
-        self, first: MVControlNet, shown: TrainingBatch, planned: Sequence[PlannedWindow]
+        self, first: MVControlNet, frames: TrainingBatch, planned: Sequence[PlannedWindow]
     ) -> Float[Tensor, "b c h w"]:
         states = [
             start_window(
                 self.schedule,
                 self.first_sampling,
-                shown.conditions[i : i + 1],
-                shown.control[i],
+                frames.conditions[i : i + 1],
+                frames.control[i],
                 None,
                 rng_seed(self.settings.seed, "initial", clip_id, start, epoch),
                 first.config.latent_channels,
@@ -253,16 +264,17 @@ class VariantLoss:
 
 
 def needs_first(variant: VariantName, settings: Settings) -> bool:
-    """Whether training this variant takes the network of its first-frame variant."""
+    """Whether training this variant needs the trained network of its first-frame variant."""
     training = settings.for_variant(variant).training
     return variant in FIRST_OF and (training.start_from_first or training.initial_frames != "truth")
 
 
-def _taken_over(take: Callable[[MVControlNet], None], source: MVControlNet, what: str) -> None:
+def _copy_weights(copy: Callable[[MVControlNet], None], source: MVControlNet, message: str) -> None:
+    """Calls `copy(source)`; raises TccpError with `message` if the networks do not fit."""
     try:
-        take(source)
+        copy(source)
     except ValueError as error:
-        raise TccpError(f"{what} ({error})") from None
+        raise TccpError(f"{message} ({error})") from None
 
 
 def new_network(
@@ -272,10 +284,11 @@ def new_network(
     first: MVControlNet | None = None,
     start_from: MVControlNet | None = None,
 ) -> MVControlNet:
-    """The network as its training starts, the same for the same seed.
+    """A network ready for training. The same seed gives the same weights.
 
-    first: the trained first-frame variant, from whose weights sequence variants start where settings say so.
-    start_from: a network whose video branch is taken over and copied into the control branch.
+    first: the trained first-frame variant. With `training.start_from_first`, sequence variants start from its weights.
+    start_from: a network whose video branch is copied into the new network's video and control branches.
+    Raises ValueError if `first` is needed and missing, TccpError if `first` or `start_from` does not fit.
     """
     resolved = settings.for_variant(variant)
     torch.manual_seed(rng_seed(resolved.seed, "init", variant))
@@ -283,11 +296,11 @@ def new_network(
     if resolved.training.start_from_first and variant in FIRST_OF:
         if first is None:
             raise ValueError(f"training.start_from_first needs a trained {FIRST_OF[variant]}: train it first")
-        _taken_over(
+        _copy_weights(
             model.start_from_first, first, f"training.start_from_first: {FIRST_OF[variant]} cannot start {variant}"
         )
     if start_from is not None:
-        _taken_over(model.start_control_from, start_from, f"--control-from: its {variant} does not fit these settings")
+        _copy_weights(model.start_control_from, start_from, f"--control-from: its {variant} does not fit the settings")
     if resolved.training.freeze_video_branch:
         model.freeze_video_branch()
     return model
@@ -307,10 +320,11 @@ def train_variant(
     validate: Callable[[int, list[Tensor]], Mapping[str, float]] | None = None,
     compiled: bool = False,
 ) -> tuple[MVControlNet | None, FitResult]:
-    """Trains `variant` and returns it with its EMA weights, on the CPU; on ranks above 0 of many, None.
+    """Trains `variant` and returns it with its EMA weights, on the CPU. Ranks above 0 get None in place of the network.
 
-    first: needed by sequence variants that start from its weights or on its frames (`needs_first`).
-    start_from: as for `new_network`. stop_at, validate: as for `fit`. compiled: by torch.compile.
+    first: the trained first-frame variant, for sequence variants that start from its weights or train on its frames
+    (see `needs_first`). start_from: as for `new_network`. stop_at, validate: as for `fit`. compiled: whether the
+    network's blocks are compiled with torch.compile.
     """
     run = run or Unkept()
     resolved = settings.for_variant(variant)

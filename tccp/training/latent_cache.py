@@ -1,7 +1,7 @@
-"""The latent cache: what training reads, computed once per clip and jitter draw.
+"""The latent cache: training inputs, computed once per clip and jittered view.
 
-Scenes are masked before they are encoded, so each draw of the mask has latents of its own. A file is memory-mapped and
-a window reads only its own frames: memory does not grow with the data set.
+Scenes are masked before they are encoded, so each jittered view has its own latents. Files are memory-mapped and a
+window reads only its own frames, so memory use does not grow with the data set.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tccp.clips.order import PlannedWindow
 from tccp.clips.windows import view
 from tccp.config import Settings
 from tccp.files import Folder
-from tccp.inference.conditioning import as_shown, control_kinds, picture_of, training_conditions
+from tccp.inference.conditioning import control_kinds, picture_of, training_conditions, zero_if_hidden
 from tccp.inference.encoding import Encoder
 from tccp.models.autoencoder import PictureAutoencoder, to_model
 from tccp.models.conditions import Conditions
@@ -37,88 +37,88 @@ from tccp.training.window_files import FileKind, LatentFiles, files_needed, late
 
 @dataclass(frozen=True)
 class TrainingBatch:
-    """Windows ready for the loss: normalised latents `b c f h w` and condition inputs."""
+    """Windows ready for the loss: normalised latents, control latents and conditions."""
 
     latents: Float[Tensor, "b c f h w"]
     control: Float[Tensor, "b c2 f h w"]
     conditions: Conditions
 
     def only(self, kinds: Sequence[ConditionKind]) -> TrainingBatch:
-        """With these conditions alone."""
+        """This batch with only these kinds of conditions."""
         left = {name: None for name in get_args(ConditionKind) if name not in kinds}
         return replace(self, conditions=replace(self.conditions, **left))
 
     def first_frame(self) -> TrainingBatch:
-        """The windows' first frames: what the first-frame variant is shown of them."""
-        told = self.conditions
-        first = {name: value[:, :1] for name in ("audio", "lips") if (value := getattr(told, name)) is not None}
-        return TrainingBatch(self.latents[:, :, :1], self.control[:, :, :1], replace(told, **first))
+        """The first frame of each window, as the first-frame variant takes it."""
+        conditions = self.conditions
+        first = {name: value[:, :1] for name in ("audio", "lips") if (value := getattr(conditions, name)) is not None}
+        return TrainingBatch(self.latents[:, :, :1], self.control[:, :, :1], replace(conditions, **first))
 
     def __getitem__(self, rows: Sequence[int]) -> TrainingBatch:
-        told = {name: None if value is None else value[rows] for name, value in vars(self.conditions).items()}
-        return TrainingBatch(self.latents[rows], self.control[rows], Conditions(**told))
+        selected = {name: None if value is None else value[rows] for name, value in vars(self.conditions).items()}
+        return TrainingBatch(self.latents[rows], self.control[rows], Conditions(**selected))
 
 
 @runtime_checkable
 class Windows(Protocol):
-    """Where a training's windows come from."""
+    """A source of training windows that are known beforehand."""
 
     @property
     def lengths(self) -> Mapping[str, int]:
-        """Frames of every clip, by clip_id."""
+        """Number of frames of every clip, by clip_id."""
 
     def batch(
         self, planned: Sequence[PlannedWindow], row: Variant, num_frames: int, kinds: Sequence[ConditionKind] = ()
     ) -> TrainingBatch:
-        """These windows, with these kinds of conditions (default: those that training the variant reads).
+        """These windows with these kinds of conditions; by default with those that training the variant reads.
 
-        Sources that stream hand out one micro-batch after the other, and raise RuntimeError if it is not this one.
+        Streaming sources give consecutive micro-batches only; they raise RuntimeError if asked for another one.
         """
 
 
 @runtime_checkable
 class Unplanned(Protocol):
-    """Where windows come from that cannot be listed beforehand: straight from film."""
+    """A source of training windows that cannot be listed beforehand: windows cut directly from films."""
 
     def take(self, row: Variant) -> tuple[list[PlannedWindow], TrainingBatch]:
-        """The rank's next micro-batch, and which windows it holds."""
+        """The windows of the rank's next micro-batch, and the batch itself."""
 
 
 def encode_clip(
-    clip: Clip, settings: Settings, draw: int, seed: int, autoencoder: PictureAutoencoder, kinds: Iterable[FileKind]
+    clip: Clip, settings: Settings, jitter: int, seed: int, autoencoder: PictureAutoencoder, kinds: Iterable[FileKind]
 ) -> dict[FileKind, dict[str, np.ndarray]]:
-    """One clip under one draw: latents `f c h w` in half precision, mel `f 80 16`, identity `s s 3`.
+    """Encodes one jittered view of a clip: latents `f c h w` in half precision, mel `f 80 16`, identity `s s 3`.
 
-    kinds: the files that are wanted.
+    kinds: the files to compute.
     """
-    seen = vars(view(clip, settings, draw, seed))
+    fields = vars(view(clip, settings, jitter, seed))
     encoder = Encoder(autoencoder, settings)
     files: dict[FileKind, dict[str, np.ndarray]] = {}
     for kind in kinds:
         if kind == "inputs":
-            files[kind] = {name: np.ascontiguousarray(seen[name]) for name in ("mel", "identity")}
+            files[kind] = {name: np.ascontiguousarray(fields[name]) for name in ("mel", "identity")}
             continue
-        latents = encoder.encode(picture_of(kind, seen), kind).half().cpu().numpy()
-        files[kind] = {"latents": np.ascontiguousarray(latents)}  # in C order: safetensors writes memory as it lies
+        latents = encoder.encode(picture_of(kind, fields), kind).half().cpu().numpy()
+        files[kind] = {"latents": np.ascontiguousarray(latents)}  # C order: safetensors writes the memory unchanged
     return files
 
 
 def _tensor(values: np.ndarray) -> Tensor:
-    return torch.from_numpy(values if values.flags.writeable else values.copy())  # Ray's are read-only
+    return torch.from_numpy(values if values.flags.writeable else values.copy())  # Ray's arrays are read-only
 
 
 def to_batch(columns: Mapping[str, np.ndarray]) -> TrainingBatch:
-    """Columns of `LatentFiles.columns` as tensors."""
-    told = {name: _tensor(columns[name]) for name in get_args(ConditionKind) if name in columns}
-    pictures = {name: to_model(value) for name, value in told.items() if name != "audio"}
+    """Converts columns of `LatentFiles.columns` to tensors."""
+    conditions = {name: _tensor(columns[name]) for name in get_args(ConditionKind) if name in columns}
+    pictures = {name: to_model(value) for name, value in conditions.items() if name != "audio"}
     latents, control = (_tensor(columns[name]).float().transpose(1, 2).contiguous() for name in ("latents", "control"))
-    return TrainingBatch(latents, control, Conditions(audio=told.get("audio"), **pictures))
+    return TrainingBatch(latents, control, Conditions(audio=conditions.get("audio"), **pictures))
 
 
 def encode_columns(
     columns: Mapping[str, np.ndarray], autoencoder: PictureAutoencoder, row: Variant, settings: Settings
 ) -> dict[str, np.ndarray]:
-    """Columns of `PictureFiles` to those of `LatentFiles`: rounded to half precision as those are."""
+    """Encodes columns of `PictureFiles` to those of `LatentFiles`, rounded to half precision like the latter."""
     encoder = Encoder(autoencoder, settings)
 
     def encoded(name: str, kind: PictureKind | ControlKind) -> np.ndarray:
@@ -126,13 +126,13 @@ def encode_columns(
         latents = encoder.encode(np.concatenate(pictures), kind).half().cpu()
         return latents.unflatten(0, pictures.shape[:2]).numpy()
 
-    control = [as_shown(kind, encoded(kind, kind), settings) for kind in control_kinds(row, settings)]
+    control = [zero_if_hidden(kind, encoded(kind, kind), settings) for kind in control_kinds(row, settings)]
     others = {name: values for name, values in columns.items() if name not in control_kinds(row, settings)}
     return {**others, "latents": encoded("latents", row.generates), "control": np.concatenate(control, axis=2)}
 
 
 class LatentCache:
-    """Latents in `<root>/latents/<hash>/` and lips in `<root>/lips/`; the hash is of all that latents depend on."""
+    """Latents in `<root>/latents/<hash>/` and lips in `<root>/lips/`; the hash covers everything latents depend on."""
 
     def __init__(
         self,
@@ -143,7 +143,7 @@ class LatentCache:
         lips: LipSources | None,
         names: Iterable[str] = tuple(VARIANTS),
     ):
-        """names: the variants it is for; what none of them reads is not computed."""
+        """names: the variants to cache for. Files that none of them reads are not computed."""
         root = root if isinstance(root, Folder) else Folder(root)
         self.table = table
         self.settings = settings
@@ -160,7 +160,7 @@ class LatentCache:
 
     @property
     def files(self) -> LatentFiles:
-        """What reads it elsewhere."""
+        """A reader of this cache for other processes and machines."""
         return LatentFiles(self.settings, self.folder, self.lips.pictures if self.lips else None)
 
     def batch(
@@ -169,7 +169,7 @@ class LatentCache:
         return to_batch(self.files.columns(planned, row, num_frames, kinds or training_conditions(row, self.settings)))
 
     def build(self, part: int = 0, parts: int = 1) -> None:
-        """Computes what is missing, in all or of one part of the clips. Interrupted, it goes on where it was."""
+        """Computes the missing files of clips `part`, `part + parts`, ... Can be repeated after an interruption."""
         ids = self.table.ids[part::parts]
         missing = [(c, d) for c in ids for d in range(self.settings.headbox.draws) if self._missing(c, d)]
         with progress() as bar:
@@ -182,14 +182,14 @@ class LatentCache:
                 self.lips.write(self.table, lambda done, total: bar.update(task, completed=done), ids)
 
     def build_clip(self, clip_id: str, lips_alone: bool = False) -> None:
-        """Computes what is missing of one clip."""
+        """Computes the missing files of one clip."""
         for draw in () if lips_alone else range(self.settings.headbox.draws):
             self._encode(clip_id, draw)
         if self.lips:
             self.lips.write(self.table, clip_ids=[clip_id])
 
     def missing_clips(self, lips_alone: bool = False) -> list[str]:
-        """Clips of which anything is missing, found with one listing of each folder."""
+        """Clips with missing files, found with one listing of each folder."""
         there = set() if lips_alone else self.folder.names()
         drawn = self.lips.pictures.names() if self.lips else set()
         draws = () if lips_alone else range(self.settings.headbox.draws)
@@ -201,7 +201,7 @@ class LatentCache:
         ]
 
     def _encode(self, clip_id: str, draw: int) -> None:
-        kinds = self._missing(clip_id, draw)  # another training may have been here meanwhile
+        kinds = self._missing(clip_id, draw)  # another training may have computed them meanwhile
         clip, seed = self.table[clip_id], self.settings.seed
         files = encode_clip(clip, self.settings, draw, seed, self.autoencoder, kinds) if kinds else {}
         for kind, arrays in files.items():

@@ -1,8 +1,8 @@
-"""Lip references for training: cross-fitted Liplets, and the derived table of lip pictures.
+"""Lip references for training: cross-fitted Liplets, and the folder of lip pictures made by them.
 
-A network trained on a clip has seen how its mouth moved and would serve it lips that are better than any it can draw
-for new footage. So the clips are split in two folds, each fold is served by the network trained on the other one, and
-new footage by fold 0's.
+A Liplet trained on a clip has seen how its mouth moves, and paints better lips for it than for new footage. So the
+clips are split in two folds. The network trained on one fold paints the lips of the other. The network that serves
+fold 0 also serves new footage.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ _RECORD_VERSION = 1
 
 
 def assign_folds(sources: Mapping[str, str]) -> dict[str, int]:
-    """Fold of every clip, from its source; `sources` maps clip_id to the hash of the file it was cut from.
+    """Assigns every clip to a fold; `sources` maps clip_id to the hash of the file that the clip was cut from.
 
-    Clips of one source stay together, unless all clips have the same one. Sources (or clips) are dealt in the order of
-    a stable hash, so the folds are as even in number as can be and do not depend on the order of the table.
+    Clips of one source go to the same fold, unless all clips have the same source. Sources (or clips) go to folds in
+    turn, in the order of a stable hash, so folds differ by at most one source and do not depend on the table's order.
     Raises TccpError if there are fewer than two clips.
     """
     if len(sources) < FOLDS:
@@ -65,9 +65,9 @@ def train_liplets(
     on_step: Callable[[int, int, float], None] | None = None,
     device: str | torch.device = "cpu",
 ) -> Path:
-    """Train the cross-fitted networks into `out`, and return it. A fold that is complete is not trained again.
+    """Trains the cross-fitted networks, saves them in `out` and returns it. Skips folds that are complete.
 
-    `out/fold_<k>` serves the clips of fold k (it is trained on all others); `out/folds.json` records who is where.
+    `out/fold_<k>` serves the clips of fold k and is trained on all others; `out/folds.json` records the folds.
     on_step: called with (fold, steps done, loss).
     Raises TccpError if there are too few clips, or `out` holds networks of other clips, settings or seed.
     """
@@ -91,7 +91,7 @@ def train_liplets(
         place = out / f"fold_{fold}"
         if (place / "config.json").is_file() and any(place.glob("*.safetensors")):
             continue
-        shutil.rmtree(place, ignore_errors=True)  # part of one that was on its way to storage
+        shutil.rmtree(place, ignore_errors=True)  # an incomplete copy
         train_ids = [clip_id for clip_id in table.ids if folds[clip_id] != fold]
         samples = collect_samples(
             (table[clip_id] for clip_id in train_ids),
@@ -111,7 +111,7 @@ def train_liplets(
 
 
 def train_liplets_once(table: ClipTable, settings: Settings, out: Path, device: str | torch.device = "cpu") -> float:
-    """`train_liplets` with progress; returns the seconds it took, or had taken before."""
+    """`train_liplets` with progress; returns the seconds that the first complete training took."""
     spent = out / SPENT_FILE
     with progress() as bar:
         steps = settings.lips.liplet_steps
@@ -129,7 +129,7 @@ def train_liplets_once(table: ClipTable, settings: Settings, out: Path, device: 
 
 @dataclass(frozen=True)
 class LipSources:
-    """Which source serves which clip. `sources` has one entry per fold, or a single one not trained on these clips."""
+    """The lip source of each clip. `sources`: one per fold, or a single one that was not trained on these clips."""
 
     sources: tuple[LipSource, ...]
     folds: Mapping[str, int] = field(default_factory=dict)
@@ -137,16 +137,19 @@ class LipSources:
 
     @property
     def hash(self) -> str:
-        """Of all networks together: the key of the derived table."""
+        """Hash of all networks together: the key of the lip pictures they paint."""
         return hashlib.blake2b(" ".join(source.hash for source in self.sources).encode(), digest_size=8).hexdigest()
 
     @property
     def for_new_footage(self) -> LipSource:
-        """The source for generation: what a pipeline folder carries."""
+        """The source for generation, which the pipeline folder gets."""
         return self.sources[0]
 
     def for_clip(self, clip_id: str, source_hash: str) -> LipSource:
-        """The source whose network has seen nothing of this clip, nor of other cuts of the same footage."""
+        """The source whose network was trained neither on this clip nor on other clips of the same file.
+
+        Raises TccpError if there is none.
+        """
         if len(self.sources) == 1:
             return self.sources[0]
         if clip_id in self.folds:
@@ -154,8 +157,8 @@ class LipSources:
         folds = self.source_folds.get(source_hash, {0})
         if len(folds) > 1:
             raise TccpError(
-                f"clip {clip_id} was not there when the liplets were trained, and every one of them has seen other "
-                "footage of the same file: train them again on the present clips"
+                f"clip {clip_id} was added after the liplets were trained, and each of them was trained on other "
+                "clips of the same file: train them again on the present clips"
             )
         return self.sources[next(iter(folds))]
 
@@ -163,10 +166,10 @@ class LipSources:
 def open_lip_sources(
     settings: LipSettings, weights: Path | None, device: str | torch.device = "cpu"
 ) -> LipSources | None:
-    """Sources for a clip table; None for `none`.
+    """Opens the lip sources for a clip table; None if `settings.source` is `none`.
 
     weights: a Wav2Lip `.pth`, or the folder written by `train_liplets`.
-    Raises TccpError if they are missing, incomplete, or of another size than the settings say.
+    Raises TccpError if they are missing or incomplete, or if their picture size differs from the settings.
     """
     if settings.source != "liplet":
         source = open_lip_source(settings, weights, device)
@@ -176,7 +179,7 @@ def open_lip_sources(
     record = json.loads((weights / FOLDS_RECORD).read_text())
     if record.get("version") != _RECORD_VERSION:
         raise TccpError(
-            f"{weights / FOLDS_RECORD}: version {record.get('version')}, this is {_RECORD_VERSION}; train anew"
+            f"{weights / FOLDS_RECORD}: version {record.get('version')}, this is {_RECORD_VERSION}; train them again"
         )
     networks = [load_liplet(weights / f"fold_{fold}") for fold in range(FOLDS)]
     for fold, network in enumerate(networks):
@@ -193,14 +196,14 @@ def open_lip_sources(
 
 @dataclass(frozen=True)
 class LipPlace:
-    """Where the lip sources that serve a clip table are: cross-fitted liplets, or one network. Small: it travels."""
+    """Location of the lip sources of a clip table: cross-fitted liplets, or one network. Small to pickle."""
 
     settings: LipSettings
     folder: Folder
-    to_train: bool = False  # liplets, on the very table, into the folder
+    to_train: bool = False  # whether liplets must first be trained on this table and saved in the folder
 
     def open(self, device: str | torch.device = "cpu") -> LipSources:
-        """Raises TccpError if what should be there is not, or is not whole."""
+        """Loads the lip sources. Raises TccpError if files are missing or incomplete."""
         with self.folder.here() as place:
             alone = (place / "config.json").exists() and not (place / FOLDS_RECORD).exists()
             if self.settings.source == "liplet" and alone:
@@ -213,7 +216,7 @@ class LipPlace:
 
 
 def liplet_folder(data_hash: str | None, seed: int | None, settings: LipSettings) -> str:
-    """Name, in a storage, of the liplets that are cross-fitted on a clip table."""
+    """Name of the folder, under the storage folder, of the liplets cross-fitted on a clip table."""
     key = f"{data_hash} {seed} {settings.model_dump_json()}"
     return f"{LIPS}/{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}"
 
@@ -221,10 +224,11 @@ def liplet_folder(data_hash: str | None, seed: int | None, settings: LipSettings
 def lip_place(
     settings: Settings, pipeline: Path, data_hash: str, storage: Folder, weights: str | Path | None = None
 ) -> LipPlace | None:
-    """The lip sources that serve this table: the pipeline's, if it has any, for those it will generate with.
+    """Location of the lip sources for this table; None if `lips.source` is `none`.
 
-    Clips that its liplet was trained on are served by its cross-fitted sibling. weights: Wav2Lip's checkpoint, in place
-    of the pipeline's. None where the settings have no lips. Raises TccpError if those weights are needed and absent.
+    If the pipeline has a lip source, training uses it, because generation will use it. Clips that it was trained
+    on get lips from the liplet of the other fold. weights: Wav2Lip's checkpoint, in place of the pipeline's.
+    Raises TccpError if Wav2Lip's weights are needed and missing.
     """
     lips = settings.lips
     if lips.source == "none":
@@ -232,7 +236,7 @@ def lip_place(
     has_own = has_component(pipeline, LIPS)
     if lips.source != "liplet":
         if weights is None and not has_own:
-            open_lip_source(lips, None)  # raises, and says what to do
+            open_lip_source(lips, None)  # raises TccpError
         return LipPlace(lips, Folder(weights if weights is not None else verified(pipeline, LIPS)))
     own = Folder(storage.path(liplet_folder(data_hash, settings.seed, lips)))
     if not has_own:
@@ -247,15 +251,15 @@ def lip_place(
 
 
 def lip_pictures(clip: Clip, source: LipSource) -> UInt8[np.ndarray, "f s s 3"]:
-    """Lip pictures of a clip from its sound and its first identity picture; its faces are not looked at."""
+    """Lip pictures of a clip, from its sound and its first identity picture only."""
     samples, start_frame = clip_sound(clip)
     return source.lips(source.windows(samples, start_frame, clip.num_frames), decode_still(clip.identity[0]))
 
 
 class LipTable:
-    """Draws the lip pictures of clips into a folder.
+    """A folder of the lip pictures of clips.
 
-    also: folders of the same layout in which pictures are looked for, too: what preprocessing drew beside the clips.
+    also: further folders of the same layout to read pictures from, such as the one that preprocessing writes.
     """
 
     def __init__(self, folder: Folder | Path | str, sources: LipSources, also: Sequence[Folder] = ()) -> None:
@@ -270,7 +274,7 @@ class LipTable:
         return clip_id in self.pictures
 
     def draw(self, clip: Clip) -> None:
-        """Draws the lips of a clip, and replaces those that are there."""
+        """Paints and saves the lip pictures of a clip; replaces existing ones."""
         pictures = lip_pictures(clip, self.sources.for_clip(clip.clip_id, clip.source_hash))
         with self.folder.writing(self.name(clip.clip_id)) as path, path.open("wb") as file:
             np.save(file, pictures, allow_pickle=False)
@@ -281,9 +285,9 @@ class LipTable:
         on_clip: Callable[[int, int], None] | None = None,
         clip_ids: Sequence[str] | None = None,
     ) -> int:
-        """Draw the lips of every clip (or of these) that has none yet; returns how many were drawn.
+        """Paints the missing lip pictures of all clips, or of these; returns the number of clips painted.
 
-        on_clip: called with (done, of).
+        on_clip: called with (clips done, number of clips).
         """
         drawn = 0
         chosen = table.ids if clip_ids is None else clip_ids

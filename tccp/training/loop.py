@@ -1,7 +1,7 @@
-"""The training loop: steps, EMA, checkpoints, metrics and progress. It knows neither Ray nor DeepSpeed nor the model.
+"""The training loop: steps, EMA, checkpoints, metrics and progress. It does not depend on Ray, DeepSpeed or the model.
 
-Everything random about step k is seeded by (seed, k) or by window ids, so a run that was cut and resumed is the same
-run, bit for bit.
+All random numbers of step k are seeded by (seed, k) or by window ids, so an interrupted and resumed run gives bit for
+bit the same result as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -30,12 +30,16 @@ PROGRESS_FILE = "progress.json"
 
 
 class NonFiniteLoss(TccpError):
-    """The loss, or its gradient, is not a number any more; the last good checkpoint stays."""
+    """The loss or the norm of its gradient is NaN or infinite. The last good checkpoint is kept."""
 
 
 @dataclass(frozen=True)
 class FitResult:
-    """losses: one value per step that was run here. seconds: wall clock of the whole run, earlier calls included."""
+    """The result of one call of `fit`.
+
+    losses: one value per step of this call. seconds: wall-clock time of the whole run, including earlier calls.
+    steps: number of steps of this call.
+    """
 
     losses: list[float] = field(repr=False)
     seconds: float = 0.0
@@ -60,21 +64,21 @@ def fit(
 
     loss_of(step, micro): this rank's loss of one micro-batch, a pure function of its arguments and the module's
         parameters. The step's loss is the mean over micro-batches and ranks.
-    ema: of what `engine.local_parameters` holds.
-    stop_at: ends the call early, after a checkpoint, as an interruption would; the learning rate still heads for
+    ema: moving averages of `engine.local_parameters()`.
+    stop_at: ends the call after this many steps, with a checkpoint. The learning-rate schedule still runs to
         max_steps.
-    describe_step: what step k trained on, for the error message when its loss is not finite.
-    waited_s: seconds spent waiting for data so far, for the metrics.
-    validate(step, weights): called on rank 0 before each checkpoint, with the moving averages; what it measures goes
-        with the checkpoint.
-    Raises NonFiniteLoss, on all ranks alike; nothing of that step is kept.
+    describe_step: names what step k trained on, for the error message if its loss is not finite.
+    waited_s: gives the total time spent waiting for data, in seconds, for the metrics.
+    validate(step, weights): called on rank 0 before each checkpoint with the moving averages. The checkpoint's metrics
+        include the values it returns.
+    Raises NonFiniteLoss on all ranks; nothing of that step is kept.
     """
     run = run or Unkept()
-    done, spent = _resumed(engine, ema, run.newest())
+    done, seconds_before = _resume(engine, ema, run.newest())
     run.forget_after(done)
     last = min(settings.max_steps, stop_at or settings.max_steps)
     losses: list[float] = []
-    started = time.monotonic() - spent
+    started = time.monotonic() - seconds_before
     meter = _Meter(settings.batch_size, waited_s)
     engine.module.train()
     with progress(shown=run.rank == 0) as bar:
@@ -89,11 +93,11 @@ def fit(
                 if micro + 1 == settings.accumulation:
                     loss = run.mean(total)
                     if not math.isfinite(loss):
-                        raise NonFiniteLoss(_diverged(f"the loss is {loss}", step, run, describe_step))
+                        raise NonFiniteLoss(_divergence_message(f"the loss is {loss}", step, run, describe_step))
                 try:
                     engine.step()
                 except FloatingPointError as error:
-                    raise NonFiniteLoss(_diverged(str(error), step, run, describe_step)) from None
+                    raise NonFiniteLoss(_divergence_message(str(error), step, run, describe_step)) from None
             ema.step(engine.local_parameters())
             losses.append(loss)
             ends = step + 1 == last
@@ -114,8 +118,8 @@ def fit(
     return FitResult(losses, time.monotonic() - started, len(losses))
 
 
-def _resumed(engine: Engine, ema: EMAModel, checkpoint: Path | None) -> tuple[int, float]:
-    """Steps done and seconds spent, with everything as the checkpoint left it."""
+def _resume(engine: Engine, ema: EMAModel, checkpoint: Path | None) -> tuple[int, float]:
+    """Restores the engine and the EMA from a checkpoint; returns the steps done and the seconds they took."""
     if checkpoint is None:
         return 0, 0.0
     engine.load(checkpoint)
@@ -126,18 +130,18 @@ def _resumed(engine: Engine, ema: EMAModel, checkpoint: Path | None) -> tuple[in
     return record["steps"], record["seconds"]
 
 
-def _diverged(what: str, step: int, run: Run, describe: Callable[[int], Sequence[str]] | None) -> str:
+def _divergence_message(problem: str, step: int, run: Run, describe: Callable[[int], Sequence[str]] | None) -> str:
     trained_on = f"; it trained on {', '.join(describe(step))}" if describe else ""
     latest = run.latest()
     kept = f"the checkpoint at step {latest} is kept" if latest else "no checkpoint yet"
     return (
-        f"{what} at step {step}{trained_on}; {kept}; train anew with a lower training.learning_rate or with "
+        f"{problem} at step {step}{trained_on}; {kept}; start a new run with a lower training.learning_rate or with "
         "training.gradient_clip"
     )
 
 
 class _Meter:
-    """What the machine did between two readings."""
+    """Measures speed and use of the machine between two readings."""
 
     def __init__(self, batch_size: int, waited_s: Callable[[], float]):
         self.batch_size, self.waited_s = batch_size, waited_s
@@ -145,12 +149,16 @@ class _Meter:
         self.wall, self.cpu, self.waited = time.monotonic(), time.process_time(), waited_s()
 
     def read(self, steps: int) -> dict[str, float]:
-        """windows_per_s of all ranks; of this one data_wait and cpu_use, shares of the time; memory_mib is its peak."""
+        """Returns the metrics since the last reading.
+
+        windows_per_s: of all ranks. data_wait, cpu_use: of this rank, as shares of the time. memory_mib,
+        gpu_memory_mib: peaks of this rank. gpu_use: 0..1.
+        """
         wall, cpu, waited = time.monotonic(), time.process_time(), self.waited_s()
-        passed = max(wall - self.wall, 1e-9)
-        values = {"data_wait": (waited - self.waited) / passed, "cpu_use": (cpu - self.cpu) / passed}
-        if self.steps is not None:  # the first reading holds set-up and compilation
-            values["windows_per_s"] = (steps - self.steps) * self.batch_size / passed
+        elapsed = max(wall - self.wall, 1e-9)
+        values = {"data_wait": (waited - self.waited) / elapsed, "cpu_use": (cpu - self.cpu) / elapsed}
+        if self.steps is not None:  # the first reading includes set-up and compilation
+            values["windows_per_s"] = (steps - self.steps) * self.batch_size / elapsed
         values["memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
         if torch.cuda.is_available():
             values["gpu_memory_mib"] = torch.cuda.max_memory_allocated() / 2**20
@@ -162,5 +170,5 @@ class _Meter:
 def _gpu_use() -> dict[str, float]:
     try:
         return {"gpu_use": torch.cuda.utilization() / 100}
-    except Exception:  # NVIDIA's library for it is not everywhere
+    except Exception:  # NVIDIA's management library is not always installed
         return {}

@@ -1,4 +1,4 @@
-"""Arithmetic in reduced precision, where the machine is made for it; weights stay in single precision."""
+"""Reduced-precision arithmetic where the hardware supports it. Weights stay in single precision."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def has_bf16(device_type: str) -> bool:
-    """Whether it computes in bf16 itself. CPUs that only imitate it are over ten times slower than in fp32."""
+    """Whether the device computes in bf16 natively. CPUs that emulate bf16 are over ten times slower than in fp32."""
     return device_type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 @contextmanager
 def arithmetic(precision: str, device_type: str) -> Iterator[None]:
-    """Within it, networks compute in this precision (fp32 or bf16), or in fp32 where bf16 would be imitated."""
+    """Context in which networks compute in `precision` (fp32 or bf16); in fp32 if the device would emulate bf16."""
     if precision == "fp32" or not has_bf16(device_type):
         yield
         return
-    # On CPUs the fused attention's backward pass is several times slower in bf16 than plain products are.
+    # On CPUs, the backward pass of fused attention is several times slower in bf16 than plain matrix products.
     plain = sdpa_kernel(SDPBackend.MATH) if device_type == "cpu" else nullcontext()
     with torch.autocast(device_type, torch.bfloat16), plain:
         yield

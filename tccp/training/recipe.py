@@ -1,4 +1,4 @@
-"""From a clip table to a pipeline folder: the auto-encoder, the lip source and the variants, each on what it needs."""
+"""Trains a pipeline folder from a clip table: the auto-encoder, the lip source and the variants, in order."""
 
 from __future__ import annotations
 
@@ -34,22 +34,23 @@ COMPONENTS: tuple[str, ...] = ("autoencoder", "lips", *VARIANTS)
 
 
 def recipe(settings: Settings, names: Sequence[str] | None = None) -> tuple[tuple[str, ...], ...]:
-    """Components in groups, the longest first: those of a group need only what earlier groups train.
+    """Components in groups to train one after the other. A group needs only components of earlier groups.
 
-    names: by default the paper's pipeline, with lips if the settings have any.
+    Within a group, the components that train longest come first, so that parallel jobs end together.
+    names: components to train; by default those of the paper's pipeline, with lips if the settings use them.
     """
     if names is None:
         names = ("autoencoder", *(("lips",) if settings.lips.source != "none" else ()), *TWO_STAGE)
     sequences = tuple(name for name in names if name in FIRST_OF)
     firsts = tuple(name for name in names if name in VARIANTS and name not in FIRST_OF)
     others = tuple(name for name in names if name not in VARIANTS)
-    in_turn = any(needs_first(name, settings) for name in sequences)
-    groups = (others, firsts, sequences) if in_turn else (others, (*sequences, *firsts))
+    firsts_before = any(needs_first(name, settings) for name in sequences)
+    groups = (others, firsts, sequences) if firsts_before else (others, (*sequences, *firsts))
     return tuple(group for group in groups if group)
 
 
 class Trainer:
-    """Trains components of one pipeline folder on one clip table. Runs and caches lie under `storage`."""
+    """Trains components of one pipeline folder on one clip table. Run folders and caches are in `storage`."""
 
     def __init__(
         self,
@@ -65,9 +66,9 @@ class Trainer:
         control_from: Path | None = None,
         command: str | None = None,
     ):
-        """control_from: a pipeline folder that lends its video branches (see MVControlNet.start_control_from).
+        """control_from: a pipeline folder whose video branches the networks start from.
 
-        command: what the user typed, for the provenance.
+        See MVControlNet.start_control_from. command: the user's command line, for the provenance.
         """
         self.arguments: dict[str, Any] = {
             "data": data,
@@ -96,18 +97,19 @@ class Trainer:
         self._lip_seconds: float | None = None
 
     def train(self, names: Sequence[str], jobs: int = 1) -> None:
-        """Trains these components, up to `jobs` at a time, and adds each to the pipeline folder as it is finished.
+        """Trains these components, up to `jobs` at a time, and adds each to the pipeline folder when it is finished.
 
-        Small networks on a few cores: two processes of one thread each do more than one process of two threads, which
-        spends its time waiting for the slower half of every operation. On a GPU, leave `jobs` at 1.
+        With small networks on a few cores, two processes of one thread each are faster than one process of two threads,
+        whose threads wait for each other in every operation. On a GPU, leave `jobs` at 1.
+        Raises TccpError for inputs that cannot be used, before training starts.
         """
         if jobs < 1:
-            raise TccpError(f"jobs is {jobs}: at least 1")
+            raise TccpError(f"jobs is {jobs}: give at least 1")
         names = tuple(dict.fromkeys(names))
         self._check(names)
         for group in recipe(self.settings, names):
             if jobs > 1 and any(name in VARIANTS for name in group):
-                self.cache_for(group)  # makes the liplets, once, before the processes that read them
+                self.cache_for(group)  # trains the liplets once, before the processes that read them start
                 _in_processes(jobs, _build_part, [(self.arguments, group, part, jobs) for part in range(jobs)])
             if jobs > 1 and len(group) > 1:
                 _in_processes(jobs, _train_one, [(self.arguments, name) for name in group])
@@ -116,10 +118,10 @@ class Trainer:
                 self._train_one(name)
 
     def _check(self, names: Sequence[str]) -> None:
-        """Raises TccpError for what would otherwise stop the training hours from now."""
+        """Raises TccpError for errors that would otherwise stop the training hours later."""
         for name in names:
             if name not in COMPONENTS:
-                raise TccpError(f"unknown component {name!r}: choose of {', '.join(COMPONENTS)}, or all")
+                raise TccpError(f"unknown component {name!r}: give one of {', '.join(COMPONENTS)}, or all")
             if (self._run_path(name) / SETTINGS_FILE).exists():
                 self._run(name)
             if self.control_from and name in VARIANTS:
@@ -130,21 +132,21 @@ class Trainer:
                 pass
         except OSError as error:
             raise TccpError(
-                f"cannot write {self.weights}: {error.strerror}; choose a folder that can be written"
+                f"cannot write {self.weights}: {error.strerror}; give a folder that can be written"
             ) from None
         source = self.settings.lips.source
-        shown = any("lips" in VARIANTS[name].conditions_with(source) for name in VARIANTS if name in names)
-        if source == "wav2lip" and shown and not has_component(self.weights, "lips"):
+        needs_lips = any("lips" in VARIANTS[name].conditions_with(source) for name in VARIANTS if name in names)
+        if source == "wav2lip" and needs_lips and not has_component(self.weights, "lips"):
             open_lip_sources(self.settings.lips, self.lip_weights, self.device)
 
     def train_missing(self, jobs: int = 1) -> tuple[str, ...]:
-        """Trains what the paper's pipeline lacks, up to `jobs` components at a time, and returns their names."""
+        """Trains the missing components of the paper's pipeline, up to `jobs` at a time, and returns their names."""
         missing = self.missing()
         self.train(missing, jobs)
         return missing
 
     def missing(self) -> tuple[str, ...]:
-        """What the paper's pipeline still lacks, in training order."""
+        """The components of the paper's pipeline that the pipeline folder lacks, in training order."""
         names = itertools.chain.from_iterable(recipe(self.settings))
         return tuple(name for name in names if not has_component(self.weights, name))
 
@@ -191,13 +193,15 @@ class Trainer:
     def _train_lips(self) -> None:
         sources = self._own_lip_sources()
         if sources is None:
-            raise TccpError("lips.source is none: there is no lip source to train")
+            raise TccpError(
+                "lips.source is none, so there is no lip source to train: set lips.source, or leave out lips"
+            )
         steps = self.settings.lips.liplet_steps if self.settings.lips.source == "liplet" else 0
         provenance = self._provenance(steps, self._lip_seconds)
         save_component(self.weights, "lips", self.settings, sources.for_new_footage.save, provenance)
 
     def _lip_sources(self) -> LipSources | None:
-        """The lip sources that serve this table (`lip_place`); liplets are trained on it, once, if need be."""
+        """The lip sources for this table (see `lip_place`). Trains liplets on it if they are needed and missing."""
         place = lip_place(self.settings, self.weights, self.data_hash, Folder(self.storage), self.lip_weights)
         if place is None:
             return None
@@ -206,7 +210,7 @@ class Trainer:
         return place.open(self.device)
 
     def _own_lip_sources(self) -> LipSources | None:
-        """As the settings say, whatever the pipeline has."""
+        """The lip sources of the settings, even if the pipeline folder already has others."""
         lips = self.settings.lips
         if lips.source != "liplet":
             return open_lip_sources(lips, self.lip_weights, self.device)
@@ -218,7 +222,7 @@ class Trainer:
         return folder
 
     def cache_for(self, names: Iterable[str]) -> LatentCache:
-        """The latents of this table that these variants read, and lips if one takes them; `build()` computes them."""
+        """The cache of the latents, and lips if needed, that these variants read; `build()` computes them."""
         names = tuple(names)
         source = self.settings.lips.source
         needs_lips = any("lips" in VARIANTS[name].conditions_with(source) for name in VARIANTS if name in names)
@@ -238,14 +242,14 @@ class Trainer:
         model, result = train_variant(
             name, self.settings, cache, run, first=first, start_from=start_from, device=self.device
         )
-        last = result.losses[-50:]  # none where the run was complete and only its export was missing
+        last = result.losses[-50:]  # empty if the run was complete and only its export was missing
         provenance = self._provenance(
             settings.training.max_steps,
             result.seconds,
             git_commit=run.git_commit,
             last_losses=round(sum(last) / len(last), 5) if last else None,
         )
-        assert model is not None  # as on rank 0 of any training
+        assert model is not None  # this process is rank 0
         save_component(self.weights, name, self.settings, model.save_pretrained, provenance)
 
 
@@ -258,7 +262,7 @@ def _in_processes(jobs: int, work: Callable[..., None], calls: Sequence[tuple[An
             for future in as_completed(running):
                 future.result()
         except BaseException:
-            for child in multiprocessing.active_children():  # what is lost is no more than since its last checkpoint
+            for child in multiprocessing.active_children():  # loses only the steps since the last checkpoint
                 child.terminate()
             pool.shutdown(cancel_futures=True)
             raise

@@ -1,4 +1,4 @@
-"""Where a training keeps what it makes: the seam between the loop and a folder here, or the storage of a cluster."""
+"""Checkpoints, metrics and settings of a training run, in a local folder or in the storage of a cluster."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ METRICS_FILE = "metrics.jsonl"
 
 @runtime_checkable
 class Run(Protocol):
-    """A training, as one rank of it sees it. All ranks call `saving`, `asked_to_save` and `mean` equally often."""
+    """One rank's view of a training run. All ranks must call `saving`, `asked_to_save` and `mean` equally often."""
 
     @property
     def rank(self) -> int: ...
@@ -36,29 +36,29 @@ class Run(Protocol):
     def num_ranks(self) -> int: ...
 
     def newest(self) -> Path | None:
-        """The folder of the newest whole checkpoint, to be resumed from; asked for before the first step alone."""
+        """Folder of the newest complete checkpoint, to resume from. Called only before the first step."""
 
     def latest(self) -> int | None:
-        """Steps that the newest checkpoint holds."""
+        """Number of steps done at the newest checkpoint."""
 
     def saving(self, step: int, metrics: Mapping[str, float]) -> AbstractContextManager[Path]:
-        """A folder to write this rank's part of a checkpoint to; it counts once all ranks have left the block."""
+        """A folder for this rank's part of a checkpoint, which is complete once all ranks have left the block."""
 
     def asked_to_save(self) -> bool:
-        """Whether the machine is about to be taken away, so that a checkpoint is wanted now; True once."""
+        """Whether to save a checkpoint now because the machine will be taken away. True only once."""
 
     def mean(self, value: Tensor) -> float:
-        """Of one value over all ranks; not a number if any is not."""
+        """Mean of a value over all ranks; NaN if the value of any rank is NaN."""
 
     def record(self, values: Mapping[str, float | int]) -> None:
-        """Notes what a step, `values["step"]`, measured."""
+        """Saves the metrics of step `values["step"]`."""
 
     def forget_after(self, done: int) -> None:
-        """Drops what was noted of steps after the first `done`: they are run again. Called once, before the first."""
+        """Drops the metrics of steps after the first `done`, which will run again. Called once, before training."""
 
 
 class Unkept:
-    """A run of one process that leaves nothing behind."""
+    """A run of one process that saves nothing."""
 
     rank, num_ranks = 0, 1
 
@@ -88,7 +88,7 @@ class Unkept:
 
 @contextmanager
 def atomic_folder(final: Path) -> Iterator[Path]:
-    """A temporary folder beside `final` that takes its name when the block succeeds and vanishes when it does not."""
+    """A temporary folder beside `final`: renamed to `final` if the block succeeds, deleted if it fails."""
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
     try:
@@ -110,32 +110,32 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path, settings: Settings, component: str, *, resume: bool) -> RunFolder:
-        """Makes the folder for a training of `component`, or takes it up again.
+        """Creates the run folder of a training of `component`, or opens it to resume.
 
-        Raises TccpError if it holds a run and `resume` is off, or a run whose training had other settings.
+        Raises TccpError if the folder holds a run and `resume` is False, or a run with other settings.
         """
         stored = path / SETTINGS_FILE
         if stored.exists():
             if not resume:
-                raise TccpError(f"{path} holds a run already: give --resume to go on with it, or other --weights")
+                raise TccpError(f"{path} holds a run already: give --resume to continue it, or other --weights")
             check_same_settings(settings_from_json(stored.read_text()), settings, component, str(path))
         else:
             path.mkdir(parents=True, exist_ok=True)
             (path / "run.json").write_text(run_record())
-            with atomic_path(stored) as temporary:  # comes last: where it is, the run can be resumed
+            with atomic_path(stored) as temporary:  # written last: a run with this file can be resumed
                 temporary.write_text(settings_to_json(settings))
         return cls(path)
 
     @property
     def git_commit(self) -> str:
-        """With which it was started."""
+        """The git commit that the run was started with."""
         return str(json.loads((self.path / "run.json").read_text())["git_commit"])
 
     def checkpoint(self, step: int) -> Path:
         return self.path / "checkpoints" / f"step-{step:07d}"
 
     def latest(self) -> int | None:
-        """Number of finished steps of the newest complete checkpoint."""
+        """Number of steps done at the newest complete checkpoint."""
         found = sorted((self.path / "checkpoints").glob("step-*"))
         return int(found[-1].name.removeprefix("step-")) if found else None
 
@@ -164,28 +164,28 @@ class RunFolder:
 
 
 def run_record() -> str:
-    """With which code and command a run was started, as JSON."""
+    """Git commit and command line that start a run, as JSON."""
     record = {"git_commit": git_commit(), "command": [Path(sys.argv[0]).name, *sys.argv[1:]]}
     return json.dumps(record, indent=2) + "\n"
 
 
 def check_same_settings(then: Settings, now: Settings, component: str, place: str) -> None:
-    """Raises TccpError that names the first setting, of those the component's training depends on, that differs."""
+    """Raises TccpError naming the first setting that differs and that the training of the component depends on."""
     before, after = _deciding(then, component), _deciding(now, component)
     for key, value in after.items():
         if before[key] != value:
             raise TccpError(
                 f"{place} was started with other settings ({SETTINGS_FILE} in it): {key} was "
-                f"{json.dumps(before[key])[:200]} and is {json.dumps(value)[:200]} now; resume with what it was, or "
+                f"{json.dumps(before[key])[:200]} and is {json.dumps(value)[:200]} now; resume with the old value, or "
                 "start another run"
             )
 
 
 def _deciding(settings: Settings, component: str) -> dict[str, Any]:
-    """Settings that the training of a component depends on: not those of others, nor how it will be sampled."""
+    """The settings that the training of a component depends on, without other variants' and sampling settings."""
     own = settings.for_variant(component) if component in VARIANTS else settings
     values: dict[str, Any] = json.loads(own.model_dump_json(exclude={"sampling", "variant_overrides"}))
-    del values["network"]["gradient_checkpointing"]  # decides memory, not results
+    del values["network"]["gradient_checkpointing"]  # changes memory use, not results
     if own.training.initial_frames in ("generated", "mix") and component in FIRST_OF:
         first = settings.for_variant(FIRST_OF[component])
         values["sampling"] = json.loads(first.sampling.model_dump_json())
@@ -198,7 +198,7 @@ def append_metrics(path: Path, values: Mapping[str, float | int]) -> None:
 
 
 def cut_metrics(path: Path, done: int) -> None:
-    """Drops the metrics of all but the first `done` steps."""
+    """Drops the metrics of all but the first `done` steps from a metrics file."""
     if path.exists():
         kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] < done]
         path.write_text("".join(line + "\n" for line in kept))

@@ -1,4 +1,4 @@
-"""MLflow: one run per training, the same one after every restart; metrics, artifacts, and the registered pipeline."""
+"""MLflow tracking: one run per training, kept across restarts, with metrics, artifacts and the pipeline."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ DATABASE = "mlflow.db"
 
 
 def tracking_place(given: str | None, storage: Folder, num_nodes: int) -> str:
-    """The tracking URI: the one given, else a database in the storage folder.
+    """The tracking URI: `given`, or else a database in the storage folder.
 
-    Raises TccpError for a file or database of one machine where the cluster has several.
+    Raises TccpError for a file or database of one machine if the cluster has several machines.
     """
     local = given is None or not is_url(given) or given.startswith(("sqlite:", "file:"))
     if local and num_nodes > 1:
@@ -31,12 +31,12 @@ def tracking_place(given: str | None, storage: Folder, num_nodes: int) -> str:
     if given is not None:
         return given if is_url(given) else f"sqlite:///{Path(given).absolute()}"
     if storage.local is None:
-        raise TccpError(f"storage {storage} is no folder of this machine: give --mlflow http://HOST:PORT, or none")
+        raise TccpError(f"storage {storage} is not a folder of this machine: give --mlflow http://HOST:PORT, or none")
     return f"sqlite:///{storage.local.absolute() / DATABASE}"
 
 
 def _client(uri: str) -> Any:
-    # Set before the import: MLflow would ask a server of its makers for news, and say where its runs can be seen.
+    # Set before the import: MLflow would otherwise contact a server of its developers and print links to its runs.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     try:
         import mlflow
@@ -44,12 +44,15 @@ def _client(uri: str) -> Any:
         raise TccpError(
             "tracking needs MLflow: pip install -c constraints.txt -e '.[train]', or give --mlflow none"
         ) from None
-    logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of each table that it makes
+    logging.getLogger("mlflow").setLevel(logging.WARNING)  # it logs every table that it creates
     return mlflow.MlflowClient(tracking_uri=uri)
 
 
 class Tracker:
-    """Writes to one MLflow run. Only rank 0, or the driver, has one."""
+    """Writes to one MLflow run. Only rank 0 or the driver uses one.
+
+    A failed write is printed once and does not stop training.
+    """
 
     def __init__(self, uri: str, run_id: str):
         self.client, self.run_id = _client(uri), run_id
@@ -58,7 +61,7 @@ class Tracker:
     def start(
         cls, uri: str, name: str, params: Mapping[str, object], artifacts: str | None = None, run_id: str | None = None
     ) -> Tracker:
-        """A new run, or `run_id` taken up again. artifacts: where they go, if the server does not decide.
+        """Starts a new run, or resumes `run_id`. artifacts: their location, for a local database without a server.
 
         Raises TccpError if the server or database cannot be used.
         """
@@ -75,62 +78,62 @@ class Tracker:
             for key, value in params.items():
                 client.log_param(tracker.run_id, key, str(value)[:6000])
             return tracker
-        except Exception as error:  # sqlalchemy's, requests' and MLflow's own, of many kinds
+        except Exception as error:  # sqlalchemy, requests and MLflow raise many kinds
             if isinstance(error, TccpError):
                 raise
             reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
             raise TccpError(f"MLflow at {uri} cannot be used ({reason}): check the address, or --mlflow none") from None
 
     def metrics(self, step: int, values: Mapping[str, float | int]) -> None:
-        """A failure to note them is told once and stops nothing: training is worth more than its diary."""
+        """Logs the metrics of a step."""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
         entries = [Metric(name, float(value), now, step) for name, value in values.items()]
-        self._tried(lambda: self.client.log_batch(self.run_id, metrics=entries))
+        self._try(lambda: self.client.log_batch(self.run_id, metrics=entries))
 
     def artifact(self, path: Path, under: str | None = None) -> None:
-        self._tried(lambda: self.client.log_artifact(self.run_id, str(path), under))
+        self._try(lambda: self.client.log_artifact(self.run_id, str(path), under))
 
     def ended(self, status: str) -> None:
         """status: FINISHED, FAILED or KILLED."""
-        self._tried(lambda: self.client.set_terminated(self.run_id, status))
+        self._try(lambda: self.client.set_terminated(self.run_id, status))
 
     def settled(self) -> None:
-        """FINISHED, if it does not say so yet; when it ended stays as it was noted."""
+        """Sets the status to FINISHED unless it is; a recorded end time is kept."""
 
         def settle() -> None:
             if self.client.get_run(self.run_id).info.status != "FINISHED":
                 self.client.set_terminated(self.run_id, "FINISHED")
 
-        self._tried(settle)
+        self._try(settle)
 
     def register(self, pipeline: Path, model: str, alias: str) -> bool:
-        """The pipeline folder as an artifact, and a new version of a registered model that the alias then points to.
+        """Logs the pipeline folder as an artifact, registers it as a new model version, and points the alias to it.
 
-        Returns whether MLflow took it; if not, why is told.
+        Returns whether that succeeded; prints the reason if not.
         """
         from mlflow.exceptions import MlflowException
 
         def register() -> None:
             self.client.log_artifacts(self.run_id, str(pipeline), "pipeline")
-            with contextlib.suppress(MlflowException):  # it is there already
+            with contextlib.suppress(MlflowException):  # the model exists already
                 self.client.create_registered_model(model)
             source = f"{self.client.get_run(self.run_id).info.artifact_uri}/pipeline"
             version = self.client.create_model_version(model, source, self.run_id)
             self.client.set_registered_model_alias(model, alias, version.version)
 
-        return self._tried(register)
+        return self._try(register)
 
-    _told = False
+    _failure_printed = False
 
-    def _tried(self, action: Any) -> bool:
+    def _try(self, action: Any) -> bool:
         try:
             action()
             return True
-        except Exception as error:  # of whatever the server, its database or the network may raise
-            if not self._told:
-                self._told = True
+        except Exception as error:  # the server, its database and the network raise many kinds
+            if not self._failure_printed:
+                self._failure_printed = True
                 reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-                print(f"tccp: MLflow cannot be written to, which stops no training ({reason})", flush=True)
+                print(f"tccp: cannot write to MLflow; training continues ({reason})", flush=True)
             return False

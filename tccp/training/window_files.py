@@ -1,6 +1,6 @@
-"""What training reads, as arrays: which windows and pictures a step takes, and how they are read from disk.
+"""Reads the training data of a step from disk, as arrays: selects its windows and pictures and loads their files.
 
-Nothing here needs torch: Ray Data's workers import this module, and start in a second.
+This module does not import torch: Ray Data workers import it and start in about a second.
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ from tccp.clips.order import PlannedWindow, TrainingOrder, window_ids
 from tccp.clips.windows import mirrored, view
 from tccp.config import Settings, TrainingSettings, VariantName
 from tccp.files import Folder, fetched
-from tccp.inference.conditioning import as_shown, control_kinds, picture_of, training_pictures
+from tccp.inference.conditioning import control_kinds, picture_of, training_pictures, zero_if_hidden
 from tccp.models.variants import VARIANTS, ConditionKind, PictureKind, Variant
 from tccp.seeds import rng_seed
 
 FRAMES_PER_CLIP = 4
-"""Frames a step takes of each clip it reads: fewer clips are decoded for the same number of pictures."""
+"""Frames that a step takes from each clip, so that it decodes fewer clips for the same number of pictures."""
 
 FileKind = Literal["inputs", "face", "landmark", "scene", "surround"]
-"""What a clip and draw have a file each of: `inputs` (mel and identity) and latents."""
+"""The latent cache has one file per clip, jittered view and kind: `inputs` (mel and identity), and latents."""
 
 
 def files_needed(names: Iterable[str], settings: Settings) -> tuple[FileKind, ...]:
-    """What training these variants reads."""
+    """The kinds of files that training these variants reads."""
     kinds: list[FileKind] = ["inputs"]
     for row in (VARIANTS[name] for name in VARIANTS if name in names):
         kinds += [row.generates, *control_kinds(row, settings)]
     return tuple(dict.fromkeys(kinds))
 
 
-def latent_name(clip_id: str, draw: int, kind: FileKind) -> str:
-    return f"{clip_id}-{draw}.{kind}.safetensors"
+def latent_name(clip_id: str, jitter: int, kind: FileKind) -> str:
+    return f"{clip_id}-{jitter}.{kind}.safetensors"
 
 
 def training_order(lengths: Mapping[str, int], variant: VariantName, settings: Settings) -> TrainingOrder:
-    """Which windows of clips of these lengths the steps of a variant's training take."""
+    """The order in which training a variant takes the windows of clips of these lengths (frames, by clip_id)."""
     ids = window_ids(lengths, lengths.values(), VARIANTS[variant].num_frames(settings.window), stride=1)
     return TrainingOrder(ids, settings.seed)
 
@@ -52,16 +52,16 @@ def training_order(lengths: Mapping[str, int], variant: VariantName, settings: S
 def micro_batch(
     order: TrainingOrder, training: TrainingSettings, step: int, micro: int, rank: int = 0, num_ranks: int = 1
 ) -> list[PlannedWindow]:
-    """The windows of one rank's micro-batch: of its fixed part of the step's, a fixed part."""
+    """The windows of one rank's micro-batch: micro-batch `micro` of the rank's share of the step's windows."""
     size = training.batch_size // (training.accumulation * num_ranks)
     return order.step(step, training.batch_size, rank, num_ranks)[micro * size : (micro + 1) * size]
 
 
 @dataclass(frozen=True)
 class LatentFiles:
-    """Reads windows from files of latents and lips: small, and made to travel to where the reading is done.
+    """Reads windows from files of latents and lips. Small to pickle, so it can be sent to the processes that read.
 
-    A local file is memory-mapped; one at a URL is fetched to this machine first, and kept.
+    Local files are memory-mapped. A file at a URL is first downloaded to this machine, and kept.
     """
 
     settings: Settings
@@ -71,22 +71,22 @@ class LatentFiles:
     def columns(
         self, planned: Sequence[PlannedWindow], row: Variant, num_frames: int, kinds: Sequence[ConditionKind]
     ) -> dict[str, np.ndarray]:
-        """The windows, stacked: latents float16 `n f c h w`, control float16 `n f c2 h w`, and conditions as at rest.
+        """The windows, stacked: latents float16 `n f c h w`, control float16 `n f c2 h w`, and conditions as stored.
 
-        Which jitter draw a window takes is drawn from (seed, id, epoch).
+        The jittered view of a window is a random function of (seed, window id, epoch).
         """
         columns: dict[str, list[np.ndarray]] = {name: [] for name in ("latents", "control", *kinds)}
         for epoch, (clip_id, start) in planned:
-            draw = rng_seed(self.settings.seed, "draw", clip_id, start, epoch) % self.settings.headbox.draws
+            jitter = rng_seed(self.settings.seed, "draw", clip_id, start, epoch) % self.settings.headbox.draws
             frames = slice(start, start + num_frames)
-            columns["latents"].append(self._latents(clip_id, draw, row.generates, frames))
+            columns["latents"].append(self._latents(clip_id, jitter, row.generates, frames))
             control = [
-                as_shown(kind, self._latents(clip_id, draw, kind, frames), self.settings)
+                zero_if_hidden(kind, self._latents(clip_id, jitter, kind, frames), self.settings)
                 for kind in control_kinds(row, self.settings)
             ]
             columns["control"].append(np.concatenate(control, axis=1))
             if "audio" in kinds or "identity" in kinds:
-                with self._opened(clip_id, draw, "inputs") as file:
+                with self._open(clip_id, jitter, "inputs") as file:
                     if "audio" in kinds:
                         columns["audio"].append(file.get_slice("mel")[frames])
                     if "identity" in kinds:
@@ -94,21 +94,21 @@ class LatentFiles:
             if "lips" in kinds:
                 assert self.lips is not None
                 lips = self.lips.read(clip_id, start, num_frames)
-                columns["lips"].append(lips[..., ::-1, :] if mirrored(self.settings, draw) else lips)
+                columns["lips"].append(lips[..., ::-1, :] if mirrored(self.settings, jitter) else lips)
         return {name: np.stack(values) for name, values in columns.items()}
 
-    def _latents(self, clip_id: str, draw: int, kind: FileKind, frames: slice) -> Float16[np.ndarray, "f c h w"]:
-        with self._opened(clip_id, draw, kind) as file:
+    def _latents(self, clip_id: str, jitter: int, kind: FileKind, frames: slice) -> Float16[np.ndarray, "f c h w"]:
+        with self._open(clip_id, jitter, kind) as file:
             return np.asarray(file.get_slice("latents")[frames])
 
-    def _opened(self, clip_id: str, draw: int, kind: FileKind) -> Any:
-        name = latent_name(clip_id, draw, kind)
+    def _open(self, clip_id: str, jitter: int, kind: FileKind) -> Any:
+        name = latent_name(clip_id, jitter, kind)
         return safe_open(fetched(self.folder, name), framework="numpy")
 
 
 @dataclass(frozen=True)
 class PictureFiles:
-    """Reads the same windows as pictures, straight from the clip table: for encoding in the training step."""
+    """Reads the same windows as pictures from the clip table; the training step encodes them."""
 
     settings: Settings
     table: str
@@ -121,21 +121,24 @@ class PictureFiles:
     def columns(
         self, planned: Sequence[PlannedWindow], row: Variant, num_frames: int, kinds: Sequence[ConditionKind]
     ) -> dict[str, np.ndarray]:
-        """As `LatentFiles.columns`, with pictures uint8 `n f s s 3` in place of latents: see `encode_columns`."""
+        """As `LatentFiles.columns`, with pictures uint8 `n f s s 3` by kind in place of latents and control.
+
+        `tccp.training.latent_cache.encode_columns` encodes them.
+        """
         columns: dict[str, list[np.ndarray]] = {}
         for epoch, (clip_id, start) in planned:
             seed = self.settings.seed
-            draw = rng_seed(seed, "draw", clip_id, start, epoch) % self.settings.headbox.draws
-            seen = view(self.clips[clip_id], self.settings, draw, seed, start, num_frames)
-            parts = training_pictures(row, self.settings, vars(seen))
+            jitter = rng_seed(seed, "draw", clip_id, start, epoch) % self.settings.headbox.draws
+            window = view(self.clips[clip_id], self.settings, jitter, seed, start, num_frames)
+            parts = training_pictures(row, self.settings, vars(window))
             if "audio" in kinds:
-                parts["audio"] = seen.mel
+                parts["audio"] = window.mel
             if "identity" in kinds:
-                parts["identity"] = seen.identity
+                parts["identity"] = window.identity
             if "lips" in kinds:
                 assert self.lips is not None
                 lips = self.lips.read(clip_id, start, num_frames)
-                parts["lips"] = lips[..., ::-1, :] if mirrored(self.settings, draw) else lips
+                parts["lips"] = lips[..., ::-1, :] if mirrored(self.settings, jitter) else lips
             for name, values in parts.items():
                 columns.setdefault(name, []).append(values)
         return {name: np.stack(values) for name, values in columns.items()}
@@ -143,20 +146,23 @@ class PictureFiles:
 
 @dataclass(frozen=True)
 class PictureBatch:
-    """Pictures of one rank's micro-batch, uint8 at rest, and each one's number among those of all steps."""
+    """Pictures of one rank's micro-batch, and the number of each among the pictures of all steps."""
 
     pictures: UInt8[np.ndarray, "n s s 3"]
     numbers: Int64[np.ndarray, " n"]
 
 
 class TablePictures:
-    """Pictures of a clip table."""
+    """Samples pictures from a clip table to train the auto-encoder."""
 
     def __init__(self, table: ClipTable, settings: Settings):
         self.table, self.settings = table, settings
 
     def batch(self, step: int, rank: int = 0, num_ranks: int = 1) -> PictureBatch:
-        """Half faces, a quarter landmark images, a quarter scenes; the step's are a pure function of (seed, k)."""
+        """The rank's share of the pictures of step k: half faces, a quarter landmark pictures, a quarter masked scenes.
+
+        The pictures of a step depend on (seed, k) only.
+        """
         settings, table = self.settings, self.table
         rng = np.random.default_rng(rng_seed(settings.seed, "autoencoder", step))
         count = settings.autoencoder.batch_size
@@ -167,10 +173,10 @@ class TablePictures:
         number = 0
         while number < count:
             clip_id = table.ids[int(rng.integers(len(table)))]
-            draw = int(rng.integers(settings.headbox.draws))
+            jitter = int(rng.integers(settings.headbox.draws))
             for frame in rng.integers(table.num_frames[clip_id], size=FRAMES_PER_CLIP):
                 if number in mine:
-                    seen = view(table[clip_id], settings, draw, settings.seed, int(frame), 1)
-                    pictures.append(picture_of(kinds[number % 4], vars(seen))[0])
+                    still = view(table[clip_id], settings, jitter, settings.seed, int(frame), 1)
+                    pictures.append(picture_of(kinds[number % 4], vars(still))[0])
                 number += 1
         return PictureBatch(np.stack(pictures), np.array(mine, np.int64) + step * count)

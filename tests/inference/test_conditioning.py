@@ -1,4 +1,4 @@
-"""Every network is shown the same in training, in evaluation and in generation, whatever the settings."""
+"""Every network gets the same inputs in training, evaluation and generation, under all settings."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ STILL = {"headbox.draws": 1, "headbox.jitter_center": 0.0, "headbox.jitter_size"
 
 @dataclasses.dataclass(frozen=True)
 class Shown:
-    """What a network is shown of the frames of one window."""
+    """The inputs of a network for the frames of one window."""
 
     control: Tensor
     audio: Tensor | None
@@ -64,16 +64,16 @@ class Shown:
 
 @contextmanager
 def watched(components: Components) -> Iterator[dict[VariantName, Shown]]:
-    """What each network is shown at its first evaluation while the context is open."""
+    """Records the inputs of each network at its first evaluation while the context is open."""
     seen: dict[VariantName, Shown] = {}
 
-    def note(name: VariantName, arguments: tuple[Any, ...]) -> None:
+    def record(name: VariantName, arguments: tuple[Any, ...]) -> None:
         _, _, conditions, control = arguments
         parts = (conditions.audio, conditions.lips, conditions.identity)
         seen.setdefault(name, Shown(control[0].clone(), *(None if one is None else one[0].clone() for one in parts)))
 
     handles = [
-        network.register_forward_pre_hook(lambda module, arguments, name=name: note(name, arguments))
+        network.register_forward_pre_hook(lambda module, arguments, name=name: record(name, arguments))
         for name, network in components.networks.items()
     ]
     try:
@@ -92,7 +92,7 @@ def table(film: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Points:
-    """True landmarks, as a landmark file hands them to generation."""
+    """True landmarks, in the interface of a landmark file."""
 
     def __init__(self, points: np.ndarray):
         self.points = rounded(points)
@@ -103,7 +103,7 @@ class Points:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One pipeline under some settings, and one clip in the forms that training, evaluation and generation know."""
+    """A pipeline with given settings, and one clip in the forms that training, evaluation and generation use."""
 
     components: Components
     cache: LatentCache
@@ -166,7 +166,8 @@ def in_generation(case: Case) -> dict[VariantName, Shown]:
     for options in ({"one_stage": True}, {"landmark_points": points}, {}):
         with watched(case.components) as now, open_audio(case.film) as audio:
             list(Generator(case.components, audio, case.identity, **options).frames(case.frames))  # type: ignore[arg-type]
-        seen |= {name: shown for name, shown in now.items() if name not in seen}  # true landmarks before generated ones
+        # The first record of a network counts: true landmarks come before generated ones.
+        seen |= {name: shown for name, shown in now.items() if name not in seen}
     return seen
 
 
@@ -181,26 +182,26 @@ def in_evaluation(case: Case) -> dict[VariantName, Shown]:
 
 
 def of_batch(batch: TrainingBatch, variant: VariantName, settings: Settings) -> Shown:
-    told = batch.only(VARIANTS[variant].conditions_with(settings.lips.source)).conditions
-    parts = [None if one is None else one[0] for one in (told.audio, told.lips, told.identity)]
+    conditions = batch.only(VARIANTS[variant].conditions_with(settings.lips.source)).conditions
+    parts = [None if one is None else one[0] for one in (conditions.audio, conditions.lips, conditions.identity)]
     return Shown(batch.control[0], *parts)
 
 
 def in_training(case: Case, variant: VariantName) -> tuple[Shown, Shown]:
-    """From latents at rest, and from pictures encoded in the training step."""
+    """The inputs from cached latents, and from pictures encoded in the training step."""
     row = VARIANTS[variant]
     frames = row.num_frames(case.settings.window)
     planned = [PlannedWindow(0, WindowId(case.clip.clip_id, 0))]
     kinds = training_conditions(row, case.settings)
-    at_rest = case.cache.batch(planned, row, frames)
+    cached = case.cache.batch(planned, row, frames)
     lips = case.cache.lips.pictures if case.cache.lips else None
     pictures = PictureFiles(case.settings, str(case.cache.table.folder), lips).columns(planned, row, frames, kinds)
     in_step = to_batch(encode_columns(pictures, case.components.autoencoder, row, case.settings))
-    return of_batch(at_rest, variant, case.settings), of_batch(in_step, variant, case.settings)
+    return of_batch(cached, variant, case.settings), of_batch(in_step, variant, case.settings)
 
 
 def assert_alike(one: Shown, other: Shown, name: str) -> None:
-    """A clip table holds 16-bit sound, latents in half precision and unrounded points: small differences are right."""
+    """Tolerances: clip tables hold 16-bit sound, half-precision latents and unrounded landmarks."""
     torch.testing.assert_close(one.control, other.control, rtol=0, atol=2e-2, msg=lambda text: f"{name}: {text}")
     for kind, atol in (("audio", 0.1), ("lips", 0.05), ("identity", 0.0)):
         a, b = getattr(one, kind), getattr(other, kind)
@@ -209,18 +210,18 @@ def assert_alike(one: Shown, other: Shown, name: str) -> None:
             torch.testing.assert_close(a, b, rtol=0, atol=atol, msg=lambda text, kind=kind: f"{name} {kind}: {text}")
 
 
-def test_training_evaluation_and_generation_show_a_network_the_same(case: Case) -> None:
+def test_training_evaluation_and_generation_give_a_network_the_same_inputs(case: Case) -> None:
     generation, evaluation = in_generation(case), in_evaluation(case)
     assert set(generation) == set(evaluation) == set(VARIANTS)
     for variant in VARIANTS:
-        at_rest, in_step = in_training(case, variant)
+        cached, in_step = in_training(case, variant)
         assert_alike(generation[variant], evaluation[variant], f"{variant}, generation and evaluation")
-        assert_alike(generation[variant], at_rest, f"{variant}, generation and training")
-        torch.testing.assert_close(at_rest.control, in_step.control, rtol=2e-3, atol=2e-3)  # rounded in other batches
+        assert_alike(generation[variant], cached, f"{variant}, generation and training")
+        # Both are encoded in different batches, so they are rounded differently.
+        torch.testing.assert_close(cached.control, in_step.control, rtol=2e-3, atol=2e-3)
 
 
-def test_only_what_the_settings_hide_is_zero(case: Case) -> None:
-    """And what they do not hide is there."""
+def test_exactly_the_inputs_hidden_by_the_settings_are_zero(case: Case) -> None:
     generation, channels = in_generation(case), case.settings.autoencoder.latent_channels
     for variant, shown in generation.items():
         hidden = case.settings.context == "none"
@@ -232,8 +233,8 @@ def test_only_what_the_settings_hide_is_zero(case: Case) -> None:
         assert (shown.lips is not None) == ("lips" in kinds)
 
 
-def test_validation_in_training_is_shown_what_evaluation_is(case: Case) -> None:
-    """A network blind to the scene is measured blind; one of the faults that this module exists for."""
+def test_validation_during_training_hides_the_scene_like_evaluation(case: Case) -> None:
+    """Regression test: validation once showed the scene to networks trained with `context=none`."""
     for variant in ("landmark_first", "face_first"):
         channels = case.settings.autoencoder.latent_channels
         with watched(case.components) as seen:
@@ -246,7 +247,7 @@ def test_validation_in_training_is_shown_what_evaluation_is(case: Case) -> None:
 
 
 def _lengthened(clip: EvaluationClip) -> dict[str, Any]:
-    """As many frames as validation looks at, by playing the clip back and forth."""
+    """The clip extended to the frames that validation needs, by playing it back and forth."""
     index = np.resize(np.concatenate([np.arange(FRAMES), np.arange(FRAMES)[::-1]]), 36)
     names = ("scenes", "faces", "points", "masked_scenes", "mel", "fitted_boxes")
     frames = {name: getattr(clip, name)[index] for name in names}
@@ -262,10 +263,10 @@ def _lengthened(clip: EvaluationClip) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_landmarks_drawn_anew_are_the_same_in_evaluation_and_generation(
+def test_redrawn_landmarks_are_the_same_in_evaluation_and_generation(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    """With trained networks, whose landmarks can be read: points are rounded as in a landmark file in both."""
+    """Uses trained networks, whose landmarks can be read. Both round points as in a landmark file."""
     from tccp.evaluation.benchmark_clips import make_clip
 
     components = load_components(TOY_WEIGHTS)
@@ -287,7 +288,7 @@ def test_landmarks_drawn_anew_are_the_same_in_evaluation_and_generation(
         assert generation[name].control.any()
 
 
-def test_a_picture_without_a_face_takes_the_points_of_the_frame_before() -> None:
+def test_a_picture_without_a_face_gets_the_points_of_the_frame_before() -> None:
     from tccp.landmarks import MEAN_FACE
     from tccp.landmarks import draw as drawn
 

@@ -1,4 +1,4 @@
-"""A film from a scene, sound and a picture, with networks that have learnt nothing: everything but the likeness."""
+"""Generation of films with untrained networks: timing, chains, masks, landmark files and options."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def tones(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def made(film: Path, weights: Path, tones: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Any]:
-    """A short film, its landmark file, and its frames."""
+    """A short generated film, its landmark file and its frames."""
     folder = tmp_path_factory.mktemp("made")
     result, frames = generated(
         film, weights, folder / "film.mp4", audio=tones, save_landmarks=folder / "points.jsonl", redraw=True
@@ -62,9 +62,7 @@ def made(film: Path, weights: Path, tones: Path, tmp_path_factory: pytest.TempPa
 
 
 @pytest.mark.parametrize("num_samples", [1, SAMPLES_PER_FRAME, SAMPLES_PER_FRAME + 1, 5 * SAMPLES_PER_FRAME])
-def test_a_film_has_the_frames_that_its_sound_asks_for(
-    film: Path, weights: Path, tmp_path: Path, num_samples: int
-) -> None:
+def test_a_film_is_as_long_as_its_sound(film: Path, weights: Path, tmp_path: Path, num_samples: int) -> None:
     write_audio_wav(tmp_path / "sound.wav", np.full(num_samples, 0.1))
     result, frames = generated(film, weights, tmp_path / "out.mp4", audio=tmp_path / "sound.wav", steps=1)
     expected = math.ceil(num_samples / SAMPLES_PER_FRAME)
@@ -83,7 +81,7 @@ def test_the_sound_of_a_film_is_the_driving_sound(made: tuple[Path, Path, Any], 
         assert np.corrcoef(after.samples[:length], before.samples)[0, 1] > 0.99
 
 
-def test_the_same_seed_gives_the_same_film_and_another_another(
+def test_films_are_equal_for_equal_seeds_and_differ_for_different_seeds(
     film: Path, weights: Path, tones: Path, tmp_path: Path
 ) -> None:
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
@@ -94,8 +92,8 @@ def test_the_same_seed_gives_the_same_film_and_another_another(
     assert not np.array_equal(a[0], c[0])
 
 
-def test_what_comes_later_does_not_change_what_is_finished(film: Path, weights: Path, tmp_path: Path) -> None:
-    """Frames can be shown as they are made: a film cut short is the beginning of the whole."""
+def test_later_frames_do_not_change_finished_frames(film: Path, weights: Path, tmp_path: Path) -> None:
+    """Frames can be shown as soon as they are generated: a shorter film equals the beginning of the longer one."""
     boxes = [frame.tolist() for frame in read_truth(film).head_box]
     whole = write_track(tmp_path / "whole.json", boxes, [])
     shorter = write_track(tmp_path / "short.json", [*boxes[:7], *[None] * (len(boxes) - 7)], [])
@@ -106,7 +104,7 @@ def test_what_comes_later_does_not_change_what_is_finished(film: Path, weights: 
 
 
 class Calls:
-    """How often each network was asked in a run, and by which initial frames."""
+    """Counts the evaluations of each network."""
 
     def __init__(self, pipeline: Components):
         self.count: dict[VariantName, int] = dict.fromkeys(pipeline.networks, 0)
@@ -120,7 +118,7 @@ class Calls:
 def run(
     film: Path, weights: Path, track: HeadTrack, num_frames: int, extend: Extend = "no", **options: Any
 ) -> tuple[list[Any], dict[VariantName, int]]:
-    """Generation without a film around it; the number of evaluations per network, in windows."""
+    """Runs generation without writing a film; returns the frames and the number of windows per network."""
     loaded = load_components(weights)
     pipeline = dataclasses.replace(loaded, settings=override(loaded.settings, {"sampling.steps": 1}))
     calls = Calls(pipeline)
@@ -130,7 +128,7 @@ def run(
     return frames, calls.count
 
 
-def test_a_chain_begins_anew_after_a_cut_and_after_a_gap(film: Path, weights: Path) -> None:
+def test_a_new_chain_starts_after_a_cut_and_after_a_gap(film: Path, weights: Path) -> None:
     boxes = read_truth(film).head_box
     gap = boxes.copy()
     gap[6:9] = np.nan
@@ -139,9 +137,8 @@ def test_a_chain_begins_anew_after_a_cut_and_after_a_gap(film: Path, weights: Pa
         "whole": HeadTrack(boxes),
         "cut": HeadTrack(boxes, frozenset({5})),
         "gap": HeadTrack(gap),
-        "both": HeadTrack(
-            gap, frozenset({3, 7, 9})
-        ),  # a cut where nobody is, or where he comes back, starts nothing more
+        # A cut during the absence, or at its end, starts no further chain.
+        "both": HeadTrack(gap, frozenset({3, 7, 9})),
         "never": HeadTrack(np.full_like(boxes, np.nan)),
     }.items():
         frames, calls = run(film, weights, track, 12)
@@ -158,7 +155,7 @@ def test_windows_add_all_their_frames_but_the_first(film: Path, weights: Path) -
 
 
 def test_frames_come_as_windows_finish(film: Path, weights: Path) -> None:
-    """Two windows of the scene, at most, are read before the frame that needs the first of them is handed out."""
+    """Generation reads at most two windows of the scene ahead of the frames it yields."""
     track, read = HeadTrack(read_truth(film).head_box), 0
     pipeline = load_components(weights)
 
@@ -174,7 +171,7 @@ def test_frames_come_as_windows_finish(film: Path, weights: Path) -> None:
             assert read - done <= 2 * pipeline.settings.window
 
 
-# What is not generated
+# Pixels and frames that are not generated
 
 
 def test_frames_without_a_head_pass_through_untouched(film: Path, weights: Path, tmp_path: Path) -> None:
@@ -206,8 +203,7 @@ def test_pixels_outside_the_mask_are_untouched(
             assert frame.box[2] - frame.box[0] <= max(x1 - x0, y1 - y0) + 2
 
 
-def test_nothing_of_the_head_that_was_there_is_left(film: Path, weights: Path, tones: Path, tmp_path: Path) -> None:
-    """What stands under the mask changes nothing in the film."""
+def test_pixels_under_the_mask_do_not_change_the_film(film: Path, weights: Path, tones: Path, tmp_path: Path) -> None:
     scene, truth = pictures(film), read_truth(film)
     for frame, box in zip(scene, truth.head_box, strict=True):
         mask = mask_from_box(box, *frame.shape[:2])
@@ -219,7 +215,7 @@ def test_nothing_of_the_head_that_was_there_is_left(film: Path, weights: Path, t
     assert np.array_equal(pictures(tmp_path / "a.mp4"), pictures(tmp_path / "b.mp4"))
 
 
-def test_a_blind_pipeline_sees_nothing_of_the_scene(film: Path, weights: Path, tmp_path: Path) -> None:
+def test_a_pipeline_with_context_none_ignores_the_scene(film: Path, weights: Path, tmp_path: Path) -> None:
     blind = tmp_path / "blind"
     write_untrained(blind, override(SETTINGS, {"context": "none"}), TWO_STAGE)
     other = write_film(tmp_path / "other.mp4", 255 - pictures(film), film)
@@ -242,7 +238,7 @@ def test_a_blind_pipeline_sees_nothing_of_the_scene(film: Path, weights: Path, t
     assert not np.array_equal(*marks["sighted"])
 
 
-def test_a_generated_film_says_so(made: tuple[Path, Path, Any]) -> None:
+def test_a_generated_film_is_marked_as_generated(made: tuple[Path, Path, Any]) -> None:
     tags = read_metadata(made[0])
     assert "AI-generated" in tags["comment"]
     assert "seed=0" in tags["comment"]
@@ -265,15 +261,15 @@ def test_extended_scenes_move_by_one_frame_at_most(num_scene: int, num_frames: i
             num_frames - num_scene
         )
         pingpong = list(scene_indices(num_scene, num_frames, "pingpong"))
-        if num_scene > 1:  # there and back, no frame twice at the turns
+        if num_scene > 1:  # no frame is repeated at the turns
             assert all(a != b for a, b in itertools.pairwise(pingpong))
         with pytest.raises(TccpError, match=r"--extend freeze or --extend pingpong"):
             scene_indices(num_scene, num_frames, "no")
 
 
 @pytest.mark.parametrize("extend", ["freeze", "pingpong"])
-def test_extended_scenes_show_those_very_frames(film: Path, extend: Extend) -> None:
-    """Three times through the film, over more than one chunk played backwards."""
+def test_extended_scenes_have_the_pictures_of_their_frame_numbers(film: Path, extend: Extend) -> None:
+    """Three passes through the film, with more than one chunk played backwards."""
     info, source = probe(film), pictures(film)
     boxes = read_truth(film).head_box
     frames = list(scene_frames(film, info, HeadTrack(boxes, frozenset({10})), 77, extend))
@@ -287,7 +283,7 @@ def test_extended_scenes_show_those_very_frames(film: Path, extend: Extend) -> N
     assert [frame.starts_shot for frame in frames] == [True, *between]
 
 
-def test_a_scene_that_is_too_short_is_an_error_unless_told(film: Path, weights: Path, tmp_path: Path) -> None:
+def test_a_scene_that_is_too_short_needs_an_option(film: Path, weights: Path, tmp_path: Path) -> None:
     write_audio_wav(tmp_path / "long.wav", np.full(int(1.2 * SAMPLE_RATE_HZ), 0.1))
     given_files = {"audio": tmp_path / "long.wav", "steps": 1}
     with pytest.raises(TccpError, match=rf"{film.name} lasts 1.00 s and the sound 1.20 s: .*--extend freeze"):
@@ -297,18 +293,18 @@ def test_a_scene_that_is_too_short_is_an_error_unless_told(film: Path, weights: 
     assert result.frames == probe(tmp_path / "out.mp4").num_frames == 30
 
 
-# Landmarks: saved, edited, drawn anew
+# Landmarks: saved, edited, drawn again
 
 
 def edit(source: Path, target: Path, change: Any) -> Path:
-    """The landmark file with `change` made to the record of every frame."""
+    """Applies `change` to the record of every frame of a landmark file."""
     header, *lines = source.read_text().splitlines()
     records = [change(json.loads(line)) for line in lines]
     target.write_text("\n".join([header, *(json.dumps(record) for record in records if record is not None)]) + "\n")
     return target
 
 
-def test_saved_landmarks_draw_the_same_film_again(
+def test_saved_landmarks_generate_the_same_film(
     film: Path, weights: Path, tones: Path, made: tuple[Path, Path, Any], tmp_path: Path
 ) -> None:
     path, points, frames = made
@@ -324,7 +320,7 @@ def test_edited_landmarks_change_the_film(
     film: Path, weights: Path, tones: Path, made: tuple[Path, Path, Any], tmp_path: Path
 ) -> None:
     def moved(record: dict[str, Any]) -> dict[str, Any]:
-        if record["frame"] >= 4:  # the second window's
+        if record["frame"] >= 4:  # from the second window on
             record["points"] = [[0.5 + (x - 0.5) * 0.5, y] for x, y in record["points"] or [[0.1, 0.1]] * 68]
         return record
 
@@ -360,7 +356,7 @@ def test_stage_one_is_not_needed_for_given_landmarks(
         (lambda record: [1, 2], "TypeError"),
     ],
 )
-def test_landmark_files_with_mistakes_are_named(
+def test_errors_of_landmark_files_name_the_file(
     film: Path, weights: Path, tones: Path, made: tuple[Path, Path, Any], tmp_path: Path, change: Any, message: str
 ) -> None:
     edited = edit(made[1], tmp_path / "edited.jsonl", change)
@@ -371,7 +367,7 @@ def test_landmark_files_with_mistakes_are_named(
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b"\xff\xfe\x00", b'{"tccp": "landmarks"}\n\xff'])
-def test_what_is_no_landmark_file_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_other_files_than_landmark_files_are_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "points.jsonl"
     path.write_bytes(content)
     with pytest.raises(TccpError, match=r"points\.jsonl"), LandmarkFile(path) as track:
@@ -380,8 +376,8 @@ def test_what_is_no_landmark_file_is_refused(tmp_path: Path, content: bytes) -> 
         LandmarkFile(tmp_path / "absent.jsonl")
 
 
-def test_points_that_cannot_be_read_are_those_of_the_frame_before(film: Path, weights: Path) -> None:
-    """An untrained stage 1 draws no face: black pictures come back as null, and as black pictures."""
+def test_unreadable_points_are_those_of_the_frame_before(film: Path, weights: Path) -> None:
+    """Points are NaN, and pictures black, until stage 1 draws the first readable face."""
     pipeline = load_components(weights)
     with open_audio(film) as audio:
         generator = Generator(pipeline, audio, read_identity(film), redraw=True)
@@ -419,7 +415,7 @@ def test_one_stage_needs_neither_landmarks_nor_their_networks(
 @pytest.mark.parametrize(
     "change", [{"steps": 3}, {"solver": "ddpm"}, {"guidance_scale": 2.0}, {"temperature": 0.5}, {"color_match": False}]
 )
-def test_options_of_sampling_are_heard(
+def test_sampling_options_change_the_film(
     film: Path, weights: Path, tones: Path, made: tuple[Path, Path, Any], tmp_path: Path, change: dict[str, Any]
 ) -> None:
     _, frames = generated(film, weights, tmp_path / "out.mp4", audio=tones, redraw=True, **change)
@@ -430,14 +426,14 @@ def test_options_of_sampling_are_heard(
     ("change", "message"),
     [
         ({"steps": 0}, r"sampling\.steps"),
-        ({"steps": 1001}, "--steps 1001: at most 1000"),
+        ({"steps": 1001}, "--steps 1001: give at most 1000"),
         ({"guidance_scale": float("nan")}, r"sampling\.guidance_scale"),
-        ({"truth": True, "box": "0,0,9,9"}, "three ways"),
+        ({"truth": True, "box": "0,0,9,9"}, "give only one of them"),
         ({"identity_box": "1,2,3"}, "--identity-box 1,2,3"),
         ({"identity_box": "900,900,950,950"}, "outside the picture"),
     ],
 )
-def test_options_that_make_no_sense_are_refused(
+def test_invalid_options_are_refused(
     film: Path, weights: Path, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(TccpError, match=message):
@@ -448,9 +444,9 @@ def test_options_that_make_no_sense_are_refused(
 def test_the_identity_can_be_cut_from_a_film_or_a_picture(
     film: Path, weights: Path, tones: Path, tmp_path: Path
 ) -> None:
-    """From a film of known truth, its middle head; the same box of the same frame as a picture gives the same film."""
+    """A film's middle head by its truth file gives the same result as the same box of that frame as a picture."""
     truth = read_truth(film)
-    middle = 13  # the ninth of sixteen looks at 25 frames
+    middle = 13  # the ninth of sixteen candidates of 25 frames
     scene = tmp_path / "scene.png"
     cv2.imwrite(str(scene), pictures(film)[middle][..., ::-1])
     box = ",".join(str(edge) for edge in truth.head_box[middle])
@@ -471,7 +467,7 @@ def test_inputs_are_not_overwritten(film: Path, weights: Path, tmp_path: Path) -
     assert film.read_bytes() == before
 
 
-def test_what_had_the_name_before_stays_until_the_film_is_whole(
+def test_an_existing_file_is_kept_until_the_film_is_complete(
     film: Path, weights: Path, tones: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out.mp4"
@@ -489,7 +485,7 @@ def test_what_had_the_name_before_stays_until_the_film_is_whole(
     assert out.read_bytes() == b"before"
 
 
-def test_silence_is_generated_with_a_warning(
+def test_silent_and_clipped_sound_gives_a_warning(
     film: Path, weights: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name, samples in {"silent": np.zeros(3000), "clipped": np.tile([1.0, -1.0], 1500)}.items():
@@ -505,10 +501,10 @@ def test_silence_is_generated_with_a_warning(
 
 
 @pytest.mark.slow
-def test_memory_does_not_follow_the_length() -> None:
-    """A small dose of benchmarks/generation.py, whose full one is 10 s against 120 s."""
+def test_memory_does_not_grow_with_film_length() -> None:
+    """A short run of benchmarks/generation.py, which by default compares 10 s with 120 s."""
     command = [sys.executable, "benchmarks/generation.py", "--seconds", "2", "6"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}  # whether it is installed or not
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}  # works without installation
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["peak_ratio"] < 1.1

@@ -1,4 +1,4 @@
-"""Where the head is: the same box by every way to say it, and what is refused."""
+"""Head tracks from masks, boxes, track files, truth files and detectors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def short_sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def masks_of(boxes: np.ndarray, height: int, width: int) -> np.ndarray:
-    """White boxes on black."""
+    """Mask pictures: white boxes on black."""
     shown = [headbox.mask_from_box(box, height, width) for box in boxes]
     return np.repeat((np.stack(shown) * 255).astype(np.uint8)[..., None], 3, axis=3)
 
@@ -62,7 +62,7 @@ def test_mask_box_and_truth_give_the_same_film(film: Path, weights: Path, short_
     assert np.array_equal(films["box"], films["steady"])
 
 
-def test_a_lossy_mask_says_the_same(film: Path, tmp_path: Path) -> None:
+def test_a_lossy_mask_gives_the_same_boxes(film: Path, tmp_path: Path) -> None:
     boxes, info = read_truth(film).head_box, probe(film)
     with VideoWriter(tmp_path / "mask.mp4", info.width, info.height) as writer:
         for frame in masks_of(boxes, info.height, info.width):
@@ -109,7 +109,7 @@ def test_any_box_becomes_the_smallest_whole_square_around_it(box: tuple[float, f
         ("nowhere.json", "nowhere.json is neither a box nor a track file"),
     ],
 )
-def test_boxes_that_cannot_be_meant_are_refused(film: Path, box: str, message: str) -> None:
+def test_invalid_boxes_are_refused(film: Path, box: str, message: str) -> None:
     with pytest.raises(TccpError, match=message):
         track_from_boxes(probe(film), box)
 
@@ -126,7 +126,7 @@ def test_boxes_that_cannot_be_meant_are_refused(film: Path, box: str, message: s
         ([1], "neither a box nor a track file"),
     ],
 )
-def test_track_files_with_mistakes_are_named(film: Path, tmp_path: Path, record: Any, message: str) -> None:
+def test_errors_of_track_files_name_the_file(film: Path, tmp_path: Path, record: Any, message: str) -> None:
     path = tmp_path / "track.json"
     path.write_text(json.dumps(record))
     with pytest.raises(TccpError, match=message) as caught:
@@ -134,7 +134,7 @@ def test_track_files_with_mistakes_are_named(film: Path, tmp_path: Path, record:
     assert "track.json" in str(caught.value)
 
 
-def test_masks_that_do_not_fit_are_named(film: Path, tmp_path: Path) -> None:
+def test_errors_of_masks_name_the_file(film: Path, tmp_path: Path) -> None:
     info = probe(film)
     masks = masks_of(read_truth(film).head_box, info.height, info.width)
     with pytest.raises(TccpError, match=r"small\.mp4 is 64x48, .* 128x96"):
@@ -148,17 +148,15 @@ def test_masks_that_do_not_fit_are_named(film: Path, tmp_path: Path) -> None:
         track_from_mask(info, tmp_path / "sound.wav")
 
 
-def test_truth_of_another_film_is_noticed(film: Path, tmp_path: Path) -> None:
+def test_a_truth_file_of_another_film_is_refused(film: Path, tmp_path: Path) -> None:
     path = write_film(tmp_path / film.name, pictures(film)[:20])
     (tmp_path / film.with_suffix(".truth.npz").name).write_bytes(film.with_suffix(".truth.npz").read_bytes())
     with pytest.raises(TccpError, match=r"has 25 frames, .* has 20"):
         track_from_truth(probe(path))
 
 
-def test_cuts_are_found_where_the_box_alone_is_given(
-    film: Path, weights: Path, short_sound: Path, tmp_path: Path
-) -> None:
-    """Two films joined are two shots: the second begins from noise, not from the head of the first."""
+def test_cuts_are_detected_if_only_a_box_is_given(film: Path, weights: Path, short_sound: Path, tmp_path: Path) -> None:
+    """Two joined films are two shots: the second starts from noise, not from the last head of the first."""
     frames = pictures(film)
     joined = write_film(tmp_path / "joined.mp4", np.concatenate([frames[:6], 255 - frames[6:, :, ::-1]]))
     info = probe(joined)
@@ -167,18 +165,18 @@ def test_cuts_are_found_where_the_box_alone_is_given(
     box = "40,20,80,60"
     _, found = generated(film, weights, tmp_path / "a.mp4", scene=joined, audio=short_sound, box=box, steps=1)
     track = write_track(tmp_path / "track.json", [[40, 20, 80, 60]] * 25, [6])
-    _, told = generated(film, weights, tmp_path / "b.mp4", scene=joined, audio=short_sound, box=str(track), steps=1)
+    _, with_cut = generated(film, weights, tmp_path / "b.mp4", scene=joined, audio=short_sound, box=str(track), steps=1)
     track = write_track(tmp_path / "track.json", [[40, 20, 80, 60]] * 25, [])
-    _, denied = generated(film, weights, tmp_path / "c.mp4", scene=joined, audio=short_sound, box=str(track), steps=1)
-    assert all(np.array_equal(a.picture, b.picture) for a, b in zip(found, told, strict=True))
-    assert not np.array_equal(found[6].picture, denied[6].picture)
+    _, no_cut = generated(film, weights, tmp_path / "c.mp4", scene=joined, audio=short_sound, box=str(track), steps=1)
+    assert all(np.array_equal(a.picture, b.picture) for a, b in zip(found, with_cut, strict=True))
+    assert not np.array_equal(found[6].picture, no_cut[6].picture)
 
 
 # Detectors
 
 
 class Known:
-    """A detector that knows the answer: faces per frame, handed out in order."""
+    """A detector that returns given faces, frame by frame."""
 
     name = "known"
     key = "known"
@@ -205,7 +203,7 @@ def test_short_absences_are_bridged_and_long_ones_pass_through(tmp_path: Path) -
     assert track.cuts == frozenset()
 
 
-def test_a_head_that_walks_out_of_the_picture_is_no_mistake(tmp_path: Path) -> None:
+def test_a_head_that_leaves_the_picture_is_no_error(tmp_path: Path) -> None:
     scene = probe(write_film(tmp_path / "scene.mp4", np.full((60, 48, 64, 3), 90, np.uint8)))
     track = track_from_detector(scene, Known([[face_at(20 + 3 * i, 12, 16)] for i in range(60)]))
     gone = [track.box(i) is None for i in range(60)]
@@ -213,7 +211,7 @@ def test_a_head_that_walks_out_of_the_picture_is_no_mistake(tmp_path: Path) -> N
     assert gone == sorted(gone)
 
 
-def test_the_person_that_is_asked_for_is_the_one(tmp_path: Path) -> None:
+def test_the_requested_person_is_tracked(tmp_path: Path) -> None:
     scene = probe(write_film(tmp_path / "scene.mp4", np.full((30, 48, 96, 3), 90, np.uint8)))
 
     def found() -> Known:
@@ -226,14 +224,14 @@ def test_the_person_that_is_asked_for_is_the_one(tmp_path: Path) -> None:
     assert center(track_from_detector(scene, found(), (17.0, 20.0))) == pytest.approx(17, abs=3)
 
 
-def test_nobody_at_all_is_named(tmp_path: Path) -> None:
+def test_a_scene_without_faces_is_refused(tmp_path: Path) -> None:
     scene = probe(write_film(tmp_path / "empty.mp4", np.full((10, 48, 64, 3), 90, np.uint8)))
     with pytest.raises(TccpError, match=r"no face found in .*empty\.mp4 with known: .*--box or --mask"):
         track_from_detector(scene, Known([[]] * 10))
 
 
 def small(path: Path, out: Path, start: int, count: int, width: int) -> Path:
-    """A stretch of a real clip, shrunk, lossless, with silence of its length: what a detector still finds quickly."""
+    """Part of a real clip, scaled down, lossless and silent, so that detectors are fast."""
     import cv2
 
     frames = []
@@ -243,18 +241,18 @@ def small(path: Path, out: Path, start: int, count: int, width: int) -> Path:
     return write_film(out, np.stack(frames), np.zeros(count * 640, np.float32))
 
 
-def test_only_what_is_needed_of_a_scene_is_looked_at(tmp_path: Path) -> None:
+def test_detectors_and_cut_detection_read_only_the_needed_frames(tmp_path: Path) -> None:
     scene = probe(write_film(tmp_path / "scene.mp4", np.full((40, 48, 64, 3), 90, np.uint8)))
-    looked = 0
+    frames_read = 0
 
     def count() -> None:
-        nonlocal looked
-        looked += 1
+        nonlocal frames_read
+        frames_read += 1
 
     track = track_from_detector(scene, Known([[face_at(20, 12, 16)]] * 7), num_frames=7, on_frame=count)
-    assert len(track.boxes) == looked == 7
+    assert len(track.boxes) == frames_read == 7
     find_cuts(scene, 9, count)
-    assert looked == 16
+    assert frames_read == 16
 
 
 @pytest.mark.clips
@@ -284,7 +282,7 @@ def test_detectors_agree_on_a_real_person(
 
 
 @pytest.mark.clips
-def test_of_several_people_the_mask_alone_says_who(shared_clips: Path, weights: Path, tmp_path: Path) -> None:
+def test_the_mask_selects_one_of_several_people(shared_clips: Path, weights: Path, tmp_path: Path) -> None:
     scene = small(shared_clips / "two_person_turns.mp4", tmp_path / "scene.mp4", 0, 5, 320)
     info, before = probe(scene), pictures(scene)
     for name, x in (("left", 40), ("right", 200)):
@@ -298,10 +296,10 @@ def test_of_several_people_the_mask_alone_says_who(shared_clips: Path, weights: 
 
 
 @pytest.mark.clips
-def test_a_face_that_leaves_for_a_while_passes_through_with_timing_kept(
+def test_frames_without_the_face_pass_through_and_keep_timing(
     shared_clips: Path, shared_weights: Path, weights: Path, tmp_path: Path
 ) -> None:
-    """face_gap.mp4: a face for two seconds, none for two, the same again for two."""
+    """face_gap.mp4 shows a face for two seconds, no face for two, and the same face for two."""
     scene, out = small(shared_clips / "face_gap.mp4", tmp_path / "scene.mp4", 44, 62, 320), tmp_path / "out.mp4"
     result = generate_film(
         request_of(scene, weights, out, identity=scene, detector="mediapipe", detector_weights=shared_weights, steps=1)

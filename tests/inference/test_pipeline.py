@@ -1,4 +1,4 @@
-"""The pipeline folder: what is written is what is read, and nothing else is."""
+"""Pipeline folders: writing, reading, replacing and exporting components."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tccp.models.variants import TWO_STAGE, VARIANTS
 pytest_plugins = ["tiny_fixtures"]
 
 
-def test_what_is_written_is_what_is_read(weights: Path) -> None:
+def test_a_written_pipeline_is_read_back_unchanged(weights: Path) -> None:
     pipeline = load_components(weights, VARIANTS)
     assert pipeline.settings == tiny.SETTINGS
     assert set(pipeline.networks) == set(VARIANTS)
@@ -45,7 +45,7 @@ def test_what_is_written_is_what_is_read(weights: Path) -> None:
         assert network.config.num_frames == VARIANTS[name].num_frames(tiny.SETTINGS.window)
 
 
-def test_only_what_is_asked_for_is_loaded(weights: Path) -> None:
+def test_only_the_given_networks_are_loaded(weights: Path) -> None:
     assert set(load_components(weights).networks) == set(TWO_STAGE)
     assert set(load_components(weights, ("face_first",)).networks) == {"face_first"}
 
@@ -60,7 +60,7 @@ def test_the_same_seed_writes_the_same_weights(tmp_path: Path) -> None:
     assert files[0]["face_first"] != files[2]["face_first"]
 
 
-def test_the_folder_holds_no_pickles_and_the_manifest_says_everything(weights: Path) -> None:
+def test_the_folder_holds_no_pickles_and_the_manifest_lists_all_files(weights: Path) -> None:
     manifest = read_manifest(weights)
     listed = {f"{name}/{file}" for name, entry in manifest["components"].items() for file in entry["files"]}
     there = {path.relative_to(weights).as_posix() for path in weights.rglob("*") if path.is_file()}
@@ -70,7 +70,7 @@ def test_the_folder_holds_no_pickles_and_the_manifest_says_everything(weights: P
     assert read_settings(weights) == tiny.SETTINGS
 
 
-def test_others_may_read_the_folder(weights: Path) -> None:
+def test_other_users_may_read_the_folder(weights: Path) -> None:
     for path in (weights, *weights.rglob("*")):
         assert path.stat().st_mode & 0o044 == 0o044, path
 
@@ -105,12 +105,12 @@ def test_a_component_that_fails_changes_nothing(weights: Path, tmp_path: Path) -
     verified(folder, "face_first")
 
 
-def test_components_of_other_settings_do_not_join(weights: Path) -> None:
+def test_components_of_other_settings_are_refused(weights: Path) -> None:
     for change, name in {"picture_px": 64, "window": 8, "network.condition_dim": 32, "lips.source": "none"}.items():
         other = override(tiny.SETTINGS, {change: name})
         with pytest.raises(TccpError, match=f"weights of other settings: {re.escape(change)} is"):
             check_settings(weights, other)
-    # What shapes nothing may differ: more steps, another seed.
+    # Settings that do not change the networks' shapes may differ, such as steps and seed.
     check_settings(weights, override(tiny.SETTINGS, {"training.max_steps": 9, "seed": 5, "sampling.steps": 3}))
     check_settings(weights, override(tiny.SETTINGS, {"network.gradient_checkpointing": True, "network.dropout": 0.3}))
 
@@ -142,21 +142,21 @@ def test_settings_of_a_variant_reach_its_stage(tmp_path: Path) -> None:
     assert pipeline.stage("landmark_sequence").settings.steps == settings.sampling.steps
 
 
-def test_the_command_line_speaks_louder_than_a_variants_settings(film: Path, tmp_path: Path) -> None:
+def test_the_command_line_overrides_the_settings_of_variants(film: Path, tmp_path: Path) -> None:
     from tccp.inference.film import _with_sampling
 
     own = override(tiny.SETTINGS, {"variant_overrides.face_sequence": {"sampling.steps": 5}})
     write_untrained(tmp_path, own, TWO_STAGE)
     pipeline = load_components(tmp_path)
     request = tiny.request_of(film, tmp_path, tmp_path / "out.mp4", steps=3)
-    heard = dataclasses.replace(pipeline, settings=_with_sampling(pipeline.settings, request))
-    assert heard.stage("face_sequence").settings.steps == heard.stage("landmark_sequence").settings.steps == 3
+    overridden = dataclasses.replace(pipeline, settings=_with_sampling(pipeline.settings, request))
+    assert overridden.stage("face_sequence").settings.steps == overridden.stage("landmark_sequence").settings.steps == 3
     unchanged = tiny.request_of(film, tmp_path, tmp_path / "x.mp4")
     assert _with_sampling(pipeline.settings, unchanged) == pipeline.settings
 
 
 def test_a_pipeline_without_lips(film: Path, tmp_path: Path) -> None:
-    """The ablation of section 5.5 has no lip source at all, and generates."""
+    """The ablation of section 5.5 generates without a lip source."""
     settings = override(tiny.SETTINGS, {"lips.source": "none"})
     write_untrained(tmp_path / "weights", settings)
     assert load_components(tmp_path / "weights").lips is None
@@ -178,7 +178,7 @@ def _save_one(folder: Path, name: str) -> None:
 
 
 def test_components_saved_side_by_side_are_all_in_the_manifest(tmp_path: Path) -> None:
-    """Threads open the folder anew each, so they wait for the lock as processes do."""
+    """Every thread opens the folder itself, so threads wait for the lock as processes do."""
     names = [f"component_{i}" for i in range(8)]
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda name: _save_one(tmp_path, name), names))
@@ -186,7 +186,7 @@ def test_components_saved_side_by_side_are_all_in_the_manifest(tmp_path: Path) -
     assert {path.name for path in tmp_path.iterdir()} == {*names, "manifest.json"}
 
 
-def test_an_export_in_half_precision_is_half_the_size_and_nearly_the_same(weights: Path, tmp_path: Path) -> None:
+def test_an_export_in_half_precision_is_about_half_the_size(weights: Path, tmp_path: Path) -> None:
     names = ("autoencoder", "lips", "face_first")
     export(weights, tmp_path / "out", names, half=True, machine="a test")
     sizes = [
@@ -207,8 +207,8 @@ def test_an_export_in_half_precision_is_half_the_size_and_nearly_the_same(weight
     assert new == {**old, "precision": "fp16", "machine": "a test"}
 
 
-def test_an_export_can_be_sampled_otherwise(weights: Path, tmp_path: Path) -> None:
-    """And in no other way differ; without a lip source it needs none."""
+def test_an_export_can_change_sampling_settings_only(weights: Path, tmp_path: Path) -> None:
+    """An export of a pipeline without a lip source has none either."""
     given = ["sampling.steps=3", "variant_overrides.face_first.sampling.temperature=0.4"]
     assert export(weights, tmp_path / "out", sampling=given) == ("autoencoder", "lips", *TWO_STAGE)
     stage = load_components(tmp_path / "out").stage("face_sequence")
@@ -220,7 +220,7 @@ def test_an_export_can_be_sampled_otherwise(weights: Path, tmp_path: Path) -> No
     assert export(tmp_path / "mute", tmp_path / "mute2") == ("autoencoder", *TWO_STAGE)
 
 
-def test_an_export_copies_files_as_they_are_and_only_whole_ones(weights: Path, tmp_path: Path) -> None:
+def test_an_export_copies_files_unchanged_and_refuses_damaged_ones(weights: Path, tmp_path: Path) -> None:
     export(weights, tmp_path / "out", ("face_first",))
     assert read_manifest(tmp_path / "out")["components"] == {
         "face_first": read_manifest(weights)["components"]["face_first"]

@@ -109,7 +109,7 @@ def test_a_stage_that_cannot_read_a_checkpoint_says_which_can(given: dict[str, A
     ranks.together(1, arguments, tmp_path / "out.json")
     shutil.copytree(tmp_path / "0", tmp_path / "3")
     with pytest.raises(
-        AssertionError, match=r"written by ZeRO stage 0 and cannot be taken up by stage 3: give --zero-stage 0"
+        AssertionError, match=r"written by ZeRO stage 0 and cannot be resumed by stage 3: give --zero-stage 0"
     ):
         ranks.together(1, {**arguments, "stages": [3]}, tmp_path / "out.json")
 

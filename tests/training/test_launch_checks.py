@@ -138,7 +138,7 @@ def test_a_database_of_one_machine_notes_no_training_of_several(tmp_path: Path) 
             match=r"can be written by one machine only, and the cluster has, or can grow to, 2: give --mlflow http",
         ):
             tracking_place(given, storage, 2)
-    with pytest.raises(TccpError, match="is no folder of this machine: give --mlflow"):
+    with pytest.raises(TccpError, match="is not a folder of this machine: give --mlflow"):
         tracking_place(None, Folder("memory://bucket/x"), 1)
 
 

@@ -1,4 +1,4 @@
-"""From a clip table to a pipeline folder, by the same functions as `tccp train`."""
+"""Trains pipeline folders from clip tables with the functions of `tccp train`."""
 
 import hashlib
 import json
@@ -43,7 +43,7 @@ def files_of(weights):
     }
 
 
-def test_a_network_comes_after_what_it_needs():
+def test_components_come_after_those_they_need():
     settings = small()
     assert recipe(settings)[0] == ("autoencoder", "lips")
     assert set(recipe(settings)[1]) == set(TWO_STAGE)
@@ -57,7 +57,7 @@ def test_a_network_comes_after_what_it_needs():
 @pytest.mark.parametrize(
     "changes", [pytest.param({}, id="plain"), pytest.param(AS_TOY, id="as toy", marks=pytest.mark.soak)]
 )
-def test_side_by_side_gives_the_same_weights(data, tmp_path, changes):
+def test_parallel_training_gives_the_same_weights(data, tmp_path, changes):
     settings = small(**SHORT, **changes)
     one = Trainer(data, tmp_path / "one", settings, tmp_path / "storage1")
     assert set(one.train_missing()) == {"autoencoder", "lips", *TWO_STAGE}
@@ -78,8 +78,8 @@ def test_side_by_side_gives_the_same_weights(data, tmp_path, changes):
     assert not any(torch.isnan(p).any() for network in pipeline.networks.values() for p in network.parameters())
 
 
-def test_networks_are_shown_the_lips_of_their_pipeline(data, tmp_path):
-    """Whatever footage they are trained on: generation will show them those."""
+def test_networks_train_on_the_lips_of_their_pipeline(data, tmp_path):
+    """For any footage, because generation uses the lips of the pipeline."""
     write_clips(tmp_path / "films", 2, 0.8, seed=6, width=128, height=96)
     preprocess([tmp_path / "films"], tmp_path / "clips", make_plan(small().picture_px, "truth"))
     settings, weights = small(**SHORT, **{"lips.liplet_steps": 2}), tmp_path / "w"
@@ -96,7 +96,7 @@ def test_networks_are_shown_the_lips_of_their_pipeline(data, tmp_path):
     assert [source.hash for source in elsewhere.sources] == [lips.hash]
 
 
-def test_a_run_that_exists_is_taken_up_only_on_request(data, tmp_path):
+def test_an_existing_run_is_resumed_only_on_request(data, tmp_path):
     settings = small(**SHORT)
     folder = tmp_path / "storage"
     Trainer(data, tmp_path / "w", settings, folder).train(["autoencoder"])
@@ -141,7 +141,7 @@ if __name__ == "__main__":
 
 
 def test_training_processes_end_with_the_process_that_started_them(tmp_path):
-    """Even if that is killed outright: orphans would go on writing the checkpoints of the next run."""
+    """Even if that process is killed, because orphans would overwrite checkpoints of the next run."""
     script = tmp_path / "waiting.py"
     script.write_text(_WAITING)
     marks = [tmp_path / "one", tmp_path / "two"]
@@ -155,15 +155,15 @@ def test_training_processes_end_with_the_process_that_started_them(tmp_path):
         _until(lambda mark=mark: not _runs(int(mark.read_text())))
 
 
-def _until(true, seconds=60):
+def _until(condition, seconds=60):
     ends = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < ends, "it did not happen in time"
+    while not condition():
+        assert time.monotonic() < ends, f"the condition was still false after {seconds} s"
         time.sleep(0.1)
 
 
 def _runs(pid):
-    """A process that has ended but was not waited for (no init collects it in a container) does not run."""
+    """Whether a process runs; a zombie, which no init process collects in a container, does not."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except FileNotFoundError:

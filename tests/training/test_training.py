@@ -1,4 +1,4 @@
-"""Training at tiny size on RoundTable: resumed equals uninterrupted, gradients add up, every variant can learn."""
+"""Training of tiny networks on RoundTable: resuming, gradient accumulation, and overfitting of every variant."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ from tccp.seeds import rng_seed
 from tccp.training import precision as precision_module
 from tccp.training.engine import TorchEngine, learning_rate_factor
 from tccp.training.fit_autoencoder import fit_latent_statistics, train_autoencoder
-from tccp.training.fit_variant import VariantLoss, _DrawsAhead, draw, train_variant
+from tccp.training.fit_variant import VariantLoss, _NoisePrefetch, sample_noise, train_variant
 from tccp.training.latent_cache import LatentCache
 from tccp.training.lip_folds import open_lip_sources, train_liplets
 from tccp.training.loop import NonFiniteLoss, fit
@@ -35,7 +35,7 @@ from tccp.training.run_folder import RunFolder
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Four RoundTable films of one second, as a clip table."""
+    """Clip table of four RoundTable films of one second."""
     folder = tmp_path_factory.mktemp("roundtable")
     write_clips(folder / "films", 4, 1.0, seed=3)
     preprocess([folder / "films"], folder / "clips", make_plan(small().picture_px, "truth"))
@@ -44,7 +44,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cache(data, tmp_path_factory):
-    """Latents and lips of those clips, from networks that know nothing yet."""
+    """Latents and lips of those clips, from untrained networks."""
     settings, root = small(), tmp_path_factory.mktemp("storage")
     table = ClipTable(data)
     torch.manual_seed(0)
@@ -57,7 +57,7 @@ def cache(data, tmp_path_factory):
 
 
 def with_settings(cache, settings):
-    """The same latents, read under other training settings."""
+    """The same cache with other training settings."""
     other = LatentCache.__new__(LatentCache)
     other.__dict__.update(cache.__dict__ | {"settings": settings})
     return other
@@ -93,13 +93,13 @@ def test_resumed_training_is_the_same_run_bit_for_bit(cache, tmp_path, accumulat
 
     cut_run = RunFolder.open(tmp_path / "cut", settings, "landmark_sequence", resume=False)
     _, before = trained(cut_run, stop_at=3)
-    # an interruption after the last checkpoint: steps 4 and 5 are logged, lost and done again
+    # The next call resumes from the checkpoint at step 3, whatever the random state of its process.
     torch.manual_seed(123)
     resumed_run = RunFolder.open(tmp_path / "cut", settings, "landmark_sequence", resume=True)
     resumed, after = trained(resumed_run)
 
     assert before.losses + after.losses == whole_result.losses
-    assert after.seconds > before.seconds > 0  # all calls together
+    assert after.seconds > before.seconds > 0  # of all calls together
     assert len(set(whole_result.losses)) == 6
     for (name, a), b in zip(weights_of(whole).items(), weights_of(resumed).values(), strict=True):
         assert torch.equal(a, b), name
@@ -112,7 +112,7 @@ def test_resumed_training_is_the_same_run_bit_for_bit(cache, tmp_path, accumulat
 
 
 def test_bf16_arithmetic_gives_nearly_the_same_loss_and_gradients(cache, monkeypatch):
-    monkeypatch.setattr(precision_module, "has_bf16", lambda device_type: True)  # imitated, if need be
+    monkeypatch.setattr(precision_module, "has_bf16", lambda device_type: True)  # emulated if the CPU has no bf16
 
     def measured(precision):
         settings = small(**{"training.precision": precision})
@@ -131,7 +131,7 @@ def test_bf16_arithmetic_gives_nearly_the_same_loss_and_gradients(cache, monkeyp
     assert torch.cosine_similarity(full_gradient, reduced_gradient, dim=0) > 0.99
 
 
-def test_bf16_is_not_imitated_by_processors_that_do_not_have_it(cache, monkeypatch):
+def test_bf16_is_not_emulated_on_cpus_without_it(cache, monkeypatch):
     def loss(precision):
         settings = small(**{"training.precision": precision})
         torch.manual_seed(0)
@@ -142,30 +142,31 @@ def test_bf16_is_not_imitated_by_processors_that_do_not_have_it(cache, monkeypat
     assert torch.equal(loss("bf16"), loss("fp32"))
 
 
-def test_a_blind_network_is_shown_no_scene_and_the_others_their_control(cache):
+def test_networks_get_no_scene_with_context_none_and_their_control_otherwise(cache):
     planned = [PlannedWindow(0, WindowId(cache.table.ids[0], 0))]
     blind = with_settings(cache, small(context="none"))
     for name, row in VARIANTS.items():
-        seen, unseen = (which.batch(planned, row, 4) for which in (cache, blind))
-        assert seen.control.any()
-        assert torch.equal(seen.latents, unseen.latents)
+        with_scene, without = (which.batch(planned, row, 4) for which in (cache, blind))
+        assert with_scene.control.any()
+        assert torch.equal(with_scene.latents, without.latents)
         channels = cache.autoencoder.latent_channels
-        assert unseen.control[:, :channels].any() == (row.control != "scene"), name
-        assert seen.control.shape[1] == channels * (2 if row.generates == "face" else 1)
-        assert not unseen.control[:, channels:].any(), name
+        assert without.control[:, :channels].any() == (row.control != "scene"), name
+        assert with_scene.control.shape[1] == channels * (2 if row.generates == "face" else 1)
+        assert not without.control[:, channels:].any(), name
 
 
-def test_a_shift_of_time_steps_trains_more_on_noisy_ones(cache):
+def test_timestep_shift_trains_more_on_noisy_times(cache):
     planned = [PlannedWindow(epoch, WindowId(cache.table.ids[0], 0)) for epoch in range(400)]
     plain, shifted = (
-        draw(planned, (1, 1, 1, 1), small(**{"training.timestep_shift": shift}), 1000).t.double() for shift in (1, 3)
+        sample_noise(planned, (1, 1, 1, 1), small(**{"training.timestep_shift": shift}), 1000).t.double()
+        for shift in (1, 3)
     )
     assert abs(plain.mean() - 500) < 45
     assert torch.equal(shifted, (3000 * (u := (plain + 0.5) / 1000) / (1 + 2 * u)).floor())
     assert 0 <= shifted.min() < shifted.max() <= 999
 
 
-def test_latents_encoded_in_parts_are_those_encoded_at_once(cache, tmp_path):
+def test_latents_encoded_in_parts_equal_latents_encoded_at_once(cache, tmp_path):
     parts = LatentCache(tmp_path, cache.table, cache.settings, cache.autoencoder, cache.lips.sources)
     parts.build(1, 2)
     assert 0 < len(parts.folder.names()) < len(cache.folder.names())
@@ -176,7 +177,7 @@ def test_latents_encoded_in_parts_are_those_encoded_at_once(cache, tmp_path):
         assert parts.lips.folder.read(name) == cache.lips.folder.read(name)
 
 
-def test_only_what_a_variant_reads_is_encoded(cache, tmp_path):
+def test_only_files_that_a_variant_reads_are_encoded(cache, tmp_path):
     landmarks = LatentCache(tmp_path, cache.table, small(), cache.autoencoder, None, ["landmark_first"])
     landmarks.build()
     first = {name.split(".")[1] for name in landmarks.folder.names()}
@@ -193,7 +194,7 @@ def test_only_what_a_variant_reads_is_encoded(cache, tmp_path):
     )
 
 
-def test_kept_checkpoints_are_the_newest_and_whole(cache, tmp_path):
+def test_the_newest_complete_checkpoints_are_kept(cache, tmp_path):
     settings = small(**{"training.max_steps": 5, "training.checkpoint_every": 1})
     run = RunFolder.open(tmp_path / "run", settings, "landmark_first", resume=False)
     train_variant("landmark_first", settings, with_settings(cache, settings), run)
@@ -220,13 +221,13 @@ def test_accumulated_gradients_equal_the_whole_batch(cache):
     assert sum(float(g.abs().sum()) for g in whole.values()) > 0
 
 
-def test_every_random_number_of_a_window_comes_from_seed_id_and_epoch(cache):
+def test_random_numbers_of_a_window_depend_on_seed_id_and_epoch_only(cache):
     settings = small()
     a, b = WindowId(cache.table.ids[0], 3), WindowId(cache.table.ids[1], 0)
     shape = (4, 4, 4, 4)
-    together = draw([PlannedWindow(0, a), PlannedWindow(0, b)], shape, settings, 1000)
-    alone = draw([PlannedWindow(0, b)], shape, settings, 1000)
-    later = draw([PlannedWindow(1, b)], shape, settings, 1000)
+    together = sample_noise([PlannedWindow(0, a), PlannedWindow(0, b)], shape, settings, 1000)
+    alone = sample_noise([PlannedWindow(0, b)], shape, settings, 1000)
+    later = sample_noise([PlannedWindow(1, b)], shape, settings, 1000)
     assert torch.equal(together.noise[1], alone.noise[0])
     assert together.t[1] == alone.t[0]
     assert not torch.equal(alone.noise, later.noise)
@@ -235,24 +236,24 @@ def test_every_random_number_of_a_window_comes_from_seed_id_and_epoch(cache):
 def test_times_and_dropout_follow_the_settings(cache):
     settings = small(**{"training.condition_dropout": 0.25})
     planned = [PlannedWindow(e, WindowId(cache.table.ids[0], 0)) for e in range(2000)]
-    draws = draw(planned, (1, 1, 1, 1), settings, 1000)
-    assert 0.2 < float(draws.dropped.float().mean()) < 0.3
-    assert 450 < float(draws.t.float().mean()) < 550
-    assert (int(draws.t.min()) < 10, int(draws.t.max()) > 990) == (True, True)
-    assert abs(float(draws.noise.mean())) < 0.1
+    sampled = sample_noise(planned, (1, 1, 1, 1), settings, 1000)
+    assert 0.2 < float(sampled.dropped.float().mean()) < 0.3
+    assert 450 < float(sampled.t.float().mean()) < 550
+    assert (int(sampled.t.min()) < 10, int(sampled.t.max()) > 990) == (True, True)
+    assert abs(float(sampled.noise.mean())) < 0.1
 
 
 OVERFIT = [
     pytest.param(name, marks=() if name in ("landmark_first", "face_sequence") else pytest.mark.soak)
     for name in VARIANTS
 ]
-"""One of each form in the suite, a still and a sequence."""
+"""The default suite covers one first-frame and one sequence variant."""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OVERFIT)
 def test_overfit(cache, name):
-    """Each variant's loss on four windows, at fixed noise and times, falls below 5% of what it was."""
+    """Each variant's loss on four windows, at fixed noise and times, falls below 5% of its initial value."""
     single = not VARIANTS[name].continues
     settings = small(
         **{
@@ -302,16 +303,17 @@ def test_overfit(cache, name):
     assert after < 0.05 * before
 
 
-def test_random_numbers_drawn_ahead_are_those_drawn_at_once():
+def test_prefetched_noise_equals_noise_sampled_directly():
     settings, shape = small(), (4, 4, 4, 4)
     planned = [
         [PlannedWindow(epoch, WindowId("a", epoch)), PlannedWindow(epoch, WindowId("b", 0))] for epoch in range(3)
     ]
-    ahead = _DrawsAhead(settings, 1000)
-    for k, following in ((0, planned[1]), (1, planned[2]), (0, planned[1]), (2, ())):  # the third was foreseen wrongly
-        drawn, plain = ahead.of(planned[k], shape, following), draw(planned[k], shape, settings, 1000)
-        assert all(torch.equal(getattr(drawn, name), getattr(plain, name)) for name in vars(plain))
-        assert (ahead.next is None) == (not following)
+    prefetch = _NoisePrefetch(settings, 1000)
+    # The third call asks for other windows than were prefetched.
+    for k, following in ((0, planned[1]), (1, planned[2]), (0, planned[1]), (2, ())):
+        prefetched, plain = prefetch.get(planned[k], shape, following), sample_noise(planned[k], shape, settings, 1000)
+        assert all(torch.equal(getattr(prefetched, name), getattr(plain, name)) for name in vars(plain))
+        assert (prefetch.next is None) == (not following)
 
 
 def test_frozen_video_branch_is_not_trained(cache):
@@ -325,7 +327,7 @@ def test_frozen_video_branch_is_not_trained(cache):
 
 
 def sixteen_windows(cache, mode):
-    """face_sequence with a face_first that knows nothing, and windows whose initial frames are to be made as `mode`."""
+    """face_sequence with an untrained face_first, and sixteen windows whose initial frames are made in mode `mode`."""
     settings = small(
         **{
             "training.initial_frames": mode,
@@ -340,40 +342,40 @@ def sixteen_windows(cache, mode):
     losses = VariantLoss(MVControlNet.from_settings(settings, "face_sequence"), "face_sequence", settings, here, first)
     planned = [PlannedWindow(epoch, WindowId(c, 2)) for epoch in range(4) for c in cache.table.ids]
     batch = here.batch(planned, VARIANTS["face_sequence"], settings.window)
-    return losses, planned, batch, draw(planned, tuple(batch.latents.shape[1:]), settings, 1000)
+    return losses, planned, batch, sample_noise(planned, tuple(batch.latents.shape[1:]), settings, 1000)
 
 
 @pytest.mark.parametrize("mode", ["generated", "mix", "denoised"])
 def test_initial_frames_can_be_generated(cache, mode):
-    losses, planned, batch, draws = sixteen_windows(cache, mode)
-    initial = losses._initial(batch, draws, planned)
-    again = losses._initial(batch, draws, planned)
+    losses, planned, batch, sampled = sixteen_windows(cache, mode)
+    initial = losses._initial(batch, sampled, planned)
+    again = losses._initial(batch, sampled, planned)
     true = [torch.equal(a, b) for a, b in zip(initial, batch.latents[:, :, 0], strict=True)]
     assert torch.equal(initial, again)
-    assert true == ([False] * 16 if mode == "generated" else (~draws.generated).tolist())
+    assert true == ([False] * 16 if mode == "generated" else (~sampled.generated).tolist())
     assert mode == "generated" or 0 < sum(true) < 16
     assert torch.isfinite(initial).all()
 
 
-def test_a_generated_initial_frame_is_what_the_first_network_makes_by_itself(cache):
-    losses, planned, batch, draws = sixteen_windows(cache, "generated")
-    told = cache.batch(planned[:1], VARIANTS["face_first"], 1)
+def test_a_generated_initial_frame_equals_sampling_the_first_network_directly(cache):
+    losses, planned, batch, sampled = sixteen_windows(cache, "generated")
+    frame = cache.batch(planned[:1], VARIANTS["face_first"], 1)
     sampling = losses.settings.sampling.model_copy(update={"temperature": 0.5})
     epoch, (clip_id, start) = planned[0]
     seed = rng_seed(losses.settings.seed, "initial", clip_id, start, epoch)
-    state = start_window(losses.schedule, sampling, told.conditions, told.control[0], None, seed, 4)
+    state = start_window(losses.schedule, sampling, frame.conditions, frame.control[0], None, seed, 4)
     (alone,) = run_windows(losses.first, losses.schedule, [state])
-    torch.testing.assert_close(losses._initial(batch, draws, planned)[0], alone[:, 0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(losses._initial(batch, sampled, planned)[0], alone[:, 0], rtol=1e-4, atol=1e-4)
 
 
-def test_a_denoised_initial_frame_is_the_true_one_at_no_noise_and_knows_nothing_of_it_at_all(cache):
-    losses, planned, batch, draws = sixteen_windows(cache, "denoised")
-    truth, restored = batch.latents[:, :, 0], draws.generated
-    assert 0 < int(draws.initial_t.min()) < 300 < 700 < int(draws.initial_t.max()) < 1000
+def test_a_denoised_initial_frame_is_true_without_noise_and_independent_of_the_truth_at_full_noise(cache):
+    losses, planned, batch, sampled = sixteen_windows(cache, "denoised")
+    truth, restored = batch.latents[:, :, 0], sampled.generated
+    assert 0 < int(sampled.initial_t.min()) < 300 < 700 < int(sampled.initial_t.max()) < 1000
     other = dataclasses.replace(batch, latents=batch.latents.flip(0))
     distances = []
     for t in (0, 500, 999):
-        at_t = dataclasses.replace(draws, initial_t=torch.full_like(draws.initial_t, t))
+        at_t = dataclasses.replace(sampled, initial_t=torch.full_like(sampled.initial_t, t))
         initial = losses._initial(batch, at_t, planned)
         assert torch.equal(initial[~restored], truth[~restored])
         distances.append(float((initial - truth)[restored].abs().mean()))
@@ -381,7 +383,7 @@ def test_a_denoised_initial_frame_is_the_true_one_at_no_noise_and_knows_nothing_
     torch.testing.assert_close(initial[restored], losses._initial(other, at_t, planned)[restored], rtol=0, atol=1e-6)
 
 
-def test_a_sequence_network_starts_as_its_first_network(cache):
+def test_a_sequence_network_starts_with_the_outputs_of_its_first_network(cache):
     settings = small(
         **{"training.start_from_first": True, "network.first_frame_channels": True, "training.max_steps": 1}
     )
@@ -406,7 +408,7 @@ def test_generated_initial_frames_need_the_first_network(cache):
         losses(0, 0)
 
 
-def test_a_loss_that_is_not_finite_stops_and_names_its_windows(cache, tmp_path):
+def test_a_loss_that_is_not_finite_stops_training_and_names_its_windows(cache, tmp_path):
     settings = small(**{"training.max_steps": 9, "training.checkpoint_every": 2})
     here = with_settings(cache, settings)
     model = MVControlNet.from_settings(settings, "landmark_first")
@@ -431,7 +433,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_its_windows(cache, tmp_path):
     assert "checkpoint at step 4 is kept" in str(caught.value)
 
 
-def test_a_gradient_that_is_not_finite_stops_before_it_does_harm(cache):
+def test_a_gradient_that_is_not_finite_stops_before_the_update(cache):
     settings = small(**{"training.max_steps": 3})
     model = MVControlNet.from_settings(settings, "landmark_first")
     losses = VariantLoss(model, "landmark_first", settings, with_settings(cache, settings))
@@ -439,14 +441,14 @@ def test_a_gradient_that_is_not_finite_stops_before_it_does_harm(cache):
 
     def broken(step, micro):
         weight = next(model.parameters())
-        return losses(step, micro) + ((0 * weight).sqrt().sum() if step == 1 else 0)  # finite, but steep without end
+        return losses(step, micro) + ((0 * weight).sqrt().sum() if step == 1 else 0)  # finite loss, infinite gradient
 
     with pytest.raises(NonFiniteLoss, match="gradient's norm is nan at step 1"):
         fit(engine, broken, settings.training, seed=0, ema=EMAModel(model.parameters()))
     assert all(torch.isfinite(weight).all() for weight in model.parameters())
 
 
-def test_a_run_is_resumed_only_on_request_and_with_its_own_settings(tmp_path):
+def test_a_run_is_resumed_only_on_request_and_with_the_same_settings(tmp_path):
     settings = small()
     RunFolder.open(tmp_path / "run", settings, "landmark_first", resume=False)
     RunFolder.open(tmp_path / "run", settings, "landmark_first", resume=True)
@@ -474,20 +476,20 @@ def test_learning_rate_warms_up_and_falls_to_zero():
 
 
 @pytest.mark.parametrize("name", ["landmark_sequence", "face_sequence"])
-def test_a_window_holds_what_its_pictures_encode_to(cache, name):
-    """From the disk and back: latents of every kind, mel, identity and lips, frame for frame."""
+def test_a_window_from_the_cache_equals_its_encoded_pictures(cache, name):
+    """Latents of every kind, mel, identity and lips, frame for frame."""
     row, settings = VARIANTS[name], cache.settings
     window = PlannedWindow(3, WindowId(cache.table.ids[1], 7))
     batch = cache.batch([window], row, settings.window)
     clip = cache.table[window.id.clip_id]
     fits = []
-    for number in range(settings.headbox.draws):
-        seen = view(clip, settings, number, settings.seed, 7, settings.window)
-        pictures = {kind: picture_of(kind, vars(seen)) for kind in PICTURE_KINDS}
-        pictures["surround"] = headbox.surround(seen.masked_scene, seen.mask_box)
+    for jitter in range(settings.headbox.draws):
+        window_view = view(clip, settings, jitter, settings.seed, 7, settings.window)
+        pictures = {kind: picture_of(kind, vars(window_view)) for kind in PICTURE_KINDS}
+        pictures["surround"] = headbox.surround(window_view.masked_scene, window_view.mask_box)
         latents = {}
-        for kind, shown in pictures.items():
-            inputs = to_model(torch.from_numpy(shown)).transpose(0, 1)[None]
+        for kind, frames in pictures.items():
+            inputs = to_model(torch.from_numpy(frames)).transpose(0, 1)[None]
             with torch.no_grad():
                 latents[kind] = cache.autoencoder.encode(inputs, "scene" if kind == "surround" else kind)
         control = [latents[row.control]] + ([latents["surround"]] if row.generates == "face" else [])
@@ -495,9 +497,9 @@ def test_a_window_holds_what_its_pictures_encode_to(cache, name):
         found = (batch.latents, batch.control)
         fits.append(all(torch.allclose(a, b, atol=5e-3) for a, b in zip(expected, found, strict=True)))
         if fits[-1] and batch.conditions.audio is not None:
-            assert torch.equal(batch.conditions.audio[0], torch.from_numpy(seen.mel))
+            assert torch.equal(batch.conditions.audio[0], torch.from_numpy(window_view.mel))
         if fits[-1] and batch.conditions.identity is not None:
-            assert torch.equal(batch.conditions.identity[0], to_model(torch.from_numpy(seen.identity)))
+            assert torch.equal(batch.conditions.identity[0], to_model(torch.from_numpy(window_view.identity)))
     assert fits.count(True) == 1
     if batch.conditions.lips is not None:
         assert cache.lips is not None
@@ -507,7 +509,7 @@ def test_a_window_holds_what_its_pictures_encode_to(cache, name):
         assert torch.equal(batch.conditions.lips[0], to_model(torch.from_numpy(lips)))
 
 
-def test_jitter_draws_have_latents_of_their_own(cache):
+def test_every_jittered_view_has_its_own_latents(cache):
     clip_id = cache.table.ids[0]
     settings = cache.settings
     starts = [PlannedWindow(epoch, WindowId(clip_id, 0)) for epoch in range(8)]
@@ -531,11 +533,11 @@ def test_autoencoder_learns_and_resumes(data, tmp_path):
         assert torch.equal(a, b), name
 
 
-def test_a_pretrained_autoencoder_is_taken_as_it_is_but_for_its_statistics(data, tmp_path):
+def test_only_the_statistics_of_a_pretrained_autoencoder_change(data, tmp_path):
     settings = small()
     torch.manual_seed(5)
     given = PictureAutoencoder.from_settings(settings.autoencoder)
-    given.vae.save_pretrained(tmp_path)  # any diffusers folder: without latent statistics
+    given.vae.save_pretrained(tmp_path)  # as any diffusers folder, it has no latent statistics
     taken, result = train_autoencoder(settings, ClipTable(data), None, pretrained=tmp_path)
     assert result.losses == []
     for (name, a), b in zip(given.vae.state_dict().items(), taken.vae.state_dict().values(), strict=True):
