@@ -236,7 +236,7 @@ def paper() -> Settings:
 
 
 def toy() -> Settings:
-    """Trains on two CPU cores, in some three core-hours. What differs from `paper`, and why, is listed in README."""
+    """Trains on two CPU cores in about three core-hours. docs/settings.md lists what differs from `paper`, and why."""
     seeing = {"network.control_embedding": [128, 128]}  # networks that are shown the scene
     likely = {"sampling.temperature": 0.2}  # of a first frame, which decides the turn of the head and the person
     return Settings(
