@@ -23,7 +23,7 @@ def paper() -> Settings:
 
 
 def toy() -> Settings:
-    """Trains on two CPU cores in about three core-hours. The documentation lists and explains the differences."""
+    """Trains on two CPU cores in about three core-hours. docs/settings.md lists what differs from `paper`, and why."""
     sees_scene = {"network.control_embedding": [128, 128]}  # for networks with the scene as control input
     low_noise = {"sampling.temperature": 0.2}  # for first frames, which determine the head's turn and the person
     return Settings(
