@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from preprocessing.spans import Span
-from tccp.media.remote import shown
+from tccp.files import redacted
 
 # Of several reasons why a frame is in no clip, the one that came nearest to a clip counts: the last of these.
 REASONS = {
@@ -29,4 +29,4 @@ RANK = {reason: rank for rank, reason in enumerate(REASONS)}
 
 def set_aside(span: Span, reason: str) -> Span:
     """A span out, with the reason in words."""
-    return span.set_aside(reason, f"{shown(span.path)}: {REASONS[reason]}")
+    return span.set_aside(reason, f"{redacted(span.path)}: {REASONS[reason]}")

@@ -151,8 +151,8 @@ def train(
         keep=keep,
         keep_best=keep_best,
         validate_every=validate_every,
-        take_from=(Folder(TOY_WEIGHTS),),
-        must_take=tuple(_pipeline(place, given) for given in take.values() if given is not None),
+        reuse_from=(Folder(TOY_WEIGHTS),),
+        require_from=tuple(_pipeline(place, given) for given in take.values() if given is not None),
         control_from=None if control_from is None else _pipeline(place, control_from),
         pretrained_autoencoder=pretrained,
         lip_weights=lip_weights,
@@ -161,7 +161,7 @@ def train(
         command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     )
     done = launch(request, validate, note)
-    record = {"pipeline": done.pipeline, "trained": done.trained, "taken": done.taken, "workers": done.workers}
+    record = {"pipeline": done.pipeline, "trained": done.trained, "taken": done.reused, "workers": done.workers}
     trained = ", ".join(done.trained) or "nothing: all is there"
     emit(json, record, f"trained {trained}; pipeline: {done.pipeline}")
 
@@ -174,10 +174,10 @@ def validate(job: Any, step: int, network: Any, folder: Path) -> dict[str, float
     from tccp.evaluation.validation import validate_network, validation_clips, with_network
     from tccp.inference.pipeline import has_component
 
-    with job.pipeline.here() as place:
+    with job.pipeline.as_local() as place:
         if job.component in FIRST_OF and not has_component(place, FIRST_OF[job.component]):
             return {}  # it continues from frames of a network that is not there yet
-        pipeline = with_network(place, job.component, network, "cuda" if job.spread.use_gpu else "cpu")
+        pipeline = with_network(place, job.component, network, "cuda" if job.allocation.use_gpu else "cpu")
         return validate_network(pipeline, job.component, validation_clips(job.settings, VALIDATION_CLIPS), folder)
 
 

@@ -143,7 +143,10 @@ class Totals:
 
 @dataclass(frozen=True)
 class RunReport:
-    """A whole run. started: ISO 8601. seconds: by the clock on the wall. throughput: film seconds per such second."""
+    """A whole run. started: ISO 8601. seconds: by the clock on the wall. throughput: film seconds per such second.
+
+    storage_retries: how often an access to storage had to be repeated, in all processes.
+    """
 
     report_version: int
     schema_version: int
@@ -158,6 +161,7 @@ class RunReport:
     steps: list[StepTime]
     distributions: list[Histogram]
     tracks: list[TrackSample]
+    storage_retries: int = 0
 
     @property
     def clips(self) -> int:
@@ -266,6 +270,7 @@ class ReportBuilder:
         seconds: float,
         workers: int,
         peak_memory_bytes: int | None = None,
+        storage_retries: int = 0,
     ) -> RunReport:
         """The report. Sources are in order of name, steps as they were first heard of."""
         sources = sorted(self._sources, key=lambda item: (item.source, item.source_hash or ""))
@@ -284,6 +289,7 @@ class ReportBuilder:
             steps=list(self._steps.values()),
             distributions=[counter.histogram() for counter in self._counters.values()],
             tracks=[*self._kept.tracks(), *self._rejected.tracks()],
+            storage_retries=storage_retries,
         )
 
 

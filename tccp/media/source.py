@@ -19,7 +19,7 @@ from av.stream import Disposition
 from av.video import VideoStream
 
 from tccp.config import FPS
-from tccp.errors import TccpError
+from tccp.errors import DamagedData
 from tccp.media.upright import DisplayTurn, display_turn
 
 # Demuxers that a film or a recording can need. Playlists (HLS, concat, SDP) stay out: they open other files and
@@ -33,7 +33,7 @@ KEYFRAMES_INDEXED = {"mov", "matroska"}  # elsewhere seeking guesses
 _MAX_LEAP_S = 600
 
 
-class MediaError(TccpError):
+class MediaError(DamagedData):
     """A media file that cannot be used. The message is one line: the file, what is wrong with it, what to do.
 
     reason: a stable code. From here: missing, not_a_file, unreadable, empty_file, not_media, no_index, truncated,

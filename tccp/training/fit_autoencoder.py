@@ -23,7 +23,7 @@ from tccp.seeds import rng_seed
 from tccp.training.engine import Engine, TorchEngine, with_weights
 from tccp.training.loop import FitResult, fit
 from tccp.training.precision import arithmetic
-from tccp.training.run_folder import Run, Unkept
+from tccp.training.run_folder import Run, TransientRun
 from tccp.training.window_files import PICTURES, PictureBatch, TablePictures
 
 STATISTICS_CLIPS = 64
@@ -156,7 +156,7 @@ def fit_autoencoder(
 
     Its latent statistics are still to be fitted (`fit_latent_statistics`).
     """
-    run = run or Unkept()
+    run = run or TransientRun()
     training = autoencoder_training(settings)
     losses = AutoencoderLoss(new_autoencoder(settings).to(device), settings, pictures, run.rank, run.num_ranks)
     engine = engine_of(losses.module, training)

@@ -8,6 +8,7 @@ new footage by fold 0's.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import shutil
 import tempfile
@@ -201,7 +202,7 @@ class LipPlace:
 
     def open(self, device: str | torch.device = "cpu") -> LipSources:
         """Raises TccpError if what should be there is not, or is not whole."""
-        with self.folder.here() as place:
+        with self.folder.as_local() as place:
             alone = (place / "config.json").exists() and not (place / FOLDS_RECORD).exists()
             if self.settings.source == "liplet" and alone:
                 source = open_lip_source(self.settings, place, device)
@@ -253,9 +254,9 @@ def lip_pictures(clip: Clip, source: LipSource) -> UInt8[np.ndarray, "f s s 3"]:
 
 
 class LipTable:
-    """Draws the lip pictures of clips into a folder.
+    """Renders the lip pictures of clips into a folder.
 
-    also: folders of the same layout in which pictures are looked for, too: what preprocessing drew beside the clips.
+    also: folders of the same layout that may already have pictures: preprocessing renders some beside the clips.
     """
 
     def __init__(self, folder: Folder | Path | str, sources: LipSources, also: Sequence[Folder] = ()) -> None:
@@ -269,11 +270,11 @@ class LipTable:
     def __contains__(self, clip_id: str) -> bool:
         return clip_id in self.pictures
 
-    def draw(self, clip: Clip) -> None:
-        """Draws the lips of a clip, and replaces those that are there."""
-        pictures = lip_pictures(clip, self.sources.for_clip(clip.clip_id, clip.source_hash))
-        with self.folder.writing(self.name(clip.clip_id)) as path, path.open("wb") as file:
-            np.save(file, pictures, allow_pickle=False)
+    def render(self, clip: Clip) -> None:
+        """Renders the lips of a clip, and replaces existing ones."""
+        content = io.BytesIO()
+        np.save(content, lip_pictures(clip, self.sources.for_clip(clip.clip_id, clip.source_hash)), allow_pickle=False)
+        self.folder.write(self.name(clip.clip_id), content.getvalue())
 
     def write(
         self,
@@ -281,20 +282,20 @@ class LipTable:
         on_clip: Callable[[int, int], None] | None = None,
         clip_ids: Sequence[str] | None = None,
     ) -> int:
-        """Draw the lips of every clip (or of these) that has none yet; returns how many were drawn.
+        """Renders the lips of every clip (or of these) that has none yet; returns their number.
 
-        on_clip: called with (done, of).
+        on_clip: called with (done, total).
         """
-        drawn = 0
+        rendered = 0
         chosen = table.ids if clip_ids is None else clip_ids
         for done, clip_id in enumerate(chosen, 1):
             if clip_id not in self:
-                self.draw(table[clip_id])
-                drawn += 1
+                self.render(table[clip_id])
+                rendered += 1
             if on_clip is not None:
                 on_clip(done, len(chosen))
-        return drawn
+        return rendered
 
     def read(self, clip_id: str, start_frame: int = 0, num_frames: int | None = None) -> UInt8[np.ndarray, "f s s 3"]:
-        """As `LipFiles.read`."""
+        """Like `LipFiles.read`."""
         return self.pictures.read(clip_id, start_frame, num_frames)

@@ -23,7 +23,7 @@ from tccp.errors import TccpError
 from tccp.progress import progress
 from tccp.seeds import rng_seed
 from tccp.training.engine import Engine
-from tccp.training.run_folder import Run, Unkept
+from tccp.training.run_folder import Run, TransientRun
 
 EMA_FILE = "ema.pt"
 PROGRESS_FILE = "progress.json"
@@ -69,7 +69,7 @@ def fit(
         with the checkpoint.
     Raises NonFiniteLoss, on all ranks alike; nothing of that step is kept.
     """
-    run = run or Unkept()
+    run = run or TransientRun()
     done, spent = _resumed(engine, ema, run.newest())
     run.forget_after(done)
     last = min(settings.max_steps, stop_at or settings.max_steps)

@@ -1,4 +1,4 @@
-"""MLflow: one run per training, the same one after every restart; metrics, artifacts, and the registered pipeline."""
+"""MLflow: one run per training, which restarts continue; metrics, artifacts, and the registered pipeline."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import Any
 
 from tccp.errors import TccpError
 from tccp.files import Folder, is_url
+
+logger = logging.getLogger("tccp.training")
 
 EXPERIMENT = "tccp"
 DATABASE = "mlflow.db"
@@ -31,12 +33,12 @@ def tracking_place(given: str | None, storage: Folder, num_nodes: int) -> str:
     if given is not None:
         return given if is_url(given) else f"sqlite:///{Path(given).absolute()}"
     if storage.local is None:
-        raise TccpError(f"storage {storage} is no folder of this machine: give --mlflow http://HOST:PORT, or none")
+        raise TccpError(f"storage {storage} is not a folder of this machine: give --mlflow http://HOST:PORT, or none")
     return f"sqlite:///{storage.local.absolute() / DATABASE}"
 
 
 def _client(uri: str) -> Any:
-    # Set before the import: MLflow would ask a server of its makers for news, and say where its runs can be seen.
+    # Set before the import, after which MLflow reports usage to its makers.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     try:
         import mlflow
@@ -44,12 +46,15 @@ def _client(uri: str) -> Any:
         raise TccpError(
             "tracking needs MLflow: pip install -c constraints.txt -e '.[train]', or give --mlflow none"
         ) from None
-    logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of each table that it makes
+    logging.getLogger("mlflow").setLevel(logging.WARNING)  # it logs each table that it makes
     return mlflow.MlflowClient(tracking_uri=uri)
 
 
 class Tracker:
-    """Writes to one MLflow run. Only rank 0, or the driver, has one."""
+    """Writes to one MLflow run. Only rank 0 and the driver have one.
+
+    A failure to write is logged once and stops nothing: the training does not depend on its record.
+    """
 
     def __init__(self, uri: str, run_id: str):
         self.client, self.run_id = _client(uri), run_id
@@ -58,7 +63,7 @@ class Tracker:
     def start(
         cls, uri: str, name: str, params: Mapping[str, object], artifacts: str | None = None, run_id: str | None = None
     ) -> Tracker:
-        """A new run, or `run_id` taken up again. artifacts: where they go, if the server does not decide.
+        """A new run, or the run `run_id`, continued. artifacts: place of artifacts, if no server decides it.
 
         Raises TccpError if the server or database cannot be used.
         """
@@ -82,7 +87,7 @@ class Tracker:
             raise TccpError(f"MLflow at {uri} cannot be used ({reason}): check the address, or --mlflow none") from None
 
     def metrics(self, step: int, values: Mapping[str, float | int]) -> None:
-        """A failure to note them is told once and stops nothing: training is worth more than its diary."""
+        """Notes values under a step."""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
@@ -92,29 +97,29 @@ class Tracker:
     def artifact(self, path: Path, under: str | None = None) -> None:
         self._tried(lambda: self.client.log_artifact(self.run_id, str(path), under))
 
-    def ended(self, status: str) -> None:
-        """status: FINISHED, FAILED or KILLED."""
+    def end(self, status: str) -> None:
+        """Ends the run. status: FINISHED, FAILED or KILLED."""
         self._tried(lambda: self.client.set_terminated(self.run_id, status))
 
-    def settled(self) -> None:
-        """FINISHED, if it does not say so yet; when it ended stays as it was noted."""
+    def ensure_finished(self) -> None:
+        """Ends the run as FINISHED, unless it is. The time of an earlier end stays."""
 
-        def settle() -> None:
+        def finish() -> None:
             if self.client.get_run(self.run_id).info.status != "FINISHED":
                 self.client.set_terminated(self.run_id, "FINISHED")
 
-        self._tried(settle)
+        self._tried(finish)
 
     def register(self, pipeline: Path, model: str, alias: str) -> bool:
-        """The pipeline folder as an artifact, and a new version of a registered model that the alias then points to.
+        """Stores the pipeline folder as an artifact, and registers it as a new version of a model, with the alias.
 
-        Returns whether MLflow took it; if not, why is told.
+        Returns whether MLflow accepted it; if not, the reason is logged.
         """
         from mlflow.exceptions import MlflowException
 
         def register() -> None:
             self.client.log_artifacts(self.run_id, str(pipeline), "pipeline")
-            with contextlib.suppress(MlflowException):  # it is there already
+            with contextlib.suppress(MlflowException):  # it exists already
                 self.client.create_registered_model(model)
             source = f"{self.client.get_run(self.run_id).info.artifact_uri}/pipeline"
             version = self.client.create_model_version(model, source, self.run_id)
@@ -122,15 +127,15 @@ class Tracker:
 
         return self._tried(register)
 
-    _told = False
+    _warned = False
 
     def _tried(self, action: Any) -> bool:
         try:
             action()
             return True
         except Exception as error:  # of whatever the server, its database or the network may raise
-            if not self._told:
-                self._told = True
+            if not self._warned:
+                self._warned = True
                 reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-                print(f"tccp: MLflow cannot be written to, which stops no training ({reason})", flush=True)
+                logger.warning("MLflow cannot be written, which stops no training (%s)", reason)
             return False

@@ -1,6 +1,6 @@
 """The function that Ray Train runs on every worker.
 
-Ray Train's controller imports this module too, so torch is imported only inside the function.
+Ray Train's controller also imports this module, so torch is imported only inside the function.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from tccp.cluster import QUIET_RAY
 
 
 def train_rank(config: dict[str, Any]) -> None:
-    """The function that Ray Train runs on every worker: see `tccp.training.launcher.rank.train`."""
+    """Calls `tccp.training.launcher.rank.train` with the job."""
     for name, value in QUIET_RAY.items():
         os.environ.setdefault(name, value)
     from tccp.training.launcher.rank import train
