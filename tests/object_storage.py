@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 BUCKET = "tccp-tests"
 _REQUEST = re.compile(rb"^([A-Z]+) (\S+) HTTP/1\.1\r\n")
@@ -35,7 +36,7 @@ class Proxy:
         self.requests: list[str] = []
         self.outages: list[str] = []
         self.hangs = False
-        self._armed: tuple[re.Pattern[str], float] | None = None
+        self._armed: list[tuple[re.Pattern[str], float]] = []
         self._lock = threading.RLock()
         self._sockets: set[socket.socket] = set()
         self._listener: socket.socket | None = None
@@ -43,8 +44,9 @@ class Proxy:
         self._listen()
 
     def fail_at(self, pattern: str, seconds: float) -> None:
-        """Goes away for some seconds at the next request that matches; that request is not forwarded."""
-        self._armed = re.compile(pattern), seconds
+        """Goes away for some seconds at the next request that matches, which is not forwarded. May be called again."""
+        with self._lock:
+            self._armed.append((re.compile(pattern), seconds))
 
     def away(self, seconds: float) -> None:
         """Goes away now, and comes back by itself."""
@@ -121,10 +123,12 @@ class Proxy:
         request = f"{found[1].decode()} {found[2].decode()}"
         with self._lock:
             self.requests.append(request)
-            if self._armed is None or not self._armed[0].search(request):
+            match = next((one for one in self._armed if one[0].search(request)), None)
+            if match is None:
                 return False
-            (_, seconds), self._armed = self._armed, None
+            self._armed.remove(match)
             self.outages.append(request)
+            seconds = match[1]
         self.away(seconds)
         return True
 
@@ -158,6 +162,15 @@ class ObjectStorage:
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_EC2_METADATA_DISABLED": "true",
         }
+        self._port = port
+
+    def direct(self) -> Any:
+        """A filesystem that reaches the server without the proxy."""
+        import s3fs
+
+        return s3fs.S3FileSystem(
+            key="tests", secret="tests", endpoint_url=f"http://127.0.0.1:{self._port}", use_listings_cache=False
+        )
 
     def close(self) -> None:
         self.proxy.close()

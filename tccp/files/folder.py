@@ -253,6 +253,8 @@ def _linked(copy: Path, target: Path) -> bool:
 class RetriedReader(io.RawIOBase):
     """A file of an fsspec filesystem whose reads are repeated after failures."""
 
+    mode = "rb"
+
     def __init__(self, file: Any, what: str) -> None:
         self._file, self._what = file, what
 

@@ -193,20 +193,17 @@ def _actual(error: Exception) -> Exception:
 
 def _http_status(error: BaseException) -> int | None:
     """The status of an HTTP response: of aiohttp, botocore (also where s3fs has translated it), gcsfs or adlfs."""
+    status = getattr(error, "status", None) or getattr(error, "status_code", None)
+    if status is None and not type(error).__module__.startswith("aiohttp"):  # whose `code` is one of its parser
+        status = getattr(error, "code", None)
     for one in (error, error.__cause__):
         response = getattr(one, "response", None)
         if isinstance(response, dict):
             if response.get("Error", {}).get("Code") in _CORRUPTED_ON_THE_WAY:
                 return 408
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        else:
-            status = getattr(one, "status", None) or getattr(one, "status_code", None) or getattr(one, "code", None)
-        try:
-            if status is not None and 300 <= int(status) < 600:
-                return int(status)
-        except (TypeError, ValueError):
-            continue
-    return None
+    number = int(status) if isinstance(status, int) or str(status).isdigit() else 0  # gcsfs may give digits
+    return number if 300 <= number < 600 else None
 
 
 def _is_refused(error: Exception, code: int | None, status: int | None) -> bool:

@@ -190,7 +190,12 @@ def mistake_of(job: ComponentJob) -> str | None:
 def _train(job: ComponentJob, validate: Validate | None) -> None:
     warnings.simplefilter("ignore", FutureWarning)  # of other packages; users cannot act on them
     # Else each rank logs each of its checkpoints and streams. Some of Ray Train's loggers are named by their files.
-    for name in ("ray.train", *(name for name in logging.root.manager.loggerDict if "/ray/train/" in name)):
+    for name in (
+        "aiobotocore",
+        "botocore",
+        "ray.train",
+        *(name for name in logging.root.manager.loggerDict if "/ray/train/" in name),
+    ):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     device = _device(job)
