@@ -1,14 +1,13 @@
-"""The graph: films to parts of a clip table, or straight to clip rows; in this process, or on Ray Data, same steps.
+"""The graph of preprocessing steps, from films to parts of a clip table or to clip rows, in one process or on Ray Data.
 
     sources -> FindReels -> Look -> CutClips -> parts in the output folder (`preprocessing.run` makes the table of them)
                                  -> ClipRows -> rows, for training straight from film
 
-Steps are in `preprocessing.steps`; what is kept between runs in `preprocessing.parts`.
+`preprocessing.steps` has the steps, `preprocessing.parts` the files that runs keep.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,22 +16,21 @@ from typing import Any
 
 import pyarrow as pa
 
-from preprocessing.lip_step import AddLips, DrawLips, LipWork
+from preprocessing.lip_step import AddLips, LipWork, RenderLips
 from preprocessing.plan import Plan
 from preprocessing.steps import ClipRows, CutClips, FindReels, Look, OnFrame, Work
 from tccp.clips.clip_table import ClipTable
 from tccp.clips.windows import windows
-from tccp.cluster import could_have
+from tccp.cluster import data_settings, dataset, max_resources
 from tccp.config import Settings
 from tccp.errors import TccpError
-from tccp.files import is_url
-from tccp.processes import importable_in_children
+from tccp.files import Folder, check_shared
 
 # In this process
 
 
 def in_this_process(listing: pa.Table, work: Work, on_frame: OnFrame = lambda: None) -> Iterator[dict[str, Any]]:
-    """Rows of RESULT_SCHEMA, one reel after the other."""
+    """Rows of RESULT_SCHEMA, one reel after the other, without Ray."""
     yield from _chained(listing, work, CutClips, on_frame, lambda table: table.to_pylist())
 
 
@@ -61,13 +59,13 @@ def _chained(
 
 @dataclass(frozen=True)
 class Pools:
-    """How many actors each step has, and what each asks for; CPUs are logical, and a step that waits takes none."""
+    """Number of actors of each step, and the resources of each. CPUs are logical: an idle step uses none."""
 
     find: int
     look: int
     cut: int
     look_gpus: float = 0.0
-    scale: float = 1.0  # of what each actor asks for
+    scale: float = 1.0  # factor on the CPUs of each actor
 
     FIND_CPUS = 0.25
     LOOK_CPUS = 0.5
@@ -79,11 +77,12 @@ class Pools:
 def pools_for(
     resources: Mapping[str, float], workers: int | None, on_gpu: bool, held: float = 0.0, later: float = 0.0
 ) -> Pools:
-    """Pools that fit a cluster of these resources, two CPUs included. workers: how many look at films at once.
+    """Pools that fit a cluster of these resources; two CPUs are enough.
 
-    on_gpu: the detector runs on GPUs where there are any, one each. held: CPUs that a training's ranks have taken; in
-    what they leave, everything fits, as actors then ask for less. later: CPUs that further steps ask for.
-    Raises TccpError if the cluster has no CPU for it.
+    workers: number of actors that look at films. on_gpu: each of them takes a GPU, if the cluster has any. held: CPUs
+    that a training's ranks have taken; actors then ask for less, so that all fit into the rest. later: CPUs that
+    further steps ask for.
+    Raises TccpError if the cluster has too few CPUs.
     """
     cpus, gpus = float(resources.get("CPU", 0)) - held, int(resources.get("GPU", 0))
     least = Pools.FIND_CPUS + Pools.LOOK_CPUS + Pools.CUT_CPUS
@@ -102,83 +101,35 @@ def _cpus(look: int) -> float:
     return max(1, look // 4) * Pools.FIND_CPUS + look * Pools.LOOK_CPUS + max(1, look // 2) * Pools.CUT_CPUS
 
 
-_BLOCK_BYTES = 1 << 20  # about a reel: larger blocks would send a film's reels to one worker
-_MOST_BLOCKS = 2000
-
-
-@contextmanager
-def ray_running(workers: int | None) -> Iterator[None]:
-    """The Ray cluster of RAY_ADDRESS or of this process; else one on this machine, while the context is open."""
-    try:
-        import ray
-    except ImportError:
-        raise TccpError("more than one worker needs Ray: pip install -c constraints.txt -e '.[preprocess]'") from None
-    if ray.is_initialized():
-        yield
-        return
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False)
-    else:
-        importable_in_children()
-        cpus = max(os.cpu_count() or 1, workers or 1)
-        os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")  # our progress and report say it all
-        ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-@contextmanager
-def _data_context(in_order: bool) -> Iterator[None]:
-    import ray.data
-
-    context = ray.data.DataContext.get_current()
-    names = ("target_max_block_size", "target_min_block_size", "enable_progress_bars")
-    before = {name: getattr(context, name) for name in names}
-    kept_order = context.execution_options.preserve_order
-    context.target_max_block_size, context.target_min_block_size = _BLOCK_BYTES, 1
-    context.enable_progress_bars = False
-    context.execution_options.preserve_order = in_order
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(context, name, value)
-        context.execution_options.preserve_order = kept_order
+_BLOCK_BYTES = 1 << 20  # about a reel: larger blocks would send all reels of a film to one worker
 
 
 def on_ray_data(listing: pa.Table, work: Work, workers: int | None) -> Iterator[dict[str, Any]]:
-    """Rows of RESULT_SCHEMA, as they are done."""
-    with ray_running(workers):
-        _check_nodes(work)
-        with _data_context(in_order=False):
-            pools = pools_for(could_have(), workers, _uses_gpus(work))
-            yield from _graph(listing, work, pools, CutClips).iter_rows()
+    """Rows of RESULT_SCHEMA as reels are done. Ray must be running."""
+    import ray
+
+    if work.out is not None:
+        check_shared("output", Folder(work.out), sum(1 for node in ray.nodes() if node["Alive"]))
+    with data_settings(in_order=False, block_bytes=_BLOCK_BYTES):
+        pools = pools_for(max_resources(), workers, _uses_gpus(work))
+        yield from _graph(listing, work, pools, CutClips).iter_rows()
 
 
 def clip_dataset(listing: pa.Table, plan: Plan, workers: int | None = None) -> Any:
-    """A Ray Dataset of clip rows straight from film; within `in_order`, in the table's order.
+    """A Ray Dataset of clip rows straight from film, within `in_order` in the table's order.
 
-    Ray must be running. Nothing is stored but what Ray has in flight.
+    Ray must be running. Nothing is stored except Ray's blocks in flight.
     """
     work = Work(plan, None)
-    return _graph(listing, work, pools_for(could_have(), workers, _uses_gpus(work)), ClipRows)
+    return _graph(listing, work, pools_for(max_resources(), workers, _uses_gpus(work)), ClipRows)
 
 
 def table_dataset(table: str | Path) -> Any:
     """A Ray Dataset of the clip rows of a table, in its order."""
     with ClipTable(str(table)) as opened:
         ids = opened.ids
-    return _batches(ids).map_batches(_rows_of, fn_kwargs={"table": str(table)}, batch_size=1, batch_format="pyarrow")
-
-
-def _batches(clip_ids: Sequence[str]) -> Any:
-    import ray
-
-    step = -(-len(clip_ids) // _MOST_BLOCKS)
-    blocks = [pa.table({"clip_id": clip_ids[row : row + step]}) for row in range(0, len(clip_ids), step)]
-    return ray.data.from_blocks(blocks)
+    data = dataset(pa.table({"clip_id": ids}))
+    return data.map_batches(_rows_of, fn_kwargs={"table": str(table)}, batch_size=1, batch_format="pyarrow")
 
 
 def _rows_of(batch: pa.Table, table: str) -> pa.Table:
@@ -189,33 +140,34 @@ def _rows_of(batch: pa.Table, table: str) -> pa.Table:
 def with_lips(
     clips: Any, work: LipWork, table: str | Path | None = None, workers: int = 1, cpus: float = Pools.LIPS_CPUS
 ) -> Any:
-    """A Dataset of clip rows with their lips (`AddLips`), by as many workers. table: where lips may be already."""
+    """A Dataset of clip rows with their lips (`AddLips`). table: a clip table beside which lips may exist already."""
     return _map_actors(clips, AddLips, (work, None if table is None else str(table)), workers, cpus)
 
 
-def draw_lips(
+def render_lips(
     table: str, clip_ids: Sequence[str], work: LipWork, workers: int | None = None, on_ray: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """Draws lips beside a table; rows of DRAWN_SCHEMA as they are done. On Ray, `ray_running` must be open."""
+    """Renders lips beside a table; returns rows of RENDERED_SCHEMA as clips are done. on_ray: Ray must be running."""
     if not clip_ids:
         return
     if on_ray:
-        size = pools_for(could_have(), workers, on_gpu=False).look
-        with _data_context(in_order=False):
-            yield from _map_actors(_batches(clip_ids), DrawLips, (work, table), size, Pools.LIPS_CPUS).iter_rows()
+        size = pools_for(max_resources(), workers, on_gpu=False).look
+        with data_settings(in_order=False, block_bytes=_BLOCK_BYTES):
+            ids = dataset(pa.table({"clip_id": list(clip_ids)}))
+            yield from _map_actors(ids, RenderLips, (work, table), size, Pools.LIPS_CPUS).iter_rows()
         return
-    draw = DrawLips(work, table)
+    step = RenderLips(work, table)
     try:
         for clip_id in clip_ids:
-            yield from draw(pa.table({"clip_id": [clip_id]})).to_pylist()
+            yield from step(pa.table({"clip_id": [clip_id]})).to_pylist()
     finally:
-        draw.close()
+        step.close()
 
 
 @contextmanager
 def in_order() -> Iterator[None]:
-    """Within it, Datasets of this module come out in the order of their sources, however many workers there are."""
-    with _data_context(in_order=True):
+    """Datasets of this module that are made and read within it keep the order of their sources."""
+    with data_settings(in_order=True, block_bytes=_BLOCK_BYTES):
         yield
 
 
@@ -224,11 +176,11 @@ def window_dataset(
     settings: Settings,
     window: int,
     stride: int,
-    draws: Sequence[int | None] = (0,),
+    jitters: Sequence[int | None] = (0,),
     cpus: float = Pools.WINDOWS_CPUS,
 ) -> Any:
     """Training windows of a Dataset of clip rows (`tccp.clips.windows.windows`), from film or table, in its order."""
-    arguments = {"settings": settings, "window": window, "stride": stride, "seed": settings.seed, "jitters": draws}
+    arguments = {"settings": settings, "window": window, "stride": stride, "seed": settings.seed, "jitters": jitters}
     return clips.map_batches(windows, fn_kwargs=arguments, batch_size=1, batch_format="pyarrow", num_cpus=cpus)
 
 
@@ -243,19 +195,19 @@ def film_windows(
 ) -> Iterator[dict[str, Any]]:
     """The training windows of an epoch straight from film, one at a time, in the order of the films.
 
-    Each epoch shows the next of the jitter draws. held: CPUs of the cluster that the training itself has taken. Ray
+    Each epoch uses the next of the jittered views. held: CPUs of the cluster that the training's ranks have taken. Ray
     must be running. Nothing is stored.
     """
     work = Work(plan, None)
     later = Pools.WINDOWS_CPUS + (Pools.LIPS_CPUS if lips is not None else 0.0)
-    pools = pools_for(could_have(), None, _uses_gpus(work), held, later)
+    pools = pools_for(max_resources(), None, _uses_gpus(work), held, later)
     with in_order():
         clips = _graph(listing, work, pools, ClipRows)
         if lips is not None:
             clips = with_lips(clips, lips, cpus=Pools.LIPS_CPUS * pools.scale)
-        draws = (epoch % settings.headbox.draws,)
+        jitters = (epoch % settings.headbox.draws,)
         cpus = Pools.WINDOWS_CPUS * pools.scale
-        yield from window_dataset(clips, settings, window, stride=1, draws=draws, cpus=cpus).iter_rows()
+        yield from window_dataset(clips, settings, window, stride=1, jitters=jitters, cpus=cpus).iter_rows()
 
 
 def _uses_gpus(work: Work) -> bool:
@@ -263,11 +215,7 @@ def _uses_gpus(work: Work) -> bool:
 
 
 def _graph(listing: pa.Table, work: Work, pools: Pools, last: type[CutClips]) -> Any:
-    import ray
-
-    step = -(-listing.num_rows // _MOST_BLOCKS)
-    blocks = [listing.slice(row, step) for row in range(0, listing.num_rows, step)]
-    data = ray.data.from_blocks(blocks)
+    data = dataset(listing)
     for kind, size, cpus, gpus in (
         (FindReels, pools.find, Pools.FIND_CPUS, 0.0),
         (Look, pools.look, Pools.LOOK_CPUS, pools.look_gpus),
@@ -290,14 +238,3 @@ def _map_actors(data: Any, kind: type, arguments: tuple, size: int, cpus: float,
         batch_format="pyarrow",
         zero_copy_batch=True,
     )
-
-
-def _check_nodes(work: Work) -> None:
-    import ray
-
-    alive = [node for node in ray.nodes() if node["Alive"]]
-    if len(alive) > 1 and work.out is not None and not is_url(work.out):
-        raise TccpError(
-            f"{work.out} is a folder of one machine, and the cluster has {len(alive)}: give a URL (s3://..., "
-            "gs://...), or file:///... for a folder that all of them share"
-        )

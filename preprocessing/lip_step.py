@@ -1,8 +1,8 @@
-"""The lip references of clips: a table beside theirs, keyed by clip and by what drew it; or a column of their rows.
+"""The lip references of clips: a table beside the clip table, keyed by clip and lip source; or a column of its rows.
 
-Lips are drawn from a clip's sound and its first identity picture, by the code that generation uses
-(`tccp.models.lip_sources`), and never from the clip's own mouth. The networks are imported where they are used: most runs draw
-no lips, and torch would take each of their processes seconds to load.
+The code that generation uses (`tccp.models.lip_sources`) renders them from a clip's sound and its first identity
+picture, never from the clip's own mouth. torch is imported inside functions: most runs render no lips, and importing it
+would cost each of their processes seconds.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from tccp.clips.clip_table import ClipTable, clip_from_row
 from tccp.clips.lip_table import LIPS
 from tccp.config import LipSettings
 from tccp.errors import TccpError
-from tccp.files import Folder
+from tccp.files import Folder, storage_retries
 
-DRAWN_SCHEMA = pa.schema([("clip_id", pa.string()), ("seconds", pa.float64())])
+RENDERED_SCHEMA = pa.schema([("clip_id", pa.string()), ("seconds", pa.float64()), ("storage_retries", pa.int64())])
 
 
 @dataclass(frozen=True)
 class LipWork:
-    """What draws the lips, resolved once. hash: of its networks; every worker must come to the same one."""
+    """The lip source, resolved once. hash: of its networks, which every worker must find alike."""
 
     settings: LipSettings
     weights: Path
@@ -47,9 +47,10 @@ class LipWork:
 
 
 def lip_work(settings: LipSettings, weights: Path) -> LipWork:
-    """weights: the published Wav2Lip checkpoint, the folder of cross-fitted Liplets, or the lips of a pipeline that was
-    trained on other footage, as `settings.source` says.
+    """Resolves the lip source.
 
+    weights: according to `settings.source` the published Wav2Lip checkpoint, the folder of cross-fitted Liplets, or the
+    lips of a pipeline that was trained on other footage.
     Raises TccpError if they cannot be loaded, or if the settings have no lips.
     """
     from tccp.training.lip_folds import LipPlace
@@ -67,8 +68,8 @@ def lip_table(table: str, sources: Any) -> Any:
     return LipTable(Folder(Folder(table).path(LIPS)), sources)
 
 
-class DrawLips:
-    """Batches with `clip_id` to rows of DRAWN_SCHEMA: the clips' lips are drawn beside the table."""
+class RenderLips:
+    """Renders the lips of batches with `clip_id`, into the lip table beside the clips. Returns RENDERED_SCHEMA."""
 
     def __init__(self, work: LipWork, table: str) -> None:
         self._clips = ClipTable(table)
@@ -77,19 +78,20 @@ class DrawLips:
     def __call__(self, batch: pa.Table) -> pa.Table:
         rows = []
         for clip_id in batch.column("clip_id").to_pylist():
-            started = time.monotonic()
-            self._lips.draw(self._clips[clip_id])
-            rows.append({"clip_id": clip_id, "seconds": time.monotonic() - started})
-        return pa.Table.from_pylist(rows, schema=DRAWN_SCHEMA)
+            started, retries = time.monotonic(), storage_retries()
+            self._lips.render(self._clips[clip_id])
+            seconds, retries = time.monotonic() - started, storage_retries() - retries
+            rows.append({"clip_id": clip_id, "seconds": seconds, "storage_retries": retries})
+        return pa.Table.from_pylist(rows, schema=RENDERED_SCHEMA)
 
     def close(self) -> None:
         self._clips.close()
 
 
 class AddLips:
-    """Rows of the clip table with one column more: `lips`, uint8 `f s s 3` as bytes, for `tccp.clips.windows.windows`.
+    """Adds the column `lips`, uint8 `f s s 3` as bytes, to rows of the clip table, for `tccp.clips.windows.windows`.
 
-    table: where lips may have been drawn before; what is not there is drawn, and not kept.
+    table: a clip table beside which lips may exist already. Missing ones are rendered and not kept.
     """
 
     def __init__(self, work: LipWork, table: str | None = None) -> None:
@@ -109,11 +111,10 @@ class AddLips:
         return lip_pictures(clip, self._sources.for_clip(clip.clip_id, clip.source_hash))
 
 
-def tidy(table: str, work: LipWork, clip_ids: Iterable[str]) -> list[str]:
-    """Which of a table's clips have no lips yet; the lips of clips that are not among them are removed."""
-
+def remove_stale_lips(table: str, work: LipWork, clip_ids: Iterable[str]) -> list[str]:
+    """Removes the lips of clips that are not among `clip_ids`; returns the clips that have no lips yet."""
     folder, wanted = Folder(Folder(table).path(LIPS)), list(clip_ids)
-    there = {name.removesuffix(".npy") for name in folder.names(work.hash)}
-    for clip_id in there.difference(wanted):
+    present = {name.removesuffix(".npy") for name in folder.names(work.hash)}
+    for clip_id in present.difference(wanted):
         folder.remove(f"{work.hash}/{clip_id}.npy")
-    return [clip_id for clip_id in wanted if clip_id not in there]
+    return [clip_id for clip_id in wanted if clip_id not in present]

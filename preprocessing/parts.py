@@ -1,8 +1,8 @@
-"""What a run keeps on disk: a part per reel, what is known of films and faces, and at the end the table of clips.
+"""The files that a run keeps: a part for each reel, records of films and faces, and at the end the table of clips.
 
-A part holds the rows of one reel's clips and, in its metadata, what became of the rest. Its name says what it depends
-on, so a part that is there is right, and one that is not there is still to be made. Nothing else is remembered between
-runs. The index, written last, says which parts make up the table.
+A part holds the rows of one reel's clips and, in its metadata, the reasons for the frames in no clip. Its name hashes
+everything that it depends on, so an existing part is valid, and a missing one is still to be made. Runs share no other
+state. The index, written last, names the parts that make up the table.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _KEPT_FROM_SPAN = ("source_hash", "width", "height", "warnings")
 
 @dataclass
 class ReelRecord:
-    """What became of one reel. frames = frames_in_clips + the sum of left_out. messages: the first for each reason."""
+    """The result of one reel. frames = frames_in_clips + the sum of left_out. messages: the first for each reason."""
 
     source: str
     source_hash: str | None
@@ -94,7 +94,7 @@ def write_part(folder: Folder, name: str, rows: Iterable[Clip | Span], record: R
 
 
 def read_part(folder: Folder, name: str) -> tuple[ReelRecord, pa.Table]:
-    """A part's record, and its clips' columns that are single values."""
+    """A part's record, and the columns of its clips that hold single values."""
     with folder.open(name) as file, pq.ParquetFile(file) as part:
         record = ReelRecord.from_json(part.metadata.metadata[_RECORD_KEY.encode()])
         columns = [column for column in INDEX_SCHEMA.names if column not in ("part", "row")]
@@ -107,7 +107,7 @@ def quality_of(row: dict[str, Any]) -> Quality:
 
 
 def write_index(folder: Folder, parts: Iterable[tuple[str, pa.Table]]) -> int:
-    """Writes the index of a table that consists of these parts, in this order; returns the number of clips."""
+    """Writes the index of the table that these parts make up, in this order; returns the number of clips."""
     count = 0
     with folder.writing(INDEX) as path, pq.ParquetWriter(path, INDEX_SCHEMA) as writer:
         for name, table in parts:
@@ -120,11 +120,11 @@ def write_index(folder: Folder, parts: Iterable[tuple[str, pa.Table]]) -> int:
     return count
 
 
-# What is known of a film that has not changed since, so that it need not be read again
+# Records of films, so that a film that has not changed is not read again
 
 
 def film_name(path: str, plan: Plan) -> str:
-    """Raises MediaError if the film is not there."""
+    """Name of a film's record. Raises MediaError if the film does not exist."""
     return f"work/films/{version_of(path)[0]}-{plan.reel_s:g}-{LOOK_VERSION}.json"
 
 
@@ -136,7 +136,7 @@ def write_film(folder: Folder, name: str, reels: list[Reel]) -> None:
 
 
 def read_film(folder: Folder, name: str, source: Span, order: int) -> list[Reel]:
-    """The reels of a film as they were found before, without sound; none if it is not known."""
+    """The reels of a film from its record, without sound; none if there is no record."""
     if not folder.exists(name):
         return []
     record = json.loads(folder.read(name))
@@ -150,7 +150,7 @@ def read_film(folder: Folder, name: str, source: Span, order: int) -> list[Reel]
     ]
 
 
-# What pass 1 found in a reel
+# Results of pass 1
 
 
 def write_look(folder: Folder, name: str, reel: Reel) -> None:
@@ -166,7 +166,7 @@ def read_look(folder: Folder, name: str, reel: Reel) -> Reel | None:
 
 
 def remove_stale(folder: Folder, plan: Plan, used: set[str]) -> None:
-    """Removes the parts of other settings, and those of this plan that the table does not use: films that are gone."""
+    """Removes parts of other settings, and parts of this plan that the table does not use: of removed films."""
     for key in folder.subfolders("clips") - {plan.part_key}:
         folder.remove(f"clips/{key}")
     for name in folder.names(f"clips/{plan.part_key}"):
@@ -175,6 +175,6 @@ def remove_stale(folder: Folder, plan: Plan, used: set[str]) -> None:
 
 
 def main_reason(left_out: dict[str, int]) -> str | None:
-    """The reason of most frames; of as many, the first in order of the alphabet."""
+    """The reason of most frames; among equals the alphabetically first."""
     counts = Counter(left_out)
     return min(counts, key=lambda reason: (-counts[reason], reason)) if counts else None

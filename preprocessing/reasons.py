@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from preprocessing.spans import Span
-from tccp.media.remote import shown
+from tccp.files import redacted
 
 Group = Literal["film", "face", "speech", "cutting"]
 
@@ -244,7 +244,7 @@ RANK = {code: rank for rank, code in enumerate(FRAME_REASONS)}
 
 def set_aside(span: Span, code: str) -> Span:
     """The span, excluded for a reason of FRAME_REASONS, with that reason's message."""
-    return span.set_aside(code, f"{shown(span.path)}: {REASONS[code].message}")
+    return span.set_aside(code, f"{redacted(span.path)}: {REASONS[code].message}")
 
 
 def explain(code: str) -> Reason:

@@ -70,6 +70,7 @@ class Reel:
     number in the listing. usable: the frames [first, stop) of the whole source that have picture and sound; frames
     outside are counted, but not used. sound: from a second before the reel to a second after it. done: whether an
     earlier run has made its clips. share: the reel's share of the source's frames. times_s: duration of each step.
+    storage_retries: how often the steps had to repeat an access to storage.
     Pass 1 adds the rest. cuts: frames at which a new shot begins, ascending. head_box: per frame, from truth files.
     """
 
@@ -83,6 +84,7 @@ class Reel:
     faces: Faces | None = None
     head_box: Float32[np.ndarray, "f 4"] | None = None
     times_s: Mapping[str, float] = field(default_factory=dict)
+    storage_retries: int = 0
 
     @property
     def start_frame(self) -> int:
@@ -155,6 +157,7 @@ REEL_SCHEMA = pa.schema(
         ("share", pa.float64()),
         *_LOOKED,
         ("times_s", pa.string()),  # JSON
+        ("storage_retries", pa.int64()),
     ]
 )
 
@@ -211,6 +214,7 @@ def reels_to_table(reels: Iterable[Reel]) -> pa.Table:
             "done": reel.done,
             "share": reel.share,
             "times_s": json.dumps(dict(reel.times_s)),
+            "storage_retries": reel.storage_retries,
         }
         rows.append(span_row(reel.span) | row | _looked_row(reel))
     return pa.Table.from_pylist(rows, schema=REEL_SCHEMA)
@@ -227,6 +231,7 @@ def reels_from_table(batch: pa.Table) -> list[Reel]:
         first, stop = cells["usable"]
         done, times_s = batch.column("done")[row].as_py(), json.loads(batch.column("times_s")[row].as_py())
         share = batch.column("share")[row].as_py()
-        reel = Reel(span, cells["order"], (first, stop), sound, done, share, times_s=times_s)
+        retries = batch.column("storage_retries")[row].as_py()
+        reel = Reel(span, cells["order"], (first, stop), sound, done, share, times_s=times_s, storage_retries=retries)
         reels.append(with_looked(reel, batch, row))
     return reels

@@ -14,9 +14,10 @@ from preprocessing.reasons import set_aside
 from preprocessing.spans import Span
 from tccp.clips.clip_table import STORED_MARGIN, Clip, Quality, clip_id_of, encode_still, stored_box_of
 from tccp.config import FPS
+from tccp.files import redacted
 from tccp.headbox import SceneFit, crop, to_crop
 from tccp.media import MediaError
-from tccp.media.remote import local_copy, shown
+from tccp.media.remote import local_copy
 from tccp.media.sandbox import Decoder
 
 _OVERSAMPLING = 1.25  # pixels of a face still per pixel of a crop, if the film is fine enough: crops are resampled
@@ -53,7 +54,7 @@ def render_clips(
                 yield clip if reason is None else set_aside(span, reason)
                 waiting.pop(0)
     except MediaError as error:
-        yield from (span.set_aside(error.reason, f"{shown(span.path)}: {error.problem}") for span in waiting)
+        yield from (span.set_aside(error.reason, f"{redacted(span.path)}: {error.problem}") for span in waiting)
 
 
 def _render(

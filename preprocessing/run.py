@@ -1,4 +1,4 @@
-"""A run: sources to a clip table with its report, or an estimate of what that would take."""
+"""A run of preprocessing: from sources to a clip table with a report, or to an estimate of its time and space."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
 from preprocessing import parts
-from preprocessing.graph import draw_lips, in_this_process, on_ray_data, ray_running
-from preprocessing.lip_step import LipWork, tidy
+from preprocessing.graph import in_this_process, on_ray_data, render_lips
+from preprocessing.lip_step import LipWork, remove_stale_lips
 from preprocessing.plan import Plan
 from preprocessing.report.estimate import Estimate, SampleResult, SourceSize, choose_sample, estimate
 from preprocessing.report.page import write_page
@@ -24,9 +25,10 @@ from preprocessing.report.record import ReportBuilder, RunReport, SourceReport, 
 from preprocessing.report.summary import Summary
 from preprocessing.sources.listing import list_sources
 from preprocessing.steps import Work, result_record
+from tccp.cluster import ray_cluster, worker_errors
 from tccp.config import FPS
 from tccp.errors import TccpError
-from tccp.files import Folder, is_url
+from tccp.files import Folder, is_url, storage_retries
 from tccp.progress import progress
 
 REPORT, PAGE = "report.json", "report.html"
@@ -44,16 +46,17 @@ def preprocess(
     on_ray: bool = False,
     lips: LipWork | None = None,
 ) -> RunReport:
-    """Films, folders, patterns, manifests or URLs of them to a clip table in `out`, with report.json and report.html.
+    """From films, folders, patterns, manifests or URLs to a clip table in `out`, with report.json and report.html.
 
-    workers: processes that look at films: one, in this process, unless more are asked for; they need Ray. on_ray: use
-    Ray in any case, with as many as the cluster has CPUs for unless `workers` says. lips: also draw the lip references
-    of the clips, into `out/lips`.
+    workers: processes that look at films (default: this process alone); more than one needs Ray. on_ray: use Ray in any
+    case, by default with as many workers as the cluster has CPUs for. lips: also render the lip references of the
+    clips, into `out/lips`.
 
-    What a run before this one has done, with the same plan and versions, is not done again; the table that is there
-    stays until the new one is whole. A source that cannot be used is set aside, with a reason, and counted; it stops
-    nothing. The same films and plan give the same table.
-    Raises TccpError if no source gives a clip (with the first reason), or if `out` cannot be written.
+    Work of an earlier run with the same plan and versions is not repeated; an existing table stays until the new one is
+    complete. A source that cannot be used, or still not be fetched at the last attempt, is set aside with a reason and
+    counted. The same films and plan give the same table.
+    Raises TccpError if no source gives a clip (with the first reason) or if `out` cannot be written, and StorageError
+    if `out` fails for longer than `tccp.files.retry` tries; the same call then continues.
     """
     if workers is not None and workers < 1:
         raise TccpError(f"workers {workers}: give at least 1")
@@ -61,8 +64,12 @@ def preprocess(
     folder = Folder(out if is_url(out) else Path(out).absolute())
     with _no_empty_folder(folder):
         on_ray = on_ray or (workers or 1) > 1
-        with ray_running(workers) if on_ray else nullcontext():
+        with _ray(workers) if on_ray else nullcontext():
             return _run(listing, folder, plan, workers, on_ray, lips)
+
+
+def _ray(workers: int | None) -> AbstractContextManager[None]:
+    return ray_cluster(workers or 1, dashboard=False, worker_logs=False, extra="preprocess")
 
 
 def dry_run(
@@ -72,7 +79,7 @@ def dry_run(
     sample: int = 5,
     price_per_cpu_hour: float | None = None,
 ) -> Estimate:
-    """What `preprocess` of these sources would take and give, from running it on a sample of them. Nothing is kept.
+    """Estimates time, space and yield of `preprocess` by running it on a sample of the sources. Keeps nothing.
 
     Raises TccpError as `preprocess`, but not for films without clips.
     """
@@ -120,11 +127,11 @@ def _run(
     listing: pa.Table, folder: Folder, plan: Plan, workers: int | None, on_ray: bool, lips: LipWork | None
 ) -> RunReport:
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    clock = time.monotonic()
+    clock, retries = time.monotonic(), storage_retries()
     work = Work(plan, str(folder))
     builder, entries = ReportBuilder(), []
     sizes = [max(size, 1) / 1e6 for size in listing.column("bytes").to_pylist()]
-    with progress() as bar:
+    with progress() as bar, worker_errors():
         task = bar.add_task("preprocessing, MB of film", total=round(sum(sizes), 3))
         results = on_ray_data(listing, work, workers) if on_ray else in_this_process(listing, work)
         for row in results:
@@ -140,11 +147,13 @@ def _run(
     settings = plan.record()
     if lips is not None and clips:
         settings["lips"] = {"source": lips.settings.source, "hash": lips.hash}
-        _draw_lips(folder, lips, workers, on_ray, builder, table.clip_frames)
-    report = table.report(
-        settings, started, time.monotonic() - clock, workers or (os.cpu_count() if on_ray else 1) or 1
-    )
-    if clips or listing.num_rows > 1:  # of one film, the error below says it all
+        entries += _render_lips(folder, lips, workers, on_ray, builder, table.clip_frames)
+    retries = storage_retries() - retries
+    if on_ray:  # of the workers; in one process they are counted already
+        retries += sum(row["storage_retries"] for row in entries)
+    used = workers or (os.cpu_count() if on_ray else 1) or 1
+    report = table.report(settings, started, time.monotonic() - clock, used, retries)
+    if clips or listing.num_rows > 1:  # for a single film the error below is enough
         folder.write(REPORT, report.to_json(pictures=False).encode())
         with folder.writing(PAGE) as path:
             write_page(report, path)
@@ -154,15 +163,19 @@ def _run(
     return report
 
 
-def _draw_lips(
+def _render_lips(
     folder: Folder, lips: LipWork, workers: int | None, on_ray: bool, builder: ReportBuilder, frames: Mapping[str, int]
-) -> None:
-    missing = tidy(str(folder), lips, frames)
-    with progress() as bar:
-        task = bar.add_task("drawing lip references", total=len(missing))
-        for row in draw_lips(str(folder), missing, lips, workers, on_ray):
+) -> list[dict[str, Any]]:
+    """Rows of RENDERED_SCHEMA of the clips whose lips were missing."""
+    missing = remove_stale_lips(str(folder), lips, frames)
+    rows = []
+    with progress() as bar, worker_errors():
+        task = bar.add_task("rendering lip references", total=len(missing))
+        for row in render_lips(str(folder), missing, lips, workers, on_ray):
+            rows.append(row)
             builder.add(StepTime("lips", row["seconds"], 1, frames[row["clip_id"]]))
             bar.advance(task)
+    return rows
 
 
 def _no_clip(sources: Sequence[SourceReport]) -> str:
@@ -172,7 +185,7 @@ def _no_clip(sources: Sequence[SourceReport]) -> str:
 
 @contextmanager
 def _no_empty_folder(folder: Folder) -> Iterator[None]:
-    """After an error, a folder that was made and came to nothing goes again; one with work in it stays, to go on."""
+    """Removes a folder that this run made, after an error, unless there is work in it that the next run can use."""
     existed = folder.exists()
     try:
         yield

@@ -1,7 +1,7 @@
-"""The three steps of the graph, each an object that lives with its worker: find reels, look at them, cut clips.
+"""The three steps of the graph: find reels, look at them, cut clips. Each is an object that a worker keeps.
 
-A step takes a columnar batch and yields batches, one reel at a time, so that nothing piles up. In one process they are
-chained as they are; Ray Data runs them as pools of actors.
+A step takes a columnar batch and yields batches of one reel each, so that memory use stays small. One process chains
+the steps directly; Ray Data runs them as pools of actors.
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ from preprocessing.render import render_clips
 from preprocessing.sources.find_reels import probe_source
 from preprocessing.spans import Span, spans_from_table
 from tccp.clips.clip_table import Clip, clips_to_table
-from tccp.files import Folder
+from tccp.files import Folder, redacted, storage_retries
 from tccp.media import MediaError
-from tccp.media.remote import shown
 from tccp.media.sandbox import Decoder
 
 OnFrame = Callable[[], object]
@@ -34,7 +33,7 @@ OnFrame = Callable[[], object]
 
 @dataclass(frozen=True)
 class Work:
-    """What every step is told: what to do, and where results lie; nowhere, and nothing is remembered."""
+    """The input of every step. out: folder for results; with None, steps keep nothing between runs."""
 
     plan: Plan
     out: str | None
@@ -52,18 +51,18 @@ class _Step:
 
 
 class FindReels(_Step):
-    """Rows of sources (`order`, and the columns of preprocessing.sources.finding) to reels with their sound.
+    """From rows of sources (`order`, and the columns of preprocessing.sources.finding) to reels with their sound.
 
-    Reels whose part is there come out as `done`; a film all of whose parts are there is not read again.
+    Reels whose part exists come out as `done`. A film is not read again if all of its parts exist.
     """
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         for source, order in zip(spans_from_table(batch), batch.column("order").to_pylist(), strict=True):
-            started = time.monotonic()
+            started, retries = time.monotonic(), storage_retries()
             for reel in self._reels(source, order):
-                took = time.monotonic() - started
-                yield reels_to_table([replace(reel, times_s={"find reels": took})])
-                started = time.monotonic()
+                times_s = {"find reels": time.monotonic() - started}
+                yield reels_to_table([replace(reel, times_s=times_s, storage_retries=storage_retries() - retries)])
+                started, retries = time.monotonic(), storage_retries()
 
     def _reels(self, source: Span, order: int) -> Iterator[Reel]:
         if source.reason is not None:
@@ -75,7 +74,7 @@ class FindReels(_Step):
                 name = parts.film_name(source.path, self.plan)
                 known = parts.read_film(folder, name, source, order)
             except MediaError as error:
-                yield Reel(source.set_aside(error.reason, f"{shown(source.path)}: {error.problem}"), order)
+                yield Reel(source.set_aside(error.reason, f"{redacted(source.path)}: {error.problem}"), order)
                 return
             if known and all(folder.exists(self.plan.part_name(reel.span)) for reel in known):
                 yield from (replace(reel, done=True) for reel in known)
@@ -92,7 +91,7 @@ class FindReels(_Step):
 
 
 class Look(_Step):
-    """Reels to reels with cuts and faces: what was found before is taken from the folder."""
+    """From reels to reels with cuts and faces. Results of earlier runs are read from the folder."""
 
     def __init__(self, work: Work, on_frame: OnFrame = lambda: None) -> None:
         super().__init__(work, on_frame)
@@ -100,9 +99,11 @@ class Look(_Step):
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         for reel in reels_from_table(batch):
-            started = time.monotonic()
+            started, retries = time.monotonic(), storage_retries()
             looked = reel if reel.done or reel.span.reason is not None else self._looked(reel)
-            yield reels_to_table([replace(looked, times_s={**reel.times_s, "look": time.monotonic() - started})])
+            times_s = {**reel.times_s, "look": time.monotonic() - started}
+            retries = reel.storage_retries + storage_retries() - retries
+            yield reels_to_table([replace(looked, times_s=times_s, storage_retries=retries)])
 
     def _looked(self, reel: Reel) -> Reel:
         keeps = self.folder is not None and self.plan.backend != "truth"
@@ -126,17 +127,18 @@ RESULT_SCHEMA = pa.schema(
         ("start_frame", pa.int64()),
         ("frames", pa.int64()),
         ("share", pa.float64()),  # of its source
-        ("part", pa.string()),  # null: the reel was set aside whole
-        ("record", pa.string()),  # JSON, where there is no part
+        ("part", pa.string()),  # null: the whole reel was set aside
+        ("record", pa.string()),  # JSON, if there is no part
         ("times_s", pa.string()),  # JSON: by step
         ("done", pa.bool_()),  # by an earlier run
+        ("storage_retries", pa.int64()),
     ]
 )
-"""What the driver hears of a reel."""
+"""What the driver receives for each reel."""
 
 
 class CutClips(_Step):
-    """Reels with faces to parts of the table, written to the folder; yields rows of RESULT_SCHEMA."""
+    """From reels with faces to parts of the table, which it writes to the folder. Yields rows of RESULT_SCHEMA."""
 
     def __init__(self, work: Work, on_frame: OnFrame = lambda: None) -> None:
         super().__init__(work, on_frame)
@@ -144,7 +146,10 @@ class CutClips(_Step):
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         for reel in reels_from_table(batch):
-            yield pa.Table.from_pylist([self._result(reel)], schema=RESULT_SCHEMA)
+            before = storage_retries()
+            row = self._result(reel)
+            row["storage_retries"] = reel.storage_retries + storage_retries() - before
+            yield pa.Table.from_pylist([row], schema=RESULT_SCHEMA)
 
     def _result(self, reel: Reel) -> dict[str, object]:
         span = reel.span
@@ -174,7 +179,7 @@ class CutClips(_Step):
 
 
 class ClipRows(CutClips):
-    """Reels with faces to rows of the clip table, for training straight from film; a reel without clips has none."""
+    """From reels with faces to rows of the clip table, for training straight from film. A reel may give none."""
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         for reel in reels_from_table(batch):
@@ -188,7 +193,7 @@ class ClipRows(CutClips):
 
 
 def result_record(folder: Folder, row: dict[str, Any]) -> tuple[ReelRecord, pa.Table | None]:
-    """The record that a row of RESULT_SCHEMA speaks of, and the index columns of its clips."""
+    """The record of a row of RESULT_SCHEMA, and the index columns of its clips."""
     if row["part"] is None:
         return ReelRecord.from_json(row["record"]), None
     return parts.read_part(folder, row["part"])

@@ -154,8 +154,8 @@ def train(
         keep=keep,
         keep_best=keep_best,
         validate_every=validate_every,
-        take_from=(Folder(TOY_WEIGHTS),),
-        must_take=tuple(_pipeline(root, given) for given in sources.values() if given is not None),
+        reuse_from=(Folder(TOY_WEIGHTS),),
+        require_from=tuple(_pipeline(root, given) for given in sources.values() if given is not None),
         control_from=None if control_from is None else _pipeline(root, control_from),
         pretrained_autoencoder=pretrained,
         lip_weights=lip_weights,
@@ -164,7 +164,7 @@ def train(
         command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     )
     done = launch(request, validate, note)
-    record = {"pipeline": done.pipeline, "trained": done.trained, "taken": done.taken, "workers": done.workers}
+    record = {"pipeline": done.pipeline, "trained": done.trained, "taken": done.reused, "workers": done.workers}
     trained = ", ".join(done.trained) or "nothing, no component is missing"
     emit(json, record, f"trained {trained}; pipeline: {done.pipeline}")
 
@@ -178,10 +178,10 @@ def validate(job: Any, step: int, network: Any, folder: Path) -> dict[str, float
     from tccp.evaluation.validation import validate_network, validation_clips, with_network
     from tccp.inference.pipeline_folder import has_component
 
-    with job.pipeline.here() as folder_here:
+    with job.pipeline.as_local() as folder_here:
         if job.component in FIRST_OF and not has_component(folder_here, FIRST_OF[job.component]):
             return {}  # the network that generates its first frame is not trained yet
-        pipeline = with_network(folder_here, job.component, network, "cuda" if job.spread.use_gpu else "cpu")
+        pipeline = with_network(folder_here, job.component, network, "cuda" if job.allocation.use_gpu else "cpu")
         return validate_network(pipeline, job.component, validation_clips(job.settings, VALIDATION_CLIPS), folder)
 
 

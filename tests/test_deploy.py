@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tccp.training.launcher.job import Spread
-from tccp.training.launcher.sizing import GPU_WORKER_CPUS, spread_over
+from tccp.training.launcher.job import Allocation
+from tccp.training.launcher.sizing import GPU_WORKER_CPUS, allocate
 
 pytest.importorskip("ray")
 pytestmark = pytest.mark.cluster
@@ -31,10 +31,10 @@ def sum_of(kinds: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
     return {name: float(sum(count * has.get(name, 0) for count, has in kinds)) for name in ("CPU", "GPU")}
 
 
-def fits_training(resources: dict[str, float]) -> Spread:
+def fits_training(resources: dict[str, float]) -> Allocation:
     from tccp.config import DeepSpeedSettings
 
-    return spread_over(resources, workers=None, device="auto", parallel=DeepSpeedSettings())
+    return allocate(resources, workers=None, device="auto", parallel=DeepSpeedSettings())
 
 
 def test_the_cluster_file_passes_rays_checks_and_promises_what_it_can_grow_to() -> None:
@@ -50,8 +50,8 @@ def test_the_cluster_file_passes_rays_checks_and_promises_what_it_can_grow_to() 
     _, train = pools["train"]
     assert train["CPU"] == train["GPU"] * GPU_WORKER_CPUS, "no CPUs left for data work beside the training workers"
     assert "GPU" not in pools["data"][1]
-    spread = fits_training(largest((ROOT / "cluster.yaml").read_text()))
-    assert (spread.use_gpu, spread.workers) == (True, 8)
+    found = fits_training(largest((ROOT / "cluster.yaml").read_text()))
+    assert (found.use_gpu, found.workers) == (True, 8)
     commands = " ".join(config["head_start_ray_commands"] + config["worker_start_ray_commands"])
     assert commands.count("RAY_AUTH_MODE=token") == 2
     assert commands.count("TCCP_CLUSTER_MAX=") == 2, "processes beside the ranks read it, too"

@@ -173,19 +173,31 @@ def give_notice(cluster: Any, seconds: int = 60) -> None:
 
 
 def plain_trace(
-    component: VariantName, data: Path, untrained: Path, storage: Path, steps: int = STEPS
+    component: VariantName,
+    data: Path,
+    untrained: Path,
+    storage: Path,
+    steps: int = STEPS,
+    overrides: Sequence[str] = (),
 ) -> list[tuple[int, float, float]]:
-    """The same training of stage 1's component in this process, by plain torch, uninterrupted."""
+    """The same training of a component in this process, by plain torch, uninterrupted."""
     from tccp.clips.clip_table import ClipTable
     from tccp.config import load_settings
+    from tccp.files import Folder
+    from tccp.inference.conditioning import training_conditions
     from tccp.models.autoencoder import PictureAutoencoder
+    from tccp.models.variants import VARIANTS
     from tccp.training.fit_variant import train_variant
     from tccp.training.latent_cache import LatentCache
+    from tccp.training.lip_folds import LipPlace
     from tccp.training.run_folder import RunFolder
 
-    settings = load_settings("toy", [*OVERRIDES, f"training.max_steps={steps}", f"autoencoder.max_steps={steps}"])
+    lengths = [f"training.max_steps={steps}", f"autoencoder.max_steps={steps}"]
+    settings = load_settings("toy", [*OVERRIDES, *overrides, *lengths])
+    needs_lips = "lips" in training_conditions(VARIANTS[component], settings)
+    lips = LipPlace(settings.lips, Folder(untrained / "lips")).open() if needs_lips else None
     autoencoder = PictureAutoencoder.load(untrained / "autoencoder").eval()
-    cache = LatentCache(storage, ClipTable(data), settings, autoencoder, None, [component])
+    cache = LatentCache(storage, ClipTable(data), settings, autoencoder, lips, [component])
     cache.build()
     run = RunFolder.open(storage / "plain", settings, component, resume=False)
     train_variant(component, settings, cache, run)

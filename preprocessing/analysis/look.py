@@ -14,8 +14,9 @@ from preprocessing.plan import Plan
 from preprocessing.reels import CHIP_PX, SPEECH_CHIP_PX, Faces, Reel, chip_box
 from tccp.errors import TccpError
 from tccp.faces import Face, FaceBackend
+from tccp.files import redacted
 from tccp.media import MediaError
-from tccp.media.remote import local_copy, shown
+from tccp.media.remote import local_copy
 from tccp.media.sandbox import Decoder
 from tccp.media.shots import CONTEXT_FRAMES, CutFinder
 from tccp.roundtable import identity_path, read_truth
@@ -42,7 +43,7 @@ def look(
             assert detector is not None
             return _with_faces(reel, plan, path, decoder, detector, on_frame)
     except MediaError as error:
-        text = f"{shown(reel.span.path)}: {error.problem}"
+        text = f"{redacted(reel.span.path)}: {error.problem}"
         return replace(reel, span=reel.span.set_aside(error.reason, text), sound=None)
 
 
@@ -110,11 +111,11 @@ def _with_truth(reel: Reel, path: Path) -> Reel:
     try:
         truth = read_truth(path)
     except TccpError as error:
-        return replace(reel, span=span.set_aside("no_truth", f"{shown(span.path)}: {error}"), sound=None)
+        return replace(reel, span=span.set_aside("no_truth", f"{redacted(span.path)}: {error}"), sound=None)
     frames = len(truth.landmarks_px)
     if frames < reel.usable[1] or (truth.width, truth.height) != (span.width, span.height):
         what = f"{frames} frames of {truth.width}x{truth.height}"
-        text = f"{shown(span.path)}: its truth file is for {what}; write both again with tccp synth"
+        text = f"{redacted(span.path)}: its truth file is for {what}; write both again with tccp synth"
         return replace(reel, span=span.set_aside("other_truth", text), sound=None)
     part = slice(reel.start_frame, reel.stop_frame)
     points = truth.landmarks_px[part].astype(np.float32)

@@ -143,7 +143,10 @@ class Totals:
 
 @dataclass(frozen=True)
 class RunReport:
-    """The report of a run. started: ISO 8601. seconds: wall-clock time. throughput: seconds of film per second."""
+    """The report of a run. started: ISO 8601. seconds: wall-clock time. throughput: seconds of film per second.
+
+    storage_retries: how often an access to storage had to be repeated, in all processes.
+    """
 
     report_version: int
     schema_version: int
@@ -158,6 +161,7 @@ class RunReport:
     steps: list[StepTime]
     distributions: list[Histogram]
     tracks: list[TrackSample]
+    storage_retries: int = 0
 
     @property
     def clips(self) -> int:
@@ -270,6 +274,7 @@ class ReportBuilder:
         seconds: float,
         workers: int,
         peak_memory_bytes: int | None = None,
+        storage_retries: int = 0,
     ) -> RunReport:
         """The report. Sources are sorted by name; steps are in the order in which they were first added."""
         sources = sorted(self._sources, key=lambda item: (item.source, item.source_hash or ""))
@@ -288,6 +293,7 @@ class ReportBuilder:
             steps=list(self._steps.values()),
             distributions=[histogram.result() for histogram in self._histograms.values()],
             tracks=[*self._kept.tracks(), *self._rejected.tracks()],
+            storage_retries=storage_retries,
         )
 
 

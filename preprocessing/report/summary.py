@@ -57,8 +57,9 @@ class Summary:
                     self._builder.add(ClipFigures(clip["num_frames"], parts.quality_of(clip)))
                 yield row["part"], table
 
-    def report(self, settings: Mapping[str, Any], started: str, seconds: float, workers: int) -> RunReport:
-        """The report of the run. Reads the parts first if `parts` has not been iterated."""
+    def report(
+        self, settings: Mapping[str, Any], started: str, seconds: float, workers: int, storage_retries: int = 0
+    ) -> RunReport:
         if not self._sources:
             for _ in self.parts():
                 pass
@@ -66,7 +67,7 @@ class Summary:
             self._builder.add(_source_report(records))
         unit = 1 if sys.platform == "darwin" else 1024
         peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return self._builder.finish(settings, started, seconds, workers, peak)
+        return self._builder.finish(settings, started, seconds, workers, peak, storage_retries)
 
 
 def _as_duplicate(record: ReelRecord, first: str) -> ReelRecord:

@@ -13,8 +13,9 @@ from preprocessing.plan import Plan
 from preprocessing.reels import FilmSound, Reel
 from preprocessing.spans import Span
 from tccp.config import FPS, SAMPLES_PER_FRAME
+from tccp.files import redacted
 from tccp.media import MediaError
-from tccp.media.remote import content_hash, local_copy, shown
+from tccp.media.remote import content_hash, local_copy
 from tccp.media.sandbox import Decoder
 
 SOUND_MARGIN_FRAMES = FPS
@@ -33,7 +34,7 @@ def probe_source(source: Span, order: int, plan: Plan, decoder: Decoder) -> Iter
         with local_copy(source.path) as path:
             yield from _reels(source, order, plan, decoder, path)
     except MediaError as error:
-        yield Reel(source.set_aside(error.reason, f"{shown(source.path)}: {error.problem}"), order)
+        yield Reel(source.set_aside(error.reason, f"{redacted(source.path)}: {error.problem}"), order)
 
 
 def _reels(source: Span, order: int, plan: Plan, decoder: Decoder, path: Path) -> Iterator[Reel]:
@@ -43,7 +44,7 @@ def _reels(source: Span, order: int, plan: Plan, decoder: Decoder, path: Path) -
     source = replace(source, source_hash=content_hash(path), width=info.width, height=info.height)
     source = replace(source, num_frames=info.num_frames)
     if not info.has_audio:
-        text = f"{shown(source.path)}: has no sound; clips need a film with speech"
+        text = f"{redacted(source.path)}: has no sound; clips need a film with speech"
         yield Reel(source.set_aside("no_audio", text), order)
         return
     with decoder.sound(path) as sound:

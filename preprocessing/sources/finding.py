@@ -11,17 +11,15 @@ import os
 import posixpath
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import pyarrow as pa
 
 from tccp.errors import TccpError
-from tccp.files import is_url
-from tccp.media.remote import bare, content_hash, filesystem, is_http, local_copy, local_path, reaching, shown
-
-__all__ = ["MANIFEST_SUFFIXES", "SOURCE_SCHEMA", "VIDEO_SUFFIXES", "content_hash", "find_sources", "local_copy"]
+from tccp.files import bare, is_http, is_url, local_path, open_filesystem, redacted, retried
 
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ts", ".webm")
 """Files in a folder with these endings are sources; a file that is given itself may have any name."""
@@ -37,6 +35,7 @@ SOURCE_SCHEMA = pa.schema(
     ]
 )
 _MAX_SPEAKER_PX = 100_000.0
+_Answer = TypeVar("_Answer")
 
 
 @dataclass
@@ -63,15 +62,14 @@ def find_sources(given: Sequence[str | Path], base: Path | None = None) -> pa.Ta
     are extended by the folders above until they differ. A film that is given twice is listed once, at its first place,
     with the details of both.
     Hidden files and folders are left out: unfinished films of an interrupted writer have such names.
-    Raises TccpError if a folder or pattern contains no film, a manifest is invalid, an address cannot be reached, or
-    nothing is given.
+    Raises TccpError if a folder or pattern contains no film, a manifest is invalid, an address refuses the access, or
+    nothing is given; StorageError if an address cannot be reached.
     """
     films: dict[str, _Film] = {}
     for item in given:
         for film in _films_of(local_path(str(item)), base):
             if is_url(film.path):
-                with reaching(film.path):  # sends nothing yet, but fails if the package for such addresses is missing
-                    filesystem(film.path)
+                open_filesystem(film.path)  # sends no request; raises if the package for such addresses is missing
             key = film.path if is_url(film.path) else os.path.abspath(film.path)
             films[key] = _merged(films[key], film) if key in films else film
     if not films:
@@ -111,7 +109,7 @@ def _in_folder(folder: str) -> list[_Film]:
     names = [name for name in _listed(folder, None) if _is_film(name, folder)]
     if not names:
         raise TccpError(
-            f"{shown(folder)} contains no film ({', '.join(VIDEO_SUFFIXES)}): give a folder with films, or films"
+            f"{redacted(folder)} contains no film ({', '.join(VIDEO_SUFFIXES)}): give a folder with films, or films"
         )
     return [_Film(_join(folder, name), bare(name, folder)) for name in names]
 
@@ -123,13 +121,13 @@ def _matching(item: str, root: str, pattern: str) -> list[_Film]:
         # Fails if `**` is only part of a path component, or if [ and ] are not paired.
         matches = re.compile(glob_translate(pattern)).match
     except (ValueError, re.error) as error:
-        raise TccpError(f"{shown(item)} is not a valid pattern: {error}") from None
+        raise TccpError(f"{redacted(item)} is not a valid pattern: {error}") from None
     depth = None if "**" in pattern.split("/") else pattern.count("/") + 1
     ending = posixpath.splitext(pattern)[1]
     wanted = ending and not _is_magic(ending, root)
     names = [name for name in _listed(root, depth) if matches(name) and (wanted or _is_film(name, root))]
     if not names:
-        raise TccpError(f"{shown(item)} matches no film; check the pattern: `**/*.mp4` also looks into subfolders")
+        raise TccpError(f"{redacted(item)} matches no film; check the pattern: `**/*.mp4` also looks into subfolders")
     films = []
     for name in names:
         path = _join(root, name)
@@ -192,16 +190,18 @@ def _listed_remote(root: str, depth: int | None) -> Iterator[str]:
     from fsspec.asyn import AsyncFileSystem
     from fsspec.spec import AbstractFileSystem
 
-    with reaching(root):
-        fs, place = filesystem(root.rstrip("/") if is_http(root) else root)
-        # Object stores list everything at once; others list folder by folder, and a failing folder must raise an error.
-        find = getattr(type(fs), "_find", type(fs).find)
+    fs, place = open_filesystem(root.rstrip("/") if is_http(root) else root)
+    # Object stores list all at once. Elsewhere it is folder by folder, and one that fails must not go unnoticed.
+    find = getattr(type(fs), "_find", type(fs).find)
+
+    def listed() -> list[str]:
         if depth == 1:
-            found = [entry["name"] for entry in fs.ls(place, detail=True) if entry["type"] == "file"]
-        elif find in (AbstractFileSystem.find, AsyncFileSystem._find):
-            found = fs.find(place, maxdepth=depth, on_error="raise")
-        else:
-            found = fs.find(place)
+            return [entry["name"] for entry in fs.ls(place, detail=True) if entry["type"] == "file"]
+        if find in (AbstractFileSystem.find, AsyncFileSystem._find):
+            return list(fs.find(place, maxdepth=depth, on_error="raise"))
+        return list(fs.find(place))
+
+    found = _requested("list", root, listed)
     above = _without_protocol(place).rstrip("/") + "/"
     for path in map(_without_protocol, found):
         name = path.removeprefix(above)
@@ -214,22 +214,30 @@ def _without_protocol(path: str) -> str:
 
 
 def _is_folder(url: str) -> bool:
-    with reaching(url):
-        fs, place = filesystem(url)
-        return bool(fs.isdir(place)) if is_http(url) else fs.info(place)["type"] == "directory"
+    fs, place = open_filesystem(url)
+    if is_http(url):
+        return bool(_requested("look for", url, lambda: fs.isdir(place)))
+    return bool(_requested("look for", url, lambda: fs.info(place))["type"] == "directory")
+
+
+def _requested(verb: str, url: str, request: Callable[[], _Answer]) -> _Answer:
+    """What a remote filesystem answers. Raises TccpError or StorageError, as `tccp.files.retried`."""
+    try:
+        return retried(f"{verb} {redacted(url)}", request)
+    except FileNotFoundError:
+        raise TccpError(f"{redacted(url)}: there is nothing; check the address") from None
 
 
 def _in_manifest(manifest: str) -> list[_Film]:
     if is_url(manifest):
-        with reaching(manifest):
-            fs, place = filesystem(manifest)
-            data = fs.cat_file(place)
+        fs, place = open_filesystem(manifest)
+        data = _requested("read", manifest, lambda: bytes(fs.cat_file(place)))
     else:
         try:
             data = Path(manifest).read_bytes()
         except OSError as error:
             raise TccpError(f"manifest {manifest} cannot be read: {error.strerror}") from None
-    title = f"manifest {shown(manifest)}"
+    title = f"manifest {redacted(manifest)}"
     suffix = posixpath.splitext(bare(manifest))[1].lower()
     rows = {".csv": _csv_rows, ".parquet": _parquet_rows}.get(suffix, _json_rows)
     folder = posixpath.dirname(manifest.partition("?")[0] if is_http(manifest) else manifest)
@@ -354,7 +362,7 @@ def _merged(one: _Film, other: _Film) -> _Film:
         ("names", one.named and one.name, other.named and other.name),
     ):
         if a and b and a != b:
-            raise TccpError(f"{shown(one.path)} is given twice with different {what}, {a} and {b}: give it once")
+            raise TccpError(f"{redacted(one.path)} is given twice with different {what}, {a} and {b}: give it once")
     name = other.name if other.named else one.name
     return _Film(one.path, name, one.named or other.named, one.speaker or other.speaker, one.person or other.person)
 

@@ -14,7 +14,8 @@ from tccp.cli.footage import inspect, preprocess, synth, weights
 from tccp.cli.generate import demo, doctor, generate
 from tccp.cli.networks import describe, evaluate, export, train
 from tccp.cli.options import deferred, note
-from tccp.errors import TccpError
+from tccp.errors import StorageError, TccpError
+from tccp.files import is_storage_failure
 
 VERBS: dict[str, Callable[..., None]] = {
     "synth": synth,
@@ -33,16 +34,23 @@ VERBS: dict[str, Callable[..., None]] = {
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turns a user's mistake into one line on stderr and exit code 2. A bug keeps its traceback."""
+    """One line on stderr for every error of `tccp.errors`, with its exit code; a bug keeps its traceback.
+
+    Exit code 2: a user's mistake, or damaged data. 3: storage or network failed after all retries. 130: interrupted.
+    """
     try:
         yield
-    except TccpError as error:
+    except (TccpError, StorageError) as error:
         note(f"error: {' '.join(str(error).split())}")
-        raise SystemExit(2) from None
+        raise SystemExit(error.exit_code) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except OSError as error:
+        if is_storage_failure(error):
+            text = f"{error.filename or 'storage'}: {error.strerror or error}"
+            note(f"error: {text}; check the disk or network, then try again")
+            raise SystemExit(StorageError.exit_code) from None
         if error.filename is None:
             raise
         note(f"error: {error.filename}: {error.strerror}; check the path and its permissions")

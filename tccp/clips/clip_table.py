@@ -30,8 +30,8 @@ from tccp.clips.clip import (
     clip_id_of,
     stored_box_of,
 )
-from tccp.errors import TccpError
-from tccp.files import Folder, atomic_path
+from tccp.errors import DamagedData, StorageError, TccpError
+from tccp.files import Folder, atomic_path, is_storage_failure
 
 __all__ = [
     "AUDIO_CONTEXT_FRAMES",
@@ -125,10 +125,10 @@ def encode_still(picture: UInt8[np.ndarray, "h w 3"], lossless: bool = False) ->
 
 
 def decode_still(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
-    """RGB picture of an encoded still. Raises TccpError if the bytes are no picture."""
+    """RGB picture of an encoded still. Raises DamagedData if the bytes are no picture."""
     picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
     if picture is None:
-        raise TccpError(f"a still of {len(data)} bytes does not decode: the clip table is damaged, preprocess again")
+        raise DamagedData(f"a still of {len(data)} bytes does not decode: the clip table is damaged, preprocess again")
     return np.asarray(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB), np.uint8)
 
 
@@ -280,7 +280,7 @@ class ClipTable:
         self._keep = keep
         try:
             self._read_index(name)
-        except TccpError:
+        except (TccpError, StorageError):
             self.close()
             raise
 
@@ -315,6 +315,8 @@ class ClipTable:
             except FileNotFoundError:
                 raise TccpError(f"no clip table at {self.folder.path(name)}: make one with `tccp preprocess`") from None
             except (pa.ArrowInvalid, OSError) as error:
+                if is_storage_failure(error):
+                    raise StorageError(f"cannot read {self.folder.path(name)}: {str(error).splitlines()[0]}") from None
                 reason = str(error).splitlines()[0]
                 raise TccpError(f"{self.folder.path(name)} is not a readable clip table ({reason})") from None
         self._files.move_to_end(name)

@@ -19,7 +19,7 @@ from av.stream import Disposition
 from av.video import VideoStream
 
 from tccp.config import FPS
-from tccp.errors import TccpError
+from tccp.errors import DamagedData
 from tccp.media.upright import DisplayTurn, display_turn
 
 # Demuxers for films and recordings. Playlists (HLS, concat, SDP) are excluded because they open other files and URLs.
@@ -32,7 +32,7 @@ KEYFRAMES_INDEXED = {"mov", "matroska"}  # seeking in other formats is a guess
 _MAX_LEAP_S = 600
 
 
-class MediaError(TccpError):
+class MediaError(DamagedData):
     """A media file cannot be used. The message is one line with the file, the problem and what to do.
 
     reason: a stable code. tccp.media uses missing, not_a_file, unreadable, empty_file, not_media, no_index, truncated,

@@ -24,7 +24,7 @@ from tccp.seeds import rng_seed
 from tccp.training.engine import Engine, TorchEngine, with_weights
 from tccp.training.loop import FitResult, fit
 from tccp.training.precision import arithmetic
-from tccp.training.run_folder import Run, Unkept
+from tccp.training.run_folder import Run, TransientRun
 from tccp.training.window_files import PictureBatch, TablePictures
 
 STATISTICS_CLIPS = 64
@@ -160,7 +160,7 @@ def fit_autoencoder(
 
     Call `fit_latent_statistics` on it before use.
     """
-    run = run or Unkept()
+    run = run or TransientRun()
     training = autoencoder_training(settings)
     losses = AutoencoderLoss(new_autoencoder(settings).to(device), settings, pictures, run.rank, run.num_ranks)
     engine = engine_of(losses.module, training)

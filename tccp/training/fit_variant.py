@@ -26,7 +26,7 @@ from tccp.training.engine import Engine, TorchEngine, with_weights
 from tccp.training.latent_cache import TrainingBatch, Unplanned, Windows
 from tccp.training.loop import FitResult, fit
 from tccp.training.precision import arithmetic
-from tccp.training.run_folder import Run, Unkept
+from tccp.training.run_folder import Run, TransientRun
 from tccp.training.window_files import micro_batch, training_order
 
 DENOISING_STEPS = 4
@@ -326,7 +326,7 @@ def train_variant(
     (see `needs_first`). start_from: as for `new_network`. stop_at, validate: as for `fit`. compiled: whether the
     network's blocks are compiled with torch.compile.
     """
-    run = run or Unkept()
+    run = run or TransientRun()
     resolved = settings.for_variant(variant)
     model = new_network(variant, settings, first=first, start_from=start_from).to(device)
     if compiled:

@@ -15,7 +15,7 @@ from typing import Protocol, get_args, runtime_checkable
 import numpy as np
 import torch
 from jaxtyping import Float
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from torch import Tensor
 
 from tccp.clips.clip_table import Clip, ClipTable
@@ -205,8 +205,7 @@ class LatentCache:
         clip, seed = self.table[clip_id], self.settings.seed
         files = encode_clip(clip, self.settings, draw, seed, self.autoencoder, kinds) if kinds else {}
         for kind, arrays in files.items():
-            with self.folder.writing(latent_name(clip_id, draw, kind)) as temporary:
-                save_file(arrays, temporary)
+            self.folder.write(latent_name(clip_id, draw, kind), save(arrays))
 
     def _missing(self, clip_id: str, draw: int) -> list[FileKind]:
         return [kind for kind in self.kinds if not self.folder.exists(latent_name(clip_id, draw, kind))]

@@ -8,6 +8,7 @@ fold 0 also serves new footage.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import shutil
 import tempfile
@@ -203,8 +204,8 @@ class LipPlace:
     to_train: bool = False  # whether liplets must first be trained on this table and saved in the folder
 
     def open(self, device: str | torch.device = "cpu") -> LipSources:
-        """Loads the lip sources. Raises TccpError if files are missing or incomplete."""
-        with self.folder.here() as place:
+        """Raises TccpError if what should be there is not, or is not whole."""
+        with self.folder.as_local() as place:
             alone = (place / "config.json").exists() and not (place / FOLDS_RECORD).exists()
             if self.settings.source == "liplet" and alone:
                 source = open_lip_source(self.settings, place, device)
@@ -257,9 +258,9 @@ def lip_pictures(clip: Clip, source: LipSource) -> UInt8[np.ndarray, "f s s 3"]:
 
 
 class LipTable:
-    """A folder of the lip pictures of clips.
+    """Renders the lip pictures of clips into a folder.
 
-    also: further folders of the same layout to read pictures from, such as the one that preprocessing writes.
+    also: folders of the same layout that may already have pictures: preprocessing renders some beside the clips.
     """
 
     def __init__(self, folder: Folder | Path | str, sources: LipSources, also: Sequence[Folder] = ()) -> None:
@@ -273,11 +274,11 @@ class LipTable:
     def __contains__(self, clip_id: str) -> bool:
         return clip_id in self.pictures
 
-    def draw(self, clip: Clip) -> None:
-        """Paints and saves the lip pictures of a clip; replaces existing ones."""
-        pictures = lip_pictures(clip, self.sources.for_clip(clip.clip_id, clip.source_hash))
-        with self.folder.writing(self.name(clip.clip_id)) as path, path.open("wb") as file:
-            np.save(file, pictures, allow_pickle=False)
+    def render(self, clip: Clip) -> None:
+        """Renders the lips of a clip, and replaces existing ones."""
+        content = io.BytesIO()
+        np.save(content, lip_pictures(clip, self.sources.for_clip(clip.clip_id, clip.source_hash)), allow_pickle=False)
+        self.folder.write(self.name(clip.clip_id), content.getvalue())
 
     def write(
         self,
@@ -285,20 +286,20 @@ class LipTable:
         on_clip: Callable[[int, int], None] | None = None,
         clip_ids: Sequence[str] | None = None,
     ) -> int:
-        """Paints the missing lip pictures of all clips, or of these; returns the number of clips painted.
+        """Renders the lips of every clip (or of these) that has none yet; returns their number.
 
-        on_clip: called with (clips done, number of clips).
+        on_clip: called with (done, total).
         """
-        drawn = 0
+        rendered = 0
         chosen = table.ids if clip_ids is None else clip_ids
         for done, clip_id in enumerate(chosen, 1):
             if clip_id not in self:
-                self.draw(table[clip_id])
-                drawn += 1
+                self.render(table[clip_id])
+                rendered += 1
             if on_clip is not None:
                 on_clip(done, len(chosen))
-        return drawn
+        return rendered
 
     def read(self, clip_id: str, start_frame: int = 0, num_frames: int | None = None) -> UInt8[np.ndarray, "f s s 3"]:
-        """As `LipFiles.read`."""
+        """Like `LipFiles.read`."""
         return self.pictures.read(clip_id, start_frame, num_frames)

@@ -23,7 +23,7 @@ from tccp.errors import TccpError
 from tccp.progress import progress
 from tccp.seeds import rng_seed
 from tccp.training.engine import Engine
-from tccp.training.run_folder import Run, Unkept
+from tccp.training.run_folder import Run, TransientRun
 
 EMA_FILE = "ema.pt"
 PROGRESS_FILE = "progress.json"
@@ -73,7 +73,7 @@ def fit(
         include the values it returns.
     Raises NonFiniteLoss on all ranks; nothing of that step is kept.
     """
-    run = run or Unkept()
+    run = run or TransientRun()
     done, seconds_before = _resume(engine, ema, run.newest())
     run.forget_after(done)
     last = min(settings.max_steps, stop_at or settings.max_steps)

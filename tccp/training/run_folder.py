@@ -1,4 +1,4 @@
-"""Checkpoints, metrics and settings of a training run, in a local folder or in the storage of a cluster."""
+"""Where a training keeps checkpoints and metrics: one interface for a local folder and for the storage of a cluster."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tccp.config import Settings, git_commit, settings_from_json, settings_to_json
 from tccp.errors import TccpError
-from tccp.files import atomic_path
+from tccp.files import atomic_path, translated_errors
 from tccp.models.variants import FIRST_OF, VARIANTS
 
 KEEP_CHECKPOINTS = 2
@@ -27,7 +27,7 @@ METRICS_FILE = "metrics.jsonl"
 
 @runtime_checkable
 class Run(Protocol):
-    """One rank's view of a training run. All ranks must call `saving`, `asked_to_save` and `mean` equally often."""
+    """A training, as one of its ranks sees it. All ranks call `saving`, `asked_to_save` and `mean` equally often."""
 
     @property
     def rank(self) -> int: ...
@@ -36,29 +36,29 @@ class Run(Protocol):
     def num_ranks(self) -> int: ...
 
     def newest(self) -> Path | None:
-        """Folder of the newest complete checkpoint, to resume from. Called only before the first step."""
+        """The folder of the newest complete checkpoint, to resume from. Called only before the first step."""
 
     def latest(self) -> int | None:
-        """Number of steps done at the newest checkpoint."""
+        """Number of steps of the newest checkpoint."""
 
     def saving(self, step: int, metrics: Mapping[str, float]) -> AbstractContextManager[Path]:
-        """A folder for this rank's part of a checkpoint, which is complete once all ranks have left the block."""
+        """A folder for this rank's part of a checkpoint, which is complete once all ranks have left the context."""
 
     def asked_to_save(self) -> bool:
-        """Whether to save a checkpoint now because the machine will be taken away. True only once."""
+        """Whether the machine will be taken away soon, so that a checkpoint is needed now. True once per notice."""
 
     def mean(self, value: Tensor) -> float:
-        """Mean of a value over all ranks; NaN if the value of any rank is NaN."""
+        """The mean of a value over all ranks; NaN if any rank's value is."""
 
     def record(self, values: Mapping[str, float | int]) -> None:
-        """Saves the metrics of step `values["step"]`."""
+        """Notes the measurements of the step `values["step"]`."""
 
     def forget_after(self, done: int) -> None:
-        """Drops the metrics of steps after the first `done`, which will run again. Called once, before training."""
+        """Drops the notes of steps after the first `done`, which run again. Called once, before the first step."""
 
 
-class Unkept:
-    """A run of one process that saves nothing."""
+class TransientRun:
+    """A run of one process that keeps nothing."""
 
     rank, num_ranks = 0, 1
 
@@ -88,14 +88,19 @@ class Unkept:
 
 @contextmanager
 def atomic_folder(final: Path) -> Iterator[Path]:
-    """A temporary folder beside `final`: renamed to `final` if the block succeeds, deleted if it fails."""
-    final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
+    """A temporary folder beside `final` that is renamed to `final` on success and removed after an error.
+
+    Raises TccpError if the disk is full, StorageError if it fails.
+    """
+    with translated_errors(f"write {final}"):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
     try:
-        yield temporary
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(temporary, final)
+        with translated_errors(f"write {final}"):
+            yield temporary
+            if final.exists():
+                shutil.rmtree(final)
+            os.replace(temporary, final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -110,7 +115,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path, settings: Settings, component: str, *, resume: bool) -> RunFolder:
-        """Creates the run folder of a training of `component`, or opens it to resume.
+        """Makes the folder for a training of `component`, or opens the existing one to resume.
 
         Raises TccpError if the folder holds a run and `resume` is False, or a run with other settings.
         """
@@ -122,13 +127,13 @@ class RunFolder:
         else:
             path.mkdir(parents=True, exist_ok=True)
             (path / "run.json").write_text(run_record())
-            with atomic_path(stored) as temporary:  # written last: a run with this file can be resumed
+            with atomic_path(stored) as temporary:  # last, because its presence says that the run can be resumed
                 temporary.write_text(settings_to_json(settings))
         return cls(path)
 
     @property
     def git_commit(self) -> str:
-        """The git commit that the run was started with."""
+        """The commit that the run was started with."""
         return str(json.loads((self.path / "run.json").read_text())["git_commit"])
 
     def checkpoint(self, step: int) -> Path:
@@ -164,7 +169,7 @@ class RunFolder:
 
 
 def run_record() -> str:
-    """Git commit and command line that start a run, as JSON."""
+    """The commit and command that a run is started with, as JSON."""
     record = {"git_commit": git_commit(), "command": [Path(sys.argv[0]).name, *sys.argv[1:]]}
     return json.dumps(record, indent=2) + "\n"
 
@@ -182,10 +187,10 @@ def check_same_settings(then: Settings, now: Settings, component: str, place: st
 
 
 def _deciding(settings: Settings, component: str) -> dict[str, Any]:
-    """The settings that the training of a component depends on, without other variants' and sampling settings."""
+    """Settings that the training of a component depends on, without those of other components and of sampling."""
     own = settings.for_variant(component) if component in VARIANTS else settings
     values: dict[str, Any] = json.loads(own.model_dump_json(exclude={"sampling", "variant_overrides"}))
-    del values["network"]["gradient_checkpointing"]  # changes memory use, not results
+    del values["network"]["gradient_checkpointing"]  # it changes memory use, not results
     if own.training.initial_frames in ("generated", "mix") and component in FIRST_OF:
         first = settings.for_variant(FIRST_OF[component])
         values["sampling"] = json.loads(first.sampling.model_dump_json())
@@ -193,7 +198,7 @@ def _deciding(settings: Settings, component: str) -> dict[str, Any]:
 
 
 def append_metrics(path: Path, values: Mapping[str, float | int]) -> None:
-    with path.open("a") as file:
+    with translated_errors(f"write {path}"), path.open("a") as file:
         file.write(json.dumps(dict(values)) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""MLflow tracking: one run per training, kept across restarts, with metrics, artifacts and the pipeline."""
+"""MLflow: one run per training, which restarts continue; metrics, artifacts, and the registered pipeline."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import Any
 
 from tccp.errors import TccpError
 from tccp.files import Folder, is_url
+
+logger = logging.getLogger("tccp.training")
 
 EXPERIMENT = "tccp"
 DATABASE = "mlflow.db"
@@ -36,7 +38,7 @@ def tracking_place(given: str | None, storage: Folder, num_nodes: int) -> str:
 
 
 def _client(uri: str) -> Any:
-    # Set before the import: MLflow would otherwise contact a server of its developers and print links to its runs.
+    # Set before the import, after which MLflow reports usage to its makers.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     try:
         import mlflow
@@ -44,14 +46,14 @@ def _client(uri: str) -> Any:
         raise TccpError(
             "tracking needs MLflow: pip install -c constraints.txt -e '.[train]', or give --mlflow none"
         ) from None
-    logging.getLogger("mlflow").setLevel(logging.WARNING)  # it logs every table that it creates
+    logging.getLogger("mlflow").setLevel(logging.WARNING)  # it logs each table that it makes
     return mlflow.MlflowClient(tracking_uri=uri)
 
 
 class Tracker:
-    """Writes to one MLflow run. Only rank 0 or the driver uses one.
+    """Writes to one MLflow run. Only rank 0 and the driver have one.
 
-    A failed write is printed once and does not stop training.
+    A failure to write is logged once and stops nothing: the training does not depend on its record.
     """
 
     def __init__(self, uri: str, run_id: str):
@@ -61,7 +63,7 @@ class Tracker:
     def start(
         cls, uri: str, name: str, params: Mapping[str, object], artifacts: str | None = None, run_id: str | None = None
     ) -> Tracker:
-        """Starts a new run, or resumes `run_id`. artifacts: their location, for a local database without a server.
+        """A new run, or the run `run_id`, continued. artifacts: place of artifacts, if no server decides it.
 
         Raises TccpError if the server or database cannot be used.
         """
@@ -85,7 +87,7 @@ class Tracker:
             raise TccpError(f"MLflow at {uri} cannot be used ({reason}): check the address, or --mlflow none") from None
 
     def metrics(self, step: int, values: Mapping[str, float | int]) -> None:
-        """Logs the metrics of a step."""
+        """Notes values under a step."""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
@@ -95,29 +97,29 @@ class Tracker:
     def artifact(self, path: Path, under: str | None = None) -> None:
         self._try(lambda: self.client.log_artifact(self.run_id, str(path), under))
 
-    def ended(self, status: str) -> None:
-        """status: FINISHED, FAILED or KILLED."""
+    def end(self, status: str) -> None:
+        """Ends the run. status: FINISHED, FAILED or KILLED."""
         self._try(lambda: self.client.set_terminated(self.run_id, status))
 
-    def settled(self) -> None:
-        """Sets the status to FINISHED unless it is; a recorded end time is kept."""
+    def ensure_finished(self) -> None:
+        """Ends the run as FINISHED, unless it is. The time of an earlier end stays."""
 
-        def settle() -> None:
+        def finish() -> None:
             if self.client.get_run(self.run_id).info.status != "FINISHED":
                 self.client.set_terminated(self.run_id, "FINISHED")
 
-        self._try(settle)
+        self._try(finish)
 
     def register(self, pipeline: Path, model: str, alias: str) -> bool:
-        """Logs the pipeline folder as an artifact, registers it as a new model version, and points the alias to it.
+        """Stores the pipeline folder as an artifact, and registers it as a new version of a model, with the alias.
 
-        Returns whether that succeeded; prints the reason if not.
+        Returns whether MLflow accepted it; if not, the reason is logged.
         """
         from mlflow.exceptions import MlflowException
 
         def register() -> None:
             self.client.log_artifacts(self.run_id, str(pipeline), "pipeline")
-            with contextlib.suppress(MlflowException):  # the model exists already
+            with contextlib.suppress(MlflowException):  # it exists already
                 self.client.create_registered_model(model)
             source = f"{self.client.get_run(self.run_id).info.artifact_uri}/pipeline"
             version = self.client.create_model_version(model, source, self.run_id)
@@ -125,15 +127,15 @@ class Tracker:
 
         return self._try(register)
 
-    _failure_printed = False
+    _warned = False
 
     def _try(self, action: Any) -> bool:
         try:
             action()
             return True
-        except Exception as error:  # the server, its database and the network raise many kinds
-            if not self._failure_printed:
-                self._failure_printed = True
+        except Exception as error:  # of whatever the server, its database or the network may raise
+            if not self._warned:
+                self._warned = True
                 reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-                print(f"tccp: cannot write to MLflow; training continues ({reason})", flush=True)
+                logger.warning("MLflow cannot be written, which stops no training (%s)", reason)
             return False

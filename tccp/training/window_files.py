@@ -12,14 +12,15 @@ from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float16, Int64, UInt8
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from tccp.clips.clip_table import ClipTable
 from tccp.clips.lip_table import LipFiles
 from tccp.clips.order import PlannedWindow, TrainingOrder, window_ids
 from tccp.clips.windows import mirrored, view
 from tccp.config import Settings, TrainingSettings, VariantName
-from tccp.files import Folder, fetched
+from tccp.errors import DamagedData
+from tccp.files import Folder, retried
 from tccp.inference.conditioning import control_kinds, picture_of, training_pictures, zero_if_hidden
 from tccp.models.variants import VARIANTS, ConditionKind, PictureKind, Variant
 from tccp.seeds import rng_seed
@@ -103,7 +104,16 @@ class LatentFiles:
 
     def _open(self, clip_id: str, jitter: int, kind: FileKind) -> Any:
         name = latent_name(clip_id, jitter, kind)
-        return safe_open(fetched(self.folder, name), framework="numpy")
+        return retried(f"read {self.folder.path(name)}", lambda: self._mapped(name))
+
+    def _mapped(self, name: str) -> Any:
+        with self.folder.local_file(name) as path:
+            try:
+                return safe_open(path, framework="numpy")
+            except SafetensorError as error:
+                raise DamagedData(
+                    f"{self.folder.path(name)} is damaged ({error}); remove it and encode again"
+                ) from None
 
 
 @dataclass(frozen=True)

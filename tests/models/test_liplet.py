@@ -439,7 +439,7 @@ def test_lip_table(tmp_path):
     sources = open_lip_sources(settings.lips, train_liplets(table, settings, tmp_path / "lips", seed=0))
     assert sources is not None
     lips = LipTable(tmp_path / "table", sources)
-    with pytest.raises(TccpError, match="draw the lip table"):
+    with pytest.raises(TccpError, match="render the lip table"):
         lips.read(table.ids[0])
     seen = []
     assert lips.write(table, lambda done, of: seen.append((done, of))) == 2

@@ -1,4 +1,4 @@
-"""What ranks are fed with, without Ray: the plan's windows, on any number of ranks, from wherever they come."""
+"""The windows that ranks receive: those of the plan, for any number of ranks and every source, mostly without Ray."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tccp.training.latent_cache import LatentCache, encode_columns, to_batch
 from tccp.training.launcher import ingest
 from tccp.training.launcher.film_order import RECORD, FilmOrder
 from tccp.training.launcher.ingest import PictureReader, WindowReader
-from tccp.training.launcher.job import Spread
+from tccp.training.launcher.job import Allocation
 from tccp.training.launcher.sizing import readers_now
 from tccp.training.launcher.streams import StreamedPictures, StreamedWindows
 from tccp.training.window_files import PictureFiles, TablePictures, micro_batch, training_order
@@ -54,7 +54,7 @@ def reader(cache: LatentCache, rank: int = 0, num_ranks: int = 1) -> WindowReade
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
-def test_ranks_read_the_plans_windows_between_them(cache: LatentCache, num_ranks: int) -> None:
+def test_ranks_together_read_the_windows_of_the_plan(cache: LatentCache, num_ranks: int) -> None:
     order = training_order(cache.lengths, NAME, SETTINGS)
     row, training = VARIANTS[NAME], SETTINGS.for_variant(NAME).training
     for step in (0, 7):
@@ -68,7 +68,7 @@ def test_ranks_read_the_plans_windows_between_them(cache: LatentCache, num_ranks
         assert together["start"].tolist() == [window.id.start_frame for window in planned]
 
 
-def test_windows_that_are_not_the_plans_are_refused(cache: LatentCache) -> None:
+def test_windows_other_than_the_plans_are_refused(cache: LatentCache) -> None:
     row = VARIANTS[NAME]
     order = training_order(cache.lengths, NAME, SETTINGS)
     planned = micro_batch(order, SETTINGS.for_variant(NAME).training, 3, 0)
@@ -81,7 +81,7 @@ def test_windows_that_are_not_the_plans_are_refused(cache: LatentCache) -> None:
 
 
 @pytest.mark.parametrize("context", ["scene", "none"])
-def test_latents_made_in_the_step_are_those_made_ahead(cache: LatentCache, context: str) -> None:
+def test_latents_encoded_in_the_step_equal_those_encoded_ahead(cache: LatentCache, context: str) -> None:
     settings = SETTINGS.model_copy(update={"context": context})
     for name in ("face_sequence", "landmark_first"):
         row = VARIANTS[name]
@@ -102,7 +102,7 @@ def test_latents_made_in_the_step_are_those_made_ahead(cache: LatentCache, conte
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
-def test_ranks_read_the_auto_encoders_pictures_between_them(cache: LatentCache, num_ranks: int) -> None:
+def test_ranks_together_read_the_auto_encoders_pictures(cache: LatentCache, num_ranks: int) -> None:
     whole = TablePictures(cache.table, SETTINGS).batch(6)
     count = SETTINGS.autoencoder.batch_size
     parts = []
@@ -113,7 +113,7 @@ def test_ranks_read_the_auto_encoders_pictures_between_them(cache: LatentCache, 
     assert np.concatenate([part.numbers for part in parts]).tolist() == list(range(6 * count, 7 * count))
 
 
-def test_windows_that_do_not_come_are_not_waited_for_for_ever() -> None:
+def test_waiting_for_windows_ends_after_the_timeout() -> None:
     end = threading.Event()
 
     def slow() -> Iterator[int]:
@@ -138,7 +138,7 @@ def test_windows_that_do_not_come_are_not_waited_for_for_ever() -> None:
 
 
 def film_windows_of(cache: LatentCache) -> Any:
-    """As films would give them, from a table."""
+    """Windows as films give them, from a table."""
 
     def rows(epoch: int) -> Iterator[dict[str, np.ndarray]]:
         for clip_id in cache.table.ids:
@@ -165,12 +165,12 @@ def taken(cache: LatentCache, num_ranks: int, start: int, steps: int, run: Path)
     return found
 
 
-def test_windows_straight_from_film_come_in_one_order_on_any_number_of_ranks_and_after_a_stop(
+def test_windows_from_film_have_one_order_for_any_number_of_ranks_and_after_a_stop(
     cache: LatentCache, tmp_path: Path
 ) -> None:
     alone = taken(cache, 1, 0, 12, tmp_path / "one")
     assert alone == taken(cache, 2, 0, 12, tmp_path / "two")
-    assert (tmp_path / "one" / RECORD).exists()  # an epoch was passed
+    assert (tmp_path / "one" / RECORD).exists()  # it has passed the end of an epoch
     assert len({epoch for step in alone for epoch, _, _ in step}) >= 2
     listed = sum(1 for _ in film_windows_of(cache)(0))
     flat = [window for step in alone for window in step]
@@ -180,7 +180,7 @@ def test_windows_straight_from_film_come_in_one_order_on_any_number_of_ranks_and
         assert taken(cache, 2, 9, 3, tmp_path / known) == alone[9:]
 
 
-def test_a_mistake_in_reading_films_reaches_the_ranks(tmp_path: Path) -> None:
+def test_an_error_in_reading_films_reaches_the_ranks(tmp_path: Path) -> None:
     def none(epoch: int) -> Iterator[dict[str, np.ndarray]]:
         yield from ()
 
@@ -192,8 +192,8 @@ def test_a_mistake_in_reading_films_reaches_the_ranks(tmp_path: Path) -> None:
 
 @pytest.mark.cluster
 @pytest.mark.slow
-def test_windows_come_although_no_whole_cpu_is_free(cache: LatentCache) -> None:
-    """As where ranks and their readers hold all others: a task of one CPU would never be run."""
+def test_windows_are_read_although_no_whole_cpu_is_free(cache: LatentCache) -> None:
+    """Ranks and their readers may hold all the rest: a task that asks for a whole CPU would never run."""
     import ray
 
     ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
@@ -202,13 +202,13 @@ def test_windows_come_although_no_whole_cpu_is_free(cache: LatentCache) -> None:
         ray.get(holder.is_set.remote())
         stream = ingest.micro_batches(reader(cache), range(5, 8), 4, readers=3, timeout_s=60.0)
         found = [item["start"].tolist() for item in stream]
-        ranks = Spread(workers=1, use_gpu=False, cpus_per_worker=0.5, readers=3)  # planned for more machines
+        ranks = Allocation(workers=1, use_gpu=False, cpus_per_worker=0.5, readers=3)  # made for more machines
         assert (readers_now(ranks), readers_now(replace(ranks, workers=3))) == (2, 1)
         other = override(SETTINGS, {"picture_px": 64})
         wrong = PictureReader(table_of(cache), other, 0, 1)
         with pytest.raises(TccpError) as refused:
             next(ingest.micro_batches(wrong, range(1), 4, readers=1, timeout_s=60.0))
-        assert "\n" not in str(refused.value), "what a worker finds is told as what is found here"
+        assert "\n" not in str(refused.value), "errors of workers look like those of this process"
     finally:
         ray.shutdown()
     assert found == [item["start"].tolist() for step in range(5, 8) for item in reader(cache).read(step)]

@@ -1,4 +1,4 @@
-"""Trainings on Ray clusters: submitted as jobs, killed in all their parts, and always the one training they are."""
+"""Trainings on Ray clusters, as jobs and after kills of every part: the losses are those of an undisturbed training."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import outages
 import psutil
 import pytest
 import tiny
 import trainings
+from object_storage import object_storage
 from trainings import ROOT, assert_same_trace, command, committed, run_folder, trace
 
 from tccp.inference.pipeline_folder import read_manifest
@@ -34,7 +36,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """A cluster of two CPUs as `ray start --head` makes it; the environment that commands need to speak to it."""
+    """A cluster of two CPUs as `ray start --head` makes it: the environment that commands need to reach it."""
     home = tmp_path_factory.mktemp("home")
     address = f"http://127.0.0.1:{trainings.free_port()}"
     environment = {
@@ -80,7 +82,7 @@ def submit(environment: dict[str, str], arguments: list[str], log: Path) -> subp
     return trainings.start([*job, *relative], log, **environment)
 
 
-def test_jobs_submitted_to_a_cluster_train_a_pipeline_although_their_driver_is_killed(
+def test_jobs_submitted_to_a_cluster_train_a_pipeline_through_the_loss_of_their_driver(
     data: tuple[Path, Path],
     head: dict[str, str],
     film: Path,
@@ -90,7 +92,7 @@ def test_jobs_submitted_to_a_cluster_train_a_pipeline_although_their_driver_is_k
     storage, log = tmp_path / "storage", tmp_path / "log"
     first = run_folder(storage, "landmark_first")
     stage1 = command("stage1", clips, storage, "--autoencoder", str(untrained), steps=JOB_STEPS)
-    stage1[stage1.index("--mlflow") :] = stage1[stage1.index("--mlflow") + 2 :]  # with a database in the storage
+    stage1[stage1.index("--mlflow") :] = stage1[stage1.index("--mlflow") + 2 :]  # so with a database in the storage
     job = submit(head, stage1, log)
     assert trainings.wait_for(first, 4, job), log.read_text()
     (driver,) = (one for one in psutil.process_iter() if is_driver(one, storage))
@@ -155,38 +157,45 @@ def mlflow_runs(storage: Path) -> list[dict[str, Any]]:
 
 
 def is_driver(process: psutil.Process, storage: Path) -> bool:
-    """The job itself, and neither the command that submitted it nor the shell that it runs in."""
+    """Whether a process is the job itself, not the command that submitted it, nor the shell around it."""
     with contextlib.suppress(psutil.Error):
         line = process.cmdline()
         return str(storage) in line and line[1].endswith("train_stage1.py")
     return False
 
 
-def test_a_training_survives_its_workers_and_machines(data: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_training_on_s3_survives_outages_and_the_loss_of_a_worker_and_of_a_machine(
+    data: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from ray.cluster_utils import Cluster
 
-    clips, untrained = data
-    log, run = tmp_path / "log", run_folder(tmp_path / "storage", "landmark_first")
-    # In the same storage, where the training on Ray finds what it has encoded.
-    plain = trainings.plain_trace("landmark_first", clips, untrained, tmp_path / "storage")
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": True})
-    try:
-        for _ in range(2):
-            cluster.add_node(num_cpus=2)
-        options = ["--variants", "landmark_first", "--autoencoder", str(untrained)]
-        arguments = command("stage1", f"file://{clips}", f"file://{tmp_path}/storage", *options)
-        process = trainings.start(arguments, log, RAY_ADDRESS=cluster.address)
-        assert trainings.wait_for(run, 4, process), log.read_text()
-        trainings.kill_rank(os.getpid(), random.Random(0))
-        assert trainings.wait_for(run, 12, process), log.read_text()
-        trainings.kill_raylet(cluster)
-        assert trainings.ended(process) == 0, log.read_text()
-    finally:
-        below = trainings.ray_below(os.getpid())
-        cluster.shutdown()
-        trainings.end(below)
-    assert_same_trace(trace(run), plain)
-    assert len(list(run.glob("step-*"))) == 2  # what attempts have left unfinished is gone
+    plain = trainings.plain_trace(outages.COMPONENT, *data, tmp_path / "plain", overrides=outages.OVERRIDES)
+    with object_storage(tmp_path / "moto") as server:
+        training = outages.Training(server, "storage", data, tmp_path)
+        training.copy_encoded(tmp_path / "plain")
+        places = ("latents", "lips", "checkpoint", "record", "export", "pipeline")
+        for place in places:
+            server.proxy.fail_at(outages.PLACES[place], 2.0)
+        for name, value in training.environment.items():  # of the machines
+            monkeypatch.setenv(name, value)
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": True})
+        try:
+            for _ in range(2):
+                cluster.add_node(num_cpus=2)
+            process = training.start(RAY_ADDRESS=cluster.address)
+            assert training.wait_for(4, process), training.log.read_text()
+            trainings.kill_rank(os.getpid(), random.Random(0))
+            assert training.wait_for(12, process), training.log.read_text()
+            trainings.kill_raylet(cluster)
+            assert trainings.ended(process) == 0, training.log.read_text()
+        finally:
+            below = trainings.ray_below(os.getpid())
+            cluster.shutdown()
+            trainings.end(below)
+        assert_same_trace(training.trace(), plain)
+        assert len(training.checkpoints()) == 2, "checkpoints that attempts have left unfinished are removed"
+        assert len(server.proxy.outages) == len(places), server.proxy.outages
+        assert "mistake" not in " ".join(one for one in server.proxy.requests if one.startswith("PUT"))
 
 
 @pytest.mark.soak
@@ -203,7 +212,7 @@ def test_a_training_survives_its_workers_and_machines(data: tuple[Path, Path], t
     ],
     ids=lambda options: "_".join(options).strip("-"),
 )
-def test_every_way_to_train_is_the_same_training(data: tuple[Path, Path], tmp_path: Path, options: list[str]) -> None:
+def test_every_way_to_train_gives_the_same_losses(data: tuple[Path, Path], tmp_path: Path, options: list[str]) -> None:
     clips, untrained = data
     arguments = command("stage1", clips, tmp_path, "--variants", "landmark_first", "--autoencoder", str(untrained))
     process = trainings.start([*arguments, *options], tmp_path / "log")
@@ -213,7 +222,9 @@ def test_every_way_to_train_is_the_same_training(data: tuple[Path, Path], tmp_pa
 
 
 @pytest.mark.soak
-def test_a_control_branch_is_trained_alone_on_anothers_video_branch(data: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_control_branch_alone_is_trained_on_the_video_branch_of_another_run(
+    data: tuple[Path, Path], tmp_path: Path
+) -> None:
     from safetensors.torch import load_file
 
     clips, untrained = data
@@ -233,7 +244,7 @@ def test_a_control_branch_is_trained_alone_on_anothers_video_branch(data: tuple[
 @pytest.mark.parametrize(
     "options", [["--stream", "films", "--backend", "truth"], ["--keep-best", "--validate-every", "8"]], ids=" ".join
 )
-def test_a_driver_with_its_ray_is_killed_and_another_goes_on(
+def test_a_second_driver_continues_after_the_first_was_killed_with_its_ray(
     data: tuple[Path, Path], tmp_path: Path, options: list[str]
 ) -> None:
     clips, untrained = data
@@ -262,7 +273,7 @@ def test_a_driver_with_its_ray_is_killed_and_another_goes_on(
 
 @pytest.mark.soak
 @pytest.mark.parametrize("comes_back", [True, False])
-def test_a_storage_that_is_away_for_a_while_costs_an_attempt(
+def test_a_storage_that_is_away_for_longer_than_its_retries_costs_an_attempt(
     data: tuple[Path, Path], tmp_path: Path, comes_back: bool
 ) -> None:
     clips, untrained = data
@@ -274,9 +285,9 @@ def test_a_storage_that_is_away_for_a_while_costs_an_attempt(
     ranks = {one.pid for one in trainings.ranks_below(process.pid)}
     away = tmp_path / "away"
     run.rename(away)
-    run.write_text("as a mount that is gone: nothing can be read or written below")
+    run.write_text("like a mount that is gone: nothing below can be read or written")
     if not comes_back:
-        assert trainings.ended(process) == 2
+        assert trainings.ended(process) == 3
         last = log.read_text().splitlines()[-1]
         assert "the training of landmark_first is given up: it failed more often than --max-failures 1 allows" in last
         assert f"the last failure: cannot write {run}" in last and last.endswith(": --resume goes on from there")

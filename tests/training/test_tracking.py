@@ -1,4 +1,4 @@
-"""What is noted in MLflow, in a database as one machine has it."""
+"""Records in MLflow, in the database of one machine."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from tccp.files import Folder
 from tccp.training.launcher.job import ComponentJob
 from tccp.training.launcher.launch import NEWEST
 from tccp.training.launcher.rank import RESULT
-from tccp.training.launcher.sizing import spread_over
+from tccp.training.launcher.sizing import allocate
 from tccp.training.launcher.worker_group import fit_on_cluster
 from tccp.training.tracking import Tracker
 
 pytestmark = pytest.mark.slow  # MLflow makes some fifty tables
 
 
-def test_a_run_is_taken_up_again_and_a_pipeline_is_registered_once_for_each_training(tmp_path: Path) -> None:
+def test_a_run_is_continued_and_each_training_registers_one_version(tmp_path: Path) -> None:
     uri, artifacts = f"sqlite:///{tmp_path}/mlflow.db", (tmp_path / "artifacts").as_uri()
     (tmp_path / "pipeline" / "autoencoder").mkdir(parents=True)
     (tmp_path / "pipeline" / "autoencoder" / "config.json").write_text("{}")
     first = Tracker.start(uri, "a", {"workers": 2}, artifacts)
     first.metrics(3, {"loss": 0.5})
-    first.ended("FAILED")
+    first.end("FAILED")
     again = Tracker.start(uri, "a", {"workers": 2}, artifacts, first.run_id)
     again.metrics(4, {"loss": 0.25})
     again.register(tmp_path / "pipeline", "talker", NEWEST)
     again.register(tmp_path / "pipeline", "talker", NEWEST)
-    again.ended("FINISHED")
+    again.end("FINISHED")
     client = again.client
     (run,) = client.search_runs([client.get_experiment_by_name("tccp").experiment_id])
     assert (run.info.run_id, run.info.status, run.data.params) == (first.run_id, "FINISHED", {"workers": "2"})
@@ -42,12 +42,12 @@ def test_a_run_is_taken_up_again_and_a_pipeline_is_registered_once_for_each_trai
     assert config.parent.name == "autoencoder"
 
 
-def test_a_training_that_ended_without_its_driver_is_noted_as_finished_once(tmp_path: Path) -> None:
+def test_a_training_that_ended_without_its_driver_is_recorded_as_finished_once(tmp_path: Path) -> None:
     uri, run = f"sqlite:///{tmp_path}/mlflow.db", Folder(tmp_path / "run")
     tracker = Tracker.start(uri, "a", {})
     run.write(RESULT, b'{"steps": 8}')
-    spread = spread_over({"CPU": 2}, workers=None, device="auto", parallel=DeepSpeedSettings())
-    job = ComponentJob("landmark_first", load_settings("toy"), None, Folder(tmp_path), run, spread, "launch")
+    allocation = allocate({"CPU": 2}, workers=None, device="auto", parallel=DeepSpeedSettings())
+    job = ComponentJob("landmark_first", load_settings("toy"), None, Folder(tmp_path), run, allocation, "launch")
     ends = []
     for _ in range(2):
         assert fit_on_cluster(job, None, (uri, tracker.run_id)) == {"steps": 8}
@@ -57,16 +57,18 @@ def test_a_training_that_ended_without_its_driver_is_noted_as_finished_once(tmp_
     assert ends[0] == ends[1] is not None
 
 
-def test_what_mlflow_did_not_take_is_said_and_stops_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_writes_that_mlflow_refuses_are_logged_once_and_stop_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     Tracker.start(uri, "a", {})
     no_run = Tracker(uri, "0" * 32)
     no_run.metrics(1, {"loss": 1.0})
     assert not no_run.register(tmp_path, "talker", NEWEST)
-    assert capsys.readouterr().out.count("cannot write to MLflow; training continues") == 1
+    assert caplog.text.count("MLflow cannot be written, which stops no training") == 1
 
 
-def test_a_database_that_cannot_be_used_is_said_in_one_line(tmp_path: Path) -> None:
+def test_a_database_that_cannot_be_used_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(TccpError, match=r"MLflow at sqlite:.* cannot be used .*: check the address, or --mlflow none"):
         Tracker.start(f"sqlite:///{tmp_path}/file/mlflow.db", "a", {})

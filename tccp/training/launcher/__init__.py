@@ -1,5 +1,4 @@
-"""Training on a Ray cluster: Ray Data reads windows, Ray Train runs DeepSpeed's ranks, all that is kept is in storage.
+"""Training on a Ray cluster: Ray Data reads windows, Ray Train runs DeepSpeed's ranks, all results go to storage.
 
-`launch` runs on the driver; `rank` on every training worker; `ingest` is what Ray Data's workers do for them; `cluster`
-asks what there is.
+`launch` runs on the driver, `rank` on every training worker, `ingest` on Ray Data's workers, which read for the ranks.
 """

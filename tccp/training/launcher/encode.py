@@ -1,8 +1,8 @@
-"""Latents and lips ahead of training: computed by Ray Data's workers, on all of the cluster, and kept in storage."""
+"""Latents and lips ahead of training: Ray Data's workers compute them on the whole cluster, into storage."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,19 +10,19 @@ import pyarrow as pa
 import torch
 
 from tccp.clips.clip_table import ClipTable
-from tccp.cluster import could_have
+from tccp.cluster import data_settings, dataset, max_resources
 from tccp.config import Settings, VariantName
 from tccp.files import Folder
 from tccp.inference.pipeline_folder import verified
 from tccp.models.autoencoder import PictureAutoencoder
 from tccp.training.latent_cache import LatentCache
-from tccp.training.launcher.job import AUTOENCODER, Spread
+from tccp.training.launcher.job import AUTOENCODER, Allocation
 from tccp.training.lip_folds import LipPlace
 
 
 @dataclass(frozen=True)
 class ClipEncoder:
-    """How the clips of a table are encoded for a variant: what each worker makes its `LatentCache` from."""
+    """What each worker needs to open its `LatentCache` for a variant."""
 
     storage: Folder
     table: str
@@ -32,7 +32,7 @@ class ClipEncoder:
     variant: VariantName
 
     def cache(self, device: str) -> LatentCache:
-        with self.pipeline.here() as place:
+        with self.pipeline.as_local() as place:
             autoencoder = PictureAutoencoder.load(verified(place, AUTOENCODER)).to(device).eval()
         sources = self.lips.open(device) if self.lips else None
         table = ClipTable(self.table)
@@ -40,7 +40,7 @@ class ClipEncoder:
 
 
 class EncodeClips:
-    """The actor: ids of clips in, the same out once their latents and lips are in storage."""
+    """A Ray Data actor: takes ids of clips, and returns them once their latents and lips are in storage."""
 
     def __init__(self, encoder: ClipEncoder, lips_alone: bool):
         self.lips_alone = lips_alone
@@ -52,24 +52,22 @@ class EncodeClips:
         return batch
 
 
-def encoded(encoder: ClipEncoder, clip_ids: Sequence[str], lips_alone: bool, spread: Spread) -> Iterable[Any]:
-    """Rows as clips are done. As many actors as there will be ranks, or as there are CPUs."""
-    import ray
+def encoded(
+    encoder: ClipEncoder, clip_ids: Sequence[str], lips_alone: bool, allocation: Allocation
+) -> Iterator[dict[str, Any]]:
+    """A row for each clip when it is done. One actor for each future rank on GPUs, else one for each CPU."""
+    import ray.data
 
-    cpus = int(could_have().get("CPU", 1))
-    size = spread.workers if spread.use_gpu else max(1, min(cpus, len(clip_ids)))
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.raise_original_map_exception = True
-    step = max(1, -(-len(clip_ids) // 2000))
-    blocks = [pa.table({"clip_id": list(clip_ids[i : i + step])}) for i in range(0, len(clip_ids), step)]
-    data = ray.data.from_blocks(blocks).map_batches(
-        EncodeClips,
-        fn_constructor_args=(encoder, lips_alone),
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=size),
-        num_cpus=0.5,
-        num_gpus=1 if spread.use_gpu else 0,
-        batch_size=1,
-        batch_format="pyarrow",
-    )
-    return data.iter_rows()
+    cpus = int(max_resources().get("CPU", 1))
+    size = allocation.workers if allocation.use_gpu else max(1, min(cpus, len(clip_ids)))
+    with data_settings(in_order=False):
+        data = dataset(pa.table({"clip_id": list(clip_ids)})).map_batches(
+            EncodeClips,
+            fn_constructor_args=(encoder, lips_alone),
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=size),
+            num_cpus=0.5,
+            num_gpus=1 if allocation.use_gpu else 0,
+            batch_size=1,
+            batch_format="pyarrow",
+        )
+        yield from data.iter_rows()

@@ -1,7 +1,7 @@
-"""Windows straight from film, dealt out to ranks: one stream for all of them, in an order that does not depend on them.
+"""Windows straight from film for all ranks: one stream, in an order that does not depend on the number of ranks.
 
-No list of windows is there to plan by, so steps take them in the order of the films, shuffled within a buffer
-(`tccp.clips.windows.shuffled`). Nothing is stored; every epoch reads the films anew.
+The windows of films are not known beforehand, so there is no plan: steps take them in the order of the films, shuffled
+within a buffer (`tccp.clips.order.shuffled`). Nothing is stored; every epoch reads the films anew.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ AHEAD = 4
 RECORD = "stream.json"
 
 FilmWindows = Callable[[int], Iterator[Mapping[str, np.ndarray]]]
-"""Epoch to its windows, in order: rows of `tccp.clips.windows.windows`, one at a time. It travels to where it is called."""
+"""Called with an epoch: its windows in order, rows of `tccp.clips.windows.windows`. It is pickled."""
 _CONDITIONS: dict[ConditionKind, str] = {"audio": "mel", "identity": "identity", "lips": "lips"}
 
 
 class FilmOrder:
-    """An actor: `take(rank)` gives a rank its micro-batches, one after the other, from step `start` on."""
+    """An actor: `take(rank)` returns a rank's micro-batches, one after the other, from step `start` on."""
 
     def __init__(
         self, windows: FilmWindows, settings: Settings, variant: VariantName, num_ranks: int, start: int, run: Folder
     ):
-        """run: keeps how many windows an epoch has, once that is known: a resumed run skips whole epochs by it."""
+        """run: keeps the number of windows in an epoch once it is known, so that a resumed run skips whole epochs."""
         self.windows, self.settings, self.run = windows, settings, run
         self.row = VARIANTS[variant]
         self.training = settings.for_variant(variant).training
@@ -51,12 +51,12 @@ class FilmOrder:
         self._thread.start()
 
     def close(self) -> None:
-        """Stops reading films, and waits until that is so: a thread that reads as its process ends makes that abort."""
+        """Stops reading films, and waits for the thread: a process that ends while the thread reads aborts."""
         self._closed.set()
         self._thread.join()
 
     def take(self, rank: int) -> dict[str, np.ndarray]:
-        """Columns as of `PictureFiles.columns`, with `clip`, `start` and `epoch`. Raises what reading films raises."""
+        """Columns of `PictureFiles.columns`, and `clip`, `start` and `epoch`. Raises what reading films raises."""
         item = self.ready[rank].get()
         if isinstance(item, BaseException):
             raise item
@@ -69,7 +69,7 @@ class FilmOrder:
             while not self._closed.is_set():
                 step = [next(windows) for _ in range(self.training.batch_size)]
                 shares = [step[i : i + size] for i in range(0, len(step), size)]
-                # As in a plan: of each rank's contiguous part, micro-batch by micro-batch.
+                # As in a plan: each rank gets a contiguous part of the step, divided into micro-batches.
                 for number, share in enumerate(shares):
                     self._put(number // self.training.accumulation, self._columns(share))
         except BaseException as error:

@@ -1,7 +1,7 @@
-"""Ray Data's part of training: steps in, the rows of each micro-batch out, in the order of the plan.
+"""Ray Data's part of training: it turns step numbers into the micro-batches of those steps, in the order of the plan.
 
-Every rank has a stream of its own, of exactly the windows that the plan gives it from the step it starts at. Nothing is
-split, so nothing depends on how Ray deals out blocks; what comes is checked against the plan all the same.
+Every rank has its own stream, of exactly the windows that the plan gives it from its first step on. No stream is split,
+so the result does not depend on how Ray distributes blocks. Ranks still compare what they receive with the plan.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import pyarrow as pa
 from tccp.clips.clip_table import ClipTable
 from tccp.clips.order import PlannedWindow, TrainingOrder
 from tccp.clips.windows import clip_hash
+from tccp.cluster import data_settings, dataset, worker_errors
 from tccp.config import Settings, VariantName
 from tccp.inference.conditioning import training_conditions
 from tccp.models.variants import VARIANTS
-from tccp.training.launcher.remote_errors import unwrapped
 from tccp.training.window_files import (
     LatentFiles,
     PictureFiles,
@@ -33,13 +33,12 @@ from tccp.training.window_files import (
 
 READER_CPUS = 0.25
 _Item = TypeVar("_Item")
-_MOST_BLOCKS = 2000
 _BLOCK_BYTES = 16 << 20
 
 
 @runtime_checkable
 class Reader(Protocol):
-    """What a Ray Data worker does for one rank. Made where it is used, from arguments that travel."""
+    """What a Ray Data worker reads for one rank. Instances are pickled, so they stay small."""
 
     def read(self, step: int) -> Iterator[dict[str, np.ndarray]]:
         """The rank's micro-batches of a step, as columns of one row per window."""
@@ -47,7 +46,7 @@ class Reader(Protocol):
 
 @dataclass(frozen=True)
 class WindowReader:
-    """Windows of a variant's training, from latents on disk or as pictures."""
+    """Windows of a variant's training, as latents from files or as pictures from the clip table."""
 
     table: str
     variant: VariantName
@@ -57,7 +56,7 @@ class WindowReader:
     num_ranks: int
 
     @cached_property
-    def order(self) -> TrainingOrder:  # made where it is used: the plan does not travel
+    def order(self) -> TrainingOrder:  # computed in the worker, and not pickled with the reader
         with ClipTable(self.table) as table:
             return training_order(table.num_frames, self.variant, self.settings)
 
@@ -90,7 +89,7 @@ class PictureReader:
 
 
 class ReadSteps:
-    """The actor: steps to rows."""
+    """A Ray Data actor: takes numbers of steps, and returns the rows of their micro-batches."""
 
     def __init__(self, reader: Reader):
         self.reader = reader
@@ -101,7 +100,7 @@ class ReadSteps:
 
 
 def window_ids(planned: Sequence[PlannedWindow]) -> dict[str, np.ndarray]:
-    """Which windows rows hold, as columns of numbers."""
+    """Columns of numbers that identify the windows of a micro-batch."""
     return {
         "clip": np.array([clip_hash(window.id.clip_id) for window in planned], np.int64),
         "start": np.array([window.id.start_frame for window in planned], np.int32),
@@ -112,44 +111,35 @@ def window_ids(planned: Sequence[PlannedWindow]) -> dict[str, np.ndarray]:
 def micro_batches(
     reader: Reader, steps: range, rows: int, readers: int, timeout_s: float
 ) -> Iterator[dict[str, np.ndarray]]:
-    """A rank's micro-batches of `rows` rows each, step after step, read ahead by at most so many Ray Data workers.
+    """A rank's micro-batches of `rows` rows each, step after step, read ahead by at most `readers` Ray Data workers.
 
-    Raises TimeoutError if the next one does not come in time: Ray Data waits for ever where no CPU is left for it.
+    Raises TimeoutError if the next one does not come in time: Ray Data waits for ever if the cluster has no CPU left.
     """
     yield from _in_time(lambda: _read(reader, steps, rows, readers), timeout_s)
 
 
-def _read(reader: Reader, steps: range, rows: int, readers: int) -> Iterable[dict[str, np.ndarray]]:
+def _read(reader: Reader, steps: range, rows: int, readers: int) -> Iterator[dict[str, np.ndarray]]:
     import ray.data
 
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.raise_original_map_exception = True
-    context.execution_options.preserve_order = True
-    context.execution_options.locality_with_output = False
-    context.target_max_block_size, context.target_min_block_size = _BLOCK_BYTES, 1
-    size = max(1, -(-len(steps) // _MOST_BLOCKS))
-    numbers = list(steps)
-    # Not from_arrow, here or anywhere that ranks may be at work: it waits for tasks that want a whole CPU each.
-    blocks = [pa.table({"step": numbers[i : i + size]}) for i in range(0, len(numbers), size)]
-    data = ray.data.from_blocks(blocks).map_batches(
-        ReadSteps,
-        fn_constructor_args=(reader,),
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=readers, max_tasks_in_flight_per_actor=4),
-        num_cpus=READER_CPUS,
-        batch_size=1,
-        batch_format="pyarrow",
-    )
-    return data.iter_batches(batch_size=rows, batch_format="numpy", prefetch_batches=4)
+    with data_settings(in_order=True, block_bytes=_BLOCK_BYTES):
+        data = dataset(pa.table({"step": list(steps)})).map_batches(
+            ReadSteps,
+            fn_constructor_args=(reader,),
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=readers, max_tasks_in_flight_per_actor=4),
+            num_cpus=READER_CPUS,
+            batch_size=1,
+            batch_format="pyarrow",
+        )
+        yield from data.iter_batches(batch_size=rows, batch_format="numpy", prefetch_batches=4)
 
 
 def _in_time(items: Callable[[], Iterable[_Item]], timeout_s: float) -> Iterator[_Item]:
-    """The items, asked for and taken by a thread that is at most one ahead."""
+    """The items, which a thread takes, at most one ahead. Raises what they raise, or TimeoutError."""
     ready: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=1)
 
     def take() -> None:
         try:
-            with unwrapped():
+            with worker_errors():
                 for item in items():
                     ready.put(("item", item))
             ready.put(("end", None))

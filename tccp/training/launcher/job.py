@@ -1,6 +1,6 @@
-"""What is to be trained, how it is spread, and where it is kept: what the driver hands to the ranks.
+"""What the driver hands to the ranks: the component to train, its resources, and where results are kept.
 
-Ray Train's controller imports this module too: nothing here needs torch.
+Ray Train's controller also imports this module, so nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -15,39 +15,39 @@ from tccp.training.launcher.film_order import FilmWindows
 from tccp.training.window_files import LatentFiles
 
 Latents = Literal["ahead", "in-step"]
-"""ahead: encoded before training, by Ray Data's workers, and kept; in-step: by each rank, as it needs them."""
+"""ahead: Ray Data's workers encode all clips into storage before training; in-step: ranks encode what they read."""
 
 AUTOENCODER = "autoencoder"
 
 
 @dataclass(frozen=True)
-class Spread:
-    """How a training is spread over a cluster."""
+class Allocation:
+    """The resources of a training on a cluster, and its limits."""
 
     workers: int  # ranks
     use_gpu: bool
     cpus_per_worker: float
     readers: int  # Ray Data workers that read for each rank
     parallel: DeepSpeedSettings = field(default_factory=DeepSpeedSettings)
-    timeout_s: float = 1800.0  # of everything that ranks wait for each other in
+    timeout_s: float = 1800.0  # of every operation in which ranks wait for each other
     max_failures: int = 8
     compiled: bool = False
-    keep: int = 2
+    keep: int = 2  # checkpoints
     keep_best: bool = False
     validate_every: int = 0  # steps; 0: never
 
 
 @dataclass(frozen=True)
 class ComponentJob:
-    """The training of one component, as every rank sees it. Small: it travels."""
+    """The training of one component, as every rank receives it. It is pickled, so it stays small."""
 
     component: str
     settings: Settings
     table: str | None  # clip table; None where windows come straight from film
-    pipeline: Folder  # with what was trained before
+    pipeline: Folder  # components trained before
     run: Folder
-    spread: Spread
-    launch_id: str  # of this call of the command, in which a mistake ends all attempts
+    allocation: Allocation
+    launch_id: str  # of this call of the command: a user's mistake ends all of its attempts
     latents: Latents = "ahead"
     files: LatentFiles | None = None  # with latents ahead
     lips: LipFiles | None = None  # with latents in step

@@ -1,4 +1,4 @@
-"""What runs on every training worker: one rank's part of the training of a component."""
+"""What runs on every training worker: one rank's part in the training of a component."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tccp.clips.clip_table import ClipTable
 from tccp.config import Settings, TrainingSettings, VariantName
 from tccp.errors import TccpError
+from tccp.files import storage_retries
 from tccp.inference.pipeline_folder import load_network, verified
 from tccp.models.autoencoder import PictureAutoencoder
 from tccp.models.mvcontrolnet import MVControlNet
@@ -29,10 +30,10 @@ from tccp.training.engine import DeepSpeedEngine, Engine, with_weights
 from tccp.training.fit_autoencoder import autoencoder_training, fit_autoencoder
 from tccp.training.fit_variant import needs_first, train_variant
 from tccp.training.latent_cache import Unplanned, Windows
+from tccp.training.launcher.checkpoint_record import copy_record
 from tccp.training.launcher.film_order import FilmOrder
 from tccp.training.launcher.ingest import PictureReader, Reader, WindowReader, micro_batches
 from tccp.training.launcher.job import AUTOENCODER, ComponentJob
-from tccp.training.launcher.records import keep_record
 from tccp.training.launcher.sizing import readers_now
 from tccp.training.launcher.streams import FilmStream, StreamedPictures, StreamedWindows
 from tccp.training.loop import PROGRESS_FILE, FitResult, NonFiniteLoss
@@ -42,18 +43,18 @@ from tccp.training.window_files import PictureFiles
 
 EXPORT = "export"
 MISTAKE = "mistake-{rank}.json"
-UNSEEN = -1e30
-"""Score of a checkpoint that was not validated. Finite, for Ray writes scores as JSON."""
+UNVALIDATED_SCORE = -1e30
+"""Score of a checkpoint that was not validated. It is finite, because Ray writes scores as JSON."""
 RESULT = "result.json"
-ASK_EVERY_S = 2.0
-"""How often, about, ranks ask whether a machine is about to be taken away: Ray's watcher looks every five seconds."""
+PREEMPTION_CHECK_S = 2.0
+"""Seconds between ranks' questions whether a machine will be taken away soon. Ray itself looks every five seconds."""
 
 Validate = Callable[[ComponentJob, int, MVControlNet, Path], Mapping[str, float]]
-"""validate(job, step, network, folder): measures, and leaves pictures or films of what it saw in the folder."""
+"""validate(job, step, network, folder): returns measurements, and writes pictures or films to the folder."""
 
 
 class RayRun:
-    """`tccp.training.run_folder.Run` on a rank of Ray Train. Checkpoints go to storage while training goes on."""
+    """`tccp.training.run_folder.Run` on a rank of Ray Train. Checkpoints are uploaded while training continues."""
 
     def __init__(self, job: ComponentJob, device: torch.device):
         import ray.train
@@ -62,11 +63,11 @@ class RayRun:
         self.rank, self.num_ranks = context.get_world_rank(), context.get_world_size()
         self.job, self.device = job, device
         self._open = ExitStack()
-        self._here = Path(self._open.enter_context(tempfile.TemporaryDirectory(prefix="tccp-run-")))
+        self._folder = Path(self._open.enter_context(tempfile.TemporaryDirectory(prefix="tccp-run-")))
         self._start = self._downloaded(ray.train.get_checkpoint())
         self._latest = None if self._start is None else _steps(self._start)
         self._preempted = False
-        self._ask, self._asked = False, 0.0
+        self._check_preemption, self._checked_at = False, 0.0
         self.tracker: Tracker | None = None
         if self.rank == 0 and job.tracking_uri and job.tracking_run:
             self.tracker = Tracker(job.tracking_uri, job.tracking_run)
@@ -79,7 +80,7 @@ class RayRun:
 
     @property
     def metrics(self) -> Path:
-        return self._here / METRICS_FILE
+        return self._folder / METRICS_FILE
 
     def newest(self) -> Path | None:
         return self._start
@@ -91,17 +92,17 @@ class RayRun:
     def saving(self, step: int, metrics: Mapping[str, float | int]) -> Iterator[Path]:
         import ray.train
 
-        folder = Path(tempfile.mkdtemp(prefix="tccp-checkpoint-"))  # Ray removes it, once it is uploaded
+        folder = Path(tempfile.mkdtemp(prefix="tccp-checkpoint-"))  # Ray removes it after the upload
         try:
             yield folder
             if self.rank == 0:
                 if self.metrics.exists():
                     shutil.copyfile(self.metrics, folder / METRICS_FILE)
-                keep_record(self.job.run)
+                copy_record(self.job.run)
             mode = ray.train.CheckpointUploadMode
-            # A name of its own for each attempt: what an attempt that died has left under it is never mixed in.
+            # Each attempt uses its own name, so that files of an attempt that died are never mixed in.
             ray.train.report(
-                {"steps": step, **({"score": UNSEEN} if self.job.spread.keep_best else {}), **metrics},
+                {"steps": step, **({"score": UNVALIDATED_SCORE} if self.job.allocation.keep_best else {}), **metrics},
                 checkpoint=ray.train.Checkpoint.from_directory(folder),
                 checkpoint_dir_name=f"step-{step:07d}-{uuid.uuid4().hex[:6]}",
                 checkpoint_upload_mode=mode.SYNC if self._preempted else mode.ASYNC,
@@ -112,25 +113,25 @@ class RayRun:
             raise
         self._latest = step
         if self.tracker:
-            # The loss is that of the step before, which is noted already.
+            # `record` has noted the loss already.
             self.tracker.metrics(step, {name: value for name, value in metrics.items() if name != "loss"})
 
     def asked_to_save(self) -> bool:
         import ray.train
 
-        if not self._ask:
+        if not self._check_preemption:
             return False
-        self._asked = time.monotonic()
-        notice = ray.train.get_preemption_info()  # a meeting of all ranks
+        self._checked_at = time.monotonic()
+        notice = ray.train.get_preemption_info()  # all ranks wait for each other in it
         first, self._preempted = notice is not None and not self._preempted, notice is not None
         return first
 
     def mean(self, value: Tensor) -> float:
-        # Along with the value goes whether it is time to ask for notices: so all ranks ask at the same steps.
-        due = float(self.rank == 0 and time.monotonic() - self._asked >= ASK_EVERY_S)
+        # Rank 0 sends along whether it is time to check for preemption, so that all ranks check at the same steps.
+        due = float(self.rank == 0 and time.monotonic() - self._checked_at >= PREEMPTION_CHECK_S)
         shared = torch.stack([value.to(self.device), torch.tensor(due, device=self.device)]) / self.num_ranks
         torch.distributed.all_reduce(shared)
-        self._ask = bool(shared[1] > 0)
+        self._check_preemption = bool(shared[1] > 0)
         return float(shared[0])
 
     def record(self, values: Mapping[str, float | int]) -> None:
@@ -141,7 +142,7 @@ class RayRun:
 
     def _figures(self, values: Mapping[str, float | int]) -> dict[str, float | int]:
         figures = {name: value for name, value in values.items() if name not in ("step", "seconds")}
-        if self.job.spread.use_gpu:
+        if self.job.allocation.use_gpu:
             figures["gpu_hours"] = values["seconds"] * self.num_ranks / 3600
         return figures
 
@@ -158,8 +159,9 @@ def _steps(checkpoint: Path) -> int:
 def train(job: ComponentJob, validate: Validate | None) -> None:
     """One rank's part, from the newest checkpoint if there is one.
 
-    A user's mistake is the same at every attempt: it is written down, and the next attempt ends at once. So is a loss
-    that is not finite, and then all ranks return, for Ray waits for checkpoints on their way only where they do.
+    A user's mistake would happen again at every attempt, so it is recorded, and the next attempt ends at once. After a
+    loss that is not finite all ranks return, because Ray completes pending uploads of checkpoints only then. Any other
+    error, StorageError among them, ends the attempt, and Ray Train starts the next one.
     """
     if mistake_of(job) is not None:
         return
@@ -176,9 +178,9 @@ def train(job: ComponentJob, validate: Validate | None) -> None:
 
 
 def mistake_of(job: ComponentJob) -> str | None:
-    """What ended this launch of the training, if a mistake did: of all ranks, where they do not say the same."""
+    """The mistake that ended this launch of the training, if one did; if ranks recorded several, all of them."""
     records = []
-    for rank in range(job.spread.workers):
+    for rank in range(job.allocation.workers):
         if job.run.exists(MISTAKE.format(rank=rank)):
             records.append(json.loads(job.run.read(MISTAKE.format(rank=rank))))
     found = [str(record["message"]) for record in records if record["launch"] == job.launch_id]
@@ -186,9 +188,14 @@ def mistake_of(job: ComponentJob) -> str | None:
 
 
 def _train(job: ComponentJob, validate: Validate | None) -> None:
-    warnings.simplefilter("ignore", FutureWarning)  # of other packages; no news to a user
-    # Each rank would tell of each of its checkpoints and streams. Some of Ray Train's loggers have their files' names.
-    for name in ("ray.train", *(name for name in logging.root.manager.loggerDict if "/ray/train/" in name)):
+    warnings.simplefilter("ignore", FutureWarning)  # of other packages; users cannot act on them
+    # Else each rank logs each of its checkpoints and streams. Some of Ray Train's loggers are named by their files.
+    for name in (
+        "aiobotocore",
+        "botocore",
+        "ray.train",
+        *(name for name in logging.root.manager.loggerDict if "/ray/train/" in name),
+    ):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     device = _device(job)
@@ -210,7 +217,7 @@ def _train(job: ComponentJob, validate: Validate | None) -> None:
 
 
 def _device(job: ComponentJob) -> torch.device:
-    if job.spread.use_gpu:
+    if job.allocation.use_gpu:
         import ray.train.torch
 
         return ray.train.torch.get_device()
@@ -220,7 +227,7 @@ def _device(job: ComponentJob) -> torch.device:
 
 def _engine_of(job: ComponentJob, run: RayRun) -> Callable[[nn.Module, TrainingSettings], Engine]:
     def engine(module: nn.Module, training: TrainingSettings) -> Engine:
-        return DeepSpeedEngine(module, training, job.spread.parallel, resume_from=run.newest())
+        return DeepSpeedEngine(module, training, job.allocation.parallel, resume_from=run.newest())
 
     return engine
 
@@ -228,7 +235,7 @@ def _engine_of(job: ComponentJob, run: RayRun) -> Callable[[nn.Module, TrainingS
 def _stream(job: ComponentJob, reader: Reader, training: TrainingSettings, run: RayRun, started: int) -> Iterator[Any]:
     rows = training.batch_size // (training.accumulation * run.num_ranks)
     steps = range(started, training.max_steps)
-    return micro_batches(reader, steps, rows, readers_now(job.spread), job.spread.timeout_s)
+    return micro_batches(reader, steps, rows, readers_now(job.allocation), job.allocation.timeout_s)
 
 
 def _pictures(job: ComponentJob, run: RayRun, started: int) -> StreamedPictures:
@@ -245,13 +252,13 @@ def _train_variant(
     settings = job.settings
     first = start_from = encoder = None
     if needs_first(name, settings):
-        with job.pipeline.here() as place:
+        with job.pipeline.as_local() as place:
             first = load_network(place, FIRST_OF[name], device)
     if job.control_from is not None:
-        with job.control_from.here() as place:
+        with job.control_from.as_local() as place:
             start_from = load_network(place, name)
     if job.latents == "in-step":
-        with job.pipeline.here() as place:
+        with job.pipeline.as_local() as place:
             encoder = PictureAutoencoder.load(verified(place, AUTOENCODER)).to(device).eval()
     return train_variant(
         name,
@@ -263,16 +270,16 @@ def _train_variant(
         device=device,
         engine_of=_engine_of(job, run),
         validate=_validation(job, run, settings, name, validate, started)
-        if validate and job.spread.validate_every
+        if validate and job.allocation.validate_every
         else None,
-        compiled=job.spread.compiled,
+        compiled=job.allocation.compiled,
     )
 
 
 def _windows(
     job: ComponentJob, run: RayRun, name: VariantName, started: int, encoder: PictureAutoencoder | None
 ) -> Windows | Unplanned:
-    settings, timeout_s = job.settings, job.spread.timeout_s
+    settings, timeout_s = job.settings, job.allocation.timeout_s
     if job.films is not None:
         assert encoder is not None
         return FilmStream(_film_order(job, run, name, started), run.rank, settings, encoder, timeout_s)
@@ -286,7 +293,7 @@ def _windows(
 
 
 def _film_order(job: ComponentJob, run: RayRun, name: VariantName, started: int) -> Any:
-    """The actor that all ranks take windows from: rank 0's, so that it goes where the ranks go."""
+    """The actor that all ranks take windows from. Rank 0 owns it, so it ends when the ranks end."""
     import ray
     from ray.train.collective import broadcast_from_rank_zero
 
@@ -297,9 +304,10 @@ def _film_order(job: ComponentJob, run: RayRun, name: VariantName, started: int)
     return broadcast_from_rank_zero(order)
 
 
-def due(step: int, before: int, every: int, last: int) -> bool:
-    """Whether to validate at a checkpoint, the one before which was at step `before`: at the end, and at the first one
-    after every so many steps.
+def validation_due(step: int, before: int, every: int, last: int) -> bool:
+    """Whether to validate at the checkpoint at `step`: the last one, and the first after every `every` steps.
+
+    before: step of the previous checkpoint.
     """
     return step == last or step // every > before // every
 
@@ -307,13 +315,13 @@ def due(step: int, before: int, every: int, last: int) -> bool:
 def _validation(
     job: ComponentJob, run: RayRun, settings: Settings, name: VariantName, validate: Validate, started: int
 ) -> Callable[[int, list[Tensor]], Mapping[str, float]]:
-    every, last = job.spread.validate_every, settings.for_variant(name).training.max_steps
-    before = started  # of the checkpoint before
+    every, last = job.allocation.validate_every, settings.for_variant(name).training.max_steps
+    before = started  # step of the previous checkpoint
 
     def measured(step: int, weights: list[Tensor]) -> Mapping[str, float]:
         nonlocal before
-        before, since = step, before
-        if not due(step, since, every, last):
+        before, previous = step, before
+        if not validation_due(step, previous, every, last):
             return {}
         with tempfile.TemporaryDirectory(prefix="tccp-validation-") as place:
             network = with_weights(MVControlNet.from_settings(settings, name), weights)
@@ -327,7 +335,7 @@ def _validation(
 
 
 def _publish(job: ComponentJob, run: RayRun, write: Callable[[Path], object], result: FitResult) -> None:
-    """What the training has come to, into the run's folder; the record comes last, and says that it is whole."""
+    """Writes the trained network to the run's folder, and last the record, which says that the rest is complete."""
     with tempfile.TemporaryDirectory(prefix="tccp-export-") as place:
         write(Path(place))
         job.run.upload(Path(place), EXPORT)
@@ -338,6 +346,7 @@ def _publish(job: ComponentJob, run: RayRun, write: Callable[[Path], object], re
         "seconds": result.seconds,
         "last_losses": round(sum(last) / len(last), 5) if last else None,
         "workers": run.num_ranks,
+        "storage_retries": storage_retries(),  # of rank 0
         "ended": time.time(),
     }
     job.run.write(RESULT, (json.dumps(record) + "\n").encode())

@@ -1,4 +1,4 @@
-"""The other end of a rank's stream: its rows as what the losses take, each checked against the plan."""
+"""What a rank receives from its stream: micro-batches as the losses take them, each compared with the plan."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 
 from tccp.clips.order import PlannedWindow, WindowId
+from tccp.cluster import worker_errors
 from tccp.config import Settings
 from tccp.models.autoencoder import PictureAutoencoder
 from tccp.models.variants import ConditionKind, Variant
 from tccp.training.latent_cache import TrainingBatch, encode_columns, to_batch
 from tccp.training.launcher.ingest import window_ids
-from tccp.training.launcher.remote_errors import unwrapped
 from tccp.training.window_files import PictureBatch
 
 
-def _checked(columns: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> None:
+def _check(columns: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> None:
     for name, values in expected.items():
         if not np.array_equal(columns[name], values):
             raise RuntimeError(
@@ -26,7 +26,7 @@ def _checked(columns: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarra
 
 
 class StreamedWindows:
-    """`Windows` out of a rank's stream."""
+    """`Windows` from a rank's stream."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class StreamedWindows:
         settings: Settings,
         encoder: PictureAutoencoder | None = None,
     ):
-        """encoder: encodes pictures, where the stream has pictures in place of latents."""
+        """encoder: encodes pictures, if the stream has pictures in place of latents."""
         self.stream, self._lengths, self.settings, self.encoder = stream, lengths, settings, encoder
 
     @property
@@ -46,14 +46,14 @@ class StreamedWindows:
         self, planned: Sequence[PlannedWindow], row: Variant, num_frames: int, kinds: Sequence[ConditionKind] = ()
     ) -> TrainingBatch:
         columns = next(self.stream)
-        _checked(columns, window_ids(planned))
+        _check(columns, window_ids(planned))
         if self.encoder is not None:
             columns = encode_columns(columns, self.encoder, row, self.settings)
         return to_batch(columns)
 
 
 class StreamedPictures:
-    """`Pictures` out of a rank's stream."""
+    """`Pictures` from a rank's stream."""
 
     def __init__(self, stream: Iterator[dict[str, np.ndarray]], batch_size: int):
         self.stream, self.batch_size = stream, batch_size
@@ -62,12 +62,12 @@ class StreamedPictures:
         columns = next(self.stream)
         share = self.batch_size // num_ranks
         first = step * self.batch_size + rank * share
-        _checked(columns, {"numbers": np.arange(first, first + share, dtype=np.int64)})
+        _check(columns, {"numbers": np.arange(first, first + share, dtype=np.int64)})
         return PictureBatch(np.array(columns["pictures"]), columns["numbers"])
 
 
 class FilmStream:
-    """`Unplanned` out of a `FilmOrder`, the next micro-batch being fetched while this one is trained on."""
+    """`Unplanned` from a `FilmOrder`. The next micro-batch is fetched while the rank trains on the current one."""
 
     def __init__(self, order: Any, rank: int, settings: Settings, encoder: PictureAutoencoder, timeout_s: float):
         self.order, self.rank, self.settings, self.encoder, self.timeout_s = order, rank, settings, encoder, timeout_s
@@ -76,10 +76,10 @@ class FilmStream:
     def take(self, row: Variant) -> tuple[list[PlannedWindow], TrainingBatch]:
         import ray
 
-        with unwrapped():
+        with worker_errors():
             columns = ray.get(self.next, timeout=self.timeout_s)
         self.next = self.order.take.remote(self.rank)
-        # A window is known by the hash of its clip: the clip's own id did not travel with it.
+        # The hash of its clip identifies a window: the clip's id is not part of the columns.
         planned = [
             PlannedWindow(int(epoch), WindowId(str(clip), int(start)))
             for epoch, clip, start in zip(columns["epoch"], columns["clip"], columns["start"], strict=True)

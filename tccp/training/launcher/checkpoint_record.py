@@ -1,4 +1,4 @@
-"""Ray Train's record of the checkpoints that are whole, and what becomes of those that are not."""
+"""Ray Train's record of complete checkpoints: a copy of it, and the removal of checkpoints that are not in it."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ import contextlib
 import json
 from typing import Any
 
-from tccp.errors import TccpError
+from tccp.errors import StorageError, TccpError
 from tccp.files import Folder
 
 RAYS_RECORD = "checkpoint_manager_snapshot.json"
 COPY = "checkpoints.json"
-"""Ray writes its record in place: a full disk, or the end of the machine, leaves half of it. So there is a copy."""
+"""Ray writes its record in place, so a full disk or a machine that stops leaves half of it. Hence a copy."""
 
 
-def keep_record(run: Folder) -> None:
-    """Copies the record as it stands, unless it is just being written."""
-    with contextlib.suppress(OSError, ValueError, TccpError):  # a copy less, on a disk that is full, stops nothing
+def copy_record(run: Folder) -> None:
+    """Copies the record, unless it is just being written. A copy that cannot be made stops nothing."""
+    with contextlib.suppress(OSError, ValueError, TccpError, StorageError):
         content = run.read(RAYS_RECORD)
         json.loads(content)
         run.write(COPY, content)
 
 
-def tidy(run: Folder) -> None:
-    """Removes checkpoints that were never finished: those that the record does not have; none without a record.
+def remove_unfinished(run: Folder) -> None:
+    """Removes checkpoints that were not completed: those that are not in the record. Without a record, none.
 
-    A damaged record is replaced by its copy, with those of its checkpoints that are there. Raises TccpError if there is
-    no copy.
+    A damaged record is replaced by its copy, reduced to the checkpoints that exist.
+    Raises TccpError if there is no copy.
     """
     if not run.exists(RAYS_RECORD):
         return
@@ -43,15 +43,15 @@ def tidy(run: Folder) -> None:
 def _restored(run: Folder) -> dict[str, Any]:
     if not run.exists(COPY):
         raise TccpError(
-            f"{run.path(RAYS_RECORD)}, Ray's record of the checkpoints there, is damaged: remove that folder to train "
+            f"{run.path(RAYS_RECORD)}, Ray's record of the checkpoints, is damaged: remove the folder {run} to train "
             "this network anew"
         )
     record: dict[str, Any] = json.loads(run.read(COPY))
-    there = run.subfolders()
+    present = run.subfolders()
     kept = [
         (one, index)
         for one, index in zip(record["checkpoint_results"], record["checkpoint_report_indices"], strict=True)
-        if one["checkpoint_dir_name"] in there
+        if one["checkpoint_dir_name"] in present
     ]
     results = [one for one, _ in kept]
     latest = record["latest_checkpoint_result"]

@@ -1,0 +1,26 @@
+"""Files and folders on this machine or at a URL of any fsspec filesystem, with one retry policy and one cache."""
+
+from tccp.files.atomic import atomic_path
+from tccp.files.cache import cache_folder, remote_copy
+from tccp.files.folder import Folder, check_shared
+from tccp.files.retry import AccessError, is_storage_failure, retried, storage_retries, translated_errors
+from tccp.files.urls import bare, is_http, is_url, local_path, open_filesystem, redacted
+
+__all__ = [
+    "AccessError",
+    "Folder",
+    "atomic_path",
+    "bare",
+    "cache_folder",
+    "check_shared",
+    "is_http",
+    "is_storage_failure",
+    "is_url",
+    "local_path",
+    "open_filesystem",
+    "redacted",
+    "remote_copy",
+    "retried",
+    "storage_retries",
+    "translated_errors",
+]
