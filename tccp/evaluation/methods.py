@@ -230,7 +230,7 @@ class Shard:
         return self.chains(pipeline, "face_sequence", audio_clips, self.seeds("face"), landmark_latents)
 
     def true_outputs(self) -> list[ClipOutput]:
-        """The true pictures of every clip, measured like a method's output: the upper bound of every figure."""
+        """The true pictures of every clip, as an output: their figures are the best that can be expected."""
         size = self.pipeline.settings.picture_px
         return [
             ClipOutput(
@@ -273,7 +273,7 @@ def compose_output(
 class MethodResult:
     """The latents that a method produces, one tensor of all frames per clip.
 
-    landmark_latents: None if the method has no landmarks, or takes those of another method.
+    landmark_latents: None if the method generates no landmarks of its own.
     """
 
     face_latents: list[Float[Tensor, "c f h w"]]
