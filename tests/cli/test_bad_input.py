@@ -198,7 +198,7 @@ def test_real_damage_is_named(
         ("audio", "no_picture.png", "known format"),
         ("scene", "no_video.wav", "no pictures; --scene needs"),
         ("identity", "no_video.wav", "sound only; give a picture"),
-        ("identity", "no_picture.png", "not a picture that can be read: give"),
+        ("identity", "no_picture.png", "not a readable picture: give"),
         ("mask", "no_video.wav", "no pictures; give a film"),
     ],
 )
