@@ -127,7 +127,7 @@ def test_what_cannot_be_is_said_in_one_line(reel: Path, tmp_path: Path) -> None:
         write_reel(tmp_path / "film.mp4", [])
     with pytest.raises(TccpError, match="a shot of 0 frames"):
         Shot(1, 0)
-    with pytest.raises(TccpError, match=r"at least 0\.04 s, and 0\.08 s a shot"):
+    with pytest.raises(TccpError, match=r"at least 0\.04 s, and 0\.08 s per shot"):
         plan_shots(1, 0)
     with pytest.raises(TccpError, match="no such truth file"):
         read_reel_truth(tmp_path / "film.mp4")
