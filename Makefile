@@ -34,6 +34,7 @@ soak: $(READY)  ## the long proofs, an hour or so; goes on where it was stopped:
 	@$(ONE_THREAD) $(BIN)/python benchmarks/kills.py --trials 10 --out docs/soak/kills.json
 	@$(ONE_THREAD) $(BIN)/python benchmarks/mutated_media.py --count 300 --out docs/soak/mutated_media.json
 	@$(ONE_THREAD) $(BIN)/python benchmarks/training_kills.py --kills 10 --out docs/soak/training_kills.json
+	@$(ONE_THREAD) $(BIN)/python benchmarks/storage_outages.py --out docs/soak/storage.json
 
 mlflow: $(READY)  ## look at training runs in a browser: those noted in the storage (TCCP_STORAGE, else ~/.tccp)
 	@MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow ui --host 127.0.0.1 --port $(or $(PORT),5000) \
