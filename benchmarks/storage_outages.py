@@ -1,12 +1,12 @@
 """Does a training go on by itself, with the same losses, when its object storage is away for 20 seconds?
 
-`python benchmarks/storage_outages.py --out docs/soak/storage.json`: clips, latents, lips, checkpoints and results are on
-an S3 server on this machine (moto's), behind a proxy that refuses connections for a while at one request: when latents
-or lips are written, or read by ranks; when a checkpoint, Ray's record of it, the trained network or the pipeline is
-written; when a resumed training reads its checkpoint. One outage lasts longer than the retries within a process
-(TCCP_STORAGE_RETRY_S), so that the launcher must start the workers again. The losses of every step are compared with
-those of an undisturbed training on Ray, bit for bit, and that one's with plain torch's, to 1e-4. Restartable:
-trainings that are in the output are not repeated.
+`python benchmarks/storage_outages.py --out docs/soak/storage.json`: clips, latents, lips, checkpoints and results are
+on an S3 server on this machine (moto's), behind a proxy that refuses connections for a while at one request: when
+latents or lips are written, or read by ranks; when a checkpoint, Ray's record of it, the trained network or the
+pipeline is written; when a resumed training reads its checkpoint. One outage lasts longer than the retries within a
+process (TCCP_STORAGE_RETRY_S), so that workers must be started again. The losses of every step are compared with those
+of an undisturbed training on Ray, bit for bit, and that one's with plain torch's, to 1e-4. Restartable: trainings that
+are in the output are not repeated.
 """
 
 from __future__ import annotations

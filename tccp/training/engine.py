@@ -1,4 +1,4 @@
-"""The seam between the training loop and what computes the update: plain torch in one process, or DeepSpeed on many."""
+"""The engines that compute updates for the training loop: plain torch in one process, DeepSpeed on many."""
 
 from __future__ import annotations
 
@@ -29,37 +29,37 @@ LAYOUT_FILE = "layout.json"
 
 @runtime_checkable
 class Engine(Protocol):
-    """One micro-batch is `backward(loss)` then `step()`; the optimiser moves at every `accumulation`-th step.
+    """Each micro-batch calls `backward(loss)`, then `step()`; every `accumulation`-th step updates the parameters.
 
-    On several ranks all of them call every method equally often, in the same order.
+    All ranks call every method equally often, in the same order.
     """
 
     module: nn.Module
-    forward: Callable[..., Any]  # what to call in place of `module`
+    forward: Callable[..., Any]  # to be called in place of `module`
     grad_norm: float  # of the last update, before clipping
     learning_rate: float  # of the last update
 
     def backward(self, loss: Tensor) -> None: ...
 
     def step(self) -> bool:
-        """Moves on by one micro-batch; True if the parameters were updated. Raises FloatingPointError."""
+        """Ends a micro-batch; True if it updated parameters. Raises FloatingPointError for an infinite gradient."""
 
     def save(self, folder: Path) -> None: ...
 
     def load(self, folder: Path) -> None: ...
 
     def local_parameters(self) -> list[nn.Parameter]:
-        """What this rank holds of each of the module's parameters: all of it, or its part, flat."""
+        """This rank's share of each of the module's parameters: the whole parameter, or a flat part of it."""
 
     def gather(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """Tensors like `local_parameters`, of all ranks, to whole ones on the CPU; what ranks above 0 get is empty."""
+        """Joins tensors like `local_parameters` of all ranks into whole ones on rank 0's CPU; others get empty ones."""
 
     def shard(self, wholes: Sequence[Tensor]) -> list[Tensor]:
-        """Inverse of `gather`: this rank's parts of whole tensors."""
+        """This rank's parts of whole tensors: the inverse of `gather`."""
 
 
 def learning_rate_factor(settings: TrainingSettings) -> Callable[[int], float]:
-    """Multiplier of the learning rate for update k = 0, 1, ...: warm-up, then constant or linearly down to zero."""
+    """Factor on the learning rate at update k = 0, 1, ...: warm-up, then constant or linear decay to zero."""
 
     def factor(update: int) -> float:
         warm = min(1.0, (update + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
@@ -72,7 +72,7 @@ def learning_rate_factor(settings: TrainingSettings) -> Callable[[int], float]:
 
 
 def _adam(module: nn.Module, settings: TrainingSettings) -> torch.optim.Adam:
-    """Adam, as in Table 3; frozen parameters get no state."""
+    """Adam with the paper's settings (Table 3). Frozen parameters get no state."""
     trainable = [p for p in module.parameters() if p.requires_grad]
     return torch.optim.Adam(trainable, lr=settings.learning_rate, betas=settings.adam_betas)
 
@@ -152,17 +152,17 @@ OURS = {
     "zero_optimization.offload_optimizer": "offload",
     "zero_optimization.offload_param": "offload",
 }
-"""DeepSpeed's settings that follow from ours, and ours: the loop and the checkpoints go by these."""
+"""DeepSpeed's settings that follow from ours, and the names of ours, on which loop and checkpoints depend."""
 
 
 def deepspeed_config(
     training: TrainingSettings, parallel: DeepSpeedSettings, num_ranks: int, num_parameters: int
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration for these settings; `parallel.config` is laid over it, key by key.
+    """DeepSpeed's configuration for these settings, updated key by key with `parallel.config`.
 
-    Weights stay in single precision and reduced precision is the module's own matter (autocast), so that every ZeRO
-    stage gives plain torch's numbers. Raises TccpError if the batch cannot be divided, or `parallel.config` says what
-    other settings decide.
+    Weights stay in single precision, and modules use autocast for reduced precision, so that every ZeRO stage gives
+    plain torch's numbers.
+    Raises TccpError if the batch cannot be divided, or if `parallel.config` has keys that follow from other settings.
     """
     nested = parallel.config.get("zero_optimization")
     given = [*parallel.config, *(f"zero_optimization.{key}" for key in (nested if isinstance(nested, dict) else ()))]
@@ -176,7 +176,7 @@ def deepspeed_config(
             f"{training.accumulation} micro-batches: make it a multiple of {parts}, or change the number of workers"
         )
     stage = parallel.stage(num_ranks)
-    bucket = max(1, min(500_000_000, num_parameters))  # DeepSpeed sets so much memory aside, however small the network
+    bucket = max(1, min(500_000_000, num_parameters))  # DeepSpeed reserves this memory even for a small network
     zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     if parallel.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
@@ -189,7 +189,7 @@ def deepspeed_config(
         "gradient_clipping": training.gradient_clip or 0.0,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # torch's Adam serves; DeepSpeed's own would be compiled first
+        "zero_force_ds_cpu_optimizer": False,  # torch's Adam suffices; DeepSpeed's would have to be compiled
     }
     return _merged(derived, parallel.config)
 
@@ -211,15 +211,15 @@ def _import_deepspeed() -> Any:
         raise TccpError("this training needs DeepSpeed: pip install -c constraints.txt -e '.[train]'") from None
     deepspeed.utils.logger.setLevel("WARNING")
     if not torch.cuda.is_available():
-        # A faster all-reduce among ranks of one machine, which DeepSpeed would spend half a minute compiling.
+        # A faster all-reduce among ranks of one machine, but DeepSpeed compiles it for half a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
 class DeepSpeedEngine:
-    """DeepSpeed with ZeRO stages 0 to 3 on the ranks of torch's process group, which has to be there.
+    """DeepSpeed with ZeRO stages 0 to 3 on the ranks of torch's process group, which must exist.
 
-    Its checkpoints are DeepSpeed's: pickles, to be loaded from trusted storage only.
+    Its checkpoints are DeepSpeed's, which are pickles: load them from trusted storage only.
     """
 
     def __init__(
@@ -229,7 +229,7 @@ class DeepSpeedEngine:
         parallel: DeepSpeedSettings,
         resume_from: Path | None = None,
     ):
-        """resume_from: the checkpoint that will be loaded: DeepSpeed must know beforehand if other ranks wrote it."""
+        """resume_from: the checkpoint to load. DeepSpeed must know beforehand if another number of ranks wrote it."""
         deepspeed = _import_deepspeed()
         device = next(module.parameters()).device
         deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
@@ -254,7 +254,7 @@ class DeepSpeedEngine:
         layout = json.loads((folder / LAYOUT_FILE).read_text())
         if layout["zero_stage"] != self.stage and {layout["zero_stage"], self.stage} != {1, 2}:
             raise TccpError(
-                f"the checkpoint was written by ZeRO stage {layout['zero_stage']} and cannot be taken up by stage "
+                f"the checkpoint was written by ZeRO stage {layout['zero_stage']} and cannot be read by stage "
                 f"{self.stage}: give --zero-stage {layout['zero_stage']}"
             )
         return self.stage > 0 and layout["num_ranks"] != self.num_ranks
@@ -324,7 +324,7 @@ class DeepSpeedEngine:
 
 
 def with_weights(module: _Module, weights: Sequence[Tensor]) -> _Module:
-    """The module with these values of its parameters, in their order, ready for use."""
+    """The module in evaluation mode, with these values of its parameters, in their order."""
     with torch.no_grad():
         for parameter, value in zip(module.parameters(), weights, strict=True):
             parameter.copy_(value)
@@ -333,7 +333,7 @@ def with_weights(module: _Module, weights: Sequence[Tensor]) -> _Module:
 
 @contextmanager
 def _universal(folder: Path) -> Iterator[tuple[Path, str]]:
-    """A DeepSpeed checkpoint in the form that any number of ranks can load; made once on each machine."""
+    """A DeepSpeed checkpoint, converted once on each machine to the form that any number of ranks can load."""
     from deepspeed.checkpoint.ds_to_universal import main as convert
 
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))

@@ -1,8 +1,7 @@
 """Lip references for training: cross-fitted Liplets, and the derived table of lip pictures.
 
-A network trained on a clip has seen how its mouth moved and would serve it lips that are better than any it can draw
-for new footage. So the clips are split in two folds, each fold is served by the network trained on the other one, and
-new footage by fold 0's.
+A network that was trained on a clip renders better lips for it than for new footage. So the clips are split into two
+folds: each fold is served by the network trained on the other one, and new footage by that of fold 0.
 """
 
 from __future__ import annotations
@@ -42,8 +41,8 @@ _RECORD_VERSION = 1
 def assign_folds(sources: Mapping[str, str]) -> dict[str, int]:
     """Fold of every clip, from its source; `sources` maps clip_id to the hash of the file it was cut from.
 
-    Clips of one source stay together, unless all clips have the same one. Sources (or clips) are dealt in the order of
-    a stable hash, so the folds are as even in number as can be and do not depend on the order of the table.
+    Clips of one source stay together, unless all clips have the same one. Sources (or clips) go to the folds in turn,
+    in the order of a stable hash: so the folds differ by at most one and do not depend on the order of the table.
     Raises TccpError if there are fewer than two clips.
     """
     if len(sources) < FOLDS:
@@ -66,9 +65,9 @@ def train_liplets(
     on_step: Callable[[int, int, float], None] | None = None,
     device: str | torch.device = "cpu",
 ) -> Path:
-    """Train the cross-fitted networks into `out`, and return it. A fold that is complete is not trained again.
+    """Trains the cross-fitted networks into `out`, and returns it. A complete fold is not trained again.
 
-    `out/fold_<k>` serves the clips of fold k (it is trained on all others); `out/folds.json` records who is where.
+    `out/fold_<k>` serves the clips of fold k (it is trained on all others); `out/folds.json` records each clip's.
     on_step: called with (fold, steps done, loss).
     Raises TccpError if there are too few clips, or `out` holds networks of other clips, settings or seed.
     """
@@ -92,7 +91,7 @@ def train_liplets(
         place = out / f"fold_{fold}"
         if (place / "config.json").is_file() and any(place.glob("*.safetensors")):
             continue
-        shutil.rmtree(place, ignore_errors=True)  # part of one that was on its way to storage
+        shutil.rmtree(place, ignore_errors=True)  # an incomplete upload
         train_ids = [clip_id for clip_id in table.ids if folds[clip_id] != fold]
         samples = collect_samples(
             (table[clip_id] for clip_id in train_ids),
@@ -112,7 +111,7 @@ def train_liplets(
 
 
 def train_liplets_once(table: ClipTable, settings: Settings, out: Path, device: str | torch.device = "cpu") -> float:
-    """`train_liplets` with progress; returns the seconds it took, or had taken before."""
+    """`train_liplets` with a progress bar; returns the seconds that the training took, now or earlier."""
     spent = out / SPENT_FILE
     with progress() as bar:
         steps = settings.lips.liplet_steps
@@ -130,7 +129,7 @@ def train_liplets_once(table: ClipTable, settings: Settings, out: Path, device: 
 
 @dataclass(frozen=True)
 class LipSources:
-    """Which source serves which clip. `sources` has one entry per fold, or a single one not trained on these clips."""
+    """The source for each clip. `sources` has one entry per fold, or a single one not trained on these clips."""
 
     sources: tuple[LipSource, ...]
     folds: Mapping[str, int] = field(default_factory=dict)
@@ -138,16 +137,16 @@ class LipSources:
 
     @property
     def hash(self) -> str:
-        """Of all networks together: the key of the derived table."""
+        """Hash of all networks together: the key of the derived table."""
         return hashlib.blake2b(" ".join(source.hash for source in self.sources).encode(), digest_size=8).hexdigest()
 
     @property
     def for_new_footage(self) -> LipSource:
-        """The source for generation: what a pipeline folder carries."""
+        """The source for generation, which a pipeline folder contains."""
         return self.sources[0]
 
     def for_clip(self, clip_id: str, source_hash: str) -> LipSource:
-        """The source whose network has seen nothing of this clip, nor of other cuts of the same footage."""
+        """The source whose network was trained neither on this clip nor on others of the same footage."""
         if len(self.sources) == 1:
             return self.sources[0]
         if clip_id in self.folds:
@@ -155,8 +154,8 @@ class LipSources:
         folds = self.source_folds.get(source_hash, {0})
         if len(folds) > 1:
             raise TccpError(
-                f"clip {clip_id} was not there when the liplets were trained, and every one of them has seen other "
-                "footage of the same file: train them again on the present clips"
+                f"clip {clip_id} was added after the liplets were trained, and all of them were trained on other clips "
+                "of the same file: train them again on the present clips"
             )
         return self.sources[next(iter(folds))]
 
@@ -164,7 +163,7 @@ class LipSources:
 def open_lip_sources(
     settings: LipSettings, weights: Path | None, device: str | torch.device = "cpu"
 ) -> LipSources | None:
-    """Sources for a clip table; None for `none`.
+    """Lip sources for a clip table; None for `lips.source=none`.
 
     weights: a Wav2Lip `.pth`, or the folder written by `train_liplets`.
     Raises TccpError if they are missing, incomplete, or of another size than the settings say.
@@ -194,14 +193,14 @@ def open_lip_sources(
 
 @dataclass(frozen=True)
 class LipPlace:
-    """Where the lip sources that serve a clip table are: cross-fitted liplets, or one network. Small: it travels."""
+    """The place of the lip sources of a clip table: cross-fitted liplets, or one network. It is pickled."""
 
     settings: LipSettings
     folder: Folder
-    to_train: bool = False  # liplets, on the very table, into the folder
+    to_train: bool = False  # liplets on this table, into the folder
 
     def open(self, device: str | torch.device = "cpu") -> LipSources:
-        """Raises TccpError if what should be there is not, or is not whole."""
+        """Loads the sources. Raises TccpError if they are missing or incomplete."""
         with self.folder.as_local() as place:
             alone = (place / "config.json").exists() and not (place / FOLDS_RECORD).exists()
             if self.settings.source == "liplet" and alone:
@@ -214,7 +213,7 @@ class LipPlace:
 
 
 def liplet_folder(data_hash: str | None, seed: int | None, settings: LipSettings) -> str:
-    """Name, in a storage, of the liplets that are cross-fitted on a clip table."""
+    """Folder in a storage for the liplets that are cross-fitted on a clip table."""
     key = f"{data_hash} {seed} {settings.model_dump_json()}"
     return f"{LIPS}/{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}"
 
@@ -222,10 +221,11 @@ def liplet_folder(data_hash: str | None, seed: int | None, settings: LipSettings
 def lip_place(
     settings: Settings, pipeline: Path, data_hash: str, storage: Folder, weights: str | Path | None = None
 ) -> LipPlace | None:
-    """The lip sources that serve this table: the pipeline's, if it has any, for those it will generate with.
+    """The lip sources for this table: those of the pipeline if it has any, because generation will use them.
 
-    Clips that its liplet was trained on are served by its cross-fitted sibling. weights: Wav2Lip's checkpoint, in place
-    of the pipeline's. None where the settings have no lips. Raises TccpError if those weights are needed and absent.
+    Clips that the pipeline's liplet was trained on get the other one of its cross-fitted pair. weights: Wav2Lip's
+    checkpoint, in place of the pipeline's. None if the settings have no lips.
+    Raises TccpError if Wav2Lip's weights are needed and missing.
     """
     lips = settings.lips
     if lips.source == "none":
@@ -248,7 +248,7 @@ def lip_place(
 
 
 def lip_pictures(clip: Clip, source: LipSource) -> UInt8[np.ndarray, "f s s 3"]:
-    """Lip pictures of a clip from its sound and its first identity picture; its faces are not looked at."""
+    """Lip pictures of a clip from its sound and its first identity picture, not from its faces."""
     samples, start_frame = clip_sound(clip)
     return source.lips(source.windows(samples, start_frame, clip.num_frames), decode_still(clip.identity[0]))
 

@@ -1,4 +1,4 @@
-"""Folders, clip tables, latents and lips on S3, through outages of the server: a dose of benchmarks/storage_outages.py."""
+"""Folders, clip tables, latents and lips on S3, through short outages of the server."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def test_a_storage_that_hangs_is_given_up_after_the_time_that_is_configured(
     server.proxy.hangs = True
     try:
         begun = time.monotonic()
-        with pytest.raises(StorageError, match="[Tt]imeout"):
+        with pytest.raises(StorageError, match=r"[Tt]imeout"):
             Folder(place).read("a")
         assert time.monotonic() - begun < 15
     finally:
@@ -331,7 +331,7 @@ def test_films_on_s3_are_fetched_through_an_outage_or_set_aside(
         assert copy.read_bytes() == film.read_bytes()
     monkeypatch.setenv(RETRY_S, "0.1")
     server.proxy.away(1.0)
-    with pytest.raises(MediaError, match="film.mp4: cannot be fetched: ") as caught, local_copy(f"{place}/film.mp4"):
+    with pytest.raises(MediaError, match=r"film.mp4: cannot be fetched: ") as caught, local_copy(f"{place}/film.mp4"):
         pass
     assert caught.value.reason == "unreadable" and isinstance(caught.value, DamagedData)
     time.sleep(1.0)
