@@ -34,6 +34,7 @@ soak: $(READY)  ## run the long tests, about an hour; continues after an interru
 	@$(ONE_THREAD) $(BIN)/python benchmarks/kills.py --trials 10 --out docs/soak/kills.json
 	@$(ONE_THREAD) $(BIN)/python benchmarks/mutated_media.py --count 300 --out docs/soak/mutated_media.json
 	@$(ONE_THREAD) $(BIN)/python benchmarks/training_kills.py --kills 10 --out docs/soak/training_kills.json
+	@$(ONE_THREAD) $(BIN)/python benchmarks/storage_outages.py --out docs/soak/storage.json
 
 mlflow: $(READY)  ## show training runs in a browser: those recorded in the storage (TCCP_STORAGE, else ~/.tccp)
 	@MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow ui --host 127.0.0.1 --port $(or $(PORT),5000) \

@@ -77,7 +77,14 @@ def write_film(path: Path, frames: np.ndarray, sound: np.ndarray | Path | None =
 
 
 COMMANDS = forked.Server(
-    ["tccp.cli", "tccp.inference.pipeline", "tccp.cli.describe", "tccp.evaluation.runner", "preprocessing.run", "tccp.faces"]
+    [
+        "tccp.cli",
+        "tccp.inference.pipeline",
+        "tccp.cli.describe",
+        "tccp.evaluation.runner",
+        "preprocessing.run",
+        "tccp.faces",
+    ]
 )
 """What the commands import."""
 

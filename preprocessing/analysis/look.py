@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,8 @@ from tccp.media import MediaError
 from tccp.media.remote import local_copy
 from tccp.media.sandbox import Decoder
 from tccp.media.shots import CONTEXT_FRAMES, CutFinder
-from tccp.roundtable import identity_path, read_truth
+from tccp.roundtable import read_truth
+from tccp.roundtable.film_files import IDENTITY_SUFFIX, TRUTH_SUFFIX
 
 CHIP_EVERY = 5
 _CHIP_QUALITY = 90
@@ -37,9 +39,9 @@ def look(
     on_frame: called after each frame, for progress.
     """
     try:
+        if plan.backend == "truth":
+            return _with_truth(reel)
         with local_copy(reel.span.path) as path:
-            if plan.backend == "truth":
-                return _with_truth(reel, path)
             assert detector is not None
             return _with_faces(reel, plan, path, decoder, detector, on_frame)
     except MediaError as error:
@@ -105,11 +107,13 @@ def encode_chip(picture: UInt8[np.ndarray, "h w 3"], face: Face, side_px: int) -
     return data.tobytes()
 
 
-def _with_truth(reel: Reel, path: Path) -> Reel:
-    """The reel with the landmarks and head boxes of RoundTable footage, read from the truth file beside the film."""
+def _with_truth(reel: Reel) -> Reel:
+    """Landmarks and head boxes of RoundTable footage, from the truth files beside the films, here or at a URL."""
     span = reel.span
+    stem = posixpath.splitext(span.path)[0]
     try:
-        truth = read_truth(path)
+        with local_copy(f"{stem}{TRUTH_SUFFIX}") as file:
+            truth = read_truth(file)
     except TccpError as error:
         return replace(reel, span=span.set_aside("no_truth", f"{redacted(span.path)}: {error}"), sound=None)
     frames = len(truth.landmarks_px)
@@ -127,5 +131,5 @@ def _with_truth(reel: Reel, path: Path) -> Reel:
         confidence=np.ones(count, np.float32),
         chips={},
     )
-    span = replace(span, identity_path=str(identity_path(path)))
+    span = replace(span, identity_path=f"{stem}{IDENTITY_SUFFIX}")
     return replace(reel, span=span, faces=faces, head_box=truth.head_box[part].astype(np.float32))

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, TypeVar
 from tccp.errors import TccpError
 from tccp.files.atomic import atomic_path, write_atomic
 from tccp.files.cache import remote_copy
-from tccp.files.retry import first_line, retried
+from tccp.files.retry import first_line, retried, translated_errors
 from tccp.files.urls import is_url, local_path, open_filesystem, redacted
 
 _Result = TypeVar("_Result")
@@ -139,10 +139,6 @@ class Folder:
                     shutil.copyfile(copy, target)
             yield Path(place)
 
-    def download(self, name: str, to: Path) -> None:
-        """Copies a file of it, at a URL, to a path of this machine. Raises FileNotFoundError."""
-        self._tried("read", name, lambda: self._fs.get_file(self._key(name), str(to)))
-
     def tree(self, under: str = "") -> list[str]:
         """Names of all files below a subfolder, relative to it, without hidden ones."""
         entries = self._entries(under)
@@ -167,7 +163,8 @@ class Folder:
             return
         with tempfile.TemporaryDirectory(prefix="tccp-") as folder:
             temporary = Path(folder) / "file"
-            yield temporary
+            with translated_errors(f"write {temporary}"):
+                yield temporary
             self.upload_file(temporary, name)
 
     def upload(self, tree: Path, name: str) -> None:

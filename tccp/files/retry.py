@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tccp.errors import StorageError, TccpError
 
@@ -193,7 +193,7 @@ def _actual(error: Exception) -> Exception:
 
 def _http_status(error: BaseException) -> int | None:
     """The status of an HTTP response: of aiohttp, botocore (also where s3fs has translated it), gcsfs or adlfs."""
-    status = getattr(error, "status", None) or getattr(error, "status_code", None)
+    status: Any = getattr(error, "status", None) or getattr(error, "status_code", None)
     if status is None and not type(error).__module__.startswith("aiohttp"):  # whose `code` is one of its parser
         status = getattr(error, "code", None)
     for one in (error, error.__cause__):

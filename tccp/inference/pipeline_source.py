@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -34,7 +35,12 @@ def pipeline_folder(source: str | Path, components: Iterable[str], revision: str
         folder = Folder(text)
         if folder.local is not None:
             return folder.local
-        return _copied(text, lambda name, to: folder.download(name, to), components)
+
+        def download(name: str, to: Path) -> None:
+            with folder.local_file(name) as path:
+                shutil.copyfile(path, to)
+
+        return _copied(text, download, components)
     local = Path(source)
     if local.exists():
         return local

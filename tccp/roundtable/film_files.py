@@ -18,6 +18,7 @@ from tccp.errors import TccpError
 from tccp.media import VideoWriter
 from tccp.roundtable.world import RoundTableClip, Truth, synthesise
 
+TRUTH_SUFFIX, IDENTITY_SUFFIX = ".truth.npz", ".identity.png"
 _SCALARS = {"seed": int, "person_seed": int, "width": int, "height": int, "kind": str, "lag_s": float}
 
 
@@ -98,13 +99,13 @@ def write_clip(
 
 
 def truth_path(film: str | Path) -> Path:
-    """The path of a film's ground truth: `<name>.truth.npz` beside it."""
-    return Path(film).with_suffix(".truth.npz")
+    """Where the truth of a film lies: `<name>.truth.npz` beside it."""
+    return Path(film).with_suffix(TRUTH_SUFFIX)
 
 
 def identity_path(film: str | Path) -> Path:
-    """The path of the identity picture of a film's talker: `<name>.identity.png` beside it."""
-    return Path(film).with_suffix(".identity.png")
+    """Where the identity picture of a film's talker lies: `<name>.identity.png` beside it."""
+    return Path(film).with_suffix(IDENTITY_SUFFIX)
 
 
 def read_truth(path: str | Path) -> Truth:

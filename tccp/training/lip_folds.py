@@ -1,8 +1,7 @@
 """Lip references for training: cross-fitted Liplets, and the folder of lip pictures made by them.
 
-A Liplet trained on a clip has seen how its mouth moves, and paints better lips for it than for new footage. So the
-clips are split in two folds. The network trained on one fold paints the lips of the other. The network that serves
-fold 0 also serves new footage.
+A network that was trained on a clip renders better lips for it than for new footage. So the clips are split into two
+folds: each fold is served by the network trained on the other one, and new footage by that of fold 0.
 """
 
 from __future__ import annotations
@@ -42,8 +41,8 @@ _RECORD_VERSION = 1
 def assign_folds(sources: Mapping[str, str]) -> dict[str, int]:
     """Assigns every clip to a fold; `sources` maps clip_id to the hash of the file that the clip was cut from.
 
-    Clips of one source go to the same fold, unless all clips have the same source. Sources (or clips) go to folds in
-    turn, in the order of a stable hash, so folds differ by at most one source and do not depend on the table's order.
+    Clips of one source stay together, unless all clips have the same one. Sources (or clips) go to the folds in turn,
+    in the order of a stable hash: so the folds differ by at most one and do not depend on the order of the table.
     Raises TccpError if there are fewer than two clips.
     """
     if len(sources) < FOLDS:
@@ -66,9 +65,9 @@ def train_liplets(
     on_step: Callable[[int, int, float], None] | None = None,
     device: str | torch.device = "cpu",
 ) -> Path:
-    """Trains the cross-fitted networks, saves them in `out` and returns it. Skips folds that are complete.
+    """Trains the cross-fitted networks into `out`, and returns it. A complete fold is not trained again.
 
-    `out/fold_<k>` serves the clips of fold k and is trained on all others; `out/folds.json` records the folds.
+    `out/fold_<k>` serves the clips of fold k (it is trained on all others); `out/folds.json` records each clip's.
     on_step: called with (fold, steps done, loss).
     Raises TccpError if there are too few clips, or `out` holds networks of other clips, settings or seed.
     """
@@ -92,7 +91,7 @@ def train_liplets(
         place = out / f"fold_{fold}"
         if (place / "config.json").is_file() and any(place.glob("*.safetensors")):
             continue
-        shutil.rmtree(place, ignore_errors=True)  # an incomplete copy
+        shutil.rmtree(place, ignore_errors=True)  # an incomplete upload
         train_ids = [clip_id for clip_id in table.ids if folds[clip_id] != fold]
         samples = collect_samples(
             (table[clip_id] for clip_id in train_ids),
@@ -112,7 +111,7 @@ def train_liplets(
 
 
 def train_liplets_once(table: ClipTable, settings: Settings, out: Path, device: str | torch.device = "cpu") -> float:
-    """`train_liplets` with progress; returns the seconds that the first complete training took."""
+    """`train_liplets` with a progress bar; returns the seconds that the training took, now or earlier."""
     spent = out / SPENT_FILE
     with progress() as bar:
         steps = settings.lips.liplet_steps
@@ -130,7 +129,7 @@ def train_liplets_once(table: ClipTable, settings: Settings, out: Path, device: 
 
 @dataclass(frozen=True)
 class LipSources:
-    """The lip source of each clip. `sources`: one per fold, or a single one that was not trained on these clips."""
+    """The source for each clip. `sources` has one entry per fold, or a single one not trained on these clips."""
 
     sources: tuple[LipSource, ...]
     folds: Mapping[str, int] = field(default_factory=dict)
@@ -138,19 +137,16 @@ class LipSources:
 
     @property
     def hash(self) -> str:
-        """Hash of all networks together: the key of the lip pictures they paint."""
+        """Hash of all networks together: the key of the derived table."""
         return hashlib.blake2b(" ".join(source.hash for source in self.sources).encode(), digest_size=8).hexdigest()
 
     @property
     def for_new_footage(self) -> LipSource:
-        """The source for generation, which the pipeline folder gets."""
+        """The source for generation, which a pipeline folder contains."""
         return self.sources[0]
 
     def for_clip(self, clip_id: str, source_hash: str) -> LipSource:
-        """The source whose network was trained neither on this clip nor on other clips of the same file.
-
-        Raises TccpError if there is none.
-        """
+        """The source whose network was trained neither on this clip nor on others of the same footage."""
         if len(self.sources) == 1:
             return self.sources[0]
         if clip_id in self.folds:
@@ -158,8 +154,8 @@ class LipSources:
         folds = self.source_folds.get(source_hash, {0})
         if len(folds) > 1:
             raise TccpError(
-                f"clip {clip_id} was added after the liplets were trained, and each of them was trained on other "
-                "clips of the same file: train them again on the present clips"
+                f"clip {clip_id} was added after the liplets were trained, and all of them were trained on other clips "
+                "of the same file: train them again on the present clips"
             )
         return self.sources[next(iter(folds))]
 
@@ -167,7 +163,7 @@ class LipSources:
 def open_lip_sources(
     settings: LipSettings, weights: Path | None, device: str | torch.device = "cpu"
 ) -> LipSources | None:
-    """Opens the lip sources for a clip table; None if `settings.source` is `none`.
+    """Lip sources for a clip table; None for `lips.source=none`.
 
     weights: a Wav2Lip `.pth`, or the folder written by `train_liplets`.
     Raises TccpError if they are missing or incomplete, or if their picture size differs from the settings.
@@ -197,14 +193,14 @@ def open_lip_sources(
 
 @dataclass(frozen=True)
 class LipPlace:
-    """Location of the lip sources of a clip table: cross-fitted liplets, or one network. Small to pickle."""
+    """The place of the lip sources of a clip table: cross-fitted liplets, or one network. It is pickled."""
 
     settings: LipSettings
     folder: Folder
-    to_train: bool = False  # whether liplets must first be trained on this table and saved in the folder
+    to_train: bool = False  # liplets on this table, into the folder
 
     def open(self, device: str | torch.device = "cpu") -> LipSources:
-        """Raises TccpError if what should be there is not, or is not whole."""
+        """Loads the sources. Raises TccpError if they are missing or incomplete."""
         with self.folder.as_local() as place:
             alone = (place / "config.json").exists() and not (place / FOLDS_RECORD).exists()
             if self.settings.source == "liplet" and alone:
@@ -217,7 +213,7 @@ class LipPlace:
 
 
 def liplet_folder(data_hash: str | None, seed: int | None, settings: LipSettings) -> str:
-    """Name of the folder, under the storage folder, of the liplets cross-fitted on a clip table."""
+    """Folder in a storage for the liplets that are cross-fitted on a clip table."""
     key = f"{data_hash} {seed} {settings.model_dump_json()}"
     return f"{LIPS}/{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}"
 
@@ -225,10 +221,10 @@ def liplet_folder(data_hash: str | None, seed: int | None, settings: LipSettings
 def lip_place(
     settings: Settings, pipeline: Path, data_hash: str, storage: Folder, weights: str | Path | None = None
 ) -> LipPlace | None:
-    """Location of the lip sources for this table; None if `lips.source` is `none`.
+    """The lip sources for this table: those of the pipeline if it has any, because generation will use them.
 
-    If the pipeline has a lip source, training uses it, because generation will use it. Clips that it was trained
-    on get lips from the liplet of the other fold. weights: Wav2Lip's checkpoint, in place of the pipeline's.
+    Clips that the pipeline's liplet was trained on get the other one of its cross-fitted pair. weights: Wav2Lip's
+    checkpoint, in place of the pipeline's. None if the settings have no lips.
     Raises TccpError if Wav2Lip's weights are needed and missing.
     """
     lips = settings.lips
@@ -252,7 +248,7 @@ def lip_place(
 
 
 def lip_pictures(clip: Clip, source: LipSource) -> UInt8[np.ndarray, "f s s 3"]:
-    """Lip pictures of a clip, from its sound and its first identity picture only."""
+    """Lip pictures of a clip from its sound and its first identity picture, not from its faces."""
     samples, start_frame = clip_sound(clip)
     return source.lips(source.windows(samples, start_frame, clip.num_frames), decode_still(clip.identity[0]))
 

@@ -81,7 +81,7 @@ TRAIN = ["--data", "nowhere", "--weights", "W"]
         (["train", "all", "lips", *TRAIN], "not both"),
         (["train", *TRAIN], "name components"),
         (["synth", "films", "--seconds", "nan"], "clips of nan s"),
-        (["synth", "films", "--seconds", "0"], "clips of 0.0 s: at least"),
+        (["synth", "films", "--seconds", "0"], "clips of 0.0 s: give at least"),
         (["synth", "films", "--excerpt", "inf"], "excerpt of inf s"),
         (["preprocess", "films", "clips", "--max-clip-s", "inf"], "max_clip_s inf: give a number of seconds"),
         (["preprocess", "films", "clips", "--min-clip-s", "nan"], "min_clip_s nan"),

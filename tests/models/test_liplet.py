@@ -391,7 +391,7 @@ def test_unknown_clips_get_a_network_that_has_not_seen_their_file(tmp_path):
     folder = train_liplets(_table(same_file, tmp_path, "same.parquet"), settings, tmp_path / "b", seed=0)
     sources = open_lip_sources(settings.lips, folder)
     assert sources is not None
-    with pytest.raises(TccpError, match="every one of them has seen other footage of the same file"):
+    with pytest.raises(TccpError, match="all of them were trained on other clips of the same file"):
         sources.for_clip("another cut", "file")
 
 

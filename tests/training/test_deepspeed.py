@@ -1,4 +1,4 @@
-"""DeepSpeed's engine on ranks without Ray: plain torch's numbers, on any number of ranks, whatever ZeRO divides."""
+"""DeepSpeed's engine on ranks without Ray gives plain torch's numbers, for any number of ranks and ZeRO stage."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Latents of four clips, and what ranks need to know of them."""
+    """Latents of four clips, and the arguments that ranks need to read them."""
     folder = tmp_path_factory.mktemp("data")
     data, untrained = trainings.make_data(folder)
     found = {"overrides": SMALL, "data": str(data), "autoencoder": str(untrained / "autoencoder")}
@@ -89,7 +89,7 @@ def test_two_ranks_of_every_zero_stage_train_as_plain_torch_does(
         pytest.param((1, 2), (2, 2), marks=pytest.mark.soak),
     ],
 )
-def test_a_training_goes_on_with_another_number_of_ranks_or_another_stage(
+def test_a_training_resumes_with_another_number_of_ranks_or_another_stage(
     given: dict[str, Any],
     tmp_path: Path,
     before: tuple[int, int],
@@ -104,7 +104,7 @@ def test_a_training_goes_on_with_another_number_of_ranks_or_another_stage(
     assert worst(losses, plain(given, 20)[0]) < 1e-4
 
 
-def test_a_stage_that_cannot_read_a_checkpoint_says_which_can(given: dict[str, Any], tmp_path: Path) -> None:
+def test_a_stage_that_cannot_read_a_checkpoint_names_one_that_can(given: dict[str, Any], tmp_path: Path) -> None:
     arguments = {**given, "stages": [0], "runs": str(tmp_path), "stop_at": 2}
     ranks.together(1, arguments, tmp_path / "out.json")
     shutil.copytree(tmp_path / "0", tmp_path / "3")
@@ -114,7 +114,7 @@ def test_a_stage_that_cannot_read_a_checkpoint_says_which_can(given: dict[str, A
         ranks.together(1, {**arguments, "stages": [3]}, tmp_path / "out.json")
 
 
-def test_all_ranks_stop_together_at_a_loss_that_is_not_a_number_and_name_the_windows(
+def test_all_ranks_stop_together_at_a_loss_that_is_nan_and_name_its_windows(
     given: dict[str, Any], tmp_path: Path
 ) -> None:
     overrides = [*SMALL, "training.checkpoint_every=2"]
@@ -125,7 +125,7 @@ def test_all_ranks_stop_together_at_a_loss_that_is_not_a_number_and_name_the_win
     assert error.count(":") >= 8  # the windows of both ranks
 
 
-def test_deepspeeds_settings_are_derived_from_ours_and_can_be_laid_over() -> None:
+def test_deepspeeds_settings_follow_from_ours_and_can_be_extended() -> None:
     training = load_settings("paper", ["training.accumulation=4", "training.gradient_clip=2"]).training
     given = DeepSpeedSettings(
         zero_stage=3,
@@ -155,8 +155,8 @@ def test_deepspeeds_settings_are_derived_from_ours_and_can_be_laid_over() -> Non
         DeepSpeedSettings(zero_stage=2, offload="parameters")
 
 
-def test_deepspeed_is_told_not_to_compile_a_part_it_does_not_need() -> None:
-    """A private name of DeepSpeed's: if it is gone, the start on CPUs costs half a minute more."""
+def test_deepspeed_does_not_compile_its_all_reduce() -> None:
+    """Depends on a private name of DeepSpeed's. Without it the start on CPUs takes half a minute more."""
     import deepspeed.ops
 
     assert "deepspeed_shm_comm" in deepspeed.ops.__compatible_ops__
