@@ -37,8 +37,8 @@ def pipeline_folder(source: str | Path, components: Iterable[str], revision: str
             return folder.local
 
         def download(name: str, to: Path) -> None:
-            with folder.local_file(name) as path:
-                shutil.copyfile(path, to)
+            with folder.open(name) as source_file, to.open("wb") as target:
+                shutil.copyfileobj(source_file, target)
 
         return _copied(text, download, components)
     local = Path(source)
