@@ -74,7 +74,9 @@ def run_demo(out: Path, storage: Path, train: bool = False, fresh: bool = False,
         root, weights = storage / "demo", TOY_WEIGHTS
     settings = read_settings(weights)
 
-    (scene,) = _footage(root / f"scene-{DRAWING_VERSION}-{SCENE_SECONDS:g}s", 1, SCENE_SECONDS, SCENE_SEED).glob("*.mp4")
+    (scene,) = _footage(root / f"scene-{DRAWING_VERSION}-{SCENE_SECONDS:g}s", 1, SCENE_SECONDS, SCENE_SEED).glob(
+        "*.mp4"
+    )
     truth = read_truth(scene)
     frames: list[GeneratedFrame] = []
     request = FilmRequest(
