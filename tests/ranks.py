@@ -4,47 +4,56 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
+import tempfile
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import forked
 import trainings
 
-ROOT = Path(__file__).resolve().parent.parent
+SERVER = forked.Server(
+    [
+        "torch",
+        "diffusers.training_utils",
+        "tccp.training.engine:_import_deepspeed",
+        "tccp.training.fit_variant",
+        "tccp.training.latent_cache",
+        "tccp.training.loop",
+        "tccp.training.run_folder",
+    ]
+)
+"""Ranks are forked from a process that has imported torch and DeepSpeed, which costs 10 CPU seconds."""
 
 
 def together(num_ranks: int, arguments: dict[str, Any], out: Path) -> Any:
     """Runs this module on so many ranks with these arguments, and returns what rank 0 has written."""
-    port = trainings.free_port()
     given = {
+        **os.environ,
         "WORLD_SIZE": str(num_ranks),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(trainings.free_port()),
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
     }
-    command = [sys.executable, "-W", "ignore", str(Path(__file__)), json.dumps(arguments), str(out)]
-    ranks = [
-        subprocess.Popen(
-            command,
-            env={**os.environ, **given, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(num_ranks)
-    ]
-    try:
-        said = [rank.communicate(timeout=1800)[0] for rank in ranks]  # ends a hang, not a slow machine
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-            assert rank.stdout is not None
-            rank.stdout.close()
-    assert [rank.returncode for rank in ranks] == [0] * num_ranks, "\n".join(text[-3000:] for text in said)
+    with ExitStack() as undo:
+        logs, ranks = [], []
+        for rank in range(num_ranks):
+            logs.append(undo.enter_context(tempfile.TemporaryFile("w+")))
+            environment = {**given, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            streams = {"stdout": logs[-1], "stderr": logs[-1]}
+            script = [__file__, json.dumps(arguments), out]
+            ranks.append(SERVER.start(script, cwd=forked.ROOT, environment=environment, **streams))
+            undo.callback(ranks[-1].kill)
+        codes = [rank.wait(timeout=1800) for rank in ranks]  # ends a hang, not a slow machine
+        if any(codes):
+            raise AssertionError("\n".join(_end_of(log) for log in logs))
     return json.loads(out.read_text())
+
+
+def _end_of(log: IO[str]) -> str:
+    log.seek(0)
+    return log.read()[-3000:]
 
 
 def main(arguments: dict[str, Any], out: Path) -> None:
