@@ -109,9 +109,9 @@ def test_a_cluster_of_ones_own_is_asked_about_itself(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.cluster
 @pytest.mark.slow
-def test_what_is_refused_is_no_run(tmp_path: Path) -> None:
+def test_what_is_refused_is_no_run(training_data: tuple[Path, Path], tmp_path: Path) -> None:
     """So the same command, mended, needs no other name and no --resume."""
-    clips, _ = trainings.make_data(tmp_path / "data")
+    clips, _ = training_data
     job = [sys.executable, str(trainings.ROOT / "ray_jobs" / "train_stage2.py"), "lips.source=wav2lip"]
     job += ["--data", str(clips), "--storage", str(tmp_path / "storage"), "--name", "run"]
     done = subprocess.run(job, capture_output=True, text=True, check=False)
