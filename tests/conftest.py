@@ -87,6 +87,14 @@ def storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def training_data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """`trainings.make_data`, once for all files. Tests only read it."""
+    import trainings
+
+    return trainings.make_data(tmp_path_factory.mktemp("training_data"))
+
+
 def _skip_marker(item: pytest.Item) -> pytest.MarkDecorator | None:
     if item.get_closest_marker("gpu"):
         import torch
@@ -98,13 +106,38 @@ def _skip_marker(item: pytest.Item) -> pytest.MarkDecorator | None:
     return None
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Generator[None, None, None]:
     for item in items:
         if CLIPS_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.clips)
         if skip := _skip_marker(item):
             item.add_marker(skip)
+    yield
+    if hasattr(config, "workerinput"):
+        items[:] = slow_files_first(items)
+
+
+def slow_files_first(items: list[pytest.Item]) -> list[pytest.Item]:
+    """The tests in an order for two workers and `--dist worksteal`, file by file.
+
+    Each worker starts with one half, and steals from the end of the other half when it is done. So the first half
+    starts with the files that start Ray, the second half with the other files that have slow tests, and both end with
+    fast tests. Files stay whole: a module's fixtures are made once.
+    """
+    files: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+    kinds: dict[str, list[list[pytest.Item]]] = {"ray": [], "slow": [], "fast": []}
+    for tests in files.values():
+        slow = [item for item in tests if item.get_closest_marker("slow")]
+        ray = any(item.get_closest_marker("cluster") for item in slow)
+        kinds["ray" if ray else "slow" if slow else "fast"].append(tests)
+    first = [item for tests in kinds["ray"] for item in tests]
+    fast = kinds["fast"]
+    while fast and len(first) < len(items) // 2:
+        first += fast.pop(0)
+    return first + [item for tests in (*kinds["slow"], *fast) for item in tests]
 
 
 @pytest.hookimpl(wrapper=True)

@@ -7,6 +7,7 @@ streams, exit status and signals. It only skips the imports, which take 5 to 20 
 from __future__ import annotations
 
 import atexit
+import builtins
 import contextlib
 import json
 import os
@@ -20,6 +21,7 @@ import tempfile
 import threading
 import time
 import traceback
+import types
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, NoReturn
@@ -169,13 +171,16 @@ def _serve(channel: socket.socket) -> None:
             message, descriptors, _, _ = socket.recv_fds(channel, _MESSAGE_BYTES, 2)
             if not message:
                 return
+            started, starting = os.pipe()
             pid = os.fork()
             if pid == 0:
-                for one in (wake, woken, channel.detach()):
+                for one in (wake, woken, started, channel.detach()):
                     os.close(one)
-                _become(json.loads(message), *descriptors)
-            for one in descriptors:
+                _become(json.loads(message), *descriptors, starting)
+            for one in (*descriptors, starting):
                 os.close(one)
+            os.read(started, 1)  # returns once the child has its own session, streams and environment, or is dead
+            os.close(started)
             channel.send(json.dumps({"started": pid}).encode())
 
 
@@ -186,7 +191,7 @@ def _report_ended(channel: socket.socket) -> None:
             channel.send(json.dumps({"ended": ended[0], "code": code}).encode())
 
 
-def _become(request: dict, stdout: int, stderr: int) -> NoReturn:
+def _become(request: dict, stdout: int, stderr: int, starting: int) -> NoReturn:
     """Turns a fork of the server into the process of a command."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -199,6 +204,7 @@ def _become(request: dict, stdout: int, stderr: int) -> NoReturn:
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["cwd"])
+    os.close(starting)
     os._exit(_run(request["arguments"], request["cwd"]))
 
 
@@ -229,11 +235,10 @@ def _run(arguments: list[str], cwd: str) -> int:
 
 
 def _run_script(path: str) -> None:
-    """In the module `__main__`, where what the script pickles finds its own classes."""
-    main = sys.modules["__main__"]
-    names = {name: getattr(main, name) for name in ("__builtins__", "__name__")}
-    main.__dict__.clear()
-    main.__dict__.update(names, __file__=path, __spec__=None)
+    """In a new module `__main__`, where pickles of the script's own classes find them."""
+    main = types.ModuleType("__main__")
+    main.__dict__.update(__file__=path, __builtins__=builtins)
+    sys.modules["__main__"] = main
     exec(compile(Path(path).read_bytes(), path, "exec"), main.__dict__)
 
 

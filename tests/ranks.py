@@ -41,10 +41,9 @@ def together(num_ranks: int, arguments: dict[str, Any], out: Path) -> Any:
         for rank in range(num_ranks):
             logs.append(undo.enter_context(tempfile.TemporaryFile("w+")))
             environment = {**given, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            streams = {"stdout": logs[-1], "stderr": logs[-1]}
             script = [__file__, json.dumps(arguments), out]
-            ranks.append(
-                SERVER.start(script, cwd=forked.ROOT, environment=environment, stdout=logs[-1], stderr=logs[-1])
-            )
+            ranks.append(SERVER.start(script, cwd=forked.ROOT, environment=environment, **streams))
             undo.callback(ranks[-1].kill)
         codes = [rank.wait(timeout=1800) for rank in ranks]  # ends a hang, not a slow machine
         if any(codes):

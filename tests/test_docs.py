@@ -19,7 +19,6 @@ import tiny
 import trainings
 from test_ground import make_targets
 
-import tccp
 from ray_jobs import preprocess as preprocess_job
 from ray_jobs import train_command
 from tccp.cli import VERBS, main, parse
@@ -318,7 +317,6 @@ def test_commands_of_readme_and_docs_run(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(tccp, "Pipeline"), reason="the library API is not there yet")
 def test_python_of_readme_and_docs_runs(
     footage: Path, shared_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -77,14 +77,7 @@ def write_film(path: Path, frames: np.ndarray, sound: np.ndarray | Path | None =
 
 
 COMMANDS = forked.Server(
-    [
-        "tccp.cli",
-        "tccp.inference.pipeline",
-        "tccp.cli.describe",
-        "tccp.evaluation.runner",
-        "preprocessing.run",
-        "tccp.faces",
-    ]
+    ["tccp.cli", "tccp.inference.pipeline", "tccp.evaluation.runner", "tccp.faces", "preprocessing.run"]
 )
 """What the commands import."""
 

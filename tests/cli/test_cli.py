@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from tiny import ROOT, tccp
+from tiny import ROOT, tccp_from_scratch
 
 from ray_jobs import preprocess as preprocess_job
 from ray_jobs import train_command
@@ -155,7 +155,7 @@ def test_generate_in_a_process_of_its_own(film: Path, weights: Path, tmp_path: P
         "out": tmp_path / "a.mp4",
     }
     options = [f"--{name}={value}" for name, value in given.items()]
-    done = tccp("generate", *options, "--truth", "--steps", 1, "--json")
+    done = tccp_from_scratch("generate", *options, "--truth", "--steps", 1, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["frames"] == 25
     assert "Warning" not in done.stderr

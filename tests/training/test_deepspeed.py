@@ -35,10 +35,10 @@ SMALL = [
 
 
 @pytest.fixture(scope="module")
-def given(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def given(training_data: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Latents of four clips, and the arguments that ranks need to read them."""
     folder = tmp_path_factory.mktemp("data")
-    data, untrained = trainings.make_data(folder)
+    data, untrained = training_data
     found = {"overrides": SMALL, "data": str(data), "autoencoder": str(untrained / "autoencoder")}
     cache_of(load_settings("toy", SMALL), found, folder).build()
     return {**found, "storage": str(folder)}

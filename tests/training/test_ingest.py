@@ -36,9 +36,9 @@ NAME = "face_sequence"
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> LatentCache:
+def cache(training_data: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> LatentCache:
     folder = tmp_path_factory.mktemp("data")
-    data, untrained = trainings.make_data(folder)
+    data, untrained = training_data
     autoencoder = PictureAutoencoder.load(untrained / "autoencoder").eval()
     cache = LatentCache(folder, ClipTable(data), SETTINGS, autoencoder, None, [NAME])
     cache.build()

@@ -110,9 +110,9 @@ def test_a_new_cluster_answers_for_itself(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.cluster
 @pytest.mark.slow
-def test_a_refused_request_leaves_no_run_record(tmp_path: Path) -> None:
+def test_a_refused_request_leaves_no_run_record(training_data: tuple[Path, Path], tmp_path: Path) -> None:
     """So the corrected command needs neither another name nor --resume."""
-    clips, _ = trainings.make_data(tmp_path / "data")
+    clips, _ = training_data
     job = [sys.executable, str(trainings.ROOT / "ray_jobs" / "train_stage2.py"), "--set", "lips.source=wav2lip"]
     job += ["--data", str(clips), "--storage", str(tmp_path / "storage"), "--name", "run"]
     done = subprocess.run(job, capture_output=True, text=True, check=False)

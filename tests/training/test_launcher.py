@@ -30,8 +30,8 @@ JOB_STEPS = 8
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    return trainings.make_data(tmp_path_factory.mktemp("data"))
+def data(training_data: tuple[Path, Path]) -> tuple[Path, Path]:
+    return training_data
 
 
 @pytest.fixture

@@ -8,8 +8,6 @@ import torch
 from diffusers.training_utils import EMAModel
 from tiny_networks import AS_TOY, small
 
-from preprocessing.plan import make_plan
-from preprocessing.run import preprocess
 from tccp import headbox
 from tccp.clips.clip_table import ClipTable
 from tccp.clips.order import PlannedWindow, WindowId
@@ -21,7 +19,6 @@ from tccp.inference.conditioning import picture_of
 from tccp.models.autoencoder import PictureAutoencoder, to_model
 from tccp.models.mvcontrolnet import MVControlNet
 from tccp.models.variants import PICTURE_KINDS, VARIANTS
-from tccp.roundtable import write_clips
 from tccp.seeds import rng_seed
 from tccp.training import precision as precision_module
 from tccp.training.engine import TorchEngine, learning_rate_factor
@@ -34,12 +31,10 @@ from tccp.training.run_folder import RunFolder
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
+def data(training_data):
     """Clip table of four RoundTable films of one second."""
-    folder = tmp_path_factory.mktemp("roundtable")
-    write_clips(folder / "films", 4, 1.0, seed=3)
-    preprocess([folder / "films"], folder / "clips", make_plan(small().picture_px, "truth"))
-    return folder / "clips"
+    clips, _ = training_data
+    return clips
 
 
 @pytest.fixture(scope="module")
