@@ -15,7 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tccp.errors import TccpError
+    from tccp.errors import StorageError, TccpError
     from tccp.inference.film import FilmRequest, FilmResult
     from tccp.inference.frames import GeneratedFrame
     from tccp.inference.pipeline import Pipeline, generate_film
@@ -29,6 +29,7 @@ _HOME = {
     "GeneratedFrame": "tccp.inference.frames",
     "Pipeline": "tccp.inference.pipeline",
     "ProgressEvent": "tccp.progress",
+    "StorageError": "tccp.errors",
     "TccpError": "tccp.errors",
     "generate_film": "tccp.inference.pipeline",
 }
@@ -39,6 +40,7 @@ __all__ = [
     "GeneratedFrame",
     "Pipeline",
     "ProgressEvent",
+    "StorageError",
     "TccpError",
     "__version__",
     "generate_film",
