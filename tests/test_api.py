@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import trainings
 
 import tccp
 from tccp.files import Folder
@@ -121,6 +122,8 @@ def test_an_option_that_does_not_exist_is_refused(film: Path, weights: Path) -> 
     pipeline = tccp.Pipeline.from_pretrained(weights, variants=())
     with pytest.raises(TypeError, match="stepps"):
         next(pipeline.generate(**options_of(film), stepps=3))
+    with pytest.raises(tccp.TccpError, match="takes no lossless, out: give loading options to"):
+        next(pipeline.generate(**options_of(film), out="film.mp4", lossless=True))
 
 
 # From elsewhere
@@ -200,6 +203,12 @@ def hub(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def test_a_hub_that_cannot_be_reached_is_a_storage_failure(hub: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{trainings.free_port()}")
+    with pytest.raises(tccp.StorageError, match="the Hub cannot be reached"):
+        tccp.Pipeline.from_pretrained("someone/pipeline")
 
 
 def test_a_pipeline_on_the_hub_is_fetched_by_its_id(hub: list[str], film: Path, weights: Path) -> None:

@@ -20,6 +20,7 @@ from tccp.diffusion.schedule import CLEAN_TIME, NoiseSchedule
 from tccp.diffusion.solvers import SolverPlan, solver_plan
 from tccp.models.conditions import Conditions
 from tccp.models.mvcontrolnet import MVControlNet
+from tccp.models.variants import ONE_PER_WINDOW
 from tccp.seeds import rng_seed
 
 Denoiser = Callable[[Tensor, Tensor, Conditions, Tensor], Tensor]
@@ -163,7 +164,7 @@ def run_windows(
 
 @dataclass(frozen=True)
 class FrameInputs:
-    """The inputs of a stage for one frame: control latents and conditions."""
+    """The inputs of a stage for one frame: control latents, and a field for each condition that has one per frame."""
 
     control: Float[Tensor, "c2 h w"]
     audio: Float[Tensor, "80 16"] | None = None
@@ -193,14 +194,11 @@ class Stage:
         self, model: MVControlNet, frames: Sequence[FrameInputs], identity: Tensor, initial: Tensor | None, seed: int
     ) -> WindowState:
         settings = self.first_settings if initial is None else self.settings
-        kinds = model.config.condition_kinds
-        audio = [frame.audio for frame in frames if frame.audio is not None]
-        lips = [frame.lips for frame in frames if frame.lips is not None]
-        conditions = Conditions(
-            audio=torch.stack(audio)[None] if "audio" in kinds else None,
-            identity=identity[None] if "identity" in kinds else None,
-            lips=torch.stack(lips)[None] if "lips" in kinds else None,
-        )
+        inputs = {"identity": identity[None]}
+        for kind in model.config.condition_kinds:
+            if kind not in ONE_PER_WINDOW:
+                inputs[kind] = torch.stack([getattr(frame, kind) for frame in frames])[None]
+        conditions = Conditions(**{kind: inputs[kind] for kind in model.config.condition_kinds})
         control = torch.stack([frame.control for frame in frames], dim=1)
         channels = model.config.latent_channels
         return start_window(self.schedule, settings, conditions, control, initial, seed, channels)

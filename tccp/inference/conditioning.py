@@ -37,6 +37,11 @@ class LipPainter(Protocol):
     ) -> UInt8[np.ndarray, "f l l 3"]: ...
 
 
+CONDITION_FIELDS: dict[ConditionKind, str] = {"audio": "mel", "identity": "identity", "lips": "lips"}
+"""The name of each condition's input as a field of `ClipView` and a column of training windows. Lip references are no
+field of a clip: they come from the lip table."""
+
+
 # Which pictures
 
 

@@ -27,6 +27,8 @@ from tccp.inference.pipeline_source import component_names, pipeline_folder
 from tccp.models.variants import TWO_STAGE, VariantName
 from tccp.progress import ProgressHandler, progress
 
+_NOT_OF_FRAMES = {"out", "save_landmarks", "lossless", "weights", "preset", "device", "lip_weights"}
+"""Fields of FilmRequest that frames do not have: they belong to loading, or to the film that is written."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -87,9 +89,16 @@ class Pipeline(Components):
         """Generates the head of `identity` into `scene`, speaking `audio`; yields the frames of the film, in order.
 
         The film has 25 frames per second of sound. Frames come window by window (8 frames), as they are finished;
-        memory use does not grow with film length. options: the other fields of `FilmRequest`, such as seed, box, steps.
+        memory use does not grow with film length. options: the other fields of `FilmRequest`, such as seed, box, steps,
+        but those of loading and writing.
         The first `next` raises TccpError or MediaError for inputs that cannot be used.
         """
+        misplaced = sorted(_NOT_OF_FRAMES & options.keys())
+        if misplaced:
+            raise TccpError(
+                f"Pipeline.generate takes no {', '.join(misplaced)}: give loading options to Pipeline.from_pretrained, "
+                "and options of the written film to tccp.generate_film"
+            )
         request = FilmRequest(Path(scene), Path(audio), Path(identity), **options)
         with FilmInputs(request) as inputs, progress(on_progress) as tasks:
             yield from film_frames(self.with_networks(request.variants), inputs, tasks)

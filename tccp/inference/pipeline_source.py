@@ -9,10 +9,11 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
 
-from tccp.errors import TccpError
+from tccp.errors import StorageError, TccpError
 from tccp.files import Folder, cache_folder, is_url
 from tccp.inference.pipeline_folder import MANIFEST, TOY_WEIGHTS, read_manifest, read_settings
 from tccp.models.variants import VariantName
@@ -28,7 +29,7 @@ def component_names(variants: Iterable[VariantName], own_lips: bool = True) -> l
 def pipeline_folder(source: str | Path, components: Iterable[str], revision: str | None = None) -> Path:
     """A local folder of the pipeline that holds at least those of these components that the pipeline has.
 
-    Raises TccpError if there is no such pipeline.
+    Raises TccpError if there is no such pipeline, StorageError if it cannot be reached.
     """
     text = str(source)
     if is_url(text):
@@ -63,18 +64,25 @@ def _copied(name: str, download: Callable[[str, Path], object], components: Iter
         raise TccpError(f"no pipeline at {name} ({MANIFEST} is missing): check the address") from None
     partial.replace(place / MANIFEST)
     manifest = read_manifest(place)
+    for file, digest in _files(name, manifest, components):
+        target = place / file
+        if target.is_file() and _sha256(target) == digest:
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(f".{target.name}.part")
+        download(file, part)
+        part.replace(target)
+    return place
+
+
+def _files(name: str, manifest: Mapping[str, Any], components: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Path in the pipeline and SHA-256 of each file. Raises TccpError for a path that leads out of the pipeline."""
     for component in components:
         for file, digest in manifest["components"].get(component, {"files": {}})["files"].items():
-            target = place / component / file
-            if not target.resolve().is_relative_to(place.resolve()):
-                raise TccpError(f"{name}: {MANIFEST} names {component}/{file}, which lies outside the pipeline")
-            if target.is_file() and _sha256(target) == digest:
-                continue
-            target.parent.mkdir(parents=True, exist_ok=True)
-            part = target.with_name(f".{target.name}.part")
-            download(f"{component}/{file}", part)
-            part.replace(target)
-    return place
+            path = PurePosixPath(component, file)
+            if path.is_absolute() or ".." in path.parts:
+                raise TccpError(f"{name}: {MANIFEST} names {path}, which lies outside the pipeline")
+            yield str(path), digest
 
 
 def _sha256(path: Path) -> str:
@@ -94,19 +102,20 @@ def _from_hub(repository: str, components: Iterable[str], revision: str | None) 
             return Path(hf_hub_download(repository, name, revision=revision, endpoint=endpoint))
         except EntryNotFoundError as error:
             if isinstance(error, LocalEntryNotFoundError):
-                raise TccpError(
+                raise StorageError(
                     f"{repository}: {name} is not in the Hub's cache and the Hub cannot be reached: check the network, "
                     "or give a local folder"
                 ) from None
             raise TccpError(f"{repository} has no {name}: it is not a complete TCCP pipeline; check the id") from None
         except HfHubHTTPError as error:
             reason = str(error).splitlines()[0]
+            if error.response.status_code >= 500:
+                raise StorageError(f"{repository} on the Hugging Face Hub: {reason}; try again later") from None
             raise TccpError(f"{repository} on the Hugging Face Hub: {reason}; check the id, or give a folder") from None
 
     folder = download(MANIFEST).parent
     manifest = read_manifest(folder)
-    for component in components:
-        for file in manifest["components"].get(component, {"files": {}})["files"]:
-            download(f"{component}/{file}")
+    for file, _ in _files(repository, manifest, components):
+        download(file)
     read_settings(folder)
     return folder

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from einops import rearrange, repeat
@@ -52,7 +53,7 @@ class Conditions:
     def cat(parts: Sequence[Conditions]) -> Conditions:
         """Joins windows along the batch. Raises ValueError if the parts have different kinds of conditions."""
         joined: dict[str, Tensor | None] = {}
-        for name in ("audio", "identity", "lips"):
+        for name in get_args(ConditionKind):
             values = [getattr(part, name) for part in parts]
             if any(value is None for value in values):
                 if not all(value is None for value in values):

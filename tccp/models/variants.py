@@ -14,6 +14,9 @@ ControlKind = Literal["scene", "landmark", "surround"]
 """Pictures for the control branch. `surround`: the colours around the head box (`tccp.headbox.surround`)."""
 ConditionKind = Literal["audio", "identity", "lips"]
 
+ONE_PER_WINDOW: frozenset[ConditionKind] = frozenset({"identity"})
+"""Conditions with one input for all frames of a window; the others have one for each frame."""
+
 PICTURE_KINDS: tuple[PictureKind, ...] = get_args(PictureKind)
 
 

@@ -24,12 +24,12 @@ from tccp.clips.order import PlannedWindow
 from tccp.clips.windows import view
 from tccp.config import Settings
 from tccp.files import Folder
-from tccp.inference.conditioning import control_kinds, picture_of, training_conditions, zero_if_hidden
+from tccp.inference.conditioning import CONDITION_FIELDS, control_kinds, picture_of, training_conditions, zero_if_hidden
 from tccp.inference.encoding import Encoder
 from tccp.models.autoencoder import PictureAutoencoder, to_model
 from tccp.models.conditions import Conditions
 from tccp.models.lip_sources import weights_hash
-from tccp.models.variants import VARIANTS, ConditionKind, ControlKind, PictureKind, Variant
+from tccp.models.variants import ONE_PER_WINDOW, VARIANTS, ConditionKind, ControlKind, PictureKind, Variant
 from tccp.progress import progress
 from tccp.training.lip_folds import LipSources, LipTable
 from tccp.training.window_files import FileKind, LatentFiles, files_needed, latent_name
@@ -51,7 +51,11 @@ class TrainingBatch:
     def first_frame(self) -> TrainingBatch:
         """The first frame of each window, as the first-frame variant takes it."""
         conditions = self.conditions
-        first = {name: value[:, :1] for name in ("audio", "lips") if (value := getattr(conditions, name)) is not None}
+        first = {
+            name: value[:, :1]
+            for name in get_args(ConditionKind)
+            if name not in ONE_PER_WINDOW and (value := getattr(conditions, name)) is not None
+        }
         return TrainingBatch(self.latents[:, :, :1], self.control[:, :, :1], replace(conditions, **first))
 
     def __getitem__(self, rows: Sequence[int]) -> TrainingBatch:
@@ -96,7 +100,8 @@ def encode_clip(
     files: dict[FileKind, dict[str, np.ndarray]] = {}
     for kind in kinds:
         if kind == "inputs":
-            files[kind] = {name: np.ascontiguousarray(fields[name]) for name in ("mel", "identity")}
+            names = [field for condition, field in CONDITION_FIELDS.items() if condition != "lips"]
+            files[kind] = {name: np.ascontiguousarray(fields[name]) for name in names}
             continue
         latents = encoder.encode(picture_of(kind, fields), kind).half().cpu().numpy()
         files[kind] = {"latents": np.ascontiguousarray(latents)}  # C order: safetensors writes the memory unchanged
@@ -110,9 +115,9 @@ def _tensor(values: np.ndarray) -> Tensor:
 def to_batch(columns: Mapping[str, np.ndarray]) -> TrainingBatch:
     """Converts columns of `LatentFiles.columns` to tensors."""
     conditions = {name: _tensor(columns[name]) for name in get_args(ConditionKind) if name in columns}
-    pictures = {name: to_model(value) for name, value in conditions.items() if name != "audio"}
+    conditions = {name: to_model(value) if value.dtype == torch.uint8 else value for name, value in conditions.items()}
     latents, control = (_tensor(columns[name]).float().transpose(1, 2).contiguous() for name in ("latents", "control"))
-    return TrainingBatch(latents, control, Conditions(audio=conditions.get("audio"), **pictures))
+    return TrainingBatch(latents, control, Conditions(**conditions))
 
 
 def encode_columns(

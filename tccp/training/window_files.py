@@ -21,8 +21,8 @@ from tccp.clips.windows import mirrored, view
 from tccp.config import Settings, TrainingSettings, VariantName
 from tccp.errors import DamagedData
 from tccp.files import Folder, retried
-from tccp.inference.conditioning import control_kinds, picture_of, training_pictures, zero_if_hidden
-from tccp.models.variants import VARIANTS, ConditionKind, PictureKind, Variant
+from tccp.inference.conditioning import CONDITION_FIELDS, control_kinds, picture_of, training_pictures, zero_if_hidden
+from tccp.models.variants import ONE_PER_WINDOW, VARIANTS, ConditionKind, PictureKind, Variant
 from tccp.seeds import rng_seed
 
 FRAMES_PER_CLIP = 4
@@ -86,12 +86,10 @@ class LatentFiles:
                 for kind in control_kinds(row, self.settings)
             ]
             columns["control"].append(np.concatenate(control, axis=1))
-            if "audio" in kinds or "identity" in kinds:
-                with self._open(clip_id, jitter, "inputs") as file:
-                    if "audio" in kinds:
-                        columns["audio"].append(file.get_slice("mel")[frames])
-                    if "identity" in kinds:
-                        columns["identity"].append(file.get_tensor("identity"))
+            with self._open(clip_id, jitter, "inputs") as file:
+                for kind in (kind for kind in kinds if kind != "lips"):
+                    values = file.get_slice(CONDITION_FIELDS[kind])
+                    columns[kind].append(values[:] if kind in ONE_PER_WINDOW else values[frames])
             if "lips" in kinds:
                 assert self.lips is not None
                 lips = self.lips.read(clip_id, start, num_frames)
@@ -141,10 +139,8 @@ class PictureFiles:
             jitter = rng_seed(seed, "draw", clip_id, start, epoch) % self.settings.headbox.draws
             window = view(self.clips[clip_id], self.settings, jitter, seed, start, num_frames)
             parts = training_pictures(row, self.settings, vars(window))
-            if "audio" in kinds:
-                parts["audio"] = window.mel
-            if "identity" in kinds:
-                parts["identity"] = window.identity
+            for kind in (kind for kind in kinds if kind != "lips"):
+                parts[kind] = getattr(window, CONDITION_FIELDS[kind])
             if "lips" in kinds:
                 assert self.lips is not None
                 lips = self.lips.read(clip_id, start, num_frames)

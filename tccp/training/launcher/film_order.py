@@ -20,8 +20,8 @@ from tccp.clips.order import shuffled
 from tccp.config import Settings, VariantName
 from tccp.errors import TccpError
 from tccp.files import Folder
-from tccp.inference.conditioning import training_conditions, training_pictures
-from tccp.models.variants import VARIANTS, ConditionKind
+from tccp.inference.conditioning import CONDITION_FIELDS, training_conditions, training_pictures
+from tccp.models.variants import VARIANTS
 
 SHUFFLE_WINDOWS = 512
 AHEAD = 4
@@ -29,7 +29,6 @@ RECORD = "stream.json"
 
 FilmWindows = Callable[[int], Iterator[Mapping[str, np.ndarray]]]
 """Called with an epoch: its windows in order, rows of `tccp.clips.windows.windows`. It is pickled."""
-_CONDITIONS: dict[ConditionKind, str] = {"audio": "mel", "identity": "identity", "lips": "lips"}
 
 
 class FilmOrder:
@@ -109,5 +108,5 @@ class FilmOrder:
             "epoch": np.array([epoch for epoch, _ in share], np.int32),
         }
         for kind in self.kinds:
-            columns[kind] = np.stack([row[_CONDITIONS[kind]] for row in rows])
+            columns[kind] = np.stack([row[CONDITION_FIELDS[kind]] for row in rows])
         return columns
