@@ -162,7 +162,7 @@ def test_mistakes_on_a_jobs_command_line_end_in_one_line(capsys: pytest.CaptureF
     assert "offload=parameters needs zero_stage 3" in say("--offload", "parameters", "--zero-stage", "1", *storage)
     (tmp_path / "runs" / "there").mkdir(parents=True)
     (tmp_path / "runs" / "there" / "run.json").write_text("{}")
-    assert "there holds a run already: give --resume to go on with it" in say("--name", "there", *storage)
+    assert "there holds a run already: give --resume to continue it" in say("--name", "there", *storage)
     assert "give a name without /" in say("--name", "a/b", *storage)
     assert "--register needs MLflow" in say("--register", "m", "--mlflow", "none", *storage)
     with pytest.MonkeyPatch.context() as patch:
@@ -173,7 +173,7 @@ def test_mistakes_on_a_jobs_command_line_end_in_one_line(capsys: pytest.CaptureF
     assert "--keep-best ranks checkpoints by validation" in say("--keep-best", "--validate-every", "0", *storage)
     (tmp_path / "file").write_text("")
     assert "cannot write" in say("--storage", str(tmp_path / "file"))
-    assert "give a file of DeepSpeed settings as JSON" in say("--deepspeed", str(tmp_path / "none.json"), *storage)
+    assert "give a JSON file of DeepSpeed settings" in say("--deepspeed", str(tmp_path / "none.json"), *storage)
 
 
 @pytest.mark.parametrize(

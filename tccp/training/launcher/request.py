@@ -85,7 +85,7 @@ def check_request(request: Request) -> None:
         raise TccpError(f"--name {request.name!r}: give a name without / that does not begin with a dot")
     request.storage.write(WRITE_TEST, b"")
     if request.folder.exists(RUN_RECORD) and not request.resume:
-        raise TccpError(f"{request.folder} holds a run already: give --resume to go on with it, or another --name")
+        raise TccpError(f"{request.folder} holds a run already: give --resume to continue it, or another --name")
 
 
 def check_fit(request: Request, allocation: Allocation) -> None:
