@@ -210,7 +210,7 @@ def _become(request: dict, stdout: int, stderr: int, starting: int) -> NoReturn:
 
 def _run(arguments: list[str], cwd: str) -> int:
     """As the interpreter does it, up to the exit status."""
-    code: object = None
+    code = 0
     try:
         if arguments[0] == "-m":
             sys.argv, sys.path[0] = arguments[1:], cwd
@@ -219,10 +219,9 @@ def _run(arguments: list[str], cwd: str) -> int:
             sys.argv, sys.path[0] = arguments, str(Path(arguments[0]).resolve().parent)
             _run_script(arguments[0])
     except SystemExit as end:
-        code = end.code
-        if code is not None and not isinstance(code, int):
-            print(code, file=sys.stderr)
-            code = 1
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
         traceback.print_exc()
         code = 1
@@ -231,7 +230,7 @@ def _run(arguments: list[str], cwd: str) -> int:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
             stream.flush()
-    return int(code or 0) & 0xFF
+    return code & 0xFF
 
 
 def _run_script(path: str) -> None:
