@@ -309,7 +309,7 @@ def figures(
     forward passes, recomputation by checkpointing does not count.
     longest_s: longer steps were stopped in between and do not count.
     """
-    from tccp.cli.describe import describe
+    from tccp.cli.network_counts import describe
     from tccp.config import load_settings
 
     times, waited = [], 0.0

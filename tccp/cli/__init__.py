@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import tyro
 
 from tccp.cli.footage import inspect, preprocess, synth, weights
-from tccp.cli.generate import demo, doctor, generate
+from tccp.cli.generating import demo, doctor, generate
 from tccp.cli.networks import describe, evaluate, export, train
 from tccp.cli.options import deferred, note
 from tccp.errors import StorageError, TccpError

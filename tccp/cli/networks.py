@@ -122,7 +122,7 @@ def export(
 
 def describe(preset: Preset = "paper", set: Overrides = (), json: Json = False) -> None:
     """Count the parameters of a preset's networks and their floating-point operations per window."""
-    from tccp.cli.describe import describe as count
+    from tccp.cli.network_counts import describe as count
 
     rows = count(settings_of(preset, set))
     header = f"{'variant':20} {'params':>12} {'control':>12} {'GFLOP/window':>13}"

@@ -317,7 +317,7 @@ def test_places_that_cannot_be_written(
 def test_a_file_system_that_takes_no_files(
     film: Path, arguments: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with refused(capsys, tmp_path, "/proc/out.mp4", "choose a folder"):
+    with refused(capsys, tmp_path, "/proc/out.mp4", "give a folder"):
         main(arguments(out="/proc/out.mp4"))
     with refused(capsys, tmp_path, "/proc/clips"):
         main(["preprocess", str(film), "/proc/clips", "--backend", "truth"])

@@ -12,8 +12,8 @@ from PIL import Image
 from safetensors import safe_open
 from tiny import tccp as command
 
-from tccp.cli import demo
-from tccp.cli.demo import run_demo
+from tccp.cli import demo_run as demo
+from tccp.cli.demo_run import run_demo
 from tccp.inference.pipeline_folder import TOY_WEIGHTS, read_manifest, read_settings, verified, weights_folder
 from tccp.media import probe, read_metadata
 from tccp.models.variants import TWO_STAGE

@@ -122,7 +122,7 @@ def demo(
         train: with weights trained first, small, in a quarter of an hour, instead of the packaged ones.
         fresh: with --train, train again although the storage holds the demo's weights.
     """
-    from tccp.cli.demo import run_demo
+    from tccp.cli.demo_run import run_demo
 
     record = run_demo(out, storage_root(storage), train=train, fresh=fresh, device=device_of(device))
     emit(json, record, f"look at {out / 'demo.mp4'} and {out / 'demo.png'}")
@@ -130,7 +130,7 @@ def demo(
 
 def doctor(storage: Storage = None, json: Json = False) -> None:
     """Say what this installation can do: versions, devices, weights, storage."""
-    from tccp.cli.doctor import examine
+    from tccp.cli.doctor_checks import examine
 
     checks = examine(storage_root(storage))
     lines = [f"{'ok ' if check['ok'] else '-- '} {check['name']}: {check['found']}" for check in checks]
