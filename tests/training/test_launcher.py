@@ -164,6 +164,34 @@ def is_driver(process: psutil.Process, storage: Path) -> bool:
     return False
 
 
+def test_a_training_survives_its_workers_and_machines(data: tuple[Path, Path], tmp_path: Path) -> None:
+    from ray.cluster_utils import Cluster
+
+    clips, untrained = data
+    log, run = tmp_path / "log", run_folder(tmp_path / "storage", "landmark_first")
+    # In the same storage, where the training on Ray finds what it has encoded.
+    plain = trainings.plain_trace("landmark_first", clips, untrained, tmp_path / "storage")
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": True})
+    try:
+        for _ in range(2):
+            cluster.add_node(num_cpus=2)
+        options = ["--variants", "landmark_first", "--autoencoder", str(untrained)]
+        arguments = command("stage1", f"file://{clips}", f"file://{tmp_path}/storage", *options)
+        process = trainings.start(arguments, log, RAY_ADDRESS=cluster.address)
+        assert trainings.wait_for(run, 4, process), log.read_text()
+        trainings.kill_rank(os.getpid(), random.Random(0))
+        assert trainings.wait_for(run, 12, process), log.read_text()
+        trainings.kill_raylet(cluster)
+        assert trainings.ended(process) == 0, log.read_text()
+    finally:
+        below = trainings.ray_below(os.getpid())
+        cluster.shutdown()
+        trainings.end(below)
+    assert_same_trace(trace(run), plain)
+    assert len(list(run.glob("step-*"))) == 2  # checkpoints that attempts left unfinished are removed
+
+
+@pytest.mark.soak
 def test_a_training_on_s3_survives_outages_and_the_loss_of_a_worker_and_of_a_machine(
     data: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
