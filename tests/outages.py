@@ -50,7 +50,7 @@ class Training:
         options = ["--variants", COMPONENT, "--autoencoder", str(untrained)]
         place = f"s3://{BUCKET}/{name}"
         self._command = command("stage2", f"s3://{BUCKET}/clips", place, *options)
-        self._command[2:2] = OVERRIDES
+        self._command[3:3] = OVERRIDES
         self.environment = {**server.environment, **SMALL_CACHE, "TCCP_CACHE": str(here / "cache")}
 
     def copy_encoded(self, storage: Path) -> None:

@@ -106,7 +106,7 @@ def test_precision_is_that_which_is_asked_for(film: Path, weights: Path) -> None
     ("source", "options", "message"),
     [
         ("nowhere", {}, "no pipeline at nowhere"),
-        ("toy", {"dtype": "float8"}, "dtype float8: give float32, bfloat16, float16"),
+        ("toy", {"dtype": "float8"}, "dtype float8: give one of float32, bfloat16, float16"),
         ("toy", {"device": "abacus"}, "device abacus: give cpu, cuda"),
         ("toy", {"preset": "paper"}, "not 'paper'"),
         ("memory://tccp-tests/nowhere", {}, "no pipeline at memory://tccp-tests/nowhere"),

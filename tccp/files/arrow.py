@@ -17,8 +17,11 @@ from tccp.files.retry import retried
 _Result = TypeVar("_Result")
 
 
-def arrow_filesystem(folder: Folder) -> FileSystem:
-    return PyFileSystem(RetriedHandler(folder))
+def arrow_filesystem(folder: Folder) -> tuple[FileSystem | None, str]:
+    """The Arrow filesystem of a folder (None for this machine's), which repeats what fails, and the path in it."""
+    if folder.local is not None:
+        return None, str(folder.local.absolute())
+    return PyFileSystem(RetriedHandler(folder)), folder.root
 
 
 class RetriedHandler(FSSpecHandler):

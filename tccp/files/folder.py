@@ -38,7 +38,7 @@ class Folder:
             self.local = Path(path)
             return
         self._fs, root = open_filesystem(self.place)
-        self._root = root.rstrip("/")
+        self.root = root.rstrip("/")
 
     def __str__(self) -> str:
         return self.place
@@ -204,17 +204,9 @@ class Folder:
             with suppress(FileNotFoundError):
                 self._tried("remove", name, lambda: self._fs.rm(self._key(name), recursive=True))
 
-    def arrow(self) -> tuple[Any, str]:
-        """Its Arrow filesystem (None for this machine's), which repeats what fails, and its path there."""
-        if self.local is not None:
-            return None, str(self.local.absolute())
-        from tccp.files.arrow import arrow_filesystem
-
-        return arrow_filesystem(self), self._root
-
     def _key(self, name: str) -> str:
         """The path of a file in the filesystem."""
-        return f"{self._root}/{name}".rstrip("/")
+        return f"{self.root}/{name}".rstrip("/")
 
     def _what(self, verb: str, name: str) -> str:
         return f"{verb} {redacted(self.path(name)) if name else redacted(self.place)}"

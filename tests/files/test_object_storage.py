@@ -25,6 +25,7 @@ from tccp.clips.clip_table import ClipTable
 from tccp.config import load_settings
 from tccp.errors import DamagedData, StorageError, TccpError
 from tccp.files import AccessError, Folder, remote_copy, storage_retries
+from tccp.files.arrow import arrow_filesystem
 from tccp.files.retry import RETRY_S
 from tccp.inference.conditioning import training_conditions
 from tccp.media import MediaError
@@ -191,7 +192,7 @@ def test_a_bucket_that_does_not_exist_is_the_users_and_is_not_made(server: Objec
     with pytest.raises(TccpError, match=r"^cannot write s3://tccp-misspelled/x/a: .*the bucket must exist$"):
         nowhere.write("a", b"")
     assert not nowhere.exists("a") and nowhere.names() == set()
-    filesystem, path = nowhere.arrow()
+    filesystem, path = arrow_filesystem(nowhere)
     filesystem.create_dir(path)
     assert not [one for one in server.proxy.requests if one.startswith("PUT /tccp-misspelled ")]
     assert storage_retries() == before
@@ -219,7 +220,7 @@ def test_checkpoints_copied_through_arrow_survive_an_outage(server: ObjectStorag
     (source / "deep").mkdir(parents=True)
     (source / "deep" / "weights").write_bytes(os.urandom(3_000_000))
     (source / "progress.json").write_text("{}")
-    filesystem, root = Folder(place).arrow()
+    filesystem, root = arrow_filesystem(Folder(place))
     with outage(server, "^PUT .*weights"):
         pyarrow.fs.copy_files(str(source), f"{root}/step", destination_filesystem=filesystem)
     with outage(server, "^GET .*weights"):
@@ -242,7 +243,7 @@ def test_checkpoints_copied_through_arrow_survive_an_outage(server: ObjectStorag
 
 
 def test_a_stream_whose_writer_fails_leaves_no_file(place: str) -> None:
-    filesystem, root = Folder(place).arrow()
+    filesystem, root = arrow_filesystem(Folder(place))
     stream = filesystem.open_output_stream(f"{root}/half")
     stream.write(b"half")
     del stream

@@ -282,9 +282,9 @@ def test_local_folders_tell_the_users_mistakes_from_a_disk_that_fails(
         (MediaError("a.mp4", "corrupt", "is cut short"), 2, "tccp: error: a.mp4: is cut short"),
         (StorageError("cannot read\ns3://a"), 3, "tccp: error: cannot read s3://a"),
         (
-            OSError(errno.EIO, "Input/output error", "/mnt/a"),
+            OSError(errno.EIO, "Input/output error", "/films/a"),
             3,
-            "tccp: error: /mnt/a: Input/output error; check the disk",
+            "tccp: error: /films/a: Input/output error; check the disk",
         ),
         (
             PermissionError(errno.EACCES, "Permission denied", "/a"),

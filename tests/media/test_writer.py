@@ -181,7 +181,7 @@ def test_a_full_disk_leaves_one_line_and_no_file(tmp_path: Path):
     script = """
 import resource, signal, sys
 import numpy as np
-from tccp.config import TccpError
+from tccp.errors import TccpError
 from tccp.media import VideoWriter
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))

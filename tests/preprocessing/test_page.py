@@ -326,7 +326,7 @@ def test_the_page_appears_whole_or_not_at_all(run: RunReport, tmp_path: Path) ->
 
 
 def test_every_code_is_explained_in_plain_words() -> None:
-    listed = re.sub(r"\s+", " ", str(MediaError.__doc__)).split("From here:")[1]
+    listed = re.sub(r"\s+", " ", str(MediaError.__doc__)).split("tccp.media uses")[1].replace(" and ", " ")
     ascending_rank = [
         *("before_video", "after_audio", "no_face", "not_speaking", "several_speak", "other_person", "too_turned"),
         *("too_small", "jittery", "occluded", "too_dark", "too_bright", "too_blurred", "too_short", "no_identity"),

@@ -22,6 +22,7 @@ from tccp.cluster import CLUSTER_MAX, max_resources, num_nodes, ray_cluster
 from tccp.config import DeepSpeedSettings, load_settings, override, storage_root
 from tccp.errors import TccpError
 from tccp.files import Folder, check_shared
+from tccp.files.arrow import arrow_filesystem
 from tccp.inference.pipeline_folder import export, write_untrained
 from tccp.training.launcher.checkpoint_record import COPY, RAYS_RECORD, copy_record, remove_unfinished
 from tccp.training.launcher.rank import validation_due
@@ -241,7 +242,7 @@ def test_folders_at_urls_read_and_write_like_local_ones(tmp_path: Path, monkeypa
             assert path.read_text() == "2"
         with pytest.raises(FileNotFoundError), folder.local_file("b/three") as path:
             path.read_text()
-        filesystem, path = folder.arrow()
+        filesystem, path = arrow_filesystem(folder)
         assert (filesystem is None) == (folder.local is not None)
         assert str(path).endswith("copy")
         folder.remove("b")

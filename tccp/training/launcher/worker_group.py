@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from tccp.errors import StorageError, TccpError
 from tccp.files import Folder, is_storage_failure
+from tccp.files.arrow import arrow_filesystem
 from tccp.training.launcher.checkpoint_record import remove_unfinished
 from tccp.training.launcher.entry import train_rank
 from tccp.training.launcher.job import ComponentJob
@@ -145,7 +146,7 @@ def _trainer(job: ComponentJob, validate: Validate | None) -> Any:
     given = job.allocation
     os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(given.timeout_s)
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_TIMEOUT_S))
-    filesystem, path = Folder(job.run.place.rsplit("/", 1)[0]).arrow()
+    filesystem, path = arrow_filesystem(Folder(job.run.place.rsplit("/", 1)[0]))
     best = {"checkpoint_score_attribute": "score", "checkpoint_score_order": "max"}
     return TorchTrainer(
         train_rank,
