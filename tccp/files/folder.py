@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 from tccp.errors import TccpError
 from tccp.files.atomic import atomic_path, write_atomic
@@ -93,7 +93,7 @@ class Folder:
         below = [row for row in rows if row["name"].strip("/") != key.strip("/")]  # a file lists itself
         return {row["name"].rstrip("/").rsplit("/", 1)[-1]: row["type"] == "file" for row in below}
 
-    def open(self, name: str) -> BinaryIO:
+    def open(self, name: str) -> io.BufferedReader:
         """For reading, with random access. Raises FileNotFoundError."""
         if self.local is not None:
             path = self.local / name
