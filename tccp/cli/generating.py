@@ -56,7 +56,7 @@ def generate(
         truth: take the head box from the truth file beside a film of `tccp synth`.
         detector: mediapipe, fan (slow without a GPU), or lbp (frontal faces, needs no download).
         detector_weights: face_landmarker.task, or its folder.
-        person: x y of the person to replace, when there are several; default: the one who is there most.
+        person: x y of the person to replace if there are several; default: the person who is visible in most frames.
         identity_box: x0,y0,x1,y1 of the head in the identity picture, or `whole` when it shows the head alone.
         extend: what to do when the scene is shorter than the sound.
         steps: sampling steps (default: as the weights say).
@@ -119,7 +119,7 @@ def demo(
 
     Args:
         out: folder for demo.mp4, demo.png, demo.webp and demo.json.
-        train: with weights trained first, small, in a quarter of an hour, instead of the packaged ones.
+        train: first train small weights, in about twelve minutes on two cores, and use them instead of the packaged ones.
         fresh: with --train, train again although the storage holds the demo's weights.
     """
     from tccp.cli.demo_run import run_demo

@@ -147,7 +147,7 @@ def _object(url: str) -> tuple[Any, str, str, int | None]:
     try:
         fs, path = open_filesystem(url)
         info = retried(f"read {redacted(url)}", lambda: fs.info(path))
-    except Exception as error:
+    except Exception as error:  # of the file, not of the cache folder; remote_copy raises it again
         raise _NotFetched(error) from None
     if info["type"] == "directory":
         raise _NotFetched(IsADirectoryError(errno.EISDIR, "is a folder, not a file", redacted(url)))
@@ -172,7 +172,7 @@ def _download(fs: Any, path: str, url: str, part: Path, size: int | None) -> Non
 
     try:
         retried(f"read {redacted(url)}", download)
-    except Exception as error:
+    except Exception as error:  # as above
         raise _NotFetched(error) from None
 
 
