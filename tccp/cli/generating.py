@@ -119,7 +119,7 @@ def demo(
 
     Args:
         out: folder for demo.mp4, demo.png, demo.webp and demo.json.
-        train: first train small weights, in about twelve minutes on two cores, and use them instead of the packaged ones.
+        train: first train small weights, in about twelve minutes on two cores, and use them.
         fresh: with --train, train again although the storage holds the demo's weights.
     """
     from tccp.cli.demo_run import run_demo
