@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import http.server
 import json
+import os
 import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -157,22 +159,36 @@ def test_a_pipeline_at_a_url_is_copied_once_and_checked(weights: Path, cache: Pa
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
+@dataclass
+class Hub:
+    """asked: the paths of all GET requests. failures: the number of next requests that are answered with status 503."""
+
+    asked: list[str] = field(default_factory=list)
+    failures: int = 0
+
+
 @pytest.fixture
-def hub(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """A local endpoint that serves one model repository as the Hugging Face Hub does; gives the paths asked for."""
-    asked: list[str] = []
+def hub(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A local endpoint that serves one model repository as the Hugging Face Hub does."""
+    hub = Hub()
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
             self._answer(False)
 
         def do_GET(self) -> None:
-            asked.append(self.path)
+            hub.asked.append(self.path)
             self._answer(True)
 
         def _answer(self, with_body: bool) -> None:
             prefix = "/someone/pipeline/resolve/main/"
             path = weights / self.path.removeprefix(prefix)
+            if hub.failures:
+                hub.failures -= 1
+                self.send_response(503)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
             if not self.path.startswith(prefix) or not path.is_file():
                 self.send_response(404)
                 self.send_header("X-Error-Code", "EntryNotFound" if self.path.startswith(prefix) else "RepoNotFound")
@@ -198,27 +214,66 @@ def hub(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
     try:
-        yield asked
+        yield hub
     finally:
         server.shutdown()
         server.server_close()
         thread.join()
 
 
-def test_a_hub_that_cannot_be_reached_is_a_storage_failure(hub: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_cannot_be_reached_is_asked_again_and_is_a_storage_failure(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{trainings.free_port()}")
-    with pytest.raises(tccp.StorageError, match="the Hub cannot be reached"):
+    monkeypatch.setenv("TCCP_STORAGE_RETRY_S", "0.1")
+    with pytest.raises(
+        tccp.StorageError, match=r"cannot fetch manifest\.json .*: the Hub cannot be reached \(2 attempts"
+    ):
+        tccp.Pipeline.from_pretrained("someone/pipeline")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(tccp.TccpError, match="HF_HUB_OFFLINE forbids to fetch it"):
         tccp.Pipeline.from_pretrained("someone/pipeline")
 
 
-def test_a_pipeline_on_the_hub_is_fetched_by_its_id(hub: list[str], film: Path, weights: Path) -> None:
+def test_a_hub_that_fails_once_is_asked_again(hub: Hub) -> None:
+    hub.failures = 1
+    assert set(tccp.Pipeline.from_pretrained("someone/pipeline", variants=("face_first",)).networks) == {"face_first"}
+    assert hub.failures == 0
+
+
+def test_copies_of_pipelines_are_within_the_bound_of_the_cache(
+    weights: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those in use stay in any case."""
+    held: dict[Path, int] = {}
+    monkeypatch.setattr("tccp.files.cache._held_folders", held)
+    in_cache = []
+    for number in range(3):
+        url = f"memory://tccp-tests/pipeline{number}"
+        Folder(url).upload(weights, "")
+        tccp.Pipeline.from_pretrained(url, variants=("face_first",))
+        in_cache.append({path.name for path in cache.iterdir()})
+        if number == 0:  # from now on there is room for one and a half
+            size = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
+            monkeypatch.setenv("TCCP_CACHE_GB", str(1.5 * size / 1e9))
+        if number == 1:  # as when a process ends
+            os.close(held.pop(cache / next(iter(in_cache[0]))))
+    first, second = in_cache[0], in_cache[1] - in_cache[0]
+    assert in_cache[1] == first | second, "both are in use"
+    assert second < in_cache[2] and len(in_cache[2]) == 2 and not first & in_cache[2]
+    os.close(held.pop(cache / next(iter(second))))
+    tccp.Pipeline.from_pretrained("memory://tccp-tests/pipeline0", variants=("face_first",))
+    assert not second & {path.name for path in cache.iterdir()}
+
+
+def test_a_pipeline_on_the_hub_is_fetched_by_its_id(hub: Hub, film: Path, weights: Path) -> None:
     pipeline = tccp.Pipeline.from_pretrained("someone/pipeline")
     named = {
         f"{name}/{file}"
         for name in ("autoencoder", "lips", *TWO_STAGE)
         for file in read_manifest(weights)["components"][name]["files"]
     }
-    assert {path.removeprefix("/someone/pipeline/resolve/main/") for path in hub} == {*named, MANIFEST}
+    assert {path.removeprefix("/someone/pipeline/resolve/main/") for path in hub.asked} == {*named, MANIFEST}
     here = tccp.Pipeline.from_pretrained(weights)
     request = {**options_of(film), "steps": 1}
     for ours, theirs in zip(here.generate(**request), pipeline.generate(**request), strict=True):

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from tccp import weights
-from tccp.errors import TccpError
+from tccp.errors import StorageError, TccpError
 from tccp.weights import WEIGHTS, Weight
 
 CONTENT = np.random.default_rng(0).bytes(900_000)
@@ -34,6 +34,7 @@ class Server(http.server.ThreadingHTTPServer):
     breaks_after: int | None = None  # bytes of a response, after which the connection is closed
     length = True  # says how long the file is
     content = CONTENT
+    failures = 0  # of the next requests, with status 503
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -50,6 +51,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         asked = self.headers.get("Range")
         self.server.asked.append((self.path, asked))
+        if self.server.failures:
+            self.server.failures -= 1
+            return self.send_error(503)
         if "missing" in self.path:
             return self.send_error(404)
         content, start = self.server.content, 0
@@ -85,10 +89,11 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture(autouse=True)
 def _plain_environment(monkeypatch: pytest.MonkeyPatch, storage: Path) -> None:
-    """No weights of this machine, and no proxy between the test and its own server."""
+    """No weights of this machine, no proxy between the test and its own server, and one attempt at a download."""
     monkeypatch.delenv("TCCP_WEIGHTS", raising=False)
     monkeypatch.delenv("TCCP_WEIGHTS_URL", raising=False)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setenv("TCCP_STORAGE_RETRY_S", "0")
 
 
 def part_of(storage: Path) -> Path:
@@ -245,7 +250,9 @@ def test_from_a_file(tmp_path: Path) -> None:
 def test_an_interrupted_transfer_is_not_present_and_goes_on(server: Server, storage: Path) -> None:
     server.breaks_after = 300_000
     for tried in (300_000, 600_000):
-        with pytest.raises(TccpError, match=f"broke off after {tried} of 900000 bytes: run the command again"):
+        with pytest.raises(
+            StorageError, match=rf"broke off after {tried} of 900000 bytes .*give the same command again"
+        ):
             weights.fetch(SMALL, f"{server.url}/x.bin")
         assert weights.available(SMALL) is None
         assert part_of(storage).stat().st_size == tried
@@ -255,9 +262,17 @@ def test_an_interrupted_transfer_is_not_present_and_goes_on(server: Server, stor
     assert not part_of(storage).exists()
 
 
+def test_a_broken_transfer_goes_on_by_itself(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as more arrives in each attempt, although there are more attempts than the time limit alone allows."""
+    monkeypatch.setenv("TCCP_STORAGE_RETRY_S", "0.01")
+    server.breaks_after, server.failures = 200_000, 1
+    assert weights.fetch(SMALL, f"{server.url}/x.bin").path.read_bytes() == CONTENT
+    assert [asked for _, asked in server.asked] == [None, None, *(f"bytes={n}00000-" for n in (2, 4, 6, 8))]
+
+
 def test_a_server_without_ranges_starts_anew(server: Server) -> None:
     server.breaks_after, server.ranges = 300_000, False
-    with pytest.raises(TccpError, match="broke off"):
+    with pytest.raises(StorageError, match="broke off"):
         weights.fetch(SMALL, f"{server.url}/x.bin")
     server.breaks_after = None
     assert weights.fetch(SMALL, f"{server.url}/x.bin").path.read_bytes() == CONTENT
@@ -265,7 +280,7 @@ def test_a_server_without_ranges_starts_anew(server: Server) -> None:
 
 def test_a_transfer_cut_off_in_silence_is_noticed_by_its_size(server: Server) -> None:
     server.breaks_after, server.length = 300_000, False
-    with pytest.raises(TccpError, match="broke off after 300000 of 900000"):
+    with pytest.raises(StorageError, match="broke off after 300000 of 900000"):
         weights.fetch(SMALL, f"{server.url}/x.bin")
     assert weights.available(SMALL) is None
 
@@ -303,7 +318,7 @@ def test_a_wrong_hash_leaves_nothing(server: Server, storage: Path) -> None:
 @pytest.mark.parametrize("content", [b"<html>log in</html>", CONTENT * 2])
 def test_a_page_in_place_of_the_file_is_refused(server: Server, storage: Path, length: bool, content: bytes) -> None:
     server.content, server.length = content, length
-    with pytest.raises(TccpError, match=r"offers|sends more|broke off"):
+    with pytest.raises((TccpError, StorageError), match=r"offers|sends more|broke off"):
         weights.fetch(SMALL, f"{server.url}/x.bin")
     assert weights.available(SMALL) is None
     server.content = CONTENT
@@ -316,7 +331,7 @@ def test_a_page_in_place_of_the_file_is_refused(server: Server, storage: Path, l
 def test_a_file_without_a_known_hash_is_taken_and_called_unverified(server: Server, storage: Path) -> None:
     unknown = replace(SMALL, sha256=None, size_bytes=None)
     server.breaks_after = 300_000
-    with pytest.raises(TccpError, match="broke off after 300000 of 900000"):
+    with pytest.raises(StorageError, match="broke off after 300000 of 900000"):
         weights.fetch(unknown, f"{server.url}/x.bin")
     assert not part_of(storage).exists()  # nothing could vouch for what two servers sent
     server.breaks_after = None
@@ -331,14 +346,14 @@ def test_a_file_without_a_known_hash_is_taken_and_called_unverified(server: Serv
     ("url", "says"),
     [
         ("{}/missing.bin", "404 Not Found; try another source with --url, or TCCP_WEIGHTS_URL"),
-        ("http://127.0.0.1:9/x.bin", "Connection refused; is there a network?"),
+        ("http://127.0.0.1:9/x.bin", "Connection refused (1 attempt); check network and storage"),
         ("http://127.0.0.1:port/x.bin", "port"),
         ("weights/x.bin", "begins with http://, https:// or file://"),
         ("ftp://127.0.0.1/x.bin", "begins with http://, https:// or file://"),
     ],
 )
 def test_addresses_that_give_nothing(server: Server, storage: Path, url: str, says: str) -> None:
-    with pytest.raises(TccpError) as caught:
+    with pytest.raises((TccpError, StorageError)) as caught:
         weights.fetch(SMALL, url.format(server.url))
     assert says in str(caught.value) and "\n" not in str(caught.value)
     assert list((storage / "weights").iterdir()) == []

@@ -1,12 +1,20 @@
 """Files and folders on this machine or at a URL of any fsspec filesystem, with one retry policy and one cache."""
 
 from tccp.files.atomic import atomic_path
-from tccp.files.cache import cache_folder, remote_copy
+from tccp.files.cache import cache_folder, kept_folder, make_room, remote_copy
 from tccp.files.folder import Folder, check_shared
-from tccp.files.retry import AccessError, is_storage_failure, retried, storage_retries, translated_errors
+from tccp.files.retry import (
+    HTTP_TRANSIENT,
+    AccessError,
+    is_storage_failure,
+    retried,
+    storage_retries,
+    translated_errors,
+)
 from tccp.files.urls import bare, is_http, is_url, local_path, open_filesystem, redacted
 
 __all__ = [
+    "HTTP_TRANSIENT",
     "AccessError",
     "Folder",
     "atomic_path",
@@ -16,7 +24,9 @@ __all__ = [
     "is_http",
     "is_storage_failure",
     "is_url",
+    "kept_folder",
     "local_path",
+    "make_room",
     "open_filesystem",
     "redacted",
     "remote_copy",

@@ -11,6 +11,7 @@ import hashlib
 import os
 import posixpath
 import re
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -31,9 +32,10 @@ _VERSION_KEYS = (
     *("ETag", "etag", "Content-MD5", "md5Hash", "md5", "generation", "VersionId", "version_id"),
     *("mtime", "LastModified", "Last-Modified", "last_modified", "updated", "created"),
 )
-_OURS = re.compile(r"tccp-[0-9a-f]{32}(\.\w{1,12})?")  # files that the cache may remove
+_OURS = re.compile(r"tccp-[0-9a-f]{32}(\.\w{1,12})?")  # files and folders that the cache may remove
 _FILES_PER_CLEANING = 100
 _until_cleaning: dict[Path, int] = {}
+_held_folders: dict[Path, int] = {}
 
 
 def cache_folder() -> Path:
@@ -54,13 +56,10 @@ def remote_copy(
     Raises FileNotFoundError, IsADirectoryError, AccessError or StorageError if the file cannot be fetched, and
     TccpError if the cache cannot be written.
     """
-    own = folder is None and not os.environ.get(PLACE)
     place = cache_folder() if folder is None else folder.absolute()
     limit = _max_bytes() if max_bytes is None else max_bytes
     try:
-        place.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if own and place.stat().st_uid != os.getuid():
-            raise PermissionError(errno.EACCES, "it belongs to another user")
+        _make(place, own=folder is None and not os.environ.get(PLACE))
         copy, held = _fetched(url, place, limit, immutable)
     except _NotFetched as failure:
         raise failure.error from None
@@ -73,6 +72,42 @@ def remote_copy(
         os.close(held)
         with suppress(OSError):  # the caller has used the copy by now
             _clean(place, limit, at_once=too_large)
+
+
+def kept_folder(name: str) -> Path:
+    """The cache's folder of this name, in which the caller keeps files. Nothing removes it while this process lives.
+
+    It counts towards TCCP_CACHE_GB; once no process uses it, it is removed like any other copy. `make_room` removes
+    others that it has displaced. Raises TccpError if the cache cannot be written.
+    """
+    place = cache_folder()
+    folder = place / f"tccp-{hashlib.blake2b(name.encode(), digest_size=16).hexdigest()}"
+    if folder in _held_folders and folder.is_dir():
+        return folder
+    try:
+        _make(place, own=not os.environ.get(PLACE))
+        held = None
+        while held is None:  # until no other process has just removed it
+            folder.mkdir(exist_ok=True)
+            held = _locked(folder, fcntl.LOCK_SH, folder=True)
+        os.utime(folder)
+    except OSError as error:
+        raise _unusable(place, error) from None
+    _held_folders[folder] = held
+    return folder
+
+
+def make_room() -> None:
+    """Removes copies that no process uses until the rest is within TCCP_CACHE_GB, the longest unused first."""
+    with suppress(OSError):
+        _clean(cache_folder(), _max_bytes(), at_once=True)
+
+
+def _make(place: Path, own: bool) -> None:
+    """Makes the cache's folder. own: it is the default one, in a folder where other users may write."""
+    place.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if own and place.stat().st_uid != os.getuid():
+        raise PermissionError(errno.EACCES, "it belongs to another user")
 
 
 def version_key(url: str) -> tuple[str, int | None]:
@@ -181,10 +216,10 @@ def _unusable(folder: Path, error: OSError) -> TccpError:
     return TccpError(f"cache {folder}: {text}; make room there, or set {PLACE} to another folder")
 
 
-def _locked(path: Path, how: int, flags: int = 0) -> int | None:
+def _locked(path: Path, how: int, flags: int = 0, folder: bool = False) -> int | None:
     """A descriptor with the lock. None without such a file, or if another process has it and `how` is not to wait."""
     try:
-        descriptor = os.open(path, os.O_RDWR | flags, 0o600)
+        descriptor = os.open(path, (os.O_RDONLY | os.O_DIRECTORY if folder else os.O_RDWR) | flags, 0o600)
     except FileNotFoundError:
         return None
     with suppress(BlockingIOError, FileNotFoundError):
@@ -211,15 +246,29 @@ def _clean(folder: Path, max_bytes: int, needed: int = 0, at_once: bool = False)
             if _OURS.fullmatch(entry.name):
                 with suppress(FileNotFoundError):
                     status = entry.stat(follow_symlinks=False)
-                    copies.append((status.st_mtime_ns, entry.name, status.st_size))
+                    is_folder = entry.is_dir(follow_symlinks=False)
+                    size = _bytes_in(Path(entry)) if is_folder else status.st_size
+                    copies.append((status.st_mtime_ns, entry.name, size, is_folder))
     _until_cleaning[folder] = len(copies) // _FILES_PER_CLEANING
-    total = sum(size for size in (needed, *(size for _, _, size in copies)) if size <= max_bytes)
-    for _, name, size in sorted(copies):
+    total = sum(size for size in (needed, *(copy[2] for copy in copies)) if size <= max_bytes)
+    for _, name, size, is_folder in sorted(copies):
         stays = size <= max_bytes and not name.endswith(".part")
         if stays and total <= max_bytes:
             continue
         path = folder / name
-        if (held := _locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB)) is not None:
-            path.unlink(missing_ok=True)
+        if (held := _locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB, folder=is_folder)) is not None:
+            if is_folder:
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
             os.close(held)
             total -= size if size <= max_bytes else 0
+
+
+def _bytes_in(folder: Path) -> int:
+    """Of the files in a folder; another process may remove them meanwhile."""
+    total = 0
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):
+            total += path.lstat().st_size
+    return total

@@ -51,7 +51,8 @@ _WRONG_CREDENTIALS = {
     *("ClientAuthenticationError", "ParamValidationError", "NoRegionError", "InvalidRegionError"),
 }
 _HTTP_MISSING = (404, 410)
-_HTTP_TRANSIENT = (408, 409, 425, 429)
+HTTP_TRANSIENT = (408, 409, 425, 429)
+"""Statuses below 500 after which another attempt may succeed."""
 _CORRUPTED_ON_THE_WAY = ("BadDigest", "IncompleteBody", "RequestTimeout", "XAmzContentSHA256Mismatch", "SlowDown")
 
 _Result = TypeVar("_Result")
@@ -208,7 +209,7 @@ def _http_status(error: BaseException) -> int | None:
 
 def _is_refused(error: Exception, code: int | None, status: int | None) -> bool:
     if status is not None:
-        return status < 500 and status not in _HTTP_TRANSIENT
+        return status < 500 and status not in HTTP_TRANSIENT
     if isinstance(error, json.JSONDecodeError):  # a gateway's page in place of the answer
         return False
     names = {kind.__name__ for kind in type(error).__mro__}

@@ -5,7 +5,8 @@
     <folder>/lips/                         the lip source's network, if it has one
     <folder>/<variant>/                    config.json + safetensors
 
-No file is a pickle. Loading compares every file with the manifest; if one differs, the error names the file and why.
+No file is a pickle. Loading compares every file of a component with the manifest: a file that differs, is missing or is
+not in it is an error.
 """
 
 from __future__ import annotations
@@ -279,13 +280,19 @@ def _locked(folder: Path) -> Iterator[None]:
 def verified(folder: Path, name: str) -> Path:
     """Checks every file of a component against the manifest, and returns the component's folder.
 
-    Raises TccpError, which names the file and the reason, if a file is missing or differs.
+    Raises TccpError, which names the file and the reason, if a file is missing, differs or is not in the manifest.
     """
     manifest = read_manifest(folder)
     if name not in manifest["components"]:
         have = ", ".join(manifest["components"]) or "nothing"
         raise TccpError(f"{folder} has no {name} (it has {have}): train it with `tccp train {name} --weights {folder}`")
-    for relative, digest in manifest["components"][name]["files"].items():
+    files = manifest["components"][name]["files"]
+    for path in sorted((folder / name).rglob("*")):
+        if not path.is_dir() and str(path.relative_to(folder / name)) not in files:
+            raise TccpError(
+                f"{path} is not in {MANIFEST}: remove it, because a loader might read it in place of a file that is"
+            )
+    for relative, digest in files.items():
         path = folder / name / relative
         if not path.is_file():
             raise TccpError(f"{path} is missing: the pipeline folder is incomplete, copy it again or retrain {name}")

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from tccp.errors import StorageError, TccpError
-from tccp.files import Folder, cache_folder, is_url
+from tccp.errors import TccpError
+from tccp.files import HTTP_TRANSIENT, Folder, is_url, kept_folder, make_room, retried
 from tccp.inference.pipeline_folder import MANIFEST, TOY_WEIGHTS, read_manifest, read_settings
 from tccp.models.variants import VariantName
 
@@ -54,24 +54,27 @@ def pipeline_folder(source: str | Path, components: Iterable[str], revision: str
 
 def _copied(name: str, download: Callable[[str, Path], object], components: Iterable[str]) -> Path:
     """Copies missing and changed files to the cache. Downloads the manifest every time, since it lists the files."""
-    key = hashlib.blake2b(name.encode(), digest_size=12).hexdigest()
-    place = cache_folder() / "pipelines" / key
-    place.mkdir(parents=True, exist_ok=True)
+    place = kept_folder(f"pipeline {name}")
     partial = place / f".{MANIFEST}.part"
     try:
         download(MANIFEST, partial)
     except FileNotFoundError:
         raise TccpError(f"no pipeline at {name} ({MANIFEST} is missing): check the address") from None
     partial.replace(place / MANIFEST)
-    manifest = read_manifest(place)
-    for file, digest in _files(name, manifest, components):
+    files = dict(_files(name, read_manifest(place), components))
+    for component in {PurePosixPath(file).parts[0] for file in files}:
+        for path in (place / component).rglob("*"):  # of another version of the pipeline
+            if path.is_file() and path.relative_to(place).as_posix() not in files:
+                path.unlink(missing_ok=True)
+    for file, digest in files.items():
         target = place / file
         if target.is_file() and _sha256(target) == digest:
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(f".{target.name}.part")
+        part = place / f".{file.replace('/', '-')}.part"
         download(file, part)
         part.replace(target)
+    make_room()
     return place
 
 
@@ -92,26 +95,34 @@ def _sha256(path: Path) -> str:
 
 def _from_hub(repository: str, components: Iterable[str], revision: str | None) -> Path:
     """Downloads to the Hub's own cache. HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE have their usual meaning."""
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
     endpoint = os.environ.get("HF_ENDPOINT") or None
 
-    def download(name: str) -> Path:
+    def ask(name: str) -> Path:
+        """Raises ConnectionError where another attempt may succeed."""
         try:
             return Path(hf_hub_download(repository, name, revision=revision, endpoint=endpoint))
         except EntryNotFoundError as error:
-            if isinstance(error, LocalEntryNotFoundError):
-                raise StorageError(
-                    f"{repository}: {name} is not in the Hub's cache and the Hub cannot be reached: check the network, "
-                    "or give a local folder"
+            if not isinstance(error, LocalEntryNotFoundError):
+                raise TccpError(
+                    f"{repository} has no {name}: it is not a complete TCCP pipeline; check the id"
                 ) from None
-            raise TccpError(f"{repository} has no {name}: it is not a complete TCCP pipeline; check the id") from None
+            if constants.HF_HUB_OFFLINE:
+                raise TccpError(
+                    f"{repository}: {name} is not in the Hub's cache, and HF_HUB_OFFLINE forbids to fetch it: unset "
+                    "it, or give a local folder"
+                ) from None
+            raise ConnectionError("the Hub cannot be reached") from None
         except HfHubHTTPError as error:
-            reason = str(error).splitlines()[0]
-            if error.response.status_code >= 500:
-                raise StorageError(f"{repository} on the Hugging Face Hub: {reason}; try again later") from None
+            reason, status = str(error).splitlines()[0], error.response.status_code
+            if status >= 500 or status in HTTP_TRANSIENT:
+                raise ConnectionError(reason) from None
             raise TccpError(f"{repository} on the Hugging Face Hub: {reason}; check the id, or give a folder") from None
+
+    def download(name: str) -> Path:
+        return retried(f"fetch {name} of {repository} from the Hugging Face Hub", lambda: ask(name))
 
     folder = download(MANIFEST).parent
     manifest = read_manifest(folder)

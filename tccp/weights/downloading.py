@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from tccp import __version__
-from tccp.errors import TccpError
+from tccp.errors import StorageError, TccpError
+from tccp.files import HTTP_TRANSIENT, retried
 from tccp.weights.weight_files import default_folder, weights_key
 from tccp.weights.weight_table import Weight, entry
 
@@ -52,8 +53,9 @@ def fetch(which: str | Weight, url: str | None = None, to: Path | None = None) -
 
     url: address of the file (http, https or file); by default, in the folder of TCCP_WEIGHTS_URL if that is set, else
     the published address. to: target folder; by default `default_folder()`.
-    If the hash is known, the beginning of an interrupted download is kept in a separate file and continued next time.
-    Raises TccpError, and then leaves the target unchanged.
+    A download that the network interrupts is tried again; if the hash is known, from where it broke off, also in the
+    next call.
+    Raises TccpError, or StorageError if the network or the server fails. Either leaves the target unchanged.
     """
     weight = entry(which)
     folder = default_folder() if to is None else to
@@ -69,7 +71,7 @@ def fetch(which: str | Weight, url: str | None = None, to: Path | None = None) -
     target = folder / weight.file
     source = url or _source(weight)
     with _partial(target) as part:
-        _receive(weight, source, part)
+        _download(weight, source, part)
         part.seek(0)
         digest = hashlib.file_digest(part, "sha256").hexdigest()
         if weight.sha256 not in (None, digest):
@@ -111,8 +113,26 @@ def _partial(target: Path) -> Iterator[BufferedRandom]:
         raise TccpError(f"cannot write {target}: {error.strerror}; {advice}") from None
 
 
+def _download(weight: Weight, url: str, part: BufferedRandom) -> None:
+    """Receives the file, and tries again as long as more of it arrives. Raises TccpError, StorageError."""
+    while True:
+        before = part.seek(0, os.SEEK_END)
+        try:
+            return retried(f"fetch {url}", lambda: _receive(weight, url, part))
+        except StorageError as error:
+            if weight.sha256 is None or part.seek(0, os.SEEK_END) <= before:
+                raise StorageError(
+                    f"{error}; or give another source with --url, which may be file://..., or copy the file there by "
+                    "hand",
+                    error.reason,
+                ) from None
+
+
 def _receive(weight: Weight, url: str, part: BufferedRandom) -> None:
-    """Appends the missing bytes of the file to `part`. Raises TccpError if the final size is wrong."""
+    """Appends the missing bytes of the file to `part`.
+
+    Raises TccpError if it is another file, ConnectionError if the server or the network fails.
+    """
     from tccp.progress import progress
 
     start = part.seek(0, os.SEEK_END)
@@ -144,7 +164,7 @@ def _receive(weight: Weight, url: str, part: BufferedRandom) -> None:
     if done < (total or 1):
         if weight.sha256 is None:
             _truncate(part)
-        raise TccpError(f"{url} broke off after {done} of {total or '?'} bytes: run the command again to continue")
+        raise ConnectionError(f"it broke off after {done} of {total or '?'} bytes")
 
 
 def _truncate(part: BufferedRandom) -> int:
@@ -165,14 +185,17 @@ def _opened(url: str, start: int) -> tuple[Any, int]:
         error.close()
         if error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE and start:
             return _opened(url, 0)
+        if error.code >= 500 or error.code in HTTP_TRANSIENT:
+            raise ConnectionError(f"{error.code} {error.reason}") from None
         raise TccpError(
             f"{url}: {error.code} {error.reason}; try another source with --url, or {MIRROR_VARIABLE}"
         ) from None
     except (OSError, http.client.HTTPException, ValueError) as error:
-        reason = str(getattr(error, "reason", error)).splitlines() or [type(error).__name__]
-        raise TccpError(
-            f"{url}: {reason[0]}; is there a network? Without one, copy the file there by hand, or give --url file://..."
-        ) from None
+        reason = getattr(error, "reason", error)
+        if isinstance(reason, FileNotFoundError | ValueError | http.client.InvalidURL):
+            said = str(reason).splitlines() or [type(error).__name__]
+            raise TccpError(f"{url}: {said[0]}; give the address of the file with --url") from None
+        raise ConnectionError(str(reason)) from None
     partial = str(response.headers.get("Content-Range", "")).startswith(f"bytes {start}-")
     return response, start if start and response.status == http.client.PARTIAL_CONTENT and partial else 0
 
@@ -182,7 +205,7 @@ def _blocks(response: Any, url: str) -> Iterator[bytes]:
         try:
             block = response.read(_BLOCK_BYTES)
         except (OSError, http.client.HTTPException) as error:
-            raise TccpError(f"{url} broke off ({error}): run the command again to continue") from None
+            raise ConnectionError(f"it broke off ({error})") from None
         if not block:
             return
         yield block

@@ -70,6 +70,19 @@ def test_the_folder_holds_no_pickles_and_the_manifest_lists_all_files(weights: P
     assert read_settings(weights) == tiny.SETTINGS
 
 
+def test_files_that_the_manifest_does_not_name_are_refused(weights: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "weights"
+    shutil.copytree(weights, folder)
+    (folder / "README.md").write_text("beside the components, as repositories have it")
+    load_components(folder)
+    more = folder / "face_first" / "pytorch_model.bin"
+    more.write_bytes(b"a pickle, perhaps")
+    with pytest.raises(TccpError, match=rf"{re.escape(str(more))} is not in manifest\.json: remove it"):
+        load_components(folder)
+    more.unlink()
+    load_components(folder)
+
+
 def test_other_users_may_read_the_folder(weights: Path) -> None:
     for path in (weights, *weights.rglob("*")):
         assert path.stat().st_mode & 0o044 == 0o044, path
