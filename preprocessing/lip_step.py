@@ -7,6 +7,7 @@ would cost each of their processes seconds.
 
 from __future__ import annotations
 
+import logging
 import platform
 import time
 from collections.abc import Iterable
@@ -19,8 +20,10 @@ import pyarrow as pa
 from tccp.clips.clip_table import ClipTable, clip_from_row
 from tccp.clips.lip_table import LIPS
 from tccp.config import LipSettings
-from tccp.errors import TccpError
+from tccp.errors import DamagedData, TccpError
 from tccp.files import Folder, storage_retries
+
+logger = logging.getLogger("tccp.preprocessing")
 
 RENDERED_SCHEMA = pa.schema([("clip_id", pa.string()), ("seconds", pa.float64()), ("storage_retries", pa.int64())])
 
@@ -79,7 +82,11 @@ class RenderLips:
         rows = []
         for clip_id in batch.column("clip_id").to_pylist():
             started, retries = time.monotonic(), storage_retries()
-            self._lips.render(self._clips[clip_id])
+            try:
+                self._lips.render(self._clips[clip_id])
+            except DamagedData as error:  # training sets such a clip aside, too
+                logger.warning("clip %s gets no lips: %s", clip_id, error)
+                continue
             seconds, retries = time.monotonic() - started, storage_retries() - retries
             rows.append({"clip_id": clip_id, "seconds": seconds, "storage_retries": retries})
         return pa.Table.from_pylist(rows, schema=RENDERED_SCHEMA)

@@ -341,12 +341,19 @@ class ClipTable:
         return clip
 
     def rows(self, clip_ids: Sequence[str]) -> pa.Table:
-        """The rows of these clips as one table, in the given order."""
-        rows = []
-        for clip_id in clip_ids:
-            part, row = self._location[clip_id]
-            rows.append(self._opened(part).read_row_group(row))
-        return pa.concat_tables(rows)
+        """The rows of these clips as one table, in the given order. Raises DamagedData if one cannot be read."""
+        return pa.concat_tables([self._row(*self._location[clip_id]) for clip_id in clip_ids])
+
+    def _row(self, part: str, row: int) -> pa.Table:
+        try:
+            return self._opened(part).read_row_group(row)
+        except (TccpError, pa.ArrowException, OSError) as error:
+            if is_storage_failure(error):
+                raise
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise DamagedData(
+                f"row {row} of {self.folder.path(part)} cannot be read ({reason}): preprocess the footage again"
+            ) from None
 
     def values(self, names: Sequence[str]) -> dict[str, list]:
         """Columns with single values, in the table's order, from its index or, without an index, clip by clip.

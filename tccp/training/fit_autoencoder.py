@@ -25,6 +25,7 @@ from tccp.training.engine import Engine, TorchEngine, with_weights
 from tccp.training.loop import FitResult, fit
 from tccp.training.precision import arithmetic
 from tccp.training.run_folder import Run, TransientRun
+from tccp.training.set_aside import readable
 from tccp.training.window_files import PictureBatch, TablePictures
 
 STATISTICS_CLIPS = 64
@@ -112,11 +113,14 @@ class AutoencoderLoss:
 def _statistics_batches(table: ClipTable, settings: Settings, kind: PictureKind) -> Iterator[Float[Tensor, "n 3 h w"]]:
     rng = np.random.default_rng(rng_seed(settings.seed, "latent statistics"))
     chosen = rng.permutation(len(table))[:STATISTICS_CLIPS]
-    for index in sorted(chosen):
-        clip = table[table.ids[index]]
+
+    def pictures(clip_id: str) -> Float[Tensor, "n 3 h w"]:
+        clip = table[clip_id]
         frames = np.linspace(0, clip.num_frames - 1, STATISTICS_FRAMES).astype(int)
-        pictures = [picture_of(kind, vars(view(clip, settings, 0, settings.seed, int(i), 1)))[0] for i in frames]
-        yield to_model(torch.from_numpy(np.stack(pictures)))
+        found = [picture_of(kind, vars(view(clip, settings, 0, settings.seed, int(i), 1)))[0] for i in frames]
+        return to_model(torch.from_numpy(np.stack(found)))
+
+    yield from readable((table.ids[index] for index in sorted(chosen)), pictures)
 
 
 def fit_latent_statistics(autoencoder: PictureAutoencoder, table: ClipTable, settings: Settings) -> None:

@@ -14,11 +14,12 @@ from torch import Tensor
 from tccp.clips.clip_table import Clip, decode_still
 from tccp.clips.windows import clip_sound
 from tccp.config import LipSettings
-from tccp.errors import TccpError
+from tccp.errors import DamagedData, TccpError
 from tccp.media.mel import mel_windows
 from tccp.models.autoencoder import to_model
 from tccp.models.liplet import Liplet, identity_picture, mouth_picture, mouth_region
 from tccp.seeds import rng_seed
+from tccp.training.set_aside import say_set_aside
 
 MAX_SAMPLES = 16_384
 """Most frames held in memory (0.5 GB at 96 px); of longer footage, every n-th frame is used."""
@@ -53,7 +54,7 @@ def mouths_of(clip: Clip, frames: Sequence[int], size_px: int) -> list[UInt8[np.
 def collect_samples(clips: Iterable[Clip], num_frames: int, size_px: int) -> LipletSamples:
     """Collects at most about MAX_SAMPLES frames to train on, evenly spaced.
 
-    num_frames: total of all clips, given so that the clips can be streamed.
+    num_frames: total of all clips, given so that the clips can be streamed. A damaged clip is set aside.
     Raises TccpError if no frame has a usable mouth.
     """
     stride = max(1, math.ceil(num_frames / MAX_SAMPLES))
@@ -62,12 +63,18 @@ def collect_samples(clips: Iterable[Clip], num_frames: int, size_px: int) -> Lip
     identities: list[np.ndarray] = []
     ranges: list[tuple[int, int]] = []
     for clip in clips:
-        first = len(identities)
-        identities += [identity_picture(decode_still(picture), size_px) for picture in clip.identity]
         frames = range(0, clip.num_frames, stride)
+        try:
+            mouths_here = mouths_of(clip, frames, size_px)
+            identities_here = [identity_picture(decode_still(picture), size_px) for picture in clip.identity]
+        except DamagedData as error:
+            say_set_aside(f"clip {clip.clip_id}", error)
+            continue
+        first = len(identities)
+        identities += identities_here
         samples, start_frame = clip_sound(clip)
         windows = mel_windows(samples, start_frame, clip.num_frames)
-        for frame, mouth in zip(frames, mouths_of(clip, frames, size_px), strict=True):
+        for frame, mouth in zip(frames, mouths_here, strict=True):
             if mouth is not None:
                 mel.append(windows[frame])
                 mouths.append(mouth)

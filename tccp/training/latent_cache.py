@@ -20,9 +20,10 @@ from torch import Tensor
 
 from tccp.clips.clip_table import Clip, ClipTable
 from tccp.clips.lip_table import LIPS
-from tccp.clips.order import PlannedWindow
+from tccp.clips.order import PlannedWindow, WindowId, window_ids
 from tccp.clips.windows import view
 from tccp.config import Settings
+from tccp.errors import DamagedData
 from tccp.files import Folder
 from tccp.inference.conditioning import CONDITION_FIELDS, control_kinds, picture_of, training_conditions, zero_if_hidden
 from tccp.inference.encoding import Encoder
@@ -32,7 +33,8 @@ from tccp.models.lip_sources import weights_hash
 from tccp.models.variants import ONE_PER_WINDOW, VARIANTS, ConditionKind, ControlKind, PictureKind, Variant
 from tccp.progress import progress
 from tccp.training.lip_folds import LipSources, LipTable
-from tccp.training.window_files import FileKind, LatentFiles, files_needed, latent_name
+from tccp.training.set_aside import say_set_aside
+from tccp.training.window_files import SET_ASIDE, FileKind, LatentFiles, files_needed, latent_name
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,8 @@ class LatentCache:
         self.lips = LipTable(root.path(LIPS), lips, also=[beside]) if lips else None
         self.kinds = files_needed(names, settings)
         key = f"{weights_hash(autoencoder)} {settings.headbox.model_dump_json()} {settings.picture_px} {settings.seed}"
+        self.windows_set_aside = 0
+        self._ids: dict[int, list[WindowId]] = {}
         self.folder = Folder(root.path(f"latents/{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}"))
 
     @property
@@ -171,27 +175,41 @@ class LatentCache:
     def batch(
         self, planned: Sequence[PlannedWindow], row: Variant, num_frames: int, kinds: Sequence[ConditionKind] = ()
     ) -> TrainingBatch:
-        return to_batch(self.files.columns(planned, row, num_frames, kinds or training_conditions(row, self.settings)))
+        kinds = kinds or training_conditions(row, self.settings)
+        columns = self.files.columns(planned, row, num_frames, kinds, lambda: self._windows(num_frames))
+        self.windows_set_aside += int(columns[SET_ASIDE].sum())
+        return to_batch(columns)
+
+    def _windows(self, num_frames: int) -> list[WindowId]:
+        if num_frames not in self._ids:
+            self._ids[num_frames] = sorted(window_ids(self.lengths, self.lengths.values(), num_frames, stride=1))
+        return self._ids[num_frames]
 
     def build(self, part: int = 0, parts: int = 1) -> None:
-        """Computes the missing files of clips `part`, `part + parts`, ... Can be repeated after an interruption."""
+        """Computes the missing files of clips `part`, `part + parts`, ... Can be repeated after an interruption.
+
+        A damaged clip is set aside: it gets no files.
+        """
         ids = self.table.ids[part::parts]
         missing = [(c, d) for c in ids for d in range(self.settings.headbox.draws) if self._missing(c, d)]
         with progress() as bar:
             task = bar.add_task("encoding clips to latents", total=len(missing))
             for clip_id, draw in missing:
-                self._encode(clip_id, draw)
+                try:
+                    self._encode(clip_id, draw)
+                except DamagedData as error:
+                    say_set_aside(f"clip {clip_id}", error)
                 bar.advance(task)
             if self.lips:
                 task = bar.add_task("drawing lip references", total=len(ids))
                 self.lips.write(self.table, lambda done, total: bar.update(task, completed=done), ids)
 
     def build_clip(self, clip_id: str, lips_alone: bool = False) -> None:
-        """Computes the missing files of one clip."""
+        """Computes the missing files of one clip. Raises DamagedData."""
         for draw in () if lips_alone else range(self.settings.headbox.draws):
             self._encode(clip_id, draw)
-        if self.lips:
-            self.lips.write(self.table, clip_ids=[clip_id])
+        if self.lips and clip_id not in self.lips:
+            self.lips.render(self.table[clip_id])
 
     def missing_clips(self, lips_alone: bool = False) -> list[str]:
         """Clips with missing files, found with one listing of each folder."""

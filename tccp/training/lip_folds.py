@@ -24,13 +24,14 @@ from tccp.clips.clip_table import Clip, ClipTable, decode_still
 from tccp.clips.lip_table import LIPS, LipFiles
 from tccp.clips.windows import clip_sound
 from tccp.config import LipSettings, Settings
-from tccp.errors import TccpError
+from tccp.errors import DamagedData, TccpError
 from tccp.files import Folder, atomic_path
 from tccp.inference.pipeline_folder import has_component, read_manifest, verified
 from tccp.models.lip_sources import LipletSource, LipSource, load_liplet, open_lip_source
 from tccp.progress import progress
 from tccp.seeds import rng_seed
 from tccp.training.fit_liplet import collect_samples, train_liplet
+from tccp.training.set_aside import readable, say_set_aside
 
 FOLDS = 2
 FOLDS_RECORD = "folds.json"
@@ -94,7 +95,7 @@ def train_liplets(
         shutil.rmtree(place, ignore_errors=True)  # an incomplete upload
         train_ids = [clip_id for clip_id in table.ids if folds[clip_id] != fold]
         samples = collect_samples(
-            (table[clip_id] for clip_id in train_ids),
+            readable(train_ids, table.__getitem__),
             sum(table.num_frames[clip_id] for clip_id in train_ids),
             settings.lips.size_px,
         )
@@ -284,14 +285,17 @@ class LipTable:
     ) -> int:
         """Renders the lips of every clip (or of these) that has none yet; returns their number.
 
-        on_clip: called with (done, total).
+        A damaged clip is set aside: it gets no lips. on_clip: called with (done, total).
         """
         rendered = 0
         chosen = table.ids if clip_ids is None else clip_ids
         for done, clip_id in enumerate(chosen, 1):
             if clip_id not in self:
-                self.render(table[clip_id])
-                rendered += 1
+                try:
+                    self.render(table[clip_id])
+                    rendered += 1
+                except DamagedData as error:
+                    say_set_aside(f"clip {clip_id}", error)
             if on_clip is not None:
                 on_clip(done, len(chosen))
         return rendered

@@ -248,6 +248,7 @@ class Trainer:
             result.seconds,
             git_commit=run.git_commit,
             last_losses=round(sum(last) / len(last), 5) if last else None,
+            **({"windows_set_aside": cache.windows_set_aside} if cache.windows_set_aside else {}),
         )
         assert model is not None  # this process is rank 0
         save_component(self.weights, name, self.settings, model.save_pretrained, provenance)

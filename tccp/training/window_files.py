@@ -5,7 +5,7 @@ This module does not import torch: Ray Data workers import it and start in about
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from tccp.clips.clip_table import ClipTable
 from tccp.clips.lip_table import LipFiles
-from tccp.clips.order import PlannedWindow, TrainingOrder, window_ids
+from tccp.clips.order import PlannedWindow, TrainingOrder, WindowId, window_ids
 from tccp.clips.windows import mirrored, view
 from tccp.config import Settings, TrainingSettings, VariantName
 from tccp.errors import DamagedData
@@ -24,7 +24,10 @@ from tccp.files import Folder, retried
 from tccp.inference.conditioning import CONDITION_FIELDS, control_kinds, picture_of, training_pictures, zero_if_hidden
 from tccp.models.variants import ONE_PER_WINDOW, VARIANTS, ConditionKind, PictureKind, Variant
 from tccp.seeds import rng_seed
+from tccp.training.set_aside import read_or_other, say_set_aside
 
+SET_ASIDE = "set_aside"
+"""Column of bool `n`: windows that are damaged, in whose place the columns hold others."""
 FRAMES_PER_CLIP = 4
 """Frames that a step takes from each clip, so that it decodes fewer clips for the same number of pictures."""
 
@@ -58,8 +61,51 @@ def micro_batch(
     return order.step(step, training.batch_size, rank, num_ranks)[micro * size : (micro + 1) * size]
 
 
+class _Windows:
+    """Reads windows one by one and stacks them."""
+
+    settings: Settings
+
+    def window(
+        self, planned: PlannedWindow, row: Variant, num_frames: int, kinds: Sequence[ConditionKind]
+    ) -> dict[str, np.ndarray]:
+        raise NotImplementedError
+
+    def columns(
+        self,
+        planned: Sequence[PlannedWindow],
+        row: Variant,
+        num_frames: int,
+        kinds: Sequence[ConditionKind],
+        others: Callable[[], Sequence[WindowId]] | None = None,
+    ) -> dict[str, np.ndarray]:
+        """The windows of `window`, stacked.
+
+        others: all windows of the data, sorted. One of them, of the same epoch, takes the place of a damaged window, and the
+        column SET_ASIDE says so; without it, DamagedData is raised.
+        """
+        columns: dict[str, list[Any]] = {} if others is None else {SET_ASIDE: []}
+        for window in planned:
+            epoch, (clip_id, start) = window
+
+            def read(found: WindowId, epoch: int = epoch) -> dict[str, np.ndarray]:
+                return self.window(PlannedWindow(epoch, found), row, num_frames, kinds)
+
+            if others is None:
+                parts = read(window.id)
+            else:
+                seed = rng_seed(self.settings.seed, clip_id, start, epoch)
+                parts, damage = read_or_other(window.id, read, others, seed)
+                columns[SET_ASIDE].append(damage is not None)
+                if damage is not None:
+                    say_set_aside(f"clip {clip_id}", damage)
+            for name, values in parts.items():
+                columns.setdefault(name, []).append(values)
+        return {name: np.stack(values) for name, values in columns.items()}
+
+
 @dataclass(frozen=True)
-class LatentFiles:
+class LatentFiles(_Windows):
     """Reads windows from files of latents and lips. Small to pickle, so it can be sent to the processes that read.
 
     Local files are memory-mapped. A file at a URL is first downloaded to this machine, and kept.
@@ -69,32 +115,34 @@ class LatentFiles:
     folder: Folder
     lips: LipFiles | None
 
-    def columns(
-        self, planned: Sequence[PlannedWindow], row: Variant, num_frames: int, kinds: Sequence[ConditionKind]
+    def window(
+        self, planned: PlannedWindow, row: Variant, num_frames: int, kinds: Sequence[ConditionKind]
     ) -> dict[str, np.ndarray]:
-        """The windows, stacked: latents float16 `n f c h w`, control float16 `n f c2 h w`, and conditions as stored.
+        """A window: latents float16 `f c h w`, control float16 `f c2 h w`, and conditions as stored.
 
         The jittered view of a window is a random function of (seed, window id, epoch).
+        Raises DamagedData if a file is damaged or missing, as it is for clips that could not be encoded.
         """
-        columns: dict[str, list[np.ndarray]] = {name: [] for name in ("latents", "control", *kinds)}
-        for epoch, (clip_id, start) in planned:
-            jitter = rng_seed(self.settings.seed, "draw", clip_id, start, epoch) % self.settings.headbox.draws
-            frames = slice(start, start + num_frames)
-            columns["latents"].append(self._latents(clip_id, jitter, row.generates, frames))
-            control = [
-                zero_if_hidden(kind, self._latents(clip_id, jitter, kind, frames), self.settings)
-                for kind in control_kinds(row, self.settings)
-            ]
-            columns["control"].append(np.concatenate(control, axis=1))
-            with self._open(clip_id, jitter, "inputs") as file:
-                for kind in (kind for kind in kinds if kind != "lips"):
-                    values = file.get_slice(CONDITION_FIELDS[kind])
-                    columns[kind].append(values[:] if kind in ONE_PER_WINDOW else values[frames])
-            if "lips" in kinds:
-                assert self.lips is not None
-                lips = self.lips.read(clip_id, start, num_frames)
-                columns["lips"].append(lips[..., ::-1, :] if mirrored(self.settings, jitter) else lips)
-        return {name: np.stack(values) for name, values in columns.items()}
+        epoch, (clip_id, start) = planned
+        jitter = rng_seed(self.settings.seed, "draw", clip_id, start, epoch) % self.settings.headbox.draws
+        frames = slice(start, start + num_frames)
+        control = [
+            zero_if_hidden(kind, self._latents(clip_id, jitter, kind, frames), self.settings)
+            for kind in control_kinds(row, self.settings)
+        ]
+        parts = {
+            "latents": self._latents(clip_id, jitter, row.generates, frames),
+            "control": np.concatenate(control, axis=1),
+        }
+        with self._open(clip_id, jitter, "inputs") as file:
+            for kind in (kind for kind in kinds if kind != "lips"):
+                values = file.get_slice(CONDITION_FIELDS[kind])
+                parts[kind] = values[:] if kind in ONE_PER_WINDOW else values[frames]
+        if "lips" in kinds:
+            assert self.lips is not None
+            lips = self.lips.read(clip_id, start, num_frames)
+            parts["lips"] = lips[..., ::-1, :] if mirrored(self.settings, jitter) else lips
+        return parts
 
     def _latents(self, clip_id: str, jitter: int, kind: FileKind, frames: slice) -> Float16[np.ndarray, "f c h w"]:
         with self._open(clip_id, jitter, kind) as file:
@@ -102,7 +150,10 @@ class LatentFiles:
 
     def _open(self, clip_id: str, jitter: int, kind: FileKind) -> Any:
         name = latent_name(clip_id, jitter, kind)
-        return retried(f"read {self.folder.path(name)}", lambda: self._mapped(name))
+        try:
+            return retried(f"read {self.folder.path(name)}", lambda: self._mapped(name))
+        except FileNotFoundError:
+            raise DamagedData(f"{self.folder.path(name)} is missing; encode the clip again") from None
 
     def _mapped(self, name: str) -> Any:
         with self.folder.local_file(name) as path:
@@ -115,7 +166,7 @@ class LatentFiles:
 
 
 @dataclass(frozen=True)
-class PictureFiles:
+class PictureFiles(_Windows):
     """Reads the same windows as pictures from the clip table; the training step encodes them."""
 
     settings: Settings
@@ -126,28 +177,25 @@ class PictureFiles:
     def clips(self) -> ClipTable:
         return ClipTable(self.table, keep=64)
 
-    def columns(
-        self, planned: Sequence[PlannedWindow], row: Variant, num_frames: int, kinds: Sequence[ConditionKind]
+    def window(
+        self, planned: PlannedWindow, row: Variant, num_frames: int, kinds: Sequence[ConditionKind]
     ) -> dict[str, np.ndarray]:
-        """As `LatentFiles.columns`, with pictures uint8 `n f s s 3` by kind in place of latents and control.
+        """As `LatentFiles.window`, with pictures uint8 `f s s 3` by kind in place of latents and control.
 
         `tccp.training.latent_cache.encode_columns` encodes them.
         """
-        columns: dict[str, list[np.ndarray]] = {}
-        for epoch, (clip_id, start) in planned:
-            seed = self.settings.seed
-            jitter = rng_seed(seed, "draw", clip_id, start, epoch) % self.settings.headbox.draws
-            window = view(self.clips[clip_id], self.settings, jitter, seed, start, num_frames)
-            parts = training_pictures(row, self.settings, vars(window))
-            for kind in (kind for kind in kinds if kind != "lips"):
-                parts[kind] = getattr(window, CONDITION_FIELDS[kind])
-            if "lips" in kinds:
-                assert self.lips is not None
-                lips = self.lips.read(clip_id, start, num_frames)
-                parts["lips"] = lips[..., ::-1, :] if mirrored(self.settings, jitter) else lips
-            for name, values in parts.items():
-                columns.setdefault(name, []).append(values)
-        return {name: np.stack(values) for name, values in columns.items()}
+        epoch, (clip_id, start) = planned
+        seed = self.settings.seed
+        jitter = rng_seed(seed, "draw", clip_id, start, epoch) % self.settings.headbox.draws
+        cut = view(self.clips[clip_id], self.settings, jitter, seed, start, num_frames)
+        parts = training_pictures(row, self.settings, vars(cut))
+        for kind in (kind for kind in kinds if kind != "lips"):
+            parts[kind] = getattr(cut, CONDITION_FIELDS[kind])
+        if "lips" in kinds:
+            assert self.lips is not None
+            lips = self.lips.read(clip_id, start, num_frames)
+            parts["lips"] = lips[..., ::-1, :] if mirrored(self.settings, jitter) else lips
+        return parts
 
 
 @dataclass(frozen=True)
@@ -167,7 +215,7 @@ class TablePictures:
     def batch(self, step: int, rank: int = 0, num_ranks: int = 1) -> PictureBatch:
         """The rank's share of the pictures of step k: half faces, a quarter landmark pictures, a quarter masked scenes.
 
-        The pictures of a step depend on (seed, k) only.
+        The pictures of a step depend on (seed, k) only. A clip that is damaged is set aside for another one.
         """
         settings, table = self.settings, self.table
         rng = np.random.default_rng(rng_seed(settings.seed, "autoencoder", step))
@@ -182,7 +230,18 @@ class TablePictures:
             jitter = int(rng.integers(settings.headbox.draws))
             for frame in rng.integers(table.num_frames[clip_id], size=FRAMES_PER_CLIP):
                 if number in mine:
-                    still = view(table[clip_id], settings, jitter, settings.seed, int(frame), 1)
-                    pictures.append(picture_of(kinds[number % 4], vars(still))[0])
+                    pictures.append(self._picture(clip_id, jitter, int(frame), kinds[number % 4]))
                 number += 1
         return PictureBatch(np.stack(pictures), np.array(mine, np.int64) + step * count)
+
+    def _picture(self, clip_id: str, jitter: int, frame: int, kind: PictureKind) -> UInt8[np.ndarray, "s s 3"]:
+        def read(clip_id: str) -> UInt8[np.ndarray, "s s 3"]:
+            number = frame % self.table.num_frames[clip_id]
+            still = view(self.table[clip_id], self.settings, jitter, self.settings.seed, number, 1)
+            return picture_of(kind, vars(still))[0]
+
+        seed = rng_seed(self.settings.seed, clip_id, frame)
+        picture, damage = read_or_other(clip_id, read, lambda: self.table.ids, seed)
+        if damage is not None:
+            say_set_aside(f"clip {clip_id}", damage)
+        return picture

@@ -12,6 +12,7 @@ import torch
 from tccp.clips.clip_table import ClipTable
 from tccp.cluster import data_settings, dataset, max_resources
 from tccp.config import Settings, VariantName
+from tccp.errors import DamagedData
 from tccp.files import Folder
 from tccp.inference.pipeline_folder import verified
 from tccp.models.autoencoder import PictureAutoencoder
@@ -40,16 +41,24 @@ class ClipEncoder:
 
 
 class EncodeClips:
-    """A Ray Data actor: takes ids of clips, and returns them once their latents and lips are in storage."""
+    """A Ray Data actor: takes ids of clips, and returns them once their latents and lips are in storage.
+
+    It adds the column `damage`: why a clip could not be encoded, else null.
+    """
 
     def __init__(self, encoder: ClipEncoder, lips_alone: bool):
         self.lips_alone = lips_alone
         self.cache = encoder.cache("cuda" if torch.cuda.is_available() else "cpu")
 
     def __call__(self, batch: pa.Table) -> pa.Table:
+        damage: list[str | None] = []
         for clip_id in batch.column("clip_id").to_pylist():
-            self.cache.build_clip(clip_id, self.lips_alone)
-        return batch
+            try:
+                self.cache.build_clip(clip_id, self.lips_alone)
+                damage.append(None)
+            except DamagedData as error:
+                damage.append(str(error))
+        return batch.append_column("damage", pa.array(damage, pa.string()))
 
 
 def encoded(

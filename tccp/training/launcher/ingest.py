@@ -66,7 +66,8 @@ class WindowReader:
         kinds = training_conditions(row, self.settings)
         for micro in range(training.accumulation):
             planned = micro_batch(self.order, training, step, micro, self.rank, self.num_ranks)
-            columns = self.files.columns(planned, row, row.num_frames(self.settings.window), kinds)
+            frames = row.num_frames(self.settings.window)
+            columns = self.files.columns(planned, row, frames, kinds, lambda: self.order.ids)
             yield {**columns, **window_ids(planned)}
 
 

@@ -46,6 +46,7 @@ from tccp.training.launcher.worker_group import fit_on_cluster, repeat_after_out
 from tccp.training.lip_folds import LipPlace, lip_place, liplet_folder, open_lip_sources, train_liplets_once
 from tccp.training.recipe import COMPONENTS, recipe
 from tccp.training.run_folder import SETTINGS_FILE, check_same_settings, run_record
+from tccp.training.set_aside import say_set_aside
 from tccp.training.tracking import Tracker, tracking_place
 
 logger = logging.getLogger("tccp.training")
@@ -323,7 +324,9 @@ class _Launch:
             return
         with progress() as bar, worker_errors():
             task = bar.add_task("encoding clips", total=len(missing))
-            for _ in encoded(self._encoder(name), missing, lips_alone, self.allocation):
+            for clip in encoded(self._encoder(name), missing, lips_alone, self.allocation):
+                if clip["damage"] is not None:
+                    say_set_aside(f"clip {clip['clip_id']}", clip["damage"])
                 bar.advance(task)
 
     def _save(self, name: str, write: Any, record: dict[str, Any]) -> None:

@@ -67,6 +67,7 @@ class RayRun:
         self._start = self._downloaded(ray.train.get_checkpoint())
         self._latest = None if self._start is None else _steps(self._start)
         self._preempted = False
+        self.windows_set_aside = 0
         self._check_preemption, self._checked_at = False, 0.0
         self.tracker: Tracker | None = None
         if self.rank == 0 and job.tracking_uri and job.tracking_run:
@@ -260,10 +261,11 @@ def _train_variant(
     if job.latents == "in-step":
         with job.pipeline.as_local() as place:
             encoder = PictureAutoencoder.load(verified(place, AUTOENCODER)).to(device).eval()
-    return train_variant(
+    windows = _windows(job, run, name, started, encoder)
+    network, result = train_variant(
         name,
         settings,
-        _windows(job, run, name, started, encoder),
+        windows,
         run,
         first=first,
         start_from=start_from,
@@ -274,6 +276,9 @@ def _train_variant(
         else None,
         compiled=job.allocation.compiled,
     )
+    own = windows.windows_set_aside if isinstance(windows, StreamedWindows) else 0
+    run.windows_set_aside = round(run.mean(torch.tensor(float(own))) * run.num_ranks)
+    return network, result
 
 
 def _windows(
@@ -347,6 +352,7 @@ def _publish(job: ComponentJob, run: RayRun, write: Callable[[Path], object], re
         "last_losses": round(sum(last) / len(last), 5) if last else None,
         "workers": run.num_ranks,
         "storage_retries": storage_retries(),  # of rank 0
+        "windows_set_aside": run.windows_set_aside,  # of all ranks, since the last start
         "ended": time.time(),
     }
     job.run.write(RESULT, (json.dumps(record) + "\n").encode())

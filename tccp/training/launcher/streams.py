@@ -14,7 +14,8 @@ from tccp.models.autoencoder import PictureAutoencoder
 from tccp.models.variants import ConditionKind, Variant
 from tccp.training.latent_cache import TrainingBatch, encode_columns, to_batch
 from tccp.training.launcher.ingest import window_ids
-from tccp.training.window_files import PictureBatch
+from tccp.training.set_aside import say_set_aside
+from tccp.training.window_files import SET_ASIDE, PictureBatch
 
 
 def _check(columns: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> None:
@@ -37,6 +38,7 @@ class StreamedWindows:
     ):
         """encoder: encodes pictures, if the stream has pictures in place of latents."""
         self.stream, self._lengths, self.settings, self.encoder = stream, lengths, settings, encoder
+        self.windows_set_aside = 0
 
     @property
     def lengths(self) -> Mapping[str, int]:
@@ -47,6 +49,10 @@ class StreamedWindows:
     ) -> TrainingBatch:
         columns = next(self.stream)
         _check(columns, window_ids(planned))
+        for window, damaged in zip(planned, columns[SET_ASIDE], strict=True):
+            if damaged:
+                self.windows_set_aside += 1
+                say_set_aside(f"clip {window.id.clip_id}", "its data are damaged or missing; others take their place")
         if self.encoder is not None:
             columns = encode_columns(columns, self.encoder, row, self.settings)
         return to_batch(columns)
