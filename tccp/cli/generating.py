@@ -1,4 +1,4 @@
-"""Commands that show what is there: generate, demo, doctor."""
+"""The commands generate, demo and doctor."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def generate(
     guidance_scale: float | None = None,
     temperature: float | None = None,
     seed: int = 0,
-    preset: Annotated[str | None, tyro.conf.arg(help="refuse weights of any other preset")] = None,
+    preset: Annotated[str | None, tyro.conf.arg(help="refuse a pipeline of another preset")] = None,
     one_stage: bool = False,
     save_landmarks: Path | None = None,
     landmarks: Path | None = None,
@@ -41,34 +41,35 @@ def generate(
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Generate a talking head into a scene: an MP4 with exactly as many frames as the sound asks for, and the sound.
+    """Generate a talking head into a scene, and write it as an MP4 with the driving sound.
 
-    Where the head is comes from --mask, --box or --truth; without them a face detector looks for it.
+    The film has as many frames as the sound needs at 25 frames per second. --mask, --box or --truth gives the position
+    of the head; without them, a face detector finds it.
 
     Args:
-        scene: the film.
+        scene: film of the scene.
         audio: any media file with sound.
-        identity: a picture or a film of the person; with --truth, a picture is taken as the head crop it is there.
-        weights: pipeline folder, URL or Hugging Face Hub id; `toy` is the packaged one, which knows RoundTable only.
-        out: the film to write, .mp4.
-        mask: a film of the scene's size, bright where the head is to be.
+        identity: picture or film of the person. With --truth, a picture must show the head alone.
+        weights: pipeline folder, URL or Hugging Face Hub id. `toy`: the packaged weights, trained on RoundTable only.
+        out: the MP4 file to write.
+        mask: film of the scene's size, bright where the head is to be generated.
         box: x0,y0,x1,y1 in scene pixels, or a JSON track file {"boxes": [[x0, y0, x1, y1], null, ...]}.
         truth: take the head box from the truth file beside a film of `tccp synth`.
-        detector: mediapipe, fan (slow without a GPU), or lbp (frontal faces, needs no download).
-        detector_weights: face_landmarker.task, or its folder.
-        person: x y of the person to replace if there are several; default: the person who is visible in most frames.
-        identity_box: x0,y0,x1,y1 of the head in the identity picture, or `whole` when it shows the head alone.
-        extend: what to do when the scene is shorter than the sound.
-        steps: sampling steps (default: as the weights say).
-        guidance_scale: above 1, conditions are followed more closely.
-        temperature: below 1, nearer to what is most likely; at 1, livelier.
-        one_stage: use the one-stage ablation networks.
-        save_landmarks: write stage 1's landmarks as JSON lines, to look at or edit.
-        landmarks: take (edited) landmarks from such a file instead of stage 1.
-        redraw: read stage 1's points back and draw them anew for stage 2.
-        color_match: match the generated head's colour to the ring around the mask.
-        lossless: every pixel outside the mask bit-equal to the decoded scene.
-        lip_weights: the published Wav2Lip checkpoint, for weights trained with lips.source=wav2lip.
+        detector: mediapipe, fan (slow without a GPU), or lbp (frontal faces only; needs no download).
+        detector_weights: face_landmarker.task, or the folder that holds it.
+        person: x y, a point on the person to replace. Default: the person who is visible in most frames.
+        identity_box: x0,y0,x1,y1 of the head in the identity picture, or `whole` if the picture shows the head alone.
+        extend: how to lengthen a scene that is shorter than the sound.
+        steps: number of sampling steps. Default: the pipeline's.
+        guidance_scale: values above 1 make the result follow the conditions more closely.
+        temperature: values below 1 reduce the random variation of the result.
+        one_stage: use the one-stage networks of the ablation.
+        save_landmarks: file to write stage 1's landmarks to, as JSON lines, for viewing or editing.
+        landmarks: such a file, to use in place of stage 1.
+        redraw: read the points of stage 1's pictures, and draw new landmark pictures from them for stage 2.
+        color_match: match the colour of the generated head to the pixels around the mask.
+        lossless: keep every pixel outside the mask equal to the decoded scene.
+        lip_weights: the published Wav2Lip checkpoint, for pipelines trained with lips.source=wav2lip.
     """
     from tccp.inference.film import FilmRequest
     from tccp.inference.pipeline import generate_film
@@ -115,12 +116,12 @@ def demo(
     storage: Storage = None,
     json: Json = False,
 ) -> None:
-    """The whole chain on RoundTable: generate into an unseen scene, with unseen sound, in under a minute.
+    """Generate a head into a RoundTable scene that the packaged weights have not seen, with sound they have not seen.
 
     Args:
         out: folder for demo.mp4, demo.png, demo.webp and demo.json.
-        train: first train small weights, in about twelve minutes on two cores, and use them.
-        fresh: with --train, train again although the storage holds the demo's weights.
+        train: first train small weights, which takes about twelve minutes on two cores, and use them.
+        fresh: with --train, train again even if the storage has the demo's weights.
     """
     from tccp.cli.demo_run import run_demo
 
@@ -129,7 +130,7 @@ def demo(
 
 
 def doctor(storage: Storage = None, json: Json = False) -> None:
-    """Say what this installation can do: versions, devices, weights, storage."""
+    """Check this installation: versions, devices, weights and storage."""
     from tccp.cli.doctor_checks import examine
 
     checks = examine(storage_root(storage))

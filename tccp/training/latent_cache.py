@@ -194,9 +194,9 @@ class LatentCache:
         missing = [(c, d) for c in ids for d in range(self.settings.headbox.draws) if self._missing(c, d)]
         with progress() as bar:
             task = bar.add_task("encoding clips to latents", total=len(missing))
-            for clip_id, draw in missing:
+            for clip_id, jitter in missing:
                 try:
-                    self._encode(clip_id, draw)
+                    self._encode(clip_id, jitter)
                 except DamagedData as error:
                     say_set_aside(f"clip {clip_id}", error)
                 bar.advance(task)
@@ -206,8 +206,8 @@ class LatentCache:
 
     def build_clip(self, clip_id: str, lips_alone: bool = False) -> None:
         """Computes the missing files of one clip. Raises DamagedData."""
-        for draw in () if lips_alone else range(self.settings.headbox.draws):
-            self._encode(clip_id, draw)
+        for jitter in () if lips_alone else range(self.settings.headbox.draws):
+            self._encode(clip_id, jitter)
         if self.lips and clip_id not in self.lips:
             self.lips.render(self.table[clip_id])
 
@@ -215,20 +215,20 @@ class LatentCache:
         """Clips with missing files, found with one listing of each folder."""
         there = set() if lips_alone else self.folder.names()
         drawn = self.lips.pictures.names() if self.lips else set()
-        draws = () if lips_alone else range(self.settings.headbox.draws)
+        jitters = () if lips_alone else range(self.settings.headbox.draws)
         return [
             clip_id
             for clip_id in self.table.ids
-            if any(latent_name(clip_id, draw, kind) not in there for draw in draws for kind in self.kinds)
+            if any(latent_name(clip_id, jitter, kind) not in there for jitter in jitters for kind in self.kinds)
             or (self.lips is not None and f"{clip_id}.npy" not in drawn)
         ]
 
-    def _encode(self, clip_id: str, draw: int) -> None:
-        kinds = self._missing(clip_id, draw)  # another training may have computed them meanwhile
+    def _encode(self, clip_id: str, jitter: int) -> None:
+        kinds = self._missing(clip_id, jitter)  # another training may have computed them meanwhile
         clip, seed = self.table[clip_id], self.settings.seed
-        files = encode_clip(clip, self.settings, draw, seed, self.autoencoder, kinds) if kinds else {}
+        files = encode_clip(clip, self.settings, jitter, seed, self.autoencoder, kinds) if kinds else {}
         for kind, arrays in files.items():
-            self.folder.write(latent_name(clip_id, draw, kind), save(arrays))
+            self.folder.write(latent_name(clip_id, jitter, kind), save(arrays))
 
-    def _missing(self, clip_id: str, draw: int) -> list[FileKind]:
-        return [kind for kind in self.kinds if not self.folder.exists(latent_name(clip_id, draw, kind))]
+    def _missing(self, clip_id: str, jitter: int) -> list[FileKind]:
+        return [kind for kind in self.kinds if not self.folder.exists(latent_name(clip_id, jitter, kind))]

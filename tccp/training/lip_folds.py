@@ -35,7 +35,7 @@ from tccp.training.set_aside import readable, say_set_aside
 
 FOLDS = 2
 FOLDS_RECORD = "folds.json"
-SPENT_FILE = "spent.json"
+SECONDS_FILE = "spent.json"
 _RECORD_VERSION = 1
 
 
@@ -113,7 +113,7 @@ def train_liplets(
 
 def train_liplets_once(table: ClipTable, settings: Settings, out: Path, device: str | torch.device = "cpu") -> float:
     """`train_liplets` with a progress bar; returns the seconds that the training took, now or earlier."""
-    spent = out / SPENT_FILE
+    record = out / SECONDS_FILE
     with progress() as bar:
         steps = settings.lips.liplet_steps
         task = bar.add_task("liplet", total=FOLDS * steps)
@@ -123,9 +123,9 @@ def train_liplets_once(table: ClipTable, settings: Settings, out: Path, device: 
 
         started = time.monotonic()
         train_liplets(table, settings, out, settings.seed, on_step, device)
-    if not spent.exists():
-        spent.write_text(json.dumps({"seconds": time.monotonic() - started}) + "\n")
-    return float(json.loads(spent.read_text())["seconds"])
+    if not record.exists():
+        record.write_text(json.dumps({"seconds": time.monotonic() - started}) + "\n")
+    return float(json.loads(record.read_text())["seconds"])
 
 
 @dataclass(frozen=True)

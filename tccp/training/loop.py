@@ -75,7 +75,7 @@ def fit(
     """
     run = run or TransientRun()
     done, seconds_before = _resume(engine, ema, run.newest())
-    run.forget_after(done)
+    run.cut_metrics_after(done)
     last = min(settings.max_steps, stop_at or settings.max_steps)
     losses: list[float] = []
     started = time.monotonic() - seconds_before

@@ -53,7 +53,7 @@ class Run(Protocol):
     def record(self, values: Mapping[str, float | int]) -> None:
         """Notes the measurements of the step `values["step"]`."""
 
-    def forget_after(self, done: int) -> None:
+    def cut_metrics_after(self, done: int) -> None:
         """Drops the notes of steps after the first `done`, which run again. Called once, before the first step."""
 
 
@@ -82,7 +82,7 @@ class TransientRun:
     def record(self, values: Mapping[str, float | int]) -> None:
         pass
 
-    def forget_after(self, done: int) -> None:
+    def cut_metrics_after(self, done: int) -> None:
         pass
 
 
@@ -164,7 +164,7 @@ class RunFolder:
     def record(self, values: Mapping[str, float | int]) -> None:
         append_metrics(self.path / METRICS_FILE, values)
 
-    def forget_after(self, done: int) -> None:
+    def cut_metrics_after(self, done: int) -> None:
         cut_metrics(self.path / METRICS_FILE, done)
 
 

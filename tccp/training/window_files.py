@@ -81,8 +81,8 @@ class _Windows:
     ) -> dict[str, np.ndarray]:
         """The windows of `window`, stacked.
 
-        others: all windows of the data, sorted. One of them, of the same epoch, takes the place of a damaged window, and the
-        column SET_ASIDE says so; without it, DamagedData is raised.
+        others: all windows of the data, sorted. One of them, of the same epoch, takes the place of a damaged window,
+        and the column SET_ASIDE says so; without it, DamagedData is raised.
         """
         columns: dict[str, list[Any]] = {} if others is None else {SET_ASIDE: []}
         for window in planned:

@@ -147,7 +147,7 @@ class RayRun:
             figures["gpu_hours"] = values["seconds"] * self.num_ranks / 3600
         return figures
 
-    def forget_after(self, done: int) -> None:
+    def cut_metrics_after(self, done: int) -> None:
         if self.rank == 0 and self._start is not None and (self._start / METRICS_FILE).exists():
             shutil.copyfile(self._start / METRICS_FILE, self.metrics)
             cut_metrics(self.metrics, done)
