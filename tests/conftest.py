@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import sys
@@ -22,18 +23,39 @@ import hypothesis
 import jaxtyping
 import pytest
 
+CHECKED_CALLS = 20
+"""Calls of a function, in each test, at which its annotations are checked. Further calls are of the same kind: networks
+and decoders are called thousands of times, and a check takes up to a millisecond."""
 _checked = jaxtyping.jaxtyped
+_test = 0  # number of the running test
 
 
-def _checked_where_made_once(*, typechecker: Any) -> Any:
-    """Functions within functions are made at every call, and preparing the check of one takes a millisecond."""
+def _checked_at_first(*, typechecker: Any) -> Any:
+    """Checks a function's first calls. Functions within functions are made at every call, so they are not checked."""
     check = _checked(typechecker=typechecker)
-    return lambda one: one if "<locals>" in one.__qualname__ else check(one)
+
+    def decorate(one: Any) -> Any:
+        if "<locals>" in one.__qualname__:
+            return one
+        checked = check(one)
+        if isinstance(one, type):
+            return checked
+        calls, test = 0, 0
+
+        @functools.wraps(one)
+        def called(*arguments: Any, **options: Any) -> Any:
+            nonlocal calls, test
+            calls, test = (calls + 1 if test == _test else 1), _test
+            return (checked if calls <= CHECKED_CALLS else one)(*arguments, **options)
+
+        return called
+
+    return decorate
 
 
-jaxtyping.jaxtyped = _checked_where_made_once  # the import hook puts it on every function and class
+jaxtyping.jaxtyped = _checked_at_first  # the import hook puts it on every function and class
 
-# Before any of them is imported: annotations, array shapes among them, are checked at every call of the fast tests.
+# Before any of them is imported: annotations, array shapes among them, are checked in the fast tests.
 jaxtyping.install_import_hook(["tccp", "preprocessing", "ray_jobs"], "beartype.beartype")
 
 # No deadline: two tests share two cores. In CI hypothesis itself draws the same examples every time.
@@ -95,6 +117,20 @@ def training_data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]
     return trainings.make_data(tmp_path_factory.mktemp("training_data"))
 
 
+@pytest.fixture
+def ray_of_two() -> Any:
+    """Ray with two logical CPUs in this process. Tests share it, because starting it costs 10 CPU seconds."""
+    import ray
+
+    from tccp.processes import importable_in_children
+
+    if not ray.is_initialized():
+        importable_in_children()
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # its default is deprecated, and says so
+        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    return ray
+
+
 def _skip_marker(item: pytest.Item) -> pytest.MarkDecorator | None:
     if item.get_closest_marker("gpu"):
         import torch
@@ -142,7 +178,9 @@ def slow_files_first(items: list[pytest.Item]) -> list[pytest.Item]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """Slow tests repeat the calls of fast ones by the thousand: to check each would take a third of their time."""
+    """Slow tests repeat the calls of fast ones, so nothing is checked in them."""
+    global _test
+    _test += 1
     jaxtyping.config.update("jaxtyping_disable", item.get_closest_marker("slow") is not None)
     return (yield)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -15,7 +16,8 @@ import numpy as np
 from tccp.config import override, toy
 from tccp.inference.film import FilmRequest, FilmResult
 from tccp.inference.frames import GeneratedFrame
-from tccp.inference.pipeline import generate_film
+from tccp.inference.pipeline import Pipeline, generate_film
+from tccp.inference.pipeline_folder import MANIFEST
 from tccp.media import VideoWriter, read_frames
 from tccp.roundtable import identity_path
 
@@ -58,10 +60,23 @@ def request_of(film: Path, weights: Path, out: Path, **changes: Any) -> FilmRequ
 
 
 def generated(film: Path, weights: Path, out: Path, **changes: Any) -> tuple[FilmResult, list[GeneratedFrame]]:
-    """The result, and every frame as it was made; the film lies at `out`."""
+    """The result, and every generated frame. The film is at `out`.
+
+    Films with the same weights share a loaded pipeline, since loading one takes longer than generating a short film.
+    """
     frames: list[GeneratedFrame] = []
-    result = generate_film(request_of(film, weights, out, **changes), on_frame=frames.append)
+    pipeline = None if changes.keys() & {"preset", "lip_weights", "device"} else _loaded(weights)
+    result = generate_film(request_of(film, weights, out, **changes), pipeline=pipeline, on_frame=frames.append)
     return result, frames
+
+
+def _loaded(weights: Path) -> Pipeline:
+    return _loaded_once(weights, (weights / MANIFEST).read_bytes())
+
+
+@functools.lru_cache(maxsize=4)
+def _loaded_once(weights: Path, manifest: bytes) -> Pipeline:
+    return Pipeline.from_pretrained(weights, variants=())  # networks are loaded when a film needs them
 
 
 def pictures(path: Path) -> np.ndarray:

@@ -341,11 +341,9 @@ def _same_file(a: Path, b: Path) -> bool:
 
 def check_network(folder: Path, settings: Settings, name: VariantName, network: MVControlNet) -> None:
     """Raises TccpError if the network's configuration differs from the one that the pipeline's settings give."""
-    with torch.device("meta"):
-        expected = MVControlNet.from_settings(settings, name).config
-    for key, value in expected.items():
+    for key, value in MVControlNet.arguments_of(settings, name).items():
         found = network.config[key]
-        if not key.startswith("_") and json.dumps(found) != json.dumps(value):
+        if json.dumps(found) != json.dumps(value):
             raise TccpError(
                 f"{folder / name / 'config.json'}: {key} is {found}, but the settings in "
                 f"{folder / MANIFEST} give {value}: copy the folder again or retrain {name}"

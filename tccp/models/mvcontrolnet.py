@@ -108,32 +108,37 @@ class MVControlNet(ModelMixin, ConfigMixin):
         """Channels of the control latents."""
         return self.config.latent_channels * (2 if self.config.surround else 1)
 
+    @staticmethod
+    def arguments_of(settings: Settings, variant: VariantName) -> dict[str, Any]:
+        """The arguments that the settings give the network of `variant`."""
+        row, resolved = VARIANTS[variant], settings.for_variant(variant)
+        network = resolved.network
+        return {
+            "condition_kinds": row.conditions_with(resolved.lips.source),
+            "num_frames": row.num_frames(resolved.window),
+            "latent_channels": resolved.autoencoder.latent_channels,
+            "latent_px": resolved.latent_px,
+            "picture_px": resolved.picture_px,
+            "lip_px": resolved.lips.size_px,
+            "base_channels": network.base_channels,
+            "channel_multipliers": network.channel_multipliers,
+            "blocks_per_scale": network.blocks_per_scale,
+            "attention_head_dim": network.attention_head_dim,
+            "condition_dim": network.condition_dim,
+            "time_embedding_dim": network.time_embedding_dim,
+            "dropout": network.dropout,
+            "norm_groups": network.norm_groups,
+            "pooled_conditions": network.pooled_conditions,
+            "first_frame_channels": network.first_frame_channels and row.continues,
+            "control_embedding": network.control_embedding,
+            "surround": "surround" in row.control_with(resolved.surround),
+        }
+
     @classmethod
     def from_settings(cls, settings: Settings, variant: VariantName) -> MVControlNet:
         """A new network for `variant`. The caller determines its random weights (`torch.manual_seed`)."""
-        row, resolved = VARIANTS[variant], settings.for_variant(variant)
-        network = resolved.network
-        model = cls(
-            condition_kinds=row.conditions_with(resolved.lips.source),
-            num_frames=row.num_frames(resolved.window),
-            latent_channels=resolved.autoencoder.latent_channels,
-            latent_px=resolved.latent_px,
-            picture_px=resolved.picture_px,
-            lip_px=resolved.lips.size_px,
-            base_channels=network.base_channels,
-            channel_multipliers=network.channel_multipliers,
-            blocks_per_scale=network.blocks_per_scale,
-            attention_head_dim=network.attention_head_dim,
-            condition_dim=network.condition_dim,
-            time_embedding_dim=network.time_embedding_dim,
-            dropout=network.dropout,
-            norm_groups=network.norm_groups,
-            pooled_conditions=network.pooled_conditions,
-            first_frame_channels=network.first_frame_channels and row.continues,
-            control_embedding=network.control_embedding,
-            surround="surround" in row.control_with(resolved.surround),
-        )
-        if network.gradient_checkpointing:
+        model = cls(**cls.arguments_of(settings, variant))
+        if settings.for_variant(variant).network.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         return model
 

@@ -208,21 +208,18 @@ def test_windows_are_slices_of_views_with_fixed_shapes():
 
 
 @pytest.mark.cluster
-def test_windows_run_in_ray_data_unchanged():
-    ray = pytest.importorskip("ray")
-    ray.init(address="local", num_cpus=1, include_dashboard=False)
-    try:
-        batch = clips_to_table([dotted_clip(0, 20), dotted_clip(1, 16)])
-        arguments: dict[str, Any] = {"settings": TOY, "window": 8, "stride": 7}
-        rows = ray.data.from_arrow(batch).map_batches(windows, fn_kwargs=arguments, batch_format="pyarrow").take_all()
-        here = windows(batch, **arguments)
-        assert len(rows) == len(here["face"]) == 6
-        place = {(r["clip_hash"], r["start_frame"]): r for r in rows}
-        for i, key in enumerate(zip(here["clip_hash"].tolist(), here["start_frame"].tolist(), strict=True)):
-            for name, column in here.items():
-                np.testing.assert_array_equal(place[key][name], column[i])
-    finally:
-        ray.shutdown()
+def test_windows_run_in_ray_data_unchanged(ray_of_two: Any) -> None:
+    import ray.data
+
+    batch = clips_to_table([dotted_clip(0, 20), dotted_clip(1, 16)])
+    arguments: dict[str, Any] = {"settings": TOY, "window": 8, "stride": 7}
+    rows = ray.data.from_arrow(batch).map_batches(windows, fn_kwargs=arguments, batch_format="pyarrow").take_all()
+    here = windows(batch, **arguments)
+    assert len(rows) == len(here["face"]) == 6
+    place = {(r["clip_hash"], r["start_frame"]): r for r in rows}
+    for i, key in enumerate(zip(here["clip_hash"].tolist(), here["start_frame"].tolist(), strict=True)):
+        for name, column in here.items():
+            np.testing.assert_array_equal(place[key][name], column[i])
 
 
 @given(num_frames=st.integers(0, 60), window=st.integers(1, 9), stride=st.integers(1, 9))

@@ -641,8 +641,8 @@ def test_the_soak_goes_on_where_it_was(tmp_path: Path) -> None:
 
 @pytest.mark.cluster
 @pytest.mark.slow
-def test_in_a_ray_actor(films: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import ray
+def test_in_a_ray_actor(ray_of_two: Any, films: dict[str, Path]) -> None:
+    ray = ray_of_two
 
     class Actor:
         def decode(self, path: Path) -> tuple[int, int, int]:
@@ -654,21 +654,8 @@ def test_in_a_ray_actor(films: dict[str, Path], tmp_path: Path, monkeypatch: pyt
                 assert self.decoder._process is not None
                 return frames, sound.num_frames, self.decoder._process.pid
 
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # its default is deprecated, and says so
-    root = str(Path(__file__).resolve().parent.parent.parent)
-    ray.init(
-        "local",
-        num_cpus=1,
-        include_dashboard=False,
-        log_to_driver=False,
-        runtime_env={"env_vars": {"PYTHONPATH": root}},
-    )
-    try:
-        actor = ray.remote(Actor).remote()
-        frames, sound_frames, child = ray.get(actor.decode.remote(films["mp4"]))
-        assert (frames, sound_frames) == (20, 20) and is_running(child)
-        ray.kill(actor)
-        wait_for(lambda: not is_running(child))
-    finally:
-        ray.shutdown()
+    actor = ray.remote(Actor).remote()
+    frames, sound_frames, child = ray.get(actor.decode.remote(films["mp4"]))
+    assert (frames, sound_frames) == (20, 20) and is_running(child)
+    ray.kill(actor)
+    wait_for(lambda: not is_running(child))

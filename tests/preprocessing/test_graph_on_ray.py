@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -121,14 +120,6 @@ def test_a_killed_run_run_again_gives_the_table_of_one_that_was_not(
 
 
 # On Ray
-
-
-@pytest.fixture(scope="module")
-def ray_of_two() -> Iterator[Any]:
-    ray = pytest.importorskip("ray")
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield ray
-    ray.shutdown()
 
 
 @pytest.mark.cluster

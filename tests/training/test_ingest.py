@@ -192,17 +192,15 @@ def test_an_error_in_reading_films_reaches_the_ranks(tmp_path: Path) -> None:
 
 @pytest.mark.cluster
 @pytest.mark.slow
-def test_windows_are_read_although_no_whole_cpu_is_free(cache: LatentCache) -> None:
+def test_windows_are_read_although_no_whole_cpu_is_free(ray_of_two: Any, cache: LatentCache) -> None:
     """Ranks and their readers may hold all the rest: a task that asks for a whole CPU would never run."""
-    import ray
-
-    ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray = ray_of_two
+    holder = ray.remote(threading.Event).options(num_cpus=1.7).remote()
     try:
-        holder = ray.remote(threading.Event).options(num_cpus=0.7).remote()
         ray.get(holder.is_set.remote())
         stream = ingest.micro_batches(reader(cache), range(5, 8), 4, readers=3, timeout_s=60.0)
         found = [item["start"].tolist() for item in stream]
-        ranks = Allocation(workers=1, use_gpu=False, cpus_per_worker=0.5, readers=3)  # made for more machines
+        ranks = Allocation(workers=1, use_gpu=False, cpus_per_worker=1.5, readers=3)  # made for more machines
         assert (readers_now(ranks), readers_now(replace(ranks, workers=3))) == (2, 1)
         other = override(SETTINGS, {"picture_px": 64})
         wrong = PictureReader(table_of(cache), other, 0, 1)
@@ -210,5 +208,5 @@ def test_windows_are_read_although_no_whole_cpu_is_free(cache: LatentCache) -> N
             next(ingest.micro_batches(wrong, range(1), 4, readers=1, timeout_s=60.0))
         assert "\n" not in str(refused.value), "errors of workers look like those of this process"
     finally:
-        ray.shutdown()
+        ray.kill(holder)
     assert found == [item["start"].tolist() for step in range(5, 8) for item in reader(cache).read(step)]

@@ -96,6 +96,7 @@ def test_a_new_cluster_answers_for_itself(monkeypatch: pytest.MonkeyPatch) -> No
     import ray
     from ray.util.state import get_actor
 
+    ray.shutdown()  # of another test
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")
     with ray_cluster():
