@@ -458,7 +458,7 @@ def test_colour_matching_ignores_an_object_that_crosses_the_border():
 
 
 def test_small_faces_are_enlarged_in_place():
-    """From 16 to 64 px: centres of bright spots stay where the box says."""
+    """From 16 to 64 px: bright spots stay at their position in the box."""
     frame, place = np.zeros((128, 160, 3), np.uint8), np.array((40, 30, 104, 94), np.float32)
     face = np.zeros((16, 16, 3), np.uint8)
     face[6:10, 3:7] = 200
