@@ -1,4 +1,4 @@
-"""Settings: the paper's table to the letter, nothing unknown accepted, nothing invalid carried into a run."""
+"""Settings: the paper's values, overrides, JSON, and refusal of unknown keys and invalid values."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tccp import config
 from tccp.config import PRESETS, Settings, VariantName, load_settings, override
 from tccp.errors import TccpError
 
-# Table 3 of the paper, and Wav2Lip's size for its lip reference; written here a second time on purpose.
+# Table 3 of the paper, and Wav2Lip's size for its lip reference; repeated here on purpose.
 TABLE_3 = {
     "network.base_channels": 128,
     "network.channel_multipliers": (1, 2, 4),
@@ -63,17 +63,17 @@ def value_at(settings: Settings, key: str) -> object:
 
 @pytest.mark.parametrize("key", TABLE_3)
 @pytest.mark.parametrize("variant", get_args(VariantName))
-def test_paper_is_table_3_to_the_letter_for_every_variant(key: str, variant: VariantName) -> None:
+def test_paper_preset_matches_table_3_for_every_variant(key: str, variant: VariantName) -> None:
     assert value_at(config.paper().for_variant(variant), key) == TABLE_3[key]
 
 
-def test_the_models_clock() -> None:
+def test_frame_rate_and_sample_rate_agree() -> None:
     assert (config.FPS, config.SAMPLE_RATE_HZ, config.SAMPLES_PER_FRAME) == (25, 16_000, 640)
     assert config.FPS * config.SAMPLES_PER_FRAME == config.SAMPLE_RATE_HZ
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_presets_name_themselves_and_survive_json(preset: str) -> None:
+def test_presets_have_their_name_and_round_trip_through_json(preset: str) -> None:
     settings = load_settings(preset)
     assert settings.preset == preset
     assert config.settings_from_json(config.settings_to_json(settings)) == settings
@@ -81,7 +81,7 @@ def test_presets_name_themselves_and_survive_json(preset: str) -> None:
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("variant", get_args(VariantName))
-def test_a_variants_own_overrides_are_applied_and_none_are_left(preset: str, variant: VariantName) -> None:
+def test_variant_overrides_are_applied_and_removed(preset: str, variant: VariantName) -> None:
     settings = load_settings(preset)
     own = settings.for_variant(variant)
     for key, value in settings.variant_overrides.get(variant, {}).items():
@@ -112,7 +112,7 @@ def test_settings_and_their_groups_are_frozen() -> None:
         ('sampling={"steps": 5}', "sampling.steps", 5),
     ],
 )
-def test_overrides_of_the_command_line(item: str, key: str, value: object) -> None:
+def test_command_line_override_changes_only_its_key(item: str, key: str, value: object) -> None:
     before, after = load_settings("toy"), load_settings("toy", [item])
     assert value_at(after, key) == value
     assert value_at(before, key) != value
@@ -121,14 +121,14 @@ def test_overrides_of_the_command_line(item: str, key: str, value: object) -> No
         for variant, values in before.variant_overrides.items()
     }
     expected = before.model_copy(update={"variant_overrides": own})
-    assert override(after, {key: value_at(before, key)}) == expected, "something else changed with it"
+    assert override(after, {key: value_at(before, key)}) == expected, "the override changed another key"
 
 
 def test_later_overrides_win() -> None:
     assert load_settings("toy", ["seed=1", "seed=2"]).seed == 2
 
 
-def test_an_override_for_one_variant_holds_for_it_alone_beside_what_the_preset_says() -> None:
+def test_variant_override_affects_one_variant_and_keeps_its_preset_overrides() -> None:
     settings = load_settings("toy", ["variant_overrides.face_sequence.training.max_steps=9"])
     assert settings.for_variant("face_sequence").training.max_steps == 9
     assert settings.for_variant("face_sequence").network.first_frame_channels
@@ -136,16 +136,16 @@ def test_an_override_for_one_variant_holds_for_it_alone_beside_what_the_preset_s
 
 
 @pytest.mark.parametrize("items", [["training.max_steps=9"], ['training={"max_steps": 9}']])
-def test_what_is_given_holds_for_all_variants_but_those_given_one_of_their_own(items: list[str]) -> None:
+def test_general_override_applies_to_variants_without_their_own_override(items: list[str]) -> None:
     assert load_settings("toy").for_variant("face_sequence").training.max_steps != 9
     settings = load_settings("toy", [*items, "variant_overrides.face_first.training.max_steps=5"])
     steps = {variant: settings.for_variant(variant).training.max_steps for variant in get_args(VariantName)}
     assert steps == dict.fromkeys(steps, 9) | {"face_first": 5}
-    assert settings.for_variant("face_first").training.batch_size == 64  # the preset's own stays
+    assert settings.for_variant("face_first").training.batch_size == 64  # the preset's override is kept
 
 
 @pytest.mark.parametrize(
-    ("preset", "items", "says"),
+    ("preset", "items", "expected_parts"),
     [
         ("tiny", [], ["'tiny'", "paper", "toy"]),
         ("toy", ["training.max_step=5"], ["'training.max_step'", "did you mean training.max_steps?"]),
@@ -176,13 +176,15 @@ def test_what_is_given_holds_for_all_variants_but_those_given_one_of_their_own(i
         ("toy", ["preset=paper"], ["preset", "cannot be overridden", "--preset"]),
     ],
 )
-def test_a_mistake_is_refused_in_one_line_that_names_it(preset: str, items: list[str], says: list[str]) -> None:
+def test_invalid_settings_give_a_one_line_error_that_names_them(
+    preset: str, items: list[str], expected_parts: list[str]
+) -> None:
     with pytest.raises(TccpError) as caught:
         load_settings(preset, items)
     message = str(caught.value)
     assert "\n" not in message
-    assert "Value error" not in message, "pydantic's own words"
-    for part in says:
+    assert "Value error" not in message, "pydantic's own message"
+    for part in expected_parts:
         assert part in message
 
 
@@ -199,7 +201,9 @@ def test_json_that_is_not_settings_is_refused(text: str) -> None:
     betas=st.tuples(st.floats(0, 0.999), st.floats(0, 0.999)),
     clip=st.none() | st.floats(1e-6, 1e6),
 )
-def test_json_keeps_every_bit(seed: int, learning_rate: float, betas: tuple[float, float], clip: float | None) -> None:
+def test_settings_round_trip_exactly_through_json(
+    seed: int, learning_rate: float, betas: tuple[float, float], clip: float | None
+) -> None:
     values = {
         "seed": seed,
         "training.learning_rate": learning_rate,
@@ -210,13 +214,13 @@ def test_json_keeps_every_bit(seed: int, learning_rate: float, betas: tuple[floa
     assert config.settings_from_json(config.settings_to_json(settings)) == settings
 
 
-def test_overriding_leaves_the_given_settings_alone() -> None:
+def test_override_does_not_modify_the_given_settings() -> None:
     settings = load_settings("toy")
     override(settings, {"variant_overrides.face_first.training.max_steps": 3, "sampling.steps": 1})
     assert settings == load_settings("toy")
 
 
-def test_storage_is_what_was_given_else_the_environments_else_at_home(
+def test_storage_root_is_the_argument_then_the_environment_then_home(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -230,7 +234,7 @@ def test_storage_is_what_was_given_else_the_environments_else_at_home(
 
 
 @pytest.mark.parametrize("url", ["s3://bucket/tccp", Path("s3://bucket/tccp")])
-def test_a_url_is_never_taken_for_a_folder_here(url: str | Path) -> None:
+def test_url_as_storage_root_is_refused(url: str | Path) -> None:
     with pytest.raises(TccpError, match=r"s3:.*is a URL"):
         config.storage_root(url)
 
@@ -239,15 +243,15 @@ def output_of(command: list[str], folder: Path) -> str:
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def test_git_commit_names_the_checkout_and_its_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_git_commit_reports_the_commit_and_local_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "tccp"
     package.mkdir()
     source = Path(config.__file__).parent
     shutil.copytree(source, package / "config", ignore=shutil.ignore_patterns("__pycache__"))
     for module in ("__init__.py", "errors.py"):
         shutil.copy(source.parent / module, package)
-    seen = [sys.executable, "-c", "import tccp.config; print(tccp.config.git_commit())"]
-    assert output_of(seen, tmp_path) == "unknown"
+    print_commit = [sys.executable, "-c", "import tccp.config; print(tccp.config.git_commit())"]
+    assert output_of(print_commit, tmp_path) == "unknown"
 
     for name in ("AUTHOR", "COMMITTER"):
         monkeypatch.setenv(f"GIT_{name}_NAME", "test")
@@ -257,6 +261,6 @@ def test_git_commit_names_the_checkout_and_its_changes(tmp_path: Path, monkeypat
     for command in (["git", "init"], ["git", "add", "."], ["git", "commit", "-m", "a start"]):
         output_of(command, tmp_path)
     head = output_of(["git", "rev-parse", "HEAD"], tmp_path)
-    assert output_of(seen, tmp_path) == head
+    assert output_of(print_commit, tmp_path) == head
     (package / "errors.py").write_text((package / "errors.py").read_text() + "# changed\n")
-    assert output_of(seen, tmp_path) == head + "+changes"
+    assert output_of(print_commit, tmp_path) == head + "+changes"

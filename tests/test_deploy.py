@@ -1,4 +1,4 @@
-"""cluster.yaml and the manifests in deploy/: checked by Ray itself, and against what the code asks of a cluster."""
+"""cluster.yaml and the manifests in deploy/: valid for Ray, and consistent with what the code requires."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ def load(name: str) -> Any:
     return yaml.safe_load((ROOT / name).read_text())
 
 
-def largest(text: str) -> dict[str, float]:
+def cluster_max(text: str) -> dict[str, float]:
     """The resources that TCCP_CLUSTER_MAX names."""
     (found,) = set(re.findall(r"(?:TCCP_CLUSTER_MAX=|TCCP_CLUSTER_MAX, value: \")CPU=(\d+),GPU=(\d+)", text))
     return {"CPU": float(found[0]), "GPU": float(found[1])}
 
 
-def sum_of(kinds: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
+def total_resources(kinds: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
     return {name: float(sum(count * has.get(name, 0) for count, has in kinds)) for name in ("CPU", "GPU")}
 
 
-def fits_training(resources: dict[str, float]) -> Allocation:
+def training_allocation(resources: dict[str, float]) -> Allocation:
     from tccp.config import DeepSpeedSettings
 
     return allocate(resources, workers=None, device="auto", parallel=DeepSpeedSettings())
 
 
-def test_the_cluster_file_passes_rays_checks_and_promises_what_it_can_grow_to() -> None:
+def test_cluster_file_is_valid_for_ray_and_states_its_maximum_size() -> None:
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     config = load("cluster.yaml")
@@ -45,12 +45,12 @@ def test_the_cluster_file_passes_rays_checks_and_promises_what_it_can_grow_to() 
     kinds = config["available_node_types"]
     assert kinds["head"]["resources"]["CPU"] == 0, "the head does no work"
     pools = {name: (kind["max_workers"], kind["resources"]) for name, kind in kinds.items() if name != "head"}
-    assert largest((ROOT / "cluster.yaml").read_text()) == sum_of(list(pools.values()))
+    assert cluster_max((ROOT / "cluster.yaml").read_text()) == total_resources(list(pools.values()))
     assert sum(most for most, _ in pools.values()) == config["max_workers"]
     _, train = pools["train"]
     assert train["CPU"] == train["GPU"] * GPU_WORKER_CPUS, "no CPUs left for data work beside the training workers"
     assert "GPU" not in pools["data"][1]
-    found = fits_training(largest((ROOT / "cluster.yaml").read_text()))
+    found = training_allocation(cluster_max((ROOT / "cluster.yaml").read_text()))
     assert (found.use_gpu, found.workers) == (True, 8)
     commands = " ".join(config["head_start_ray_commands"] + config["worker_start_ray_commands"])
     assert commands.count("RAY_AUTH_MODE=token") == 2
@@ -58,7 +58,7 @@ def test_the_cluster_file_passes_rays_checks_and_promises_what_it_can_grow_to() 
 
 
 @pytest.mark.parametrize("name", ["rayjob", "rayservice"])
-def test_manifests_give_clusters_that_rays_kubernetes_autoscaler_understands(name: str) -> None:
+def test_manifests_are_valid_for_rays_kubernetes_autoscaler(name: str) -> None:
     from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
     from ray.autoscaler._private.util import validate_config
 
@@ -73,25 +73,25 @@ def test_manifests_give_clusters_that_rays_kubernetes_autoscaler_understands(nam
     assert spec["authOptions"] == {"mode": "token"}, "without a token anyone who reaches the head can run any code"
     if name == "rayjob":
         groups = [kind for key, kind in kinds.items() if key != "headgroup"]
-        most = sum_of([(kind["max_workers"], kind["resources"]) for kind in groups])
+        most = total_resources([(kind["max_workers"], kind["resources"]) for kind in groups])
         text = (ROOT / "deploy" / "rayjob.yaml").read_text()
         assert text.count("TCCP_CLUSTER_MAX,") == 1 + len(groups)
-        assert largest(text) == most
-        assert fits_training(most).workers == 8
+        assert cluster_max(text) == most
+        assert training_allocation(most).workers == 8
         train = kinds["train"]["resources"]
         assert train["CPU"] == train["GPU"] * GPU_WORKER_CPUS
         assert manifest["spec"]["backoffLimit"] == 3
         assert "--resume" in manifest["spec"]["entrypoint"], "without it a second attempt is refused"
 
 
-def test_the_services_configuration_is_one_that_serve_reads() -> None:
+def test_service_configuration_is_valid_for_ray_serve() -> None:
     schema = pytest.importorskip("ray.serve.schema")
     spec = load("deploy/rayservice.yaml")["spec"]
     config = schema.ServeDeploySchema.model_validate(yaml.safe_load(spec["serveConfigV2"]))
     assert [one.import_path for one in config.applications] == ["tccp.serving:app"]
 
 
-def test_versions_agree() -> None:
+def test_ray_versions_and_system_libraries_agree() -> None:
     pins = (ROOT / "constraints.txt").read_text()
     (ray,) = re.findall(r"^ray==(\S+)", pins, re.M)
     for name in ("rayjob", "rayservice"):
@@ -102,7 +102,7 @@ def test_versions_agree() -> None:
     assert libraries and libraries <= packages
 
 
-def test_what_the_cluster_starts_for_mlflow_it_starts_once() -> None:
-    """The line that checks whether the server runs must not match itself."""
+def test_cluster_starts_mlflow_only_once() -> None:
+    """The check for a running server must not match its own command line."""
     (line,) = (one for one in load("cluster.yaml")["head_setup_commands"] if "mlflow" in one)
     assert "pgrep" not in line and "/health" in line

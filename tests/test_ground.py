@@ -51,7 +51,7 @@ def pins() -> dict[str, str]:
 
 
 def installed_closure() -> Iterator[importlib.metadata.Distribution]:
-    """What `make` installed for this project: tccp[preprocess,evaluate,dev] and everything that it pulls in."""
+    """The packages that `make` installs: tccp[preprocess,evaluate,dev] and all dependencies."""
     seen: set[tuple[str, str]] = set()
     installed = [text for extra in ("preprocess", "evaluate", "dev") for text in EXTRAS[extra]]
     queue = [Requirement(text) for text in [*PROJECT["dependencies"], *installed]]
@@ -80,7 +80,7 @@ def test_every_requirement_is_pinned_to_a_version_that_it_allows(extra: str) -> 
         assert requirement.specifier.contains(pinned), f"{requirement} does not allow the pinned {pinned}"
 
 
-def test_everything_that_is_installed_for_the_project_is_at_its_pin() -> None:
+def test_installed_packages_are_at_their_pinned_versions() -> None:
     versions = pins()
     cuda = re.compile("nvidia-|cuda-|triton$")  # pinned exactly by torch's own CUDA build
     for distribution in installed_closure():
@@ -89,15 +89,15 @@ def test_everything_that_is_installed_for_the_project_is_at_its_pin() -> None:
             assert distribution.version.partition("+")[0] == versions[name], f"{name} is not at its pin"
 
 
-def test_torchvision_stays_out() -> None:
+def test_torchvision_is_not_installed() -> None:
     assert not {"torchvision", "torchaudio"} & set(pins())
     with pytest.raises(importlib.metadata.PackageNotFoundError):
         importlib.metadata.distribution("torchvision")
 
 
-def test_every_wheel_that_owns_cv2_is_pinned_to_one_version() -> None:
+def test_all_wheels_with_cv2_are_pinned_to_one_version() -> None:
     owners = {name: version for name, version in pins().items() if name.startswith("opencv-")}
-    assert {"opencv-python", "opencv-contrib-python"} <= set(owners), "scenedetect and mediapipe ask for one each"
+    assert {"opencv-python", "opencv-contrib-python"} <= set(owners), "scenedetect and mediapipe need one each"
     assert len(set(owners.values())) == 1
 
 
@@ -117,8 +117,8 @@ def imported_packages(files: list[Path]) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("part", ["code", "tests"])
-def test_every_import_is_of_a_declared_requirement(part: str) -> None:
-    """Not of one that something else happens to bring along. Only tests may import what `dev` brings."""
+def test_every_imported_package_is_a_declared_requirement(part: str) -> None:
+    """An indirect dependency does not count. Only tests may import packages of `dev`."""
     extras = ["preprocess", "evaluate", "train", "serve"] if part == "code" else EXTRAS
     texts = [*PROJECT["dependencies"], *(text for extra in extras for text in EXTRAS[extra])]
     declared = {canonicalize_name(Requirement(text).name) for text in texts}
@@ -129,7 +129,7 @@ def test_every_import_is_of_a_declared_requirement(part: str) -> None:
         assert names & declared, f"{file} imports {package} ({', '.join(names)}), which pyproject.toml does not declare"
 
 
-def test_the_version_is_said_once() -> None:
+def test_version_is_defined_once() -> None:
     assert PROJECT["dynamic"] == ["version"]
     assert importlib.metadata.version("tccp") == tccp.__version__
 
@@ -142,12 +142,12 @@ def contract(name: str) -> dict:
     return found
 
 
-def test_imports_go_one_way_and_heavy_packages_stay_where_they_belong() -> None:
+def test_import_contracts_hold() -> None:
     result = run(str(Path(sys.executable).with_name("lint-imports")), "--no-cache", "--no-logo")
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_every_module_has_its_layer() -> None:
+def test_every_module_is_assigned_a_layer() -> None:
     listed = set(re.findall(r"[\w.]+", " ".join(contract("layers")["layers"])))
     modules = {
         f"tccp.{path.stem}"
@@ -168,7 +168,7 @@ def module_names() -> dict[str, Path]:
     return names
 
 
-def test_no_two_modules_have_one_name() -> None:
+def test_module_names_are_unique() -> None:
     counted = Counter(name.rpartition(".")[2] for name in module_names())
     assert {name for name, count in counted.items() if count > 1} <= {"__main__"}
 
@@ -185,13 +185,13 @@ def imports_of(path: Path, modules: Container[str]) -> Iterator[str]:
             yield from (name if name in modules else node.module for name in inner)
 
 
-def test_no_modules_import_each_other_in_a_circle() -> None:
+def test_there_are_no_import_cycles() -> None:
     modules = module_names()
     graph = {name: {one for one in imports_of(path, modules) if one in modules} for name, path in modules.items()}
     TopologicalSorter({name: uses - {name} for name, uses in graph.items()}).prepare()  # raises CycleError
 
 
-# What people type
+# Make targets
 
 
 def make_targets() -> set[str]:
@@ -199,7 +199,7 @@ def make_targets() -> set[str]:
     return set(phony.split())
 
 
-def test_make_alone_is_help_and_help_lists_every_target() -> None:
+def test_make_without_a_target_prints_help_for_every_target() -> None:
     environment = {"MAKEFLAGS": "", "MAKELEVEL": ""}
     shown = run("make", "help", **environment).stdout
     assert run("make", **environment).stdout == shown
@@ -208,8 +208,8 @@ def test_make_alone_is_help_and_help_lists_every_target() -> None:
     assert {"demo", "test", "check", "clean", "help"} <= set(described)
 
 
-def test_a_set_up_that_was_broken_off_is_made_anew_and_a_finished_one_is_kept(tmp_path: Path) -> None:
-    """With everything real but pip, which needs the network."""
+def test_interrupted_setup_is_redone_and_finished_setup_is_kept(tmp_path: Path) -> None:
+    """Everything is real but pip, which needs the network."""
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / ".ci", tmp_path / ".ci")
@@ -226,17 +226,17 @@ def test_a_set_up_that_was_broken_off_is_made_anew_and_a_finished_one_is_kept(tm
     pip_fails.unlink()
     assert set_up() == 0
     assert (tmp_path / ".venv" / "bin" / "python").exists()
-    assert not left_over.exists(), "what the broken set-up left was kept"
+    assert not left_over.exists(), "files of the interrupted setup were kept"
 
     left_over.touch()
     (tmp_path / "constraints.txt").touch()
     assert set_up() == 0
     pip_fails.touch()
-    assert set_up() == 0, "a finished set-up was made again"
+    assert set_up() == 0, "a finished setup was redone"
     assert left_over.exists()
 
 
-def test_the_demo_trains_on_request_alone() -> None:
+def test_demo_trains_only_on_request() -> None:
     assert "--train" not in run("make", "--dry-run", "demo").stdout
     assert "demo --out out --train" in run("make", "--dry-run", "demo", "TRAIN=1").stdout
 
@@ -251,7 +251,7 @@ def tree() -> list[Path]:
     return [path for name in listed.stdout.split("\0") if name and (path := ROOT / name).is_file()]
 
 
-def test_no_path_of_a_machine_is_in_the_tree() -> None:
+def test_there_are_no_machine_paths_in_the_tree() -> None:
     machine = re.compile(rb"(?<![\w.~$}<-])/(?:work|root|home|Users|opt|farm|tmp|mnt)/[\w.]")
     found = []
     for path in tree():
@@ -265,7 +265,7 @@ def test_no_path_of_a_machine_is_in_the_tree() -> None:
     assert not found, "\n".join(found)
 
 
-def test_ci_runs_the_tests_and_requires_the_clips_where_they_are() -> None:
+def test_ci_script_is_executable_and_valid_bash() -> None:
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
     assert run("bash", "-n", str(script)).returncode == 0
@@ -278,10 +278,10 @@ def test_ci_runs_the_tests_and_requires_the_clips_where_they_are() -> None:
         ({"TCCP_REQUIRE_CLIPS": "1"}, 1, "2 passed, 1 failed, 0 skipped"),
     ],
 )
-def test_a_skipped_clip_test_fails_where_clips_are_required(
+def test_skipped_clip_test_fails_if_clips_are_required(
     tmp_path: Path, environment: dict[str, str], status: int, count: str
 ) -> None:
-    """Also: the shared fixtures set the marker by themselves, and the last line is the count."""
+    """Also checks that the shared fixtures set the marker and that the last line is the count."""
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
     (tmp_path / "tests" / "test_clips.py").write_text(

@@ -1,4 +1,4 @@
-"""Head boxes must betray nothing, crops must be exact, and pasting must leave no seam and touch nothing else."""
+"""Head boxes must leak nothing, crops must be exact, and pasting must leave no seam and change nothing else."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def rotation(yaw_deg: np.ndarray, pitch_deg: np.ndarray) -> np.ndarray:
 
 
 def talking_shot(rng: np.random.Generator, frames: int = 60) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """68 points in pixels, yaw and mouth opening of somebody of his own shape who turns, nods, sways and speaks."""
+    """68 points in pixels, yaw and mouth opening of a random face that turns, nods, sways and speaks."""
     face = MEAN_FACE * (1 + rng.normal(0, 0.05, 3))
     detail = rng.normal(0, 0.012, (68, 3))
     face = face + (detail + detail[MIRROR] * (-1, 1, 1)) / 2
@@ -48,7 +48,7 @@ def talking_shot(rng: np.random.Generator, frames: int = 60) -> tuple[np.ndarray
 
 
 def probe_gain(boxes: list[np.ndarray], targets: list[np.ndarray]) -> float:
-    """How much of the mean predictor's error a forest saves that sees all of a box's geometry; by clip, held out."""
+    """The share of the mean predictor's error that a forest on the box geometry removes, on held-out clips."""
     features = []
     for clip in boxes:
         center, side = (clip[:, :2] + clip[:, 2:]) / 2, clip[:, 2:3] - clip[:, :1]
@@ -62,7 +62,7 @@ def probe_gain(boxes: list[np.ndarray], targets: list[np.ndarray]) -> float:
 
 
 def naive_boxes(points: np.ndarray) -> np.ndarray:
-    """What a detector's box does: around the points of each frame."""
+    """Boxes around the points of each frame, like a detector's."""
     low, high = points.min(1), points.max(1)
     center, side = (low + high) / 2, (high - low).max(1, keepdims=True) * 1.6
     return np.concatenate([center - side / 2, center + side / 2], 1)
@@ -79,12 +79,12 @@ def test_box_geometry_predicts_yaw_and_mouth_no_better_than_the_mean():
     assert probe_gain(boxes, yaw) < 0.03
     assert probe_gain(boxes, [np.abs(y) for y in yaw]) < 0.03
     assert probe_gain(boxes, opening) < 0.03
-    # The same probe sees through a box that follows the face: a probe that cannot find anything proves nothing.
+    # Control: the same probe does find the opening from a box that follows the face.
     leaking = [naive_boxes(points) for points, _, _ in shots]
     assert probe_gain(leaking, opening) > 0.1
 
 
-def test_within_a_shot_the_box_does_not_follow_the_turning_head():
+def test_box_does_not_follow_the_turning_head_within_a_shot():
     rng = np.random.default_rng(3)
     for _ in range(10):
         points, yaw, _ = talking_shot(rng, frames=100)
@@ -93,18 +93,18 @@ def test_within_a_shot_the_box_does_not_follow_the_turning_head():
             continue
         scale = boxes[0, 2] - boxes[0, 0]
         slope = [abs(np.polyfit(yaw, b[:, 0] / scale, 1)[0]) * np.ptp(yaw) for b in (boxes, naive)]
-        assert slope[0] < 0.03  # of the box's side, from one end of the turn to the other
+        assert slope[0] < 0.03  # shift over the whole turn, in units of the box's side
         assert slope[0] < 0.3 * slope[1]
 
 
-def test_boxes_of_roundtable_landmarks_betray_nothing_either():
+def test_boxes_of_roundtable_landmarks_leak_nothing():
     clips = [synthesise(seed, 2) for seed in range(40)]
     boxes = [headbox.head_boxes(clip.landmarks_px) for clip in clips]
     assert probe_gain(boxes, [clip.yaw_deg for clip in clips]) < 0.05
     assert probe_gain(boxes, [clip.mouth_opening for clip in clips]) < 0.05
 
 
-def test_box_is_square_whole_constant_and_steady():
+def test_box_is_a_steady_integer_square_of_constant_size():
     rng = np.random.default_rng(1)
     for _ in range(10):
         points, _, _ = talking_shot(rng)
@@ -113,12 +113,12 @@ def test_box_is_square_whole_constant_and_steady():
         sides = boxes[:, 2:] - boxes[:, :2]
         assert len(np.unique(sides)) == 1
         assert np.abs(np.diff(boxes[:, :2], axis=0)).max() <= 2
-        still = np.abs(np.diff(boxes[:, :2], axis=0)).sum(0)
+        path_length = np.abs(np.diff(boxes[:, :2], axis=0)).sum(0)
         travel = np.abs(boxes[-1, :2] - boxes[0, :2])
-        assert (still <= travel + 0.1 * sides[0, 0] + 4).all()  # no trembling
+        assert (path_length <= travel + 0.1 * sides[0, 0] + 4).all()  # no trembling
 
 
-def test_box_holds_hair_neck_and_collar():
+def test_box_contains_hair_neck_and_collar():
     points = np.repeat((MEAN_FACE[:, :2] * 100 + 500)[None], 10, 0)
     box = headbox.head_boxes(points)[0]
     brows, chin, face = points[0, 17:27, 1].min(), points[0, 8, 1], 160
@@ -128,7 +128,7 @@ def test_box_holds_hair_neck_and_collar():
     assert (box[2] - box[0]) == pytest.approx(headbox.SIDE * 100, abs=1)
 
 
-def test_box_follows_a_walk():
+def test_box_follows_a_walking_person():
     rng = np.random.default_rng(2)
     points, _, _ = talking_shot(rng, 150)
     walking = points + np.linspace(0, 600, 150)[:, None, None] * (1, 0)
@@ -160,7 +160,7 @@ def test_a_single_frame_has_a_box():
 
 
 @given(st.integers(0, 2**31))
-def test_jitter_is_one_draw_within_its_bounds(seed):
+def test_jitter_is_constant_within_a_shot_and_bounded(seed):
     boxes = headbox.head_boxes(talking_shot(np.random.default_rng(5))[0])
     limits = HeadBoxSettings(jitter_center=0.06, jitter_size=0.1)
     moved = headbox.jitter(boxes, limits, np.random.default_rng(seed))
@@ -174,7 +174,7 @@ def test_jitter_is_one_draw_within_its_bounds(seed):
     assert np.abs(shift).max() <= 0.06 * side + 1
 
 
-def test_no_jitter_changes_nothing():
+def test_zero_jitter_changes_nothing():
     boxes = headbox.head_boxes(talking_shot(np.random.default_rng(5))[0])
     still = HeadBoxSettings(jitter_center=0, jitter_size=0)
     np.testing.assert_array_equal(headbox.jitter(boxes, still, np.random.default_rng(0)), boxes)
@@ -185,7 +185,7 @@ def test_no_jitter_changes_nothing():
 
 @given(st.integers(-30, 130), st.integers(-30, 90), st.integers(2, 80))
 def test_mask_and_crop_box_invert_each_other(x, y, side):
-    """Also where one border cuts the box; not where it cuts two neighbouring ones, or is cut on both sides."""
+    """Also if one border cuts the box; not if two neighbouring or two opposite borders cut it."""
     width, height = 150, 120
     box = np.array([x, y, x + side, y + side], np.float32)
     found = headbox.crop_box_from_mask(headbox.mask_from_box(box, height, width))
@@ -200,7 +200,7 @@ def test_mask_and_crop_box_invert_each_other(x, y, side):
         assert found[2] - found[0] == found[3] - found[1]
 
 
-def test_a_free_form_mask_gives_the_square_around_it():
+def test_crop_box_of_a_free_form_mask_is_the_square_around_it():
     mask = np.zeros((100, 200), bool)
     mask[40:60, 50:90] = True
     np.testing.assert_array_equal(headbox.crop_box_from_mask(mask), [50, 30, 90, 70])
@@ -218,7 +218,7 @@ def test_every_touched_pixel_is_masked(x, y, side):
             assert not mask[row, column]
 
 
-def test_masked_scene_holds_nothing_of_the_head():
+def test_masked_scene_contains_nothing_of_the_head():
     scenes = np.random.default_rng(0).integers(128, 255, (2, 64, 64, 3), np.uint8)
     boxes = np.array([[10.4, 20.2, 40.6, 50.9], [-5, -5, 12, 12]], np.float32)
     masked = headbox.mask_scene(scenes, boxes)
@@ -239,7 +239,7 @@ def test_a_box_without_area_is_refused(box):
 
 
 @pytest.mark.parametrize(("width", "height"), [(256, 192), (1080, 1920), (64, 64), (40, 30), (33, 97)])
-def test_scene_and_boxes_are_fitted_alike(width, height):
+def test_scene_and_boxes_are_fitted_by_the_same_transform(width, height):
     """A white square in the source lies under its fitted box, and the bars are black."""
     box = np.array([width // 4, height // 3, width // 4 + width // 3, height // 3 + width // 3], np.float32)
     frame = np.full((height, width, 3), 40, np.uint8)
@@ -265,13 +265,13 @@ def test_a_frame_of_another_size_is_refused():
 
 
 def gradient(height: int, width: int) -> UInt8[np.ndarray, "h w 3"]:
-    """Linear in x, in y and in both: a place can be read off its colour."""
+    """Linear in x, in y and in both: the colour of a pixel gives its position."""
     ys, xs = np.mgrid[:height, :width]
     return np.stack([xs, ys, (xs + ys) // 2], -1).astype(np.uint8)
 
 
 def places(box: Float[np.ndarray, "4"], size: int) -> Float[np.ndarray, "s s 2"]:
-    """The gradient's colours under the pixels of a crop: their centres, less the half pixel of the gradient's own."""
+    """The gradient's colours at the pixels of a crop: the positions of their centres minus half a pixel."""
     centers = (np.arange(size) + 0.5) / size
     xs, ys = np.meshgrid(box[0] + centers * (box[2] - box[0]), box[1] + centers * (box[3] - box[1]))
     return np.stack([xs, ys], -1) - 0.5
@@ -280,14 +280,14 @@ def places(box: Float[np.ndarray, "4"], size: int) -> Float[np.ndarray, "s s 2"]
 @settings(max_examples=40)
 @example(5.0, 5.0, 64.0, 32)
 @given(st.floats(5, 60), st.floats(5, 60), st.floats(20, 170), st.sampled_from([32, 64, 96, 128]))
-def test_crop_shows_exactly_what_the_box_covers(x, y, side, size):
-    """Down, up and sub-pixel: the gradient's colour is the place, to the rounding of 8 bits."""
+def test_crop_matches_the_content_of_the_box(x, y, side, size):
+    """Downscaled, upscaled and sub-pixel crops: colours match positions up to 8-bit rounding."""
     box = np.array([x, y, x + side, y + side])
     picture = headbox.crop(gradient(240, 240), box, size).astype(float)
     inner = np.s_[2:-2, 2:-2]
     np.testing.assert_allclose(picture[..., :2][inner], places(box, size)[inner], atol=1.01)
-    # A shift by half a pixel, the usual slip, would show as half a level. Where the place is half a level, too, either
-    # rounding is right; at even steps that is so of all pixels.
+    # A shift by half a pixel, the usual mistake, would show as half a level. Positions at half a level do not count,
+    # because either rounding is right there; with even steps, that can be all pixels.
     place = places(box, size)
     decided = np.abs(place % 1 - 0.5)[inner] > 0.02
     differences = (picture[..., :2] - np.rint(place))[inner][decided]
@@ -335,7 +335,7 @@ BOXES = [
 
 
 def scene(seed: int = 0) -> UInt8[np.ndarray, "h w 3"]:
-    """Something like a photograph: shading, shapes with edges, grain."""
+    """A picture similar to a photograph: shading, shapes with edges, grain."""
     rng = np.random.default_rng(seed)
     ys, xs = np.mgrid[:128, :160]
     picture = np.stack([80 + 0.5 * xs, 120 + 0.3 * ys, 150 - 0.4 * xs + 0.2 * ys], -1)
@@ -369,12 +369,12 @@ def test_pasting_truth_back_reproduces_the_frame(box):
 @pytest.mark.parametrize("box", [(40, 30, 104, 94), (40.4, 30.6, 104.4, 94.6), (100, 30, 180, 110)])
 @pytest.mark.parametrize("size", [32, 64, 128])
 def test_pasting_truth_back_on_a_gradient_is_nearly_exact(box, size):
-    """No texture to disagree about: what is left is geometry, and that must be right."""
+    """Without texture, all remaining error is geometric, and it must be small."""
     frame, place = gradient(128, 160), np.array(box, np.float32)
     mask = headbox.mask_from_box(place, 128, 160)
     xy = places(place, size)
     exact = np.concatenate([xy, xy.mean(-1, keepdims=True)], -1)
-    # Rounded at random: at even steps, rounding would shift all of the gradient by up to half a level.
+    # Rounded at random: with even steps, plain rounding would shift the whole gradient by up to half a level.
     face = np.floor(exact + np.random.default_rng(0).uniform(0, 1, exact.shape)).clip(0, 255).astype(np.uint8)
     plain = (headbox.paste(frame, face, place, color_match=False).astype(float) - frame)[mask][:, :2]
     assert np.abs(plain).max() <= 3
@@ -385,7 +385,7 @@ def test_pasting_truth_back_on_a_gradient_is_nearly_exact(box, size):
 
 
 @pytest.mark.parametrize("box", BOXES)
-def test_pixels_outside_are_untouched_and_pixels_under_the_mask_unseen(box):
+def test_paste_keeps_pixels_outside_and_ignores_pixels_under_the_mask(box):
     place, rng = np.array(box, np.float32), np.random.default_rng(1)
     frame, face = scene(), rng.integers(0, 255, (48, 48, 3), np.uint8)
     mask = headbox.mask_from_box(place, 128, 160)
@@ -397,7 +397,7 @@ def test_pixels_outside_are_untouched_and_pixels_under_the_mask_unseen(box):
     assert (frame == scene()).all()
 
 
-def test_the_surround_carries_the_edges_inward_and_never_looks_under_the_mask():
+def test_surround_extends_edges_inward_and_ignores_masked_pixels():
     """A wall of two colours and a floor: each fills the part of the box that is next to it."""
     scene = np.zeros((64, 64, 3), np.uint8)
     scene[:, :32], scene[:, 32:], scene[41:] = (200, 40, 40), (40, 40, 200), (40, 200, 40)
@@ -412,7 +412,7 @@ def test_the_surround_carries_the_edges_inward_and_never_looks_under_the_mask():
     np.testing.assert_array_equal(headbox.surround(other, box)[0], filled)
 
 
-def test_the_surround_of_one_colour_is_that_colour_and_edges_beyond_the_picture_say_nothing():
+def test_surround_of_one_colour_has_that_colour_and_ignores_edges_outside():
     scenes = np.full((3, 32, 32, 3), (10, 120, 230), np.uint8)
     boxes = np.array([[8, 8, 20, 20], [-5, -3, 20, 22], [-1, -1, 33, 33]], np.float32)
     filled = headbox.surround(headbox.mask_scene(scenes, boxes), boxes)
@@ -421,7 +421,7 @@ def test_the_surround_of_one_colour_is_that_colour_and_edges_beyond_the_picture_
 
 
 @pytest.mark.parametrize("box", BOXES[:4])
-def test_a_colour_shifted_face_loses_its_seam_and_its_shift(box):
+def test_paste_removes_the_seam_and_the_colour_shift_of_a_face(box):
     frame, place = scene(2), np.array(box, np.float32)
     mask = headbox.mask_from_box(place, 128, 160)
     face = headbox.crop(frame, place, round(box[2] - box[0])).astype(float)
@@ -437,7 +437,7 @@ def test_a_colour_shifted_face_loses_its_seam_and_its_shift(box):
     assert after < 0.55 * before
 
 
-def test_feather_alone_hides_the_seam_and_leaves_the_middle():
+def test_feathering_alone_hides_the_seam_and_keeps_the_middle():
     frame, place = scene(3), np.array((40, 30, 104, 94), np.float32)
     mask = headbox.mask_from_box(place, 128, 160)
     shifted = np.clip(headbox.crop(frame, place, 64).astype(int) + 20, 0, 255).astype(np.uint8)
@@ -448,7 +448,7 @@ def test_feather_alone_hides_the_seam_and_leaves_the_middle():
     np.testing.assert_array_equal(result[inner], shifted[margin:-margin, margin:-margin])
 
 
-def test_colour_matching_is_not_fooled_by_what_crosses_a_part_of_the_border():
+def test_colour_matching_ignores_an_object_that_crosses_the_border():
     """A dark sleeve that the generator did not draw must not darken the face."""
     frame, place = np.full((128, 160, 3), 140, np.uint8), np.array((40, 30, 104, 94), np.float32)
     face = np.full((64, 64, 3), 140, np.uint8)
@@ -457,8 +457,8 @@ def test_colour_matching_is_not_fooled_by_what_crosses_a_part_of_the_border():
     assert np.abs(result[35:75, 50:95] - 140).max() < 6
 
 
-def test_smaller_faces_are_enlarged_in_place():
-    """From 16 to 64 px: centres of bright spots stay where the box says."""
+def test_small_faces_are_enlarged_in_place():
+    """From 16 to 64 px: bright spots stay at their position in the box."""
     frame, place = np.zeros((128, 160, 3), np.uint8), np.array((40, 30, 104, 94), np.float32)
     face = np.zeros((16, 16, 3), np.uint8)
     face[6:10, 3:7] = 200
@@ -468,7 +468,7 @@ def test_smaller_faces_are_enlarged_in_place():
     assert (result * ys).sum() / result.sum() == pytest.approx(30 + 64 * 8 / 16, abs=0.2)
 
 
-def test_a_box_wholly_outside_changes_nothing():
+def test_box_outside_the_picture_changes_nothing():
     frame = scene()
     away = np.array((300, 300, 350, 350), np.float32)
     np.testing.assert_array_equal(headbox.paste(frame, np.zeros((50, 50, 3), np.uint8), away), frame)
@@ -476,7 +476,7 @@ def test_a_box_wholly_outside_changes_nothing():
 
 @settings(max_examples=60)
 @given(st.floats(-90, 150), st.floats(-90, 120), st.floats(1, 140), st.sampled_from([8, 32, 64]), st.booleans())
-def test_pasting_never_fails_and_never_touches_the_outside(x, y, side, size, color_match):
+def test_paste_never_fails_and_never_changes_pixels_outside(x, y, side, size, color_match):
     frame, place = scene(), np.array((x, y, x + side, y + side), np.float32)
     face = np.random.default_rng(0).integers(0, 255, (size, size, 3), np.uint8)
     result = headbox.paste(frame, face, place, color_match=color_match)

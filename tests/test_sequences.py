@@ -1,4 +1,4 @@
-"""Runs of True and correlation, against their definitions."""
+"""Runs of True, and correlation, compared with their definitions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tccp.sequences import correlation, true_runs
 
 
-def test_runs_of_examples() -> None:
+def test_true_runs_of_examples() -> None:
     assert true_runs(np.array([1, 1, 0, 0, 1, 0, 1], bool)) == [(0, 2), (4, 5), (6, 7)]
     assert true_runs(np.array([1, 1, 0, 0, 1, 0, 1], bool), max_gap=1) == [(0, 2), (4, 7)]
     assert true_runs(np.zeros(3, bool)) == [] and true_runs(np.ones(0, bool)) == []
@@ -21,7 +21,7 @@ def test_runs_of_examples() -> None:
 
 
 @given(st.lists(st.booleans(), max_size=60))
-def test_runs_are_those_of_groupby(values: list[bool]) -> None:
+def test_true_runs_match_groupby(values: list[bool]) -> None:
     expected, start = [], 0
     for value, group in groupby(values):
         stop = start + len(list(group))
@@ -31,7 +31,7 @@ def test_runs_are_those_of_groupby(values: list[bool]) -> None:
 
 
 @given(st.lists(st.booleans(), max_size=60), st.integers(0, 5))
-def test_runs_join_over_short_gaps_only(values: list[bool], max_gap: int) -> None:
+def test_true_runs_join_only_across_short_gaps(values: list[bool], max_gap: int) -> None:
     runs = true_runs(np.array(values, bool), max_gap)
     inside = {i for start, stop in runs for i in range(start, stop)}
     assert {i for i, value in enumerate(values) if value} <= inside
@@ -44,7 +44,7 @@ def test_runs_join_over_short_gaps_only(values: list[bool], max_gap: int) -> Non
 
 
 @given(st.integers(0, 10**6), st.integers(3, 200))
-def test_correlation_is_that_of_numpy(seed: int, count: int) -> None:
+def test_correlation_matches_numpy(seed: int, count: int) -> None:
     rng = np.random.default_rng(seed)
     a, b = rng.normal(5, 2, (2, count))
     b += rng.normal() * a

@@ -1,4 +1,4 @@
-"""Bad input to `preprocess` and `generate`: one line on stderr that helps, exit code 2, and nothing left behind."""
+"""Bad input to `preprocess` and `generate`: a one-line error on stderr, exit code 2, no files left behind."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PROGRESS = re.compile(r"[a-z ]+: \d+/\d+, \d+ s.*")
 
 
 def one_line(stderr: str) -> str:
-    """The message. Progress of work that came before it is no part of it."""
+    """The error message, without the progress lines before it."""
     lines = [line for line in stderr.splitlines() if line.strip() and not _PROGRESS.fullmatch(line)]
     assert len(lines) == 1, stderr
     assert lines[0].startswith("tccp: error: "), stderr
@@ -38,8 +38,8 @@ def files_below(folder: Path) -> set[Path]:
 
 
 @contextlib.contextmanager
-def refused(capsys: pytest.CaptureFixture[str], folder: Path, *says: str) -> Iterator[None]:
-    """`main()` inside is refused by one line that holds all of `says`, and leaves no file in `folder`."""
+def refused(capsys: pytest.CaptureFixture[str], folder: Path, *expected: str) -> Iterator[None]:
+    """Require that `main()` fails with one line that contains all of `expected` and leaves no file in `folder`."""
     before = files_below(folder)
     capsys.readouterr()
     with pytest.raises(SystemExit) as caught:
@@ -48,14 +48,14 @@ def refused(capsys: pytest.CaptureFixture[str], folder: Path, *says: str) -> Ite
     message = one_line(captured.err)
     assert caught.value.code == 2
     assert captured.out == ""
-    missing = [text for text in says if text not in message]
+    missing = [text for text in expected if text not in message]
     assert not missing, message
     assert files_below(folder) == before
 
 
 @pytest.fixture
 def arguments(film: Path, weights: Path, tmp_path: Path) -> Callable[..., list[str]]:
-    """The command line of a generation that works, with changes; None takes an option away."""
+    """Builds a valid `generate` command line with changes; None removes an option."""
 
     def build(**changes: Any) -> list[str]:
         options: dict[str, Any] = {
@@ -76,7 +76,7 @@ def arguments(film: Path, weights: Path, tmp_path: Path) -> Callable[..., list[s
     return build
 
 
-# Files that are not what they should be
+# Bad files
 
 
 def _wave(path: Path, samples: np.ndarray) -> None:
@@ -86,7 +86,7 @@ def _wave(path: Path, samples: np.ndarray) -> None:
 
 
 def _float_wave(path: Path, samples: np.ndarray) -> None:
-    """A WAV of 32-bit floats, which may hold what is not a number."""
+    """A WAV of 32-bit floats, which may contain NaN."""
     data = samples.astype("<f4").tobytes()
     header = b"RIFF" + (36 + len(data)).to_bytes(4, "little") + b"WAVEfmt " + (16).to_bytes(4, "little")
     header += (3).to_bytes(2, "little") + (1).to_bytes(2, "little") + (16000).to_bytes(4, "little")
@@ -96,7 +96,7 @@ def _float_wave(path: Path, samples: np.ndarray) -> None:
 
 @pytest.fixture(scope="module")
 def broken(film: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of bad files, each named for what is wrong with it."""
+    """A folder of bad files, each named after its fault."""
     folder = tmp_path_factory.mktemp("broken")
     content = film.read_bytes()
     (folder / "empty.mp4").touch()
@@ -138,7 +138,7 @@ FILMS = {
         (option, name)
         for option in ("scene", "audio", "identity", "mask")
         for name in FILMS
-        if (option, name) != ("audio", "flipped.mp4")  # flipped bits of AAC still decode to sound: nobody can tell
+        if (option, name) != ("audio", "flipped.mp4")  # AAC with flipped bits still decodes, without an error
     ],
 )
 def test_generate_names_a_bad_file(
@@ -173,7 +173,7 @@ CORRUPT = {
 
 @pytest.mark.clips
 @pytest.mark.parametrize("name", CORRUPT)
-def test_real_damage_is_named(
+def test_real_damaged_films_are_named(
     shared_clips: Path,
     shared_weights: Path,
     arguments: Callable[..., list[str]],
@@ -190,7 +190,7 @@ def test_real_damage_is_named(
 
 
 @pytest.mark.parametrize(
-    ("option", "name", "says"),
+    ("option", "name", "expected"),
     [
         ("audio", "no_audio.mp4", "no sound; give one"),
         ("audio", "no_length.wav", "empty"),
@@ -209,15 +209,15 @@ def test_generate_names_what_a_file_lacks(
     capsys: pytest.CaptureFixture[str],
     option: str,
     name: str,
-    says: str,
+    expected: str,
 ) -> None:
     changes = {option: broken / name} | ({"box": None} if option == "mask" else {})
-    with refused(capsys, tmp_path, str(broken / name), says):
+    with refused(capsys, tmp_path, str(broken / name), expected):
         main(arguments(**changes))
 
 
 @pytest.mark.parametrize(
-    ("name", "says"),
+    ("name", "expected"),
     [
         ("no_audio.mp4", "no sound"),
         ("no_video.wav", "no video"),
@@ -227,13 +227,13 @@ def test_generate_names_what_a_file_lacks(
     ],
 )
 def test_preprocess_names_what_a_file_lacks(
-    broken: Path, shared_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, says: str
+    broken: Path, shared_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, expected: str
 ) -> None:
-    with refused(capsys, tmp_path, str(broken / name), says):
+    with refused(capsys, tmp_path, str(broken / name), expected):
         main(["preprocess", str(broken / name), str(tmp_path / "clips"), "--weights", str(shared_weights)])
 
 
-def test_preprocess_goes_on_past_bad_files_and_counts_them(
+def test_preprocess_skips_and_counts_bad_files(
     broken: Path, film: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     footage = tmp_path / "footage"
@@ -247,11 +247,11 @@ def test_preprocess_goes_on_past_bad_files_and_counts_them(
     assert all(source["message"] for source in record["sources"] if not source["clips"])
 
 
-# No face, no place, no room
+# No face, invalid options, unwritable outputs
 
 
 @pytest.mark.parametrize("detector", ["lbp", "mediapipe"])
-def test_no_face_anywhere(
+def test_scene_or_identity_without_a_face_is_refused(
     broken: Path,
     shared_weights: Path,
     arguments: Callable[..., list[str]],
@@ -267,7 +267,7 @@ def test_no_face_anywhere(
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "expected"),
     [
         ({"box": "900,10,980,90"}, ["--box 900,10,980,90", "outside the picture of 128x96", "in pixels"]),
         ({"box": "10,10,90"}, ["--box 10,10,90", "four numbers"]),
@@ -281,24 +281,24 @@ def test_no_face_anywhere(
         ({"box": None, "detector_weights": "nowhere"}, ["nowhere/face_landmarker.task", "TCCP_WEIGHTS", "lbp"]),
     ],
 )
-def test_options_that_cannot_be_followed(
+def test_invalid_options_are_refused(
     broken: Path,
     arguments: Callable[..., list[str]],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     changes: dict[str, Any],
-    says: list[str],
+    expected: list[str],
 ) -> None:
     given = {
         name: str(broken / value[1:]) if isinstance(value, str) and value.startswith("@") else value
         for name, value in changes.items()
     }
-    with refused(capsys, tmp_path, *says):
+    with refused(capsys, tmp_path, *expected):
         main(arguments(**given))
 
 
 @pytest.mark.parametrize("place", ["file/out.mp4", "file/below/out.mp4", "folder.mp4"])
-def test_places_that_cannot_be_written(
+def test_unwritable_outputs_are_refused(
     film: Path, arguments: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str
 ) -> None:
     """Tests may run as root, who may write anywhere but below a file."""
@@ -314,7 +314,7 @@ def test_places_that_cannot_be_written(
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc here")
-def test_a_file_system_that_takes_no_files(
+def test_unwritable_file_system_is_refused(
     film: Path, arguments: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with refused(capsys, tmp_path, "/proc/out.mp4", "give a folder"):
@@ -342,13 +342,13 @@ def _no_manifest(folder: Path) -> str:
     return "train one with"
 
 
-def _manifest(change: Callable[[dict[str, Any]], object], says: str) -> Callable[[Path], str]:
+def _manifest(change: Callable[[dict[str, Any]], object], expected: str) -> Callable[[Path], str]:
     def damage(folder: Path) -> str:
         path = folder / "manifest.json"
         manifest = json.loads(path.read_text())
         change(manifest)
         path.write_text(json.dumps(manifest))
-        return says
+        return expected
 
     return damage
 
@@ -375,8 +375,8 @@ def _config(folder: Path) -> str:
     return "SHA-256 differs"
 
 
-def _signed(component: str, damage: Callable[[Path], object], says: str) -> Callable[[Path], str]:
-    """Damage under a manifest that was made to fit it."""
+def _signed(component: str, damage: Callable[[Path], object], expected: str) -> Callable[[Path], str]:
+    """Damage, with a manifest whose digests match the damaged files."""
 
     def apply(folder: Path) -> str:
         import hashlib
@@ -387,7 +387,7 @@ def _signed(component: str, damage: Callable[[Path], object], says: str) -> Call
         for name in files:
             files[name] = hashlib.sha256((folder / component / name).read_bytes()).hexdigest()
         (folder / "manifest.json").write_text(json.dumps(manifest))
-        return says
+        return expected
 
     return apply
 
@@ -425,7 +425,7 @@ DAMAGE: dict[str, Callable[[Path], str]] = {
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_weights_that_are_not_whole(
+def test_damaged_weights_are_refused(
     weights: Path,
     arguments: Callable[..., list[str]],
     tmp_path: Path,
@@ -434,12 +434,12 @@ def test_weights_that_are_not_whole(
 ) -> None:
     folder = tmp_path / "weights"
     shutil.copytree(weights, folder)
-    says = DAMAGE[name](folder)
-    with refused(capsys, tmp_path, str(folder), says):
+    expected = DAMAGE[name](folder)
+    with refused(capsys, tmp_path, str(folder), expected):
         main(arguments(weights=folder))
 
 
-def test_detector_weights_that_are_none(
+def test_unusable_detector_weights_are_refused(
     film: Path, arguments: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "face_landmarker.task"
@@ -455,7 +455,7 @@ def test_detector_weights_that_are_none(
 # Valid, with a warning
 
 
-def test_silent_and_clipped_sound_is_valid(
+def test_silent_and_clipped_sound_gives_a_warning(
     arguments: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, samples in {"silent": np.zeros(2000), "clipped": np.tile([1.0, -1.0], 1000)}.items():
@@ -467,12 +467,14 @@ def test_silent_and_clipped_sound_is_valid(
         assert f"{name}.wav" in line and f"is {name}" in line
 
 
-# As users see it
+# In a process of its own
 
 
 @pytest.mark.parametrize("name", ["text.mp4", "flipped.mp4"])
-def test_in_a_process_of_its_own(broken: Path, arguments: Callable[..., list[str]], tmp_path: Path, name: str) -> None:
-    """Nothing that runs beside Python, decoders above all, adds a line of its own."""
+def test_generate_prints_a_one_line_error_in_its_own_process(
+    broken: Path, arguments: Callable[..., list[str]], tmp_path: Path, name: str
+) -> None:
+    """Native libraries, above all decoders, print no lines of their own."""
     done = tccp(*arguments(scene=broken / name))
     assert done.returncode == 2
     assert done.stdout == ""
@@ -480,7 +482,9 @@ def test_in_a_process_of_its_own(broken: Path, arguments: Callable[..., list[str
     assert not (tmp_path / "made" / "out.mp4").exists()
 
 
-def test_preprocess_in_a_process_of_its_own(broken: Path, shared_weights: Path, tmp_path: Path) -> None:
+def test_preprocess_prints_a_one_line_error_in_its_own_process(
+    broken: Path, shared_weights: Path, tmp_path: Path
+) -> None:
     done = tccp("preprocess", broken / "no_face.mp4", tmp_path / "clips", "--weights", shared_weights)
     assert done.returncode == 2
     assert "no_face.mp4" in one_line(done.stderr)

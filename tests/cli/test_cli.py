@@ -1,4 +1,4 @@
-"""The commands: light help, pure JSON, and every verb as users call it."""
+"""The commands: help without heavy imports, pure JSON output, and every verb as users call it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytest_plugins = ["tiny_fixtures"]
 SETTINGS_OPTIONS = ("preset", "set", "max_steps")
 
 
-def test_help_is_light() -> None:
+def test_help_imports_no_heavy_package() -> None:
     code = (
         "import sys\n"
         "from tccp.cli import main\n"
@@ -38,17 +38,17 @@ def test_help_is_light() -> None:
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main([verb, "--help"])
     assert caught.value.code == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     summary = str(VERBS[verb].__doc__).split()[:4]
-    assert " ".join(summary) in " ".join(said.split())
+    assert " ".join(summary) in " ".join(printed.split())
 
 
 @pytest.mark.parametrize("arguments", [["nothing"], ["generate"], ["synth"], ["describe", "--presets", "toy"]])
-def test_wrong_usage_is_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_usage_exits_with_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
@@ -58,7 +58,9 @@ def test_wrong_usage_is_code_2(arguments: list[str], capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize("arguments", [["describe", "--preset", "big"], ["describe", "--set", "windw=3"]])
-def test_unknown_presets_and_settings_are_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_presets_and_settings_give_a_one_line_error(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
@@ -71,7 +73,7 @@ TRAIN = ["--data", "nowhere", "--weights", "W"]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "expected"),
     [
         (NOWHERE, "nowhere"),
         ([*NOWHERE, "--clips", "0"], "--clips 0"),
@@ -88,8 +90,12 @@ TRAIN = ["--data", "nowhere", "--weights", "W"]
         (["export", "W", "V", "--set", "training.max_steps=3"], "sampling.* can be changed"),
     ],
 )
-def test_what_cannot_be_is_one_line(
-    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_invalid_arguments_give_a_one_line_error(
+    arguments: list[str],
+    expected: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as caught:
@@ -98,7 +104,7 @@ def test_what_cannot_be_is_one_line(
     assert not list(tmp_path.iterdir())
     captured = capsys.readouterr()
     (line,) = captured.err.splitlines()
-    assert said in line
+    assert expected in line
     assert captured.out == ""
 
 
@@ -124,7 +130,9 @@ def test_describe(capsys: pytest.CaptureFixture[str]) -> None:
     assert rows["face_sequence"]["gflop_per_window"] > 4 * rows["face_first"]["gflop_per_window"]
 
 
-def test_from_synth_to_a_film(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_synth_preprocess_and_generate_print_json(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """synth, preprocess and generate with --json: one object on stdout, progress elsewhere."""
     footage = tmp_path / "footage"
     made = stdout_of(capsys, "synth", footage, "--clips", 2, "--seconds", 1, "--seed", 3, "--json")
@@ -146,7 +154,7 @@ def test_from_synth_to_a_film(weights: Path, tmp_path: Path, capsys: pytest.Capt
     assert probe(out).num_frames == 25
 
 
-def test_generate_in_a_process_of_its_own(film: Path, weights: Path, tmp_path: Path) -> None:
+def test_generate_in_its_own_process(film: Path, weights: Path, tmp_path: Path) -> None:
     given = {
         "scene": film,
         "audio": film,
@@ -161,7 +169,7 @@ def test_generate_in_a_process_of_its_own(film: Path, weights: Path, tmp_path: P
     assert "Warning" not in done.stderr
 
 
-def test_a_missing_device_is_one_line(
+def test_missing_device_gives_an_error_with_the_fix(
     film: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import torch
@@ -175,29 +183,29 @@ def test_a_missing_device_is_one_line(
     assert "--device cpu" in capsys.readouterr().err
 
 
-def test_a_reader_that_leaves_early_is_no_mistake() -> None:
+def test_closed_pipe_causes_no_traceback() -> None:
     """`tccp describe | head -1` must not end in a traceback."""
     command = f"{sys.executable} -m tccp.cli describe --preset toy | head -n 1"
     done = subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert "Traceback" not in done.stderr
 
 
-def test_settings_options_are_spelled_alike_in_tccp_and_in_the_jobs(capsys: pytest.CaptureFixture[str]) -> None:
-    spelled = ["--preset", "toy", "--set", "window=4", "lips.size_px=16", "--set", "window=3", "--max-steps", "7"]
-    ours = parse(["train", "lips", "--data", "D", "--weights", "W", *spelled])
+def test_settings_options_are_the_same_in_tccp_and_the_jobs(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--preset", "toy", "--set", "window=4", "lips.size_px=16", "--set", "window=3", "--max-steps", "7"]
+    ours = parse(["train", "lips", "--data", "D", "--weights", "W", *options])
     for stage in get_args(train_command.Stage):
-        calls = [ours, train_command.parse(stage, spelled)]
+        calls = [ours, train_command.parse(stage, options)]
         tccp_train, job = (settings_of(*(one.keywords[key] for key in SETTINGS_OPTIONS)) for one in calls)
         assert tccp_train == job
-        assert (job.window, job.lips.size_px, job.autoencoder.max_steps) == (3, 16, 7), "every --set counts"
+        assert (job.window, job.lips.size_px, job.autoencoder.max_steps) == (3, 16, 7), "a --set was ignored"
         with pytest.raises(SystemExit) as caught:
             train_command.parse(stage, ["window=4"])
         assert caught.value.code == 2
     capsys.readouterr()
 
 
-def test_options_that_tccp_and_the_jobs_share_have_one_meaning() -> None:
-    """Types and help of settings, landmark sources and output are one object in both."""
+def test_shared_options_have_the_same_type_and_help() -> None:
+    """`tccp` and the jobs use the same annotation object for each shared option."""
     of_commands = [inspect.signature(one, eval_str=True).parameters for one in (VERBS["train"], VERBS["preprocess"])]
     of_jobs = inspect.signature(train_command.train, eval_str=True).parameters
     for name in (*SETTINGS_OPTIONS, "backend", "resume", "lip_weights", "json"):

@@ -1,4 +1,4 @@
-"""The packaged weights and the demo that uses them: what a new user sees first."""
+"""The packaged weights and the demo that uses them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COMPONENTS = {"autoencoder", "lips", *TWO_STAGE}
 
 
 @pytest.fixture(scope="module")
-def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def short_demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A demo of two seconds."""
     out = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
@@ -31,7 +31,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
     return out, record
 
 
-def test_the_packaged_pipeline_is_whole_small_and_says_where_it_comes_from() -> None:
+def test_packaged_pipeline_is_complete_small_and_has_provenance() -> None:
     components = read_manifest(TOY_WEIGHTS)["components"]
     assert set(components) == COMPONENTS
     for name, entry in components.items():
@@ -48,9 +48,9 @@ def test_the_packaged_pipeline_is_whole_small_and_says_where_it_comes_from() -> 
     assert read_settings(TOY_WEIGHTS).preset == "toy"
 
 
-def test_the_demo_needs_no_training_and_talks(shown: tuple[Path, dict[str, Any]]) -> None:
-    """Far below what the benchmark measures over many clips: this is one short film."""
-    _, record = shown
+def test_demo_uses_packaged_weights_and_follows_the_sound(short_demo: tuple[Path, dict[str, Any]]) -> None:
+    """The limits are much looser than the benchmark's results, because this is one short film."""
+    _, record = short_demo
     assert record["weights"] == "packaged"
     assert set(record["seconds"]) == {"generate", "pictures"}
     figures = record["against_truth"]
@@ -60,8 +60,8 @@ def test_the_demo_needs_no_training_and_talks(shown: tuple[Path, dict[str, Any]]
     assert figures["psnr_face"] > 15
 
 
-def test_the_demo_leaves_a_film_with_sound_a_sheet_a_preview_and_figures(shown: tuple[Path, dict[str, Any]]) -> None:
-    out, record = shown
+def test_demo_writes_film_sheet_preview_and_figures(short_demo: tuple[Path, dict[str, Any]]) -> None:
+    out, record = short_demo
     names = {"demo.mp4", "demo.png", "demo.webp", "demo.json", "generated.mp4", "landmarks.jsonl"}
     assert {path.name for path in out.iterdir()} == names
     for name in ("demo.mp4", "generated.mp4"):
@@ -78,7 +78,7 @@ def test_the_demo_leaves_a_film_with_sound_a_sheet_a_preview_and_figures(shown: 
         assert np.abs(np.array(preview.convert("RGB")).astype(int) - first).mean() > 1
 
 
-def test_toy_names_the_packaged_weights_unless_there_is_such_a_folder(
+def test_toy_means_the_packaged_weights_unless_a_folder_has_that_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""Solvers against diffusers and against a denoiser that is known exactly; chains."""
+"""Solvers compared with diffusers and with an exact denoiser; chains of windows."""
 
 import dataclasses
 import itertools
@@ -71,7 +71,7 @@ def flow_error(schedule, solver, steps, end=199):
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
 @pytest.mark.parametrize(("solver", "order"), [("ddim", 1), ("dpmpp", 2)])
-def test_error_falls_with_steps_as_the_order_says(solver, order, prediction):
+def test_error_falls_with_steps_at_the_order_of_the_solver(solver, order, prediction):
     schedule = schedule_of(prediction)
     errors = [flow_error(schedule, solver, steps) for steps in (50, 100, 200)]
     measured = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
@@ -83,8 +83,8 @@ def test_second_order_is_better_than_first():
     assert flow_error(schedule_of(), "dpmpp", 50) < flow_error(schedule_of(), "ddim", 50) / 5
 
 
-def test_ddpm_reaches_the_distribution_as_steps_grow():
-    """Mean exactly in the limit, and a spread whose error falls with the number of steps."""
+def test_ddpm_converges_to_the_distribution_with_more_steps():
+    """The mean is right at any number of steps; the error of the spread falls with more steps."""
     schedule = schedule_of()
     errors = []
     for steps in (10, 100, 1000):
@@ -97,8 +97,8 @@ def test_ddpm_reaches_the_distribution_as_steps_grow():
 
 
 @pytest.mark.parametrize("solver", ["ddim", "dpmpp", "ddpm"])
-def test_temperature_draws_samples_towards_the_mean(solver):
-    """For a Gaussian all steps are linear: a sample's distance from the mean is the temperature times what it was."""
+def test_temperature_scales_the_distance_to_the_mean(solver):
+    """For a Gaussian all steps are linear, so a sample's distance from the mean is proportional to the temperature."""
     schedule = schedule_of("v")
 
     def sample(temperature):
@@ -193,8 +193,8 @@ def test_ddpm_mean_and_variance_equal_diffusers():
         torch.testing.assert_close(mean + step.noise * drawn, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_windows_at_different_steps_and_solvers_share_an_evaluation():
-    """A batch of states at mixed steps moves exactly as each of them alone."""
+def test_batched_windows_at_mixed_steps_equal_single_windows():
+    """States with different steps and solvers advance in one batch exactly as they do alone."""
     schedule = schedule_of()
     denoiser = GaussianDenoiser(schedule)
     states = [
@@ -206,7 +206,7 @@ def test_windows_at_different_steps_and_solvers_share_an_evaluation():
     running = dict(enumerate(states[:1]))
     waiting = dict(enumerate(states[1:], start=1))
     while running or waiting:
-        if waiting:  # one more joins at every step
+        if waiting:  # one more window joins at every step
             i = min(waiting)
             running[i] = waiting.pop(i)
         moved = advance(denoiser, schedule, list(running.values()))
@@ -232,7 +232,7 @@ def stage():
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
-def test_first_frame_is_bit_equal_through_sampling(stage, guidance_scale):
+def test_first_frame_stays_bit_equal_during_sampling(stage, guidance_scale):
     settings = tiny()
     latents, _, conditions, control = inputs(settings, VARIANTS["face_sequence"], batch=1)
     initial = torch.randn_like(latents[0, :, 0])
@@ -244,7 +244,7 @@ def test_first_frame_is_bit_equal_through_sampling(stage, guidance_scale):
         assert not torch.equal(state.latents[:, 1], initial)
 
 
-def test_guidance_is_extrapolation_between_dropped_and_given(stage):
+def test_guidance_extrapolates_from_dropped_to_given_conditions(stage):
     settings = tiny()
     _, _, conditions, control = inputs(settings, VARIANTS["face_first"], batch=1)
 
@@ -252,7 +252,7 @@ def test_guidance_is_extrapolation_between_dropped_and_given(stage):
         sampling = SamplingSettings(solver="ddim", steps=4, guidance_scale=scale)
         given = conditions.drop(torch.tensor([dropped]))
         state = start_window(stage.schedule, sampling, given, control[0], None, seed=1, channels=4)
-        if dropped:  # advance() decides what is dropped; so ask the network itself
+        if dropped:  # advance() decides what to drop, so call the network directly
             times = torch.full((1, 1), state.plan[0].t)
             with torch.no_grad():
                 return stage.first(state.latents[None], times, given, control).double()[0]
@@ -263,7 +263,7 @@ def test_guidance_is_extrapolation_between_dropped_and_given(stage):
     torch.testing.assert_close(one_step(3.0), without + 3 * (with_conditions - without), rtol=1e-4, atol=1e-5)
 
 
-def test_a_finished_window_is_not_advanced():
+def test_advancing_a_finished_window_is_an_error():
     schedule = schedule_of()
     state = window(schedule, "ddim", 1)
     (state,) = advance(GaussianDenoiser(schedule), schedule, [state])
@@ -287,12 +287,12 @@ def chained(stage, frames, seed):
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 4, 5, 12])
-def test_a_chain_gives_every_frame_once(stage, count):
+def test_chain_yields_every_frame_once(stage, count):
     assert len(chained(stage, iter(frames(count)), 0)) == count
 
 
-def test_a_chain_is_deterministic_and_causal_by_window(stage):
-    """Same seed, same frames; and what comes later does not change a window that is finished."""
+def test_chain_is_deterministic_and_causal_by_window(stage):
+    """The same seed gives the same frames; later input does not change finished windows."""
     whole = chained(stage, frames(10), 5)
     again = chained(stage, frames(10), 5)
     shorter = chained(stage, frames(10)[:7], 5)
@@ -302,15 +302,15 @@ def test_a_chain_is_deterministic_and_causal_by_window(stage):
     assert not torch.equal(whole[0], other[0])
 
 
-def test_the_first_frame_has_sampling_settings_of_its_own(stage):
-    """At temperature 0 nothing is left to the seed: so it is in the first frame, and not in those that follow."""
+def test_first_frame_has_its_own_sampling_settings(stage):
+    """At temperature 0 the seed has no effect: here that holds for the first frame and not for later ones."""
     still = dataclasses.replace(stage, first_settings=stage.settings.model_copy(update={"temperature": 0.0}))
     a, b = (chained(still, frames(4), seed) for seed in (5, 6))
     assert torch.equal(a[0], b[0])
     assert not torch.equal(a[1], b[1])
 
 
-def test_windows_continue_from_latents_as_they_are(stage):
+def test_windows_continue_from_unmodified_latents(stage):
     """The last latents of a window are, bit for bit, the initial frame of the next."""
     seen = []
     handle = stage.sequence.register_forward_pre_hook(lambda module, args: seen.append(args[0][0, :, 0].clone()))
@@ -322,7 +322,7 @@ def test_windows_continue_from_latents_as_they_are(stage):
         assert all(torch.equal(initial, generated[index]) for initial in seen[number * steps : (number + 1) * steps])
 
 
-def test_a_chain_reads_no_further_than_its_window(stage):
+def test_chain_reads_no_frames_beyond_its_window(stage):
     read = 0
 
     def counted():
@@ -345,7 +345,7 @@ def identities(count):
 
 @pytest.mark.parametrize("count", [1, 4, 10, 12])
 @pytest.mark.parametrize("batch_size", [2, 16])
-def test_a_batch_of_chains_is_each_chain(stage, count, batch_size):
+def test_batched_chains_equal_single_chains(stage, count, batch_size):
     clips, people, seeds = [frames(count, seed=i) for i in range(3)], identities(3), [5, 6, 5]
     together = stage.chain_batch(clips, people, seeds, batch_size)
     for clip, person, seed, latents in zip(clips, people, seeds, together, strict=True):
@@ -354,7 +354,7 @@ def test_a_batch_of_chains_is_each_chain(stage, count, batch_size):
         torch.testing.assert_close(latents, alone, rtol=0, atol=1e-5)
 
 
-def test_a_batch_of_chains_evaluates_as_many_windows_at_a_time_as_it_may(stage):
+def test_chain_batch_uses_the_full_batch_size(stage):
     sizes = []
     handle = stage.sequence.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
     stage.chain_batch([frames(4, seed=i) for i in range(5)], identities(5), range(5), batch_size=2)
@@ -363,13 +363,13 @@ def test_a_batch_of_chains_evaluates_as_many_windows_at_a_time_as_it_may(stage):
 
 
 @pytest.mark.parametrize("lengths", [(4, 5), (0, 0)])
-def test_a_batch_of_chains_is_of_one_length(stage, lengths):
+def test_chain_batch_refuses_unequal_or_zero_lengths(stage, lengths):
     with pytest.raises(ValueError, match=str(lengths[1])):
         stage.chain_batch([frames(n) for n in lengths], identities(2), [0, 1])
 
 
-def test_frames_on_their_own_know_nothing_of_each_other(stage):
-    """Frame 0 is the chain's; every other one has noise of its own and is the same whatever its neighbours are."""
+def test_each_frame_is_sampled_independently(stage):
+    """Frame 0 equals the chain's; every other frame has its own noise and does not depend on its neighbours."""
     clip, (person,) = frames(6), identities(1)
     alone = stage.each_frame(clip, person, seed=3, batch_size=4)
     assert alone.shape[1] == 6

@@ -32,7 +32,7 @@ def test_schedule_equals_diffusers(prediction, zero_terminal_snr):
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
-def test_a_perfect_prediction_gives_latents_and_noise_back(prediction):
+def test_perfect_prediction_recovers_latents_and_noise(prediction):
     schedule = NoiseSchedule.from_settings(DiffusionSettings(prediction=prediction))
     latents, noise = torch.randn(3, 2, 4, 5, 5), torch.randn(3, 2, 4, 5, 5)
     times = torch.tensor([0, 400, 700])[:, None].expand(-1, 4)
@@ -53,7 +53,7 @@ def test_epsilon_with_zero_terminal_snr_is_refused():
 
 @pytest.mark.parametrize("first_frame_channels", [False, True])
 def test_loss_does_not_depend_on_the_output_for_the_first_frame(first_frame_channels):
-    """Eq. 8: the first frame is given, so nothing the network says about it counts."""
+    """Eq. 8: the first frame is given, so the network's output for it does not count."""
     settings = tiny(variant_overrides={"face_sequence": {"network.first_frame_channels": first_frame_channels}})
     model = MVControlNet.from_settings(settings, "face_sequence").eval()
     schedule = NoiseSchedule.from_settings(settings.diffusion)
@@ -78,7 +78,7 @@ def test_loss_does_not_depend_on_the_output_for_the_first_frame(first_frame_chan
     assert seen["t"].tolist() == [[0, 10, 10, 10], [0, 700, 700, 700]]
 
 
-def test_without_an_initial_frame_every_frame_counts():
+def test_loss_counts_every_frame_without_an_initial_frame():
     settings = tiny()
     model = MVControlNet.from_settings(settings, "landmark_first").eval()
     schedule = NoiseSchedule.from_settings(settings.diffusion)

@@ -1,4 +1,4 @@
-"""`tccp evaluate roundtable`: its clips, its rows against `tccp generate`, its arithmetic, and the whole, tiny."""
+"""`tccp evaluate roundtable`: clips, rows compared with `tccp generate`, statistics, and a tiny complete run."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ FRAMES = 6  # a first frame, and windows of 3 and 2 new ones
 # Clips
 
 
-def test_seeds_are_of_their_own_range() -> None:
-    """No two purposes share a clip, nor a person with the films that networks are trained on."""
+def test_seeds_of_different_purposes_do_not_overlap() -> None:
+    """No two purposes share a clip, and none shares a person with the training films."""
     by_purpose = [clip_seeds(purpose, 300) for purpose in ("held_out", "reference", "prior", "drift", "counterfactual")]
     assert len({seed for seeds in by_purpose for seed in seeds}) == 5 * 300
     assert clip_seeds("held_out", 7) == by_purpose[0][:7]
@@ -83,7 +83,7 @@ def clips() -> tuple[EvaluationClip, ...]:
     return tuple(make_clip(seed, FRAMES, tiny.SETTINGS, width=128, height=96) for seed in (11, 12))
 
 
-def test_a_clip_is_what_was_drawn(clips: tuple[EvaluationClip, ...]) -> None:
+def test_clip_matches_the_synthesised_scene(clips: tuple[EvaluationClip, ...]) -> None:
     clip = clips[0]
     drawn = synthesise(11, (FRAMES + 5) / FPS, width=128, height=96)
     assert np.array_equal(clip.scenes[3], drawn.render(3))
@@ -101,8 +101,8 @@ def test_a_clip_is_what_was_drawn(clips: tuple[EvaluationClip, ...]) -> None:
     assert clip.identity.shape == (32, 32, 3)
 
 
-def test_a_clip_can_begin_in_the_middle(clips: tuple[EvaluationClip, ...]) -> None:
-    """As if the camera had been turned on then: frames, landmarks and sound are those of the whole."""
+def test_clip_with_a_later_start_equals_the_end_of_the_whole_clip(clips: tuple[EvaluationClip, ...]) -> None:
+    """Frames, landmarks and sound equal those of the whole clip from that frame on."""
     whole, part = clips[0], make_clip(11, FRAMES - 4, tiny.SETTINGS, start=4, width=128, height=96)
     assert part.num_frames == part.truth.num_frames == FRAMES - 4
     assert np.array_equal(part.scenes[1], whole.scenes[5])
@@ -111,8 +111,8 @@ def test_a_clip_can_begin_in_the_middle(clips: tuple[EvaluationClip, ...]) -> No
     assert np.array_equal(part.audio, whole.audio[4 * 640 :])
 
 
-def test_the_last_frame_hears_true_sound(clips: tuple[EvaluationClip, ...]) -> None:
-    """Whatever follows the clip's sound, its mel windows are the same."""
+def test_last_frame_has_true_sound_in_its_mel_window(clips: tuple[EvaluationClip, ...]) -> None:
+    """Sound that is appended to the clip's does not change its mel windows."""
     clip = clips[0]
     noise = np.random.default_rng(0).uniform(-1, 1, 16000).astype(np.float32)
     assert np.array_equal(mel_windows(np.concatenate([clip.audio, noise]), 0, FRAMES), clip.mel)
@@ -120,7 +120,7 @@ def test_the_last_frame_hears_true_sound(clips: tuple[EvaluationClip, ...]) -> N
     assert not np.array_equal(cut, clip.mel)
 
 
-def test_what_happens_in_a_clip_happens_while_it_is_looked_at() -> None:
+def test_events_fall_within_the_evaluated_frames() -> None:
     kinds = set()
     for seed in clip_seeds("held_out", 16):
         clip = synthesise(seed, (benchmark_clips.HELD_OUT_FRAMES + 5) / FPS)
@@ -132,8 +132,8 @@ def test_what_happens_in_a_clip_happens_while_it_is_looked_at() -> None:
     assert kinds == {"still", "change", "move"}
 
 
-def test_the_wrong_clip_shares_nothing_with_a_beginning(clips: tuple[EvaluationClip, ...]) -> None:
-    """It is a stretch of its own clip in mid-speech, of the same length."""
+def test_wrong_clip_starts_in_mid_speech(clips: tuple[EvaluationClip, ...]) -> None:
+    """It is an excerpt of the same length from later in its own clip."""
     other = in_mid_speech(clips[1])
     assert other.truth.num_frames == FRAMES
     assert other.truth.person_seed == clips[1].truth.person_seed
@@ -142,7 +142,7 @@ def test_the_wrong_clip_shares_nothing_with_a_beginning(clips: tuple[EvaluationC
     assert np.array_equal(other.truth.mouth_opening, longer.mouth_opening[50 : 50 + FRAMES])
 
 
-def test_the_listener_of_a_counterfactual_can_be_moved() -> None:
+def test_counterfactual_listener_can_be_moved() -> None:
     (seed,) = counterfactual_seeds(1)
     left, right = (make_clip(seed, 2, tiny.SETTINGS, listener_deg=at).truth for at in (-50.0, 50.0))
     assert left.yaw_deg.mean() < -30
@@ -155,7 +155,7 @@ def test_the_listener_of_a_counterfactual_can_be_moved() -> None:
 
 @pytest.fixture(scope="module")
 def models(weights: Path) -> Models:
-    """The same untrained networks for everything; the blind one is merely not shown the scene."""
+    """The same untrained networks everywhere; the context-blind pipeline only lacks the scene."""
     pipeline = load_components(weights, TWO_STAGE)
     single = load_components(weights, ("one_stage_first", "one_stage_sequence"))
     blind = dataclasses.replace(pipeline, settings=override(pipeline.settings, {"context": "none"}))
@@ -164,7 +164,7 @@ def models(weights: Path) -> Models:
     return Models(pipeline, ablations, {}, FaceProbe().eval())
 
 
-def test_the_work_done_is_the_work_announced(models: Models) -> None:
+def test_reported_work_equals_the_announced_work(models: Models) -> None:
     done: list[float] = []
     worker = Worker(models, done.append)
     for announced, work in (
@@ -185,10 +185,10 @@ def shard(models: Models, clips: tuple[EvaluationClip, ...]) -> Shard:
 
 
 @pytest.mark.parametrize("row", ["two_stage_generated", "one_stage"])
-def test_rows_are_what_generate_makes(
+def test_rows_equal_the_output_of_generate(
     models: Models, clips: tuple[EvaluationClip, ...], tmp_path: Path, row: str
 ) -> None:
-    """The same faces, landmarks and pasted scenes, up to the rounding of a batch, as a film of the clip's seed."""
+    """Faces, landmarks and scenes equal those of a film generated with the clip's seed, up to batch rounding."""
     clip = clips[1]
     write_audio_wav(tmp_path / "sound.wav", clip.audio)
     frames = [SceneFrame(i, clip.scenes[i], clip.truth.head_box[i], i == 0) for i in range(FRAMES)]
@@ -212,7 +212,7 @@ def test_rows_are_what_generate_makes(
             assert np.isnan(points).all() or np.allclose(points, frame.points, atol=0.02)
 
 
-def test_truth_is_the_ceiling(shard: Shard) -> None:
+def test_truth_row_reproduces_the_clip(shard: Shard) -> None:
     for clip, output in zip(shard.clips, shard.true_outputs(), strict=True):
         assert output.points is not None
         assert np.abs(output.points - clip.points).mean() < 0.02
@@ -220,7 +220,7 @@ def test_truth_is_the_ceiling(shard: Shard) -> None:
         assert np.array_equal(output.scenes, clip.scenes)  # type: ignore[arg-type]
 
 
-def test_the_sound_of_another_clip_is_all_that_is_shuffled(models: Models, clips: tuple[EvaluationClip, ...]) -> None:
+def test_audio_shuffled_row_changes_only_the_sound(models: Models, clips: tuple[EvaluationClip, ...]) -> None:
     a, b = clips
     alike = Shard(models, (a, dataclasses.replace(b, audio=a.audio, mel=a.mel)))
     for ours, shuffled in zip(two_stage_generated(alike).face_latents, audio_shuffled(alike).face_latents, strict=True):
@@ -229,7 +229,7 @@ def test_the_sound_of_another_clip_is_all_that_is_shuffled(models: Models, clips
     assert not torch.equal(two_stage_generated(apart).face_latents[0], audio_shuffled(apart).face_latents[0])
 
 
-def test_the_blind_row_does_not_depend_on_the_scene(models: Models, clips: tuple[EvaluationClip, ...]) -> None:
+def test_context_blind_row_does_not_depend_on_the_scene(models: Models, clips: tuple[EvaluationClip, ...]) -> None:
     a, b = clips
     seen = Shard(models, (a, b))
     elsewhere = Shard(models, (dataclasses.replace(a, masked_scenes=b.masked_scenes), b))
@@ -238,7 +238,7 @@ def test_the_blind_row_does_not_depend_on_the_scene(models: Models, clips: tuple
     assert not torch.equal(seen.stage_one(sees, (a, b))[0], elsewhere.stage_one(sees, (a, b))[0])
 
 
-def test_per_frame_begins_as_the_chain_does(shard: Shard) -> None:
+def test_per_frame_row_starts_like_the_chain(shard: Shard) -> None:
     ours, alone = two_stage_generated(shard).face_latents, per_frame(shard).face_latents
     for chained, frames in zip(ours, alone, strict=True):
         torch.testing.assert_close(chained[:, 0], frames[:, 0], rtol=0, atol=1e-4)
@@ -246,7 +246,7 @@ def test_per_frame_begins_as_the_chain_does(shard: Shard) -> None:
     assert one_stage(shard).landmark_latents is None
 
 
-def test_only_frames_that_are_asked_for_are_read(shard: Shard) -> None:
+def test_only_requested_frames_are_read(shard: Shard) -> None:
     latents = shard.true_landmark_latents[0]
     whole, part = shard.read_points(latents), shard.read_points(latents, [2, 4])
     assert np.array_equal(part[[2, 4]], whole[[2, 4]], equal_nan=True)
@@ -259,7 +259,7 @@ def ablation(folder: Path, *variants: VariantName, **changes: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "changes", "said"),
+    ("name", "changes", "expected"),
     [
         ("no_lip", {}, "lips.source=none"),
         ("context_blind", {}, "context=none"),
@@ -269,15 +269,15 @@ def ablation(folder: Path, *variants: VariantName, **changes: Any) -> None:
         ("one_stage", {}, "one_stage_first"),
     ],
 )
-def test_ablations_that_do_not_fit_are_refused(
-    weights: Path, tmp_path: Path, name: str, changes: dict[str, Any], said: str
+def test_incompatible_ablations_are_refused(
+    weights: Path, tmp_path: Path, name: str, changes: dict[str, Any], expected: str
 ) -> None:
     ablation(tmp_path / name, **changes)
-    with pytest.raises(TccpError, match=said):
+    with pytest.raises(TccpError, match=expected):
         Models.load(weights, tmp_path)
 
 
-def test_ablations_that_are_not_there_are_said_to_be_missing(weights: Path, tmp_path: Path) -> None:
+def test_missing_ablations_are_listed(weights: Path, tmp_path: Path) -> None:
     ablation(tmp_path / "no_lip", "face_first", "face_sequence", **{"lips.source": "none"})
     models = Models.load(weights, tmp_path)
     assert set(models.ablations) == {"no_lip"}
@@ -292,7 +292,7 @@ def test_ablations_that_are_not_there_are_said_to_be_missing(weights: Path, tmp_
 # Predictors
 
 
-def test_cues_do_not_know_where_the_head_is_turned() -> None:
+def test_cues_do_not_depend_on_head_yaw_or_mouth() -> None:
     clip = synthesise(3, 0.4)
     turned = clip.with_head(yaw_deg=-clip.yaw_deg, mouth_opening=clip.mouth_opening[::-1].copy())
     for cue in CUES:
@@ -300,7 +300,7 @@ def test_cues_do_not_know_where_the_head_is_turned() -> None:
     assert cue_features("mask_body", clip).shape[1] > cue_features("mask_only", clip).shape[1]
 
 
-def test_figures_of_a_predictor(clips: tuple[EvaluationClip, ...]) -> None:
+def test_predictor_figures_match_a_direct_computation(clips: tuple[EvaluationClip, ...]) -> None:
     clip = clips[0]
     features = cue_features("mask_only", clip.truth)
     ahead = DummyRegressor(strategy="constant", constant=5.0).fit(features, np.zeros(FRAMES))
@@ -308,7 +308,7 @@ def test_figures_of_a_predictor(clips: tuple[EvaluationClip, ...]) -> None:
     assert cue_figures("mask_only", ahead, clip)["yaw_mae_deg_landmarks"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_mean_face_is_a_face() -> None:
+def test_mean_face_is_frontal_and_inside_the_crop() -> None:
     mean = mean_face(32)
     assert abs(float(head_pose(mean.points[None]).yaw_deg[0])) < 15
     assert 0.2 < mean.points[:, 0].min() < mean.points[:, 0].max() < 0.8
@@ -318,7 +318,7 @@ def test_the_mean_face_is_a_face() -> None:
 # Report
 
 
-def test_intervals_are_those_of_the_bootstrap() -> None:
+def test_intervals_match_scipys_bootstrap() -> None:
     values = np.random.default_rng(1).normal(2, 1, 60)
     cell = interval(np.append(values, np.nan))
     assert cell is not None
@@ -330,7 +330,7 @@ def test_intervals_are_those_of_the_bootstrap() -> None:
     assert interval(np.array([3.0])) == {"mean": 3.0, "low": None, "high": None}
 
 
-def test_pooled_figures_have_the_interval_of_their_standard_error() -> None:
+def test_pooled_intervals_match_the_standard_error() -> None:
     values = np.random.default_rng(1).normal(0, 1, 80)
     ours = Pooled.of(80, lambda clips: float(values[clips].mean()))
     theirs = Pooled.of(80, lambda clips: float(values[clips].mean() - 1))
@@ -341,7 +341,7 @@ def test_pooled_figures_have_the_interval_of_their_standard_error() -> None:
 
 
 def test_differences_are_paired() -> None:
-    """A difference that is the same in every clip has no width, however much the clips differ among themselves."""
+    """If the difference is equal in all clips, its interval has zero width, even if the clips themselves differ."""
     values = np.random.default_rng(0).normal(size=20)
     samples = {OURS: {"psnr": values, "ssim": values}, "one_stage": {"psnr": values - 0.5}}
     found = compare(samples, {})[f"{OURS} - one_stage"]
@@ -349,7 +349,7 @@ def test_differences_are_paired() -> None:
     assert compare({"one_stage": samples["one_stage"]}, {}) == {}
 
 
-def test_targets() -> None:
+def test_targets_are_met_missed_or_undecided() -> None:
     samples = {
         OURS: {
             "psnr": np.full(9, 20.0),
@@ -382,8 +382,8 @@ def test_every_figure_of_a_clip_is_in_the_table() -> None:
     assert set(COMPARED) <= set(ROW_NAMES)
 
 
-def test_the_person_is_looked_for_among_sixteen() -> None:
-    """The talker first, then those of the clips that follow, then others; a row that shows the next talker is wrong."""
+def test_identity_is_ranked_among_sixteen_people() -> None:
+    """Candidates are the talker, the talkers of the next clips, then others; a row with the next talker scores 0."""
     people = np.eye(20, dtype=np.float32)
     features = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
     held_out = []
@@ -412,7 +412,7 @@ def test_the_sheet_shows_five_clips(shard: Shard) -> None:
     assert one.std() > 20
 
 
-# The whole
+# A complete run
 
 TINY = Extent(clips=2, drift=1, counterfactual=1, prior=8, frames=14, drift_frames=32)
 
@@ -434,7 +434,7 @@ def test_the_record_is_json_with_every_row_and_figure(record: dict[str, Any]) ->
     assert record["weights"]["components"]["face_first"]["steps"] == 0
 
 
-def test_what_has_no_meaning_is_null(record: dict[str, Any]) -> None:
+def test_undefined_figures_are_null(record: dict[str, Any]) -> None:
     rows = record["rows"]
     assert all(cell is None for cell in rows["one_stage"].values())
     assert [name for name, cell in rows["mask_body"].items() if cell] == ["yaw_mae_deg_landmarks", "side_accuracy"]
@@ -448,7 +448,7 @@ def test_what_has_no_meaning_is_null(record: dict[str, Any]) -> None:
     assert f"{OURS} - per_frame" in record["differences"]
 
 
-def test_the_record_as_text(record: dict[str, Any]) -> None:
+def test_record_as_text_and_markdown(record: dict[str, Any]) -> None:
     text, markdown = text_table(record), markdown_table(record)
     for words in ("two_stage_generated", "mask_body", "targets:", "no row one_stage: "):
         assert words in text
@@ -459,12 +459,12 @@ def test_the_record_as_text(record: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 def test_figures_do_not_depend_on_the_number_of_processes(weights: Path, record: dict[str, Any]) -> None:
-    shared_out = evaluate_roundtable(weights, None, TINY, jobs=2)
+    parallel = evaluate_roundtable(weights, None, TINY, jobs=2)
     for key in ("rows", "differences"):
-        assert shared_out[key] == record[key]
+        assert parallel[key] == record[key]
 
 
-def test_numbers_out_of_range_are_refused(weights: Path, tmp_path: Path) -> None:
+def test_invalid_options_are_refused(weights: Path, tmp_path: Path) -> None:
     with pytest.raises(TccpError, match="--clips 1"):
         dataclasses.replace(QUICK, clips=1)
     with pytest.raises(TccpError, match="--jobs 0"):
@@ -473,7 +473,7 @@ def test_numbers_out_of_range_are_refused(weights: Path, tmp_path: Path) -> None
         evaluate_roundtable(weights, sheet=tmp_path)
 
 
-def test_the_benchmark_page_shows_what_was_measured() -> None:
+def test_benchmark_page_matches_the_recorded_results() -> None:
     """The tables in docs/benchmark.md are those of docs/roundtable.json (`python benchmarks/docs_tables.py`)."""
     path = tiny.ROOT / "docs" / "roundtable.json"
     if not path.exists():

@@ -1,4 +1,4 @@
-"""Figures against answers made by hand: what is perfect, what is late, what is frozen, what belongs to another clip."""
+"""Figures of constructed outputs: perfect, late, frozen, or from another clip."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def other() -> EvaluationClip:
 
 
 def reading_of(clip: EvaluationClip, identity: np.ndarray | None = None) -> FaceReading:
-    """A probe that errs nowhere, on faces whose identity wavers by a little."""
+    """The reading of an error-free probe, on faces whose identity varies slightly."""
     truth, f = clip.truth, clip.num_frames
     if identity is None:
         angle = 0.3 * np.sin(np.arange(f))
@@ -62,7 +62,7 @@ def output_of(clip: EvaluationClip) -> ClipOutput:
 
 
 def frozen(output: ClipOutput) -> ClipOutput:
-    """The first frame throughout."""
+    """The output with its first frame repeated."""
     first = output.reading
     assert first is not None
     still = FaceReading(*(np.repeat(part[:1], len(part), axis=0) for part in vars(first).values()))
@@ -102,7 +102,7 @@ def test_truth_is_perfect_in_every_figure(clip, other):
     assert np.isfinite(list(figures.values())).all()
 
 
-def test_a_frozen_picture_wins_nothing_that_moves(clip, other):
+def test_frozen_picture_scores_badly_on_motion_figures(clip, other):
     truth = output_of(clip)
     figures = clip_figures(clip, frozen(truth), truth, other)
     for of in ("landmarks", "face"):
@@ -116,13 +116,13 @@ def test_a_frozen_picture_wins_nothing_that_moves(clip, other):
     assert figures["nod_stress_corr"] == 0
     assert figures["blink_rate_gap"] < 0
     assert figures["flicker_gap"] == 1
-    # As far from truth's likeness of frames as that is from 1; frames twice as unlike are worse, truth is best.
+    # Frozen frames have consistency 1, so the gap is 1 minus the consistency of the truth.
     assert truth.reading is not None
     assert figures["consistency_gap"] == pytest.approx(1 - consistency(truth.reading.identity), abs=1e-6)
     assert figures["consistency_gap"] > 0.03
 
 
-def test_another_clip_correlates_with_its_own_sound_and_not_with_this_one(clip, other):
+def test_output_of_another_clip_correlates_only_with_that_clip(clip, other):
     """The output is the other clip, so the wrong-clip control finds a correlation of 1."""
     swapped = clip_figures(clip, output_of(other), output_of(clip), other)
     for of, ending in (("landmarks", ""), ("face", "_face")):
@@ -133,7 +133,7 @@ def test_another_clip_correlates_with_its_own_sound_and_not_with_this_one(clip, 
     assert swapped["ssim"] < 0.7
 
 
-def test_a_film_two_frames_late_is_found_two_frames_late(clip, other):
+def test_lag_of_two_frames_is_measured(clip, other):
     truth = output_of(clip)
     assert truth.reading is not None
     moved = FaceReading(*(late(part, 2) for part in vars(truth.reading).values()))
@@ -142,14 +142,14 @@ def test_a_film_two_frames_late_is_found_two_frames_late(clip, other):
     assert 0 < figures["mouth_corr_face"] < 0.9
 
 
-def test_half_the_mouth_has_half_the_amplitude(clip, other):
+def test_half_the_opening_gives_half_the_amplitude_ratio(clip, other):
     reading = replace(reading_of(clip), opening=(0.5 * clip.truth.mouth_opening).astype(np.float32))
     figures = clip_figures(clip, ClipOutput(reading=reading), output_of(clip), other)
     assert figures["amplitude_ratio_face"] == pytest.approx(0.5, abs=1e-5)
     assert figures["mouth_corr_face"] == pytest.approx(1)
 
 
-def test_what_is_not_shown_has_no_figure(clip, other):
+def test_missing_outputs_have_no_figures(clip, other):
     truth = output_of(clip)
     nothing = clip_figures(clip, ClipOutput(), truth, other)
     assert np.isnan(list(nothing.values())).all()
@@ -160,7 +160,7 @@ def test_what_is_not_shown_has_no_figure(clip, other):
     assert {name for name, value in landmarks.items() if np.isnan(value)} == of_faces
 
 
-def test_landmarks_that_could_not_be_read_count_as_saying_nothing(clip, other):
+def test_unread_landmarks_count_as_no_prediction(clip, other):
     truth = output_of(clip)
     lost = clip.points.copy()
     lost[::2] = np.nan
@@ -188,7 +188,7 @@ def test_landmark_error_is_in_units_of_the_eye_distance(clip, other):
 # -- single figures ---------------------------------------------------------------------------------------------------
 
 
-def test_correlation_of_what_never_changes():
+def test_correlation_of_constant_or_short_series():
     wave = np.sin(np.arange(40.0))
     assert correlation(2 - 3 * wave, wave) == pytest.approx(-1)
     assert correlation(np.ones(40), wave) == 0
@@ -197,18 +197,18 @@ def test_correlation_of_what_never_changes():
 
 
 @pytest.mark.parametrize("lag", range(-5, 6))
-def test_lag_has_the_sign_of_lateness(lag):
+def test_lag_is_positive_for_late_output(lag):
     wave = np.random.default_rng(0).normal(size=60)
     assert best_lag(np.roll(wave, lag), wave) == lag
 
 
-def test_silence_is_a_closed_mouth_without_sound():
+def test_silent_frames_have_a_closed_mouth_and_no_sound():
     opening = np.array([0, 0, 0.5, 0.5, 0, 0.02])
     sound = np.repeat([0.0, 0.5, 0.5, 0.0, 0.011, 0.009], SAMPLES_PER_FRAME).astype(np.float32)
     assert silent_frames(opening, sound).tolist() == [True, False, False, False, False, True]
 
 
-def test_motion_in_silence_against_speech():
+def test_silent_motion_is_relative_to_motion_in_speech():
     silent = np.arange(12) < 6
     opening = np.array([0, 1, 0, 1, 0, 1, 0, 4, 0, 4, 0, 4]) / 10
     assert silent_motion(opening, silent) == pytest.approx(0.25)
@@ -217,9 +217,9 @@ def test_motion_in_silence_against_speech():
     assert np.isnan(silent_motion(opening, np.zeros(12, bool)))
 
 
-def test_the_right_side_is_asked_for_only_where_there_is_one():
+def test_side_accuracy_counts_only_frames_turned_to_the_listener():
     yaw = np.array([30, 30, -30, -30, 4, -20], np.float32)
-    side = np.array([1, 1, -1, -1, 1, 1], np.int8)  # in the last the head has not turned to the new listener yet
+    side = np.array([1, 1, -1, -1, 1, 1], np.int8)  # in the last frame the head has not yet turned to the new listener
     clip = make_clip(44, 6, SETTINGS)
     small = replace(clip, truth=replace(clip.truth, yaw_deg=yaw, listener_side=side))
     assert side_accuracy(yaw.astype(np.float64), small) == 1
@@ -228,7 +228,7 @@ def test_the_right_side_is_asked_for_only_where_there_is_one():
     assert np.isnan(side_accuracy(yaw, ahead))
 
 
-def test_blinks_are_counted_once_each():
+def test_each_blink_is_counted_once():
     eyes = np.full(50, 0.3)
     eyes[[10, 11, 12, 30]] = 0.05
     eyes[40] = np.nan
@@ -250,7 +250,7 @@ def test_psnr_and_ssim_of_known_pictures():
     assert abs(ssim(noise, noise[:, ::-1].copy())) < 0.2
 
 
-def test_a_step_at_the_border_is_measured_there_and_only_there():
+def test_border_step_is_measured_only_at_the_border():
     boxes = np.array([[4, 4, 12, 12]], np.float32)
     scene = level(50, 1, 16)
     scene[0, 4:12, 4:12] = 57
@@ -258,7 +258,7 @@ def test_a_step_at_the_border_is_measured_there_and_only_there():
     scene[0, 6:10, 6:10] = 255
     scene[0, 0] = 255
     assert border_step(scene, boxes) == pytest.approx(7)
-    # A box that reaches beyond the picture is compared where it has two sides.
+    # A box that extends beyond the picture is measured only at borders inside the picture.
     assert border_step(scene[:, :12, :12], boxes) == pytest.approx(7)
 
 
@@ -269,7 +269,7 @@ def test_a_pasted_patch_has_a_seam(clip, other):
     assert clip_figures(clip, ClipOutput(scenes=pasted), output_of(clip), other)["seam"] > 2
 
 
-def test_flicker_is_what_is_neither_still_nor_steady():
+def test_flicker_ignores_constant_and_steadily_changing_pictures():
     assert flicker(level(9)) == 0
     rising = np.arange(20, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 3), np.uint8)
     assert flicker(rising) == 0
@@ -280,7 +280,7 @@ def test_flicker_is_what_is_neither_still_nor_steady():
     assert flicker(noise) == pytest.approx(5, rel=0.03)
 
 
-def test_twice_the_flicker_is_as_wrong_as_none(clip, other):
+def test_excess_flicker_gives_a_gap(clip, other):
     double = np.clip(clip.faces.astype(int) * 2 - clip.faces.mean(0), 0, 255).astype(np.uint8)
     gap = clip_figures(clip, ClipOutput(faces=double), output_of(clip), other)["flicker_gap"]
     assert gap > 0.5
@@ -292,7 +292,7 @@ def test_consistency_is_the_mean_cosine_of_all_pairs():
     assert consistency(vectors) == pytest.approx((vectors @ vectors.T).mean())
 
 
-def test_frechet_distance_against_the_matrix_root():
+def test_frechet_distance_matches_the_matrix_square_root():
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(300, 6)) @ rng.normal(size=(6, 6)), rng.normal(1, 2, (200, 6))
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
@@ -300,7 +300,7 @@ def test_frechet_distance_against_the_matrix_root():
     cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a + cov_b - 2 * sqrtm(cov_a @ cov_b).real)
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
-    # Fewer rows than features: the covariance has no full rank.
+    # With fewer rows than features, the covariance is rank-deficient.
     assert np.isfinite(frechet_distance(a[:3], b[:4]))
 
 
@@ -318,8 +318,8 @@ def test_truth_does_not_drift(clip):
     assert corr_loss([drift.mouth_face[10], drift.mouth_face[10]]) == pytest.approx(0)
 
 
-def test_what_gets_worse_is_measured_in_its_own_unit(clip):
-    """Over the clip faces brighten and heads turn off; the mouth is right in window 1 and mirrored in window 10."""
+def test_drift_is_measured_in_the_unit_of_each_figure(clip):
+    """Brightness and yaw error grow over the clip; the mouth is correct in window 1 and inverted in window 10."""
     truth = clip.truth
     brighter = np.clip(np.linspace(0, 40, FRAMES), 0, 40)[:, None, None, None]
     grey = replace(clip, faces=np.full_like(clip.faces, 100))
@@ -335,12 +335,12 @@ def test_what_gets_worse_is_measured_in_its_own_unit(clip):
     assert np.isnan(drift.figures["drift_10_yaw_deg"])
     assert drift.mouth[10].shape == (2, 2, 0)
     assert corr_loss([drift.mouth_face[10]]) == pytest.approx(2)
-    # Truth that brightens alike has no drift of colour.
+    # If the truth brightens equally, there is no colour drift.
     alike = drift_figures(grey, output, ClipOutput(faces=faces), later=(10,))
     assert alike.figures["drift_10_colour"] == 0
 
 
-def test_windows_have_the_frames_that_each_adds(clip):
+def test_drift_windows_contain_only_their_new_frames(clip):
     drift = drift_figures(clip, output_of(clip), output_of(clip), window=4, later=(2,))
     np.testing.assert_allclose(drift.mouth_face[2][:, 1], clip.truth.mouth_opening[[range(1, 4), range(4, 7)]])
 

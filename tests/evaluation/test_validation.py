@@ -1,4 +1,4 @@
-"""What is measured of a network in the midst of training."""
+"""Figures of a network during its training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytest_plugins = ["tiny_fixtures"]
 
 
 @pytest.mark.parametrize("name", TWO_STAGE)
-def test_a_network_is_measured_alike_every_time_and_shown(weights: Path, tmp_path: Path, name: str) -> None:
+def test_validation_is_reproducible_and_writes_a_sample_film(weights: Path, tmp_path: Path, name: str) -> None:
     pipeline = with_network(weights, name, load_network(weights, name))
     clips = validation_clips(tiny.SETTINGS, 1)
     figures = validate_network(pipeline, name, clips, tmp_path)
@@ -26,6 +26,6 @@ def test_a_network_is_measured_alike_every_time_and_shown(weights: Path, tmp_pat
     assert film.shape == (frames, tiny.SETTINGS.picture_px, 2 * tiny.SETTINGS.picture_px, 3)
 
 
-def test_networks_of_the_ablation_are_left_alone(weights: Path) -> None:
+def test_ablation_networks_are_not_validated(weights: Path) -> None:
     pipeline = with_network(weights, "one_stage_first", load_network(weights, "one_stage_first"))
     assert validate_network(pipeline, "one_stage_first", []) == {}

@@ -37,7 +37,7 @@ from tccp.training.launcher.worker_group import repeat_after_outages
 from tccp.training.lip_folds import LipPlace
 from tccp.training.window_files import training_order
 
-AWAY_S = 0.3
+OUTAGE_S = 0.3
 SETTINGS = load_settings("toy", [*trainings.OVERRIDES, "headbox.draws=1"])
 
 
@@ -49,7 +49,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStorage]:
 
 @pytest.fixture
 def place(server: ObjectStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A URL of the test's own; the cache is its own, too."""
+    """A URL for this test alone, with a cache of its own."""
     monkeypatch.setenv("TCCP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv(RETRY_S, "30")
     return f"{server.url}/{tmp_path.name}"
@@ -62,9 +62,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @contextlib.contextmanager
 def outage(server: ObjectStorage, at: str) -> Iterator[None]:
-    """An outage at the first request that matches, which must come and be survived."""
+    """Cause an outage at the first request that matches `at`; require that request and a successful retry."""
     retries = storage_retries()
-    server.proxy.fail_at(at, AWAY_S)
+    server.proxy.fail_at(at, OUTAGE_S)
     yield
     found = [request for request in server.proxy.outages if re.search(at, request)]
     assert len(found) == 1, f"{len(found)} outages at requests that match {at}"
@@ -75,7 +75,7 @@ def outage(server: ObjectStorage, at: str) -> Iterator[None]:
 # Folders
 
 
-def test_a_folder_on_s3_behaves_like_one_of_this_machine(place: str, tmp_path: Path) -> None:
+def test_folder_on_s3_behaves_like_a_local_folder(place: str, tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     (tree / "deep" / "er").mkdir(parents=True)
     (tree / "one").write_bytes(b"1")
@@ -137,9 +137,7 @@ def test_every_operation_survives_an_outage(
     assert folder.tree() == expected.get(name, ["a"])
 
 
-def test_an_outage_that_lasts_is_a_storage_error(
-    server: ObjectStorage, place: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lasting_outage_is_a_storage_error(server: ObjectStorage, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = Folder(place)
     folder.write("a", b"a")
     monkeypatch.setenv(RETRY_S, "0.3")
@@ -150,7 +148,7 @@ def test_an_outage_that_lasts_is_a_storage_error(
     assert folder.read("a") == b"a"
 
 
-def test_attempts_of_the_launcher_outlast_the_retries(
+def test_launcher_attempts_outlast_the_retries(
     server: ObjectStorage, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tccp.training.launcher import worker_group
@@ -165,7 +163,7 @@ def test_attempts_of_the_launcher_outlast_the_retries(
     assert repeat_after_outages(lambda: folder.read("a"), 20) == b"a"
 
 
-def test_a_storage_that_hangs_is_given_up_after_the_time_that_is_configured(
+def test_hanging_storage_fails_after_the_configured_timeout(
     server: ObjectStorage, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import s3fs
@@ -186,7 +184,7 @@ def test_a_storage_that_hangs_is_given_up_after_the_time_that_is_configured(
         s3fs.S3FileSystem.clear_instance_cache()
 
 
-def test_a_bucket_that_does_not_exist_is_the_users_and_is_not_made(server: ObjectStorage, place: str) -> None:
+def test_missing_bucket_is_a_user_error_and_is_not_created(server: ObjectStorage, place: str) -> None:
     nowhere = Folder("s3://tccp-misspelled/x")
     before = storage_retries()
     with pytest.raises(TccpError, match=r"^cannot write s3://tccp-misspelled/x/a: .*the bucket must exist$"):
@@ -198,7 +196,9 @@ def test_a_bucket_that_does_not_exist_is_the_users_and_is_not_made(server: Objec
     assert storage_retries() == before
 
 
-def test_missing_credentials_are_the_users(server: ObjectStorage, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_credentials_are_a_user_error(
+    server: ObjectStorage, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import s3fs
 
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
@@ -212,7 +212,7 @@ def test_missing_credentials_are_the_users(server: ObjectStorage, place: str, mo
         s3fs.S3FileSystem.clear_instance_cache()
 
 
-# What Ray Train uses
+# Arrow file systems, which Ray Train uses
 
 
 def test_checkpoints_copied_through_arrow_survive_an_outage(server: ObjectStorage, place: str, tmp_path: Path) -> None:
@@ -242,7 +242,7 @@ def test_checkpoints_copied_through_arrow_survive_an_outage(server: ObjectStorag
     assert Folder(place).tree() == ["record.json"]
 
 
-def test_a_stream_whose_writer_fails_leaves_no_file(place: str) -> None:
+def test_stream_that_is_not_closed_leaves_no_file(place: str) -> None:
     filesystem, root = arrow_filesystem(Folder(place))
     stream = filesystem.open_output_stream(f"{root}/half")
     stream.write(b"half")
@@ -277,17 +277,17 @@ def test_one_bounded_cache_serves_films_folders_and_single_files(
         assert first == second
     with folder.local_file("files/5.bin"):
         pass
-    assert len(server.proxy.requests) - asked <= 2, "a file that never changes is asked for once"
+    assert len(server.proxy.requests) - asked <= 2, "an immutable file was requested again"
     with folder.as_local("files", writable=True) as files:
         (files / "3.bin").write_bytes(b"changed in place")
     with folder.as_local("files") as files:
-        assert (files / "3.bin").read_bytes() == b"\3" * 10_000, "the cache is not written through"
+        assert (files / "3.bin").read_bytes() == b"\3" * 10_000, "a write to the copy changed the cache"
     monkeypatch.setenv("TCCP_CACHE_GB", "none")
     with pytest.raises(TccpError, match="TCCP_CACHE_GB=none: give a number"), folder.local_file("files/0.bin"):
         pass
 
 
-def test_a_cache_of_many_files_is_not_listed_at_every_access(place: str, tmp_path: Path) -> None:
+def test_cache_of_many_files_is_not_listed_at_every_access(place: str, tmp_path: Path) -> None:
     Folder(place).write("a", b"a")
     (tmp_path / "cache").mkdir()
     for number in range(300):
@@ -319,18 +319,18 @@ def test_preprocessing_to_s3_survives_outages_and_counts_them(
         report = preprocess([films], place, plan)
     assert report.storage_retries > 0
     with outage(server, "^GET .*index.parquet"):
-        there = ClipTable(place)
-    with ClipTable(data[0]) as here, there:
-        assert there.ids == here.ids
+        remote = ClipTable(place)
+    with ClipTable(data[0]) as local, remote:
+        assert remote.ids == local.ids
         with outage(server, "^GET .*/clips/.*parquet"):
-            assert there.rows(there.ids).equals(here.rows(here.ids))
+            assert remote.rows(remote.ids).equals(local.rows(local.ids))
         assert pq.read_table(data[0] / "index.parquet").equals(pq.read_table(Folder(place).open("index.parquet")))
     with outage(server, "^HEAD .*parquet"):
         again = preprocess([films], place, plan)
     assert "render" not in {step.name for step in again.steps} and again.clips == report.clips
 
 
-def test_films_on_s3_are_fetched_through_an_outage_or_set_aside(
+def test_films_on_s3_survive_an_outage_or_count_as_unreadable(
     server: ObjectStorage, place: str, data: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     film = next((data[0].parent / "films").glob("*.mp4"))
@@ -349,7 +349,7 @@ def test_films_on_s3_are_fetched_through_an_outage_or_set_aside(
 
 
 @pytest.mark.slow
-def test_latents_and_lips_on_s3_are_written_and_read_through_outages(
+def test_latents_and_lips_on_s3_survive_outages(
     server: ObjectStorage, place: str, data: tuple[Path, Path], tmp_path: Path
 ) -> None:
     clips, untrained = data
@@ -386,9 +386,7 @@ def test_latents_and_lips_on_s3_are_written_and_read_through_outages(
             np.testing.assert_array_equal(found[key], values, err_msg=key)
 
 
-def test_lips_that_are_absent_or_damaged_are_no_failure_of_the_storage(
-    place: str, data: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_missing_or_damaged_lips_are_not_storage_failures(place: str, data: tuple[Path, Path], tmp_path: Path) -> None:
     lips = LipPlace(SETTINGS.lips, Folder(data[1] / "lips")).open()
     cache = LatentCache(
         Folder(place), ClipTable(data[0]), SETTINGS, PictureAutoencoder.from_settings(SETTINGS.autoencoder), lips

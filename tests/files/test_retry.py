@@ -1,4 +1,4 @@
-"""The retry policy: which errors of filesystems are tried again, which are the user's, and what messages say."""
+"""The retry policy: which file system errors are retried, which are user errors, and their messages."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tccp.media import MediaError
 
 
 class FlakyFileSystem(MemoryFileSystem):
-    """Raises the errors in `errors`, one at each request, before it answers."""
+    """Raises the errors in `errors`, one per request, before it works."""
 
     protocol = "flaky"
     errors: list[Exception]
@@ -65,7 +65,7 @@ class FlakyFileSystem(MemoryFileSystem):
 
 @pytest.fixture
 def flaky(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[Exception]]:
-    """The errors that the filesystem of flaky:// is about to raise; pauses are short."""
+    """The errors that flaky:// raises next; pauses between attempts are short."""
     monkeypatch.setenv(RETRY_S, "0.02")
     monkeypatch.setenv("TCCP_CACHE", str(tmp_path / "cache"))
     fsspec.register_implementation("flaky", FlakyFileSystem, clobber=True)
@@ -97,14 +97,14 @@ def broken_connection() -> Exception:
 
 
 class GoogleError(Exception):
-    """Like gcsfs.retry.HttpError, which is no OSError."""
+    """Like gcsfs.retry.HttpError, which is not an OSError."""
 
     def __init__(self, code: int):
         super().__init__(f"google says {code}")
         self.code = code
 
 
-PASSING = [
+TRANSIENT_ERRORS = [
     EndpointConnectionError(endpoint_url="http://host"),
     ReadTimeoutError(endpoint_url="http://host"),
     client_error("SlowDown", 503),
@@ -123,7 +123,7 @@ PASSING = [
     json.JSONDecodeError("Expecting value", "<html>", 0),
     RuntimeError("a client's own error"),
 ]
-REFUSALS = [
+USER_ERRORS = [
     client_error("AccessDenied", 403),
     client_error("InvalidAccessKeyId", 403),
     client_error("InvalidBucketName", 400),
@@ -142,8 +142,8 @@ def name_of(error: Exception) -> str:
     return f"{type(error).__name__} {error}"[:50]
 
 
-@pytest.mark.parametrize("error", PASSING, ids=name_of)
-def test_failures_of_storage_and_network_are_tried_again_and_counted(
+@pytest.mark.parametrize("error", TRANSIENT_ERRORS, ids=name_of)
+def test_storage_and_network_failures_are_retried_and_counted(
     flaky: list[Exception], error: Exception, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     folder = Folder("flaky://bucket/x")
@@ -164,10 +164,8 @@ def test_failures_of_storage_and_network_are_tried_again_and_counted(
     assert all(record.levelno == logging.WARNING for record in caplog.records)
 
 
-@pytest.mark.parametrize("error", PASSING, ids=name_of)
-def test_failures_that_go_on_end_in_one_line_that_is_no_mistake_of_the_user(
-    flaky: list[Exception], error: Exception
-) -> None:
+@pytest.mark.parametrize("error", TRANSIENT_ERRORS, ids=name_of)
+def test_lasting_failures_give_a_one_line_storage_error(flaky: list[Exception], error: Exception) -> None:
     flaky += [error] * 9
     with pytest.raises(StorageError, match=r"^cannot read flaky://bucket/a: .* \(2 attempts in 0 s\); check") as caught:
         Folder("flaky://bucket").read("a")
@@ -177,8 +175,8 @@ def test_failures_that_go_on_end_in_one_line_that_is_no_mistake_of_the_user(
     assert is_storage_failure(again)
 
 
-@pytest.mark.parametrize("error", REFUSALS, ids=name_of)
-def test_refusals_are_the_users_and_are_not_tried_again(flaky: list[Exception], error: Exception) -> None:
+@pytest.mark.parametrize("error", USER_ERRORS, ids=name_of)
+def test_user_errors_are_not_retried(flaky: list[Exception], error: Exception) -> None:
     before = storage_retries()
     flaky.append(error)
     with pytest.raises(AccessError, match=r"^cannot write flaky://bucket/a: ") as caught:
@@ -190,7 +188,7 @@ def test_refusals_are_the_users_and_are_not_tried_again(flaky: list[Exception], 
 @pytest.mark.parametrize(
     "error", [client_error("NoSuchKey", 404), http_error(404), http_error(410), FileNotFoundError()]
 )
-def test_missing_files_stay_missing_files(flaky: list[Exception], error: Exception) -> None:
+def test_missing_files_are_reported_as_missing(flaky: list[Exception], error: Exception) -> None:
     flaky.append(error)
     with pytest.raises(FileNotFoundError):
         Folder("flaky://bucket").read("a")
@@ -200,21 +198,21 @@ def test_missing_files_stay_missing_files(flaky: list[Exception], error: Excepti
     assert Folder("flaky://bucket").names() == set()
 
 
-def test_an_absence_is_not_concluded_from_a_failure(flaky: list[Exception]) -> None:
-    """fsspec's own `exists` answers False to every error: a training would begin anew."""
+def test_failure_is_not_reported_as_a_missing_file(flaky: list[Exception]) -> None:
+    """fsspec's own `exists` returns False after any error; training would then start from scratch."""
     flaky += [TimeoutError()] * 9
     for ask in (Folder("flaky://bucket").exists, Folder("flaky://bucket").names, Folder("flaky://bucket").subfolders):
         with pytest.raises(StorageError):
             ask("a")
 
 
-def test_a_full_disk_is_the_users(flaky: list[Exception]) -> None:
+def test_full_disk_is_a_user_error(flaky: list[Exception]) -> None:
     flaky.append(OSError(errno.ENOSPC, "No space left on device"))
     with pytest.raises(TccpError, match="the disk is full; make room"):
         Folder("flaky://bucket").write("a", b"")
 
 
-def test_bugs_are_raised_as_they_are(flaky: list[Exception]) -> None:
+def test_bugs_are_raised_unchanged(flaky: list[Exception]) -> None:
     flaky.append(AttributeError("a bug"))
     with pytest.raises(AttributeError, match="a bug"):
         Folder("flaky://bucket").read("a")
@@ -228,7 +226,7 @@ def test_messages_do_not_show_passwords_and_signed_queries(flaky: list[Exception
 
 
 @pytest.mark.parametrize(("given", "attempts"), [("0", 1), ("0.01", 2), ("1", 3)])
-def test_the_time_for_retries_is_a_setting(monkeypatch: pytest.MonkeyPatch, given: str, attempts: int) -> None:
+def test_retry_time_is_configurable(monkeypatch: pytest.MonkeyPatch, given: str, attempts: int) -> None:
     monkeypatch.setenv(RETRY_S, given)
     calls = []
 
@@ -242,16 +240,16 @@ def test_the_time_for_retries_is_a_setting(monkeypatch: pytest.MonkeyPatch, give
 
 
 @pytest.mark.parametrize("given", ["-1", "soon", "inf", "nan"])
-def test_a_time_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+def test_invalid_retry_time_is_refused(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
     monkeypatch.setenv(RETRY_S, given)
     with pytest.raises(TccpError, match=f"{RETRY_S}={given}: give a number of seconds"):
         retried("read it", lambda: None)
 
 
-# Folders of this machine
+# Local folders
 
 
-def test_local_folders_tell_the_users_mistakes_from_a_disk_that_fails(
+def test_local_folders_distinguish_user_errors_from_disk_failures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(RETRY_S, "0.01")
@@ -304,7 +302,7 @@ def test_every_kind_of_error_is_one_line_with_its_exit_code(
     assert found.startswith(line)
 
 
-def test_errors_import_nothing_heavy() -> None:
+def test_errors_and_files_import_no_heavy_package() -> None:
     code = (
         "import sys, tccp.errors, tccp.files; print({'fsspec', 'pyarrow', 'numpy', 'torch', 's3fs'} & set(sys.modules))"
     )

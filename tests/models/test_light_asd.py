@@ -1,4 +1,4 @@
-"""Light-ASD: the published layout, numerically, in bounded memory, and what its weights see in real faces."""
+"""Light-ASD: published layout and numbers, bounded memory, and scores of real faces."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from tccp.models import light_asd
 from tccp.models.light_asd import LightAsd, load_light_asd
 from tccp.models.mfcc import mfcc
 
-# The published network, by hand: channels in and out of the blocks of either encoder, and its kernels' first letter.
+# The published network: (in, out) channels of each encoder's blocks, and the first letter of its kernel names.
 BLOCKS = ((1, 32), (32, 64), (64, 128))
 ENCODERS = {"visualEncoder": "s", "audioEncoder": "m"}
 
@@ -51,7 +51,7 @@ def _published_shapes() -> dict[str, tuple[int, ...]]:
 
 @pytest.fixture(scope="module")
 def network() -> LightAsd:
-    """Random weights, and statistics that are not those of a fresh batch norm."""
+    """Random weights, and batch-norm statistics that differ from the initial ones."""
     torch.manual_seed(0)
     network = LightAsd()
     for name, buffer in network.named_buffers():
@@ -66,13 +66,13 @@ def _track(frames: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return pcm, rng.integers(0, 256, (frames, 112, 112), dtype=np.uint8)
 
 
-def test_the_layout_is_the_published_one():
+def test_layout_matches_the_published_network():
     network = LightAsd()
     assert {name: tuple(value.shape) for name, value in network.state_dict().items()} == _published_shapes()
     assert sum(parameter.numel() for parameter in network.parameters()) == 1_021_636
 
 
-def test_the_numbers_are_those_of_the_published_network(network: LightAsd) -> None:
+def test_scores_match_an_independent_implementation(network: LightAsd) -> None:
     pcm, chips = _track(6)
     cepstra = torch.from_numpy(mfcc(np.pad(pcm, (0, 240))))
     state = network.state_dict()
@@ -113,14 +113,14 @@ def test_the_numbers_are_those_of_the_published_network(network: LightAsd) -> No
         y = cell(x.flip(1) if flips else x)[0]
         x = functional.gelu(y.flip(1) if flips else y)
     wanted = (x @ state["lossAV.FC.weight"].T + state["lossAV.FC.bias"])[0, :, 1]
-    # Six frames are one window, and are encoded at once.
+    # Six frames fit in one window and are encoded at once.
     np.testing.assert_allclose(network.score(pcm, chips), wanted.detach().numpy(), atol=1e-5)
     with torch.no_grad():
         logits = network(cepstra[None], torch.from_numpy(chips).float()[None])
     np.testing.assert_allclose(logits[0].numpy(), wanted.detach().numpy(), atol=1e-5)
 
 
-def test_a_long_track_is_scored_in_parts_as_if_at_once(network: LightAsd, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scoring_in_parts_equals_scoring_at_once(network: LightAsd, monkeypatch: pytest.MonkeyPatch) -> None:
     pcm, chips = _track(40)
     monkeypatch.setattr(light_asd, "_PART_FRAMES", 40)
     whole = network.score(pcm, chips)
@@ -130,51 +130,51 @@ def test_a_long_track_is_scored_in_parts_as_if_at_once(network: LightAsd, monkey
     assert whole.std() > 1e-4
 
 
-def test_a_score_says_nothing_of_what_is_seconds_away(network: LightAsd) -> None:
+def test_score_does_not_depend_on_input_seconds_away(network: LightAsd) -> None:
     pcm, chips = _track(70)
     other_pcm, other_chips = pcm.copy(), chips.copy()
     other_pcm[58 * SAMPLES_PER_FRAME :] //= 7
     other_chips[58:] = 0
     changed = np.abs(network.score(pcm, chips) - network.score(other_pcm, other_chips))
-    # A window of 25 frames reaches up to 24 back, and the encoders 6 further.
+    # A window of 25 frames reaches up to 24 frames back, and the encoders reach 6 more.
     assert changed[:28].max() < 1e-5 < changed[38:].max()
 
 
-def test_tracks_of_no_or_few_frames(network: LightAsd) -> None:
+def test_empty_short_and_mismatched_tracks(network: LightAsd) -> None:
     assert network.score(*_track(0)).shape == (0,)
     assert np.isfinite(network.score(*_track(1))).all()
     with pytest.raises(ValueError, match="1280 samples for 3 frames: give 640 per frame"):
         network.score(_track(2)[0], _track(3)[1])
 
 
-def test_checkpoints_are_loaded_or_refused_in_one_line(network: LightAsd, tmp_path: Path) -> None:
+def test_good_checkpoint_loads_and_bad_ones_give_a_one_line_error(network: LightAsd, tmp_path: Path) -> None:
     state = network.state_dict()
     good = tmp_path / "good.model"
     torch.save({f"module.{name}": value for name, value in state.items()}, good)
     pcm, chips = _track(3)
     assert np.array_equal(load_light_asd(good).score(pcm, chips), network.score(pcm, chips))
 
-    def refused(content: object, what: str) -> None:
+    def assert_refused(content: object, message: str) -> None:
         path = tmp_path / "bad.model"
         path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
-        with pytest.raises(TccpError, match=what) as error:
+        with pytest.raises(TccpError, match=message) as error:
             load_light_asd(path)
         assert "\n" not in str(error.value) and "finetuning_TalkSet" in str(error.value)
 
     with pytest.raises(TccpError, match=r"nowhere\.model: no such file"):
         load_light_asd(tmp_path / "nowhere.model")
-    refused(b"<html>not found</html>", "not a readable state dict")
-    refused(Path, "not a readable state dict")  # a pickle that is not of tensors is not executed
-    refused([1, 2], "holds no state dict")
-    refused({"epoch": 3}, "holds no state dict")
+    assert_refused(b"<html>not found</html>", "not a readable state dict")
+    assert_refused(Path, "not a readable state dict")  # a pickle of anything but tensors is not executed
+    assert_refused([1, 2], "holds no state dict")
+    assert_refused({"epoch": 3}, "holds no state dict")
     short = {name: value for name, value in state.items() if "lossV." not in name}
-    refused(short, r"tensors are missing, e\.g\. lossV\.FC\.")
-    refused({**state, "extra": torch.zeros(2)}, r"1 unknown tensors, e\.g\. extra")
-    refused({**state, "lossAV.FC.bias": torch.zeros(3)}, r"lossAV\.FC\.bias has shape \(3,\), not \(2,\)")
+    assert_refused(short, r"tensors are missing, e\.g\. lossV\.FC\.")
+    assert_refused({**state, "extra": torch.zeros(2)}, r"1 unknown tensors, e\.g\. extra")
+    assert_refused({**state, "lossAV.FC.bias": torch.zeros(3)}, r"lossAV\.FC\.bias has shape \(3,\), not \(2,\)")
 
 
 def _chips(film: Path, weights: Path, leftmost: bool, start: int, count: int) -> np.ndarray:
-    """The middle of one face's chip in each frame, grey."""
+    """The central part of one face's chip in each frame, in grey."""
     detector = MediapipeBackend(weights / "face_landmarker.task")
     try:
         chips = []
@@ -196,13 +196,13 @@ def _pcm(film: Path, start: int, count: int) -> np.ndarray:
     return np.round(np.pad(part, (0, count * SAMPLES_PER_FRAME - len(part))) * 32767).astype(np.int16)
 
 
-def test_a_talking_mouth_is_told_from_a_still_one(shared_clips: Path, shared_weights: Path) -> None:
+def test_talking_mouth_scores_higher_than_a_still_one(shared_clips: Path, shared_weights: Path) -> None:
     network = load_light_asd(shared_weights / "light_asd_finetuning_TalkSet.model")
     film = shared_clips / "two_person_turns.mp4"
-    # RIGHT speaks from frame 74 on; before, his picture stands still. Somebody is heard in both parts.
+    # The right-hand person speaks from frame 74 on and is still before. Both parts contain speech.
     still = _chips(film, shared_weights, leftmost=False, start=25, count=25)
     assert -3.0 < network.score(_pcm(film, 25, 25), still).mean() < -0.5
     talking = _chips(film, shared_weights, leftmost=False, start=95, count=25)
     assert 2.5 < network.score(_pcm(film, 95, 25), talking).mean() < 7.0
-    # It sees the mouth, not whether it fits the sound: silence changes little.
+    # The network scores the mouth, not its match with the sound: silence changes little.
     assert network.score(np.zeros(25 * SAMPLES_PER_FRAME, np.int16), talking).mean() > 1.5

@@ -1,4 +1,4 @@
-"""Liplet: its geometry, its training, the cross-fit, and that lips never come from the clip they serve."""
+"""Liplet: geometry, training and cross-fitting; no network serves a clip that it was trained on."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _settings(**lips: float) -> Settings:
 
 
 def _points(opening: float, yaw_deg: float = 0, roll_deg: float = 0, scale: float = 0.42) -> np.ndarray:
-    """The mean face with its jaw lowered, turned, in crop coordinates."""
+    """The mean face in crop coordinates, with its jaw lowered and its head turned."""
     face = MEAN_FACE.copy()
     face[[55, 56, 57, 58, 59, 65, 66, 67], 1] += opening
     yaw, roll = np.radians([yaw_deg, roll_deg])
@@ -115,8 +115,8 @@ def _table(clips: list[Clip], tmp_path: Path, name: str = "clips.parquet") -> Cl
 
 
 @pytest.mark.parametrize(("yaw", "roll"), [(0, 0), (0, 25), (35, 0), (-40, -15)])
-def test_pose_is_taken_out_and_opening_is_not(yaw, roll):
-    """A mouth on the plane of the lips lands where the frontal one does, however the head stands."""
+def test_transform_removes_pose_and_keeps_opening(yaw, roll):
+    """Points in the plane of the lips map to their frontal position at any head pose."""
     for opening in (0.0, 0.25):
         frontal, turned = _points(opening), _points(opening, yaw, roll, scale=0.3)
         at = []
@@ -127,14 +127,14 @@ def test_pose_is_taken_out_and_opening_is_not(yaw, roll):
         gap = [mapped[66, 1] - mapped[62, 1] for mapped in at]
         assert gap[0] == pytest.approx((MEAN_FACE[66, 1] - MEAN_FACE[62, 1] + opening) * 100 / 0.96, rel=1e-3)
         assert gap[1] == pytest.approx(gap[0], rel=1e-3)
-        # Lips are not flat: what lies before or behind their corners is still shifted sideways, nothing else is.
+        # Lips are not flat: a point in front of or behind the mouth corners shifts sideways with its depth.
         depth = MEAN_FACE[48:68, 2] - MEAN_FACE[48, 2]
         shift = np.column_stack([-np.tan(np.radians(yaw)) * depth * 100 / 0.96, np.zeros(20)])
         np.testing.assert_allclose((at[1] - at[0])[48:68], shift, atol=0.05)
 
 
-def test_transform_ignores_everything_that_moves():
-    """Jaw, brows, lids and lips may be anywhere; a mouth that stands to one side, though, is centred."""
+def test_transform_ignores_soft_points_and_centres_the_mouth():
+    """Moving jaw, brows, lids and lips changes nothing; a mouth off to one side is centred."""
     points = _points(0.1, 20)
     moved = points.copy()
     soft = [i for i in (*range(27), 37, 38, 40, 41, 43, 44, 46, 47, *range(48, 68)) if i not in (48, 54)]
@@ -151,7 +151,7 @@ def test_transform_ignores_everything_that_moves():
     assert (aside[[48, 54]] @ transform[0, :2] + transform[0, 2]).mean() == pytest.approx(16)
 
 
-def test_mouth_picture_paints_over_what_is_not_face():
+def test_mouth_picture_paints_over_the_background():
     points = _points(0.1, yaw_deg=40)
     face, room = _draw(points, 200), _draw(points, 200)
     hull = cv2.fillConvexPoly(np.zeros((200, 200), np.uint8), cv2.convexHull((points * 200).astype(np.int32)), 1)
@@ -164,7 +164,7 @@ def test_mouth_picture_paints_over_what_is_not_face():
     assert not green.any()
 
 
-def test_mouth_picture_shows_the_mouth_where_the_transform_says():
+def test_mouth_picture_agrees_with_the_transform():
     for turn in ({}, {"yaw_deg": 30, "roll_deg": 20, "scale": 0.33}):
         points = _points(0.2, **turn)
         picture, transform = mouth_picture(_draw(points, 200), points, 64), mouth_transform(points, 64)
@@ -188,7 +188,7 @@ def test_no_mouth_picture_without_points_or_in_profile():
     assert mouth_picture(face, _points(0.1, 50), 32) is not None
 
 
-def test_mouth_region_holds_open_and_closed_lips():
+def test_mouth_region_contains_open_and_closed_lips():
     region = mouth_region(64)
     for opening in (0.0, 0.3):
         points = _points(opening)
@@ -203,7 +203,7 @@ def test_mouth_region_holds_open_and_closed_lips():
 
 
 @pytest.mark.parametrize(("size_px", "channels"), [(32, 16), (96, 32), (16, 8)])
-def test_shapes_and_range(size_px, channels):
+def test_output_shape_and_range(size_px, channels):
     network = Liplet(size_px, channels)
     lips = network(torch.randn(2, 80, 16), torch.rand(2, 3, size_px, size_px) * 2 - 1)
     assert lips.shape == (2, 3, size_px, size_px)
@@ -211,7 +211,7 @@ def test_shapes_and_range(size_px, channels):
 
 
 @pytest.mark.parametrize(("size_px", "channels"), [(20, 16), (32, 6), (0, 16)])
-def test_sizes_that_do_not_fit_are_refused(size_px, channels):
+def test_invalid_sizes_are_refused(size_px, channels):
     with pytest.raises(TccpError, match="a size that is a multiple of 8, channels of 4"):
         Liplet(size_px, channels)
 
@@ -236,7 +236,7 @@ def test_folder_round_trip_and_source(tmp_path):
     np.testing.assert_array_equal(source.windows(samples, 3, 4), mel_windows(samples, 3, 4))
 
 
-def test_bad_folders_say_which_and_why(tmp_path):
+def test_bad_folders_are_refused_with_the_cause(tmp_path):
     with pytest.raises(TccpError, match="not a folder with config"):
         load_liplet(tmp_path)
     Liplet(SIZE, 8).save_pretrained(tmp_path / "liplet")
@@ -250,7 +250,7 @@ def test_bad_folders_say_which_and_why(tmp_path):
 # --- training
 
 
-def test_loss_counts_the_mouth_more():
+def test_loss_gives_the_mouth_more_weight():
     target = torch.zeros(1, 3, 32, 32)
     region = torch.from_numpy(mouth_region(32))
     assert mouth_loss(target + 0.5, target) == pytest.approx(0.5)
@@ -259,7 +259,7 @@ def test_loss_counts_the_mouth_more():
     assert inside / outside == pytest.approx(5.0, rel=1e-4)
 
 
-def test_augmentation_treats_both_pictures_of_a_person_alike():
+def test_augmentation_changes_both_pictures_of_a_person_equally():
     pictures = torch.rand(8, 3, SIZE, SIZE) - 0.5
     identity, mouths = augment(pictures, pictures.clone(), np.random.default_rng(0))
     assert torch.equal(identity, mouths)
@@ -274,7 +274,7 @@ def test_augmentation_treats_both_pictures_of_a_person_alike():
     assert 0 < flipped < 8
 
 
-def test_training_is_a_function_of_samples_settings_and_seed():
+def test_training_depends_only_on_samples_settings_and_seed():
     lips = _settings().lips
     samples = collect_samples([_clip(1), _clip(2)], 2 * NUM_FRAMES, SIZE)
     assert samples.mel.shape == (2 * NUM_FRAMES, 80, 16)
@@ -296,7 +296,7 @@ def test_frames_without_landmarks_are_left_out():
 
 
 def test_lips_of_unseen_clips_follow_the_sound():
-    """On clips whose mouth follows loudness, held-out lips must open with the truth, and not with another clip's."""
+    """On clips whose mouth follows loudness, held-out lips correlate with their own truth, not with another clip's."""
     lips = _settings(liplet_steps=400, liplet_batch_size=16, liplet_learning_rate=3e-3).lips
     clips = [_clip(seed) for seed in range(1, 7)]
     source = LipletSource(train_liplet(collect_samples(clips, 6 * NUM_FRAMES, SIZE), lips, seed=0))
@@ -310,7 +310,7 @@ def test_lips_of_unseen_clips_follow_the_sound():
 
 @pytest.mark.slow
 def test_lips_on_roundtable_follow_the_sound_of_unseen_people():
-    """Trained on some talkers, read by a linear probe: the mouth of others opens as their sound says."""
+    """A linear probe reads the true mouth opening from lips made for the sound of unseen talkers."""
     train, held_out = ([_roundtable_clip(seed) for seed in seeds] for seeds in (range(10), range(100, 104)))
     settings = _settings(size_px=32, liplet_channels=16, liplet_steps=250, liplet_batch_size=32)
     lips = settings.lips.model_copy(update={"liplet_learning_rate": 3e-3})
@@ -352,8 +352,8 @@ def test_folds_keep_sources_together_and_ignore_order():
         assign_folds({"clip": "source"})
 
 
-def test_a_network_never_sees_the_clips_it_serves(tmp_path):
-    """Change everything about fold k's clips: the network that serves them stays the same, the other one does not."""
+def test_no_network_is_trained_on_the_clips_it_serves(tmp_path):
+    """If all clips of fold 0 change, the network that serves fold 0 stays the same and the other one changes."""
     clips = [_clip(seed) for seed in range(1, 5)]
     settings = _settings()
     before = train_liplets(_table(clips, tmp_path), settings, tmp_path / "before", seed=0)
@@ -377,7 +377,7 @@ def test_a_network_never_sees_the_clips_it_serves(tmp_path):
     assert old.hash != new.hash
 
 
-def test_unknown_clips_get_a_network_that_has_not_seen_their_file(tmp_path):
+def test_unknown_clips_get_a_network_not_trained_on_their_file(tmp_path):
     clips = [_clip(seed) for seed in (1, 2)]
     settings = _settings()
     sources = open_lip_sources(settings.lips, train_liplets(_table(clips, tmp_path), settings, tmp_path / "a", seed=0))
@@ -395,7 +395,7 @@ def test_unknown_clips_get_a_network_that_has_not_seen_their_file(tmp_path):
         sources.for_clip("another cut", "file")
 
 
-def test_complete_folds_are_kept_and_missing_ones_made_again(tmp_path):
+def test_complete_folds_are_kept_and_missing_ones_are_retrained(tmp_path):
     table, settings = _table([_clip(1), _clip(2)], tmp_path), _settings()
     done = []
     folder = train_liplets(table, settings, tmp_path / "lips", 0, lambda fold, step, loss: done.append((fold, step)))
@@ -421,8 +421,8 @@ def test_complete_folds_are_kept_and_missing_ones_made_again(tmp_path):
     assert open_lip_sources(LipSettings(source="none"), None) is None
 
 
-def test_lips_never_come_from_the_target(tmp_path):
-    """Faces, scenes and landmarks of a clip may be anything: its lips follow its sound and its identity alone."""
+def test_lips_depend_only_on_sound_and_identity(tmp_path):
+    """The faces, scenes and landmarks of a clip do not affect its lips."""
     clip, other = _clip(1), _clip(2)
     source = LipletSource(Liplet(SIZE, 8))
     lips = lip_pictures(clip, source)
@@ -434,7 +434,7 @@ def test_lips_never_come_from_the_target(tmp_path):
     assert (lip_pictures(replace(clip, identity=other.identity), source) != lips).any()
 
 
-def test_lip_table(tmp_path):
+def test_lip_table_renders_each_clip_once_and_reads_frame_ranges(tmp_path):
     table, settings = _table([_clip(1), _clip(2)], tmp_path), _settings()
     sources = open_lip_sources(settings.lips, train_liplets(table, settings, tmp_path / "lips", seed=0))
     assert sources is not None

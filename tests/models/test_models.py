@@ -14,7 +14,7 @@ from tccp.models.video_unet import SpaceTimeTransformer, TemporalConv
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_fresh_model_is_the_video_branch_alone(name):
+def test_fresh_model_equals_its_video_branch(name):
     settings = tiny()
     model = MVControlNet.from_settings(settings, name).eval()
     latents, t, conditions, control = inputs(settings, VARIANTS[name])
@@ -27,7 +27,7 @@ def test_fresh_model_is_the_video_branch_alone(name):
     assert torch.equal(controlled, alone)
 
 
-def test_control_is_felt_once_the_zero_convolutions_are_not_zero():
+def test_control_changes_the_output_once_zero_convolutions_are_nonzero():
     settings = tiny()
     model = MVControlNet.from_settings(settings, "landmark_sequence").eval()
     for zero in (model.control.zero_in, *model.control.zero_out):
@@ -45,7 +45,7 @@ def test_control_encoder_starts_as_a_copy_of_the_video_encoder():
     assert all(v.data_ptr() != control[k].data_ptr() for k, v in video.items())
 
 
-def test_every_parameter_learns_but_those_behind_a_closed_zero_convolution():
+def test_every_parameter_has_a_gradient_once_zero_convolutions_are_nonzero():
     settings = tiny()
     model = MVControlNet.from_settings(settings, "face_sequence")
     temporal = [module.conv for module in model.modules() if isinstance(module, TemporalConv)]
@@ -53,8 +53,8 @@ def test_every_parameter_learns_but_those_behind_a_closed_zero_convolution():
         torch.nn.init.normal_(zero.weight, std=0.1)
     latents, t, conditions, control = inputs(settings, VARIANTS["face_sequence"])
     model(latents, t, conditions.drop(torch.tensor([True, False])), control).square().mean().backward()
-    still = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-    assert still == []
+    without_gradient = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert without_gradient == []
 
 
 def test_frozen_video_branch_leaves_only_the_control_branch_to_train():
@@ -65,7 +65,7 @@ def test_frozen_video_branch_leaves_only_the_control_branch_to_train():
     assert trained == {"control"}
 
 
-def test_start_control_from_copies_video_and_closes_the_zero_convolutions():
+def test_start_control_from_copies_video_and_resets_the_zero_convolutions():
     settings = tiny()
     source = MVControlNet.from_settings(settings, "landmark_sequence").eval()
     target = MVControlNet.from_settings(settings, "landmark_sequence").eval()
@@ -81,7 +81,7 @@ def test_start_control_from_copies_video_and_closes_the_zero_convolutions():
         )
 
 
-def test_cross_attention_is_frame_by_frame():
+def test_cross_attention_stays_within_a_frame():
     """Eq. 7: frame i of the input attends to the tokens of frame i alone."""
     torch.manual_seed(0)
     block = SpaceTimeTransformer(channels=16, condition_dim=8, head_dim=8, dropout=0.0).eval()
@@ -119,7 +119,7 @@ def test_dropped_conditions_do_not_reach_the_output():
     assert not torch.allclose(a[1], b[1])
 
 
-def test_conditions_of_different_kinds_do_not_join():
+def test_conditions_of_different_kinds_cannot_be_concatenated():
     with pytest.raises(ValueError, match="identity"):
         Conditions.cat(
             [
@@ -149,11 +149,11 @@ def test_gradient_checkpointing_changes_no_gradient():
     ("change", "message"),
     [("latents", "this network takes"), ("t", "one time per frame"), ("control", "this network takes")],
 )
-def test_wrong_shapes_are_named(change, message):
+def test_wrong_shapes_are_named_in_the_error(change, message):
     settings = tiny()
     model = MVControlNet.from_settings(settings, "landmark_sequence")
     latents, t, _, control = inputs(settings, VARIANTS["landmark_sequence"])
-    model._check(latents, t, control)  # directly: under pytest the checked annotations of forward() would speak first
+    model._check(latents, t, control)  # directly: under pytest, the type checks of forward() would raise first
     wrong = {
         "latents": (latents[..., :2], t, control),
         "t": (latents, t[:, :1], control),
@@ -163,7 +163,7 @@ def test_wrong_shapes_are_named(change, message):
         model._check(*wrong[change])
 
 
-def test_a_missing_condition_is_named():
+def test_missing_condition_is_named_in_the_error():
     settings = tiny()
     model = MVControlNet.from_settings(settings, "landmark_sequence")
     latents, t, _, control = inputs(settings, VARIANTS["landmark_sequence"])
@@ -171,7 +171,7 @@ def test_a_missing_condition_is_named():
         model(latents, t, Conditions(), control)
 
 
-def test_a_wider_control_embedding_is_one_of_the_control_branch_alone():
+def test_control_embedding_widths_change_only_the_embedding():
     none, same, wide = (
         MVControlNet.from_settings(tiny(**{"network.control_embedding": widths}), "face_first")
         for widths in ((), (16,), (24, 40))
@@ -217,7 +217,7 @@ def test_paper_size(name):
         assert 50e9 < counter.get_total_flops() < 80e9
 
 
-def test_pictures_survive_the_way_to_the_model_and_back():
+def test_pictures_round_trip_through_the_models_range():
     pictures = torch.arange(256, dtype=torch.uint8).repeat(3).reshape(1, 16, 16, 3)
     assert torch.equal(to_bytes(to_model(pictures)), pictures)
     assert to_model(pictures).min() == -1
@@ -226,7 +226,7 @@ def test_pictures_survive_the_way_to_the_model_and_back():
 
 @pytest.fixture(params=[1, 2])
 def autoencoder(request):
-    """With pixels as they are, and with patches of them folded into channels; both downsample by 4."""
+    """One on plain pixels, one on patches folded into channels; both downsample by 4."""
     torch.manual_seed(0)
     settings = AutoencoderSettings(
         downsampling=4,
@@ -265,18 +265,18 @@ def test_latents_are_normalised_per_kind_and_channel(autoencoder, tmp_path):
         assert torch.equal(loaded.encode(pictures["face"].unsqueeze(2), "face"), face)
 
 
-def test_a_folder_that_is_no_autoencoder_is_refused(tmp_path):
+def test_folder_without_an_autoencoder_is_refused(tmp_path):
     with pytest.raises(ValueError, match="not a diffusers AutoencoderKL folder"):
         PictureAutoencoder.load(tmp_path)
 
 
-def test_lip_source_none_takes_the_lips_away():
+def test_lip_source_none_removes_the_lip_condition():
     settings = load_settings("toy", ["lips.source=none"])
     assert MVControlNet.from_settings(settings, "face_first").config.condition_kinds == ("identity",)
 
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if VARIANTS[name].continues])
-def test_a_sequence_network_takes_the_weights_of_its_first_network(name):
+def test_sequence_network_starts_from_its_first_frame_network(name):
     settings = tiny(**{"network.pooled_conditions": True})
     torch.manual_seed(0)
     first = MVControlNet.from_settings(settings.for_variant(FIRST_OF[name]), FIRST_OF[name])
@@ -299,7 +299,7 @@ def test_a_sequence_network_takes_the_weights_of_its_first_network(name):
         assert not wide[:, narrow.shape[1] :].any()
 
 
-def test_a_first_network_of_another_size_is_refused():
+def test_first_frame_network_of_another_size_is_refused():
     first = MVControlNet.from_settings(tiny(**{"network.condition_dim": 24}), "face_first")
     with pytest.raises(ValueError, match="the first-frame network has another shape"):
         MVControlNet.from_settings(tiny(), "face_sequence").start_from_first(first)

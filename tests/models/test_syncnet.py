@@ -1,4 +1,4 @@
-"""SyncNet and its cepstra: the published definitions, numerically; the search for an offset on planted ones."""
+"""SyncNet and its cepstra match the published definitions; the search finds planted offsets."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def test_cepstra_options() -> None:
     assert np.isfinite(mfcc(np.zeros(0))).all() and np.isfinite(mfcc(np.zeros(1000))).all()
 
 
-def test_cepstra_do_not_overflow_sixteen_bits() -> None:
+def test_cepstra_of_loud_int16_samples_do_not_overflow() -> None:
     samples = np.tile(np.array([32767, -32768], np.int16), 500)
     np.testing.assert_array_equal(mfcc(samples), mfcc(samples.astype(np.float64)))
 
@@ -178,12 +178,12 @@ def test_cepstra_do_not_overflow_sixteen_bits() -> None:
 # ---- the network
 
 
-def test_layout_is_the_published_one() -> None:
+def test_layout_matches_the_published_network() -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in SyncNet().state_dict().items()}
     assert shapes == _published_shapes()
 
 
-def test_forward_equals_an_independent_one(network: SyncNet, state: dict[str, torch.Tensor]) -> None:
+def test_forward_matches_an_independent_implementation(network: SyncNet, state: dict[str, torch.Tensor]) -> None:
     rng = torch.Generator().manual_seed(1)
     cepstra = torch.randn(3, 1, 13, 20, generator=rng)
     pictures = torch.rand(3, 7, 224, 224, generator=rng) * 255
@@ -193,11 +193,11 @@ def test_forward_equals_an_independent_one(network: SyncNet, state: dict[str, to
         wanted_sound, wanted_lips = _reference(state, "aud", cepstra), _reference(state, "lip", windows)
     for found, wanted in ((sound, wanted_sound), (lips, wanted_lips)):
         assert found.shape == (3, 1024)
-        assert (found[0] - found[1]).norm() > 1e-2 * found[0].norm()  # a constant output would agree with anything
+        assert (found[0] - found[1]).norm() > 1e-2 * found[0].norm()  # a constant output would match too easily
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
 
 
-def test_windows_are_those_of_the_definition(network: SyncNet, state: dict[str, torch.Tensor]) -> None:
+def test_embedding_windows_match_the_definition(network: SyncNet, state: dict[str, torch.Tensor]) -> None:
     """Pictures BGR 0..255, 5 at stride 1, across the seam between batches too; sound 20 steps at stride 4."""
     rng = np.random.default_rng(2)
     patches = rng.integers(256, size=(22, 14, 14, 3), dtype=np.uint8)
@@ -259,11 +259,11 @@ def test_unrelated_embeddings_give_low_confidence() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("late", [-4, 3])
-def test_pictures_and_sound_that_tell_the_same_story(late: int) -> None:
-    """The whole way from pictures and samples to the offset."""
-    told = story(6, 60)
-    pictures = [np.full((224, 224, 3), round(10 * value), np.uint8) for value in told[10:46]]
-    found = syncnet_offset(brightness_reader(), pictures, hiss(told[10 - late : 46 - late]))
+def test_offset_is_found_from_pictures_and_sound(late: int) -> None:
+    """End to end, from pictures and samples to the offset."""
+    events = story(6, 60)
+    pictures = [np.full((224, 224, 3), round(10 * value), np.uint8) for value in events[10:46]]
+    found = syncnet_offset(brightness_reader(), pictures, hiss(events[10 - late : 46 - late]))
     assert found.offset == -late
 
 
@@ -280,7 +280,7 @@ def test_checkpoint_loads(form: str, state: dict[str, torch.Tensor], tmp_path: P
         assert name not in given or torch.equal(tensor, given[name])
 
 
-def test_bad_checkpoints_say_which_and_why(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+def test_bad_checkpoints_give_a_one_line_error_with_the_cause(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
     path = tmp_path / "syncnet.model"
     for content, why in (
         (None, r"syncnet\.model: no such file"),

@@ -1,4 +1,4 @@
-"""Wav2Lip: the published layout, numerically, and as a lip source that never sees the target."""
+"""Wav2Lip: published layout and numbers; as a lip source, it never sees the target."""
 
 from collections.abc import Iterator
 
@@ -122,25 +122,25 @@ def network(state: dict[str, torch.Tensor]) -> Wav2Lip:
     return network.eval()
 
 
-def test_layout_is_the_published_one():
+def test_layout_matches_the_published_network():
     shapes = {name: tuple(tensor.shape) for name, tensor in Wav2Lip().state_dict().items()}
     assert shapes == _published_shapes()
 
 
-def test_parameter_count_by_hand():
+def test_parameter_count_matches_the_published_layout():
     # Each block: kernel x kernel x in x out weights, out biases, out scales and out shifts of its batch norm.
     count = sum(k * k * c_in * c_out + 3 * c_out for _, (c_in, c_out, k, *_) in _blocks()) + 32 * 3 + 3
     assert count == 36_298_035
     assert sum(parameter.numel() for parameter in Wav2Lip().parameters()) == count
 
 
-def test_forward_equals_an_independent_one(network, state):
+def test_forward_matches_an_independent_implementation(network, state):
     rng = torch.Generator().manual_seed(1)
     mel, faces = torch.randn(2, 1, 80, 16, generator=rng), torch.rand(2, 6, 96, 96, generator=rng)
     with torch.no_grad():
         lips = network(mel, faces)
     assert lips.shape == (2, 3, 96, 96)
-    assert lips.std() > 0.01  # a saturated or constant output would agree with anything
+    assert lips.std() > 0.01  # a saturated or constant output would match too easily
     torch.testing.assert_close(lips, _reference_forward(state, mel, faces), rtol=1e-4, atol=1e-5)
 
 
@@ -155,7 +155,7 @@ def test_checkpoint_loads(form, state, tmp_path):
         assert torch.equal(tensor, state[name])
 
 
-def test_bad_checkpoints_say_which_and_why(state, tmp_path):
+def test_bad_checkpoints_are_refused_with_the_cause(state, tmp_path):
     path = tmp_path / "wav2lip.pth"
     with pytest.raises(TccpError, match=r"wav2lip\.pth: no such file"):
         load_wav2lip(path)
@@ -182,8 +182,8 @@ def test_bad_checkpoints_say_which_and_why(state, tmp_path):
         load_wav2lip(path)
 
 
-def test_source_feeds_the_network_as_published(network, state):
-    """Masked identity first, whole identity second, BGR 0..1; the answer is RGB."""
+def test_source_prepares_its_input_as_published(network, state):
+    """Masked identity first, whole identity second, BGR 0..1; the output is RGB."""
     rng = np.random.default_rng(2)
     identity = rng.integers(256, size=(360, 360, 3), dtype=np.uint8)
     mel = rng.normal(size=(2, 80, 16)).astype(np.float32)
@@ -198,7 +198,7 @@ def test_source_feeds_the_network_as_published(network, state):
     assert np.abs(lips[..., ::-1].astype(float) - expected.permute(0, 2, 3, 1).numpy()).max() <= 0.51
 
 
-def test_face_region_frames_the_face_of_a_head_crop():
+def test_face_region_encloses_the_face_of_a_head_crop():
     points = (MEAN_FACE[:, :2] * 50 + (200, 160)).astype(np.float32)
     box = head_boxes(points[None])[0]
     in_crop = (points - box[:2]) / (box[2:] - box[:2])
@@ -217,7 +217,7 @@ def test_source_size_and_hash(network, state, tmp_path):
     small = Wav2LipSource(network, size_px=32)
     lips = small.lips(mel, identity)
     assert lips.shape == (33, 32, 32, 3)
-    assert np.abs(lips[32].astype(int) - lips[0]).max() <= 1  # the batch's seam is not visible
+    assert np.abs(lips[32].astype(int) - lips[0]).max() <= 1  # no step between batches
     assert small.hash != Wav2LipSource(network).hash
 
     torch.save(state | {"output_block.1.bias": torch.ones(3)}, tmp_path / "other.pth")
@@ -236,7 +236,7 @@ def test_source_size_and_hash(network, state, tmp_path):
     np.testing.assert_array_equal(exported.lips(mel[:2], identity), same.lips(mel[:2], identity))
 
 
-def test_source_takes_the_look_ahead_window(network):
+def test_source_uses_the_look_ahead_window(network):
     from tccp.media.mel import mel_windows, wav2lip_windows
 
     samples = np.random.default_rng(3).normal(scale=0.1, size=16_000).astype(np.float32)
@@ -245,7 +245,7 @@ def test_source_takes_the_look_ahead_window(network):
     assert not np.allclose(windows, mel_windows(samples, 2, 5))
 
 
-def test_open_needs_weights_and_none_needs_nothing():
+def test_lip_source_requires_weights_unless_it_is_none():
     assert open_lip_source(LipSettings(source="none"), None) is None
     with pytest.raises(TccpError, match=r"lips\.source=wav2lip needs weights"):
         open_lip_source(LipSettings(source="wav2lip"), None)

@@ -1,7 +1,7 @@
-"""RoundTable keeps the answer out of the mask: what a probe reads of the listener's side from mask and body alone.
+"""RoundTable's masks do not leak the listener's side: accuracy of probes that see the mask, the body or the scene.
 
-The prototype's scenes gave the side away (95.6% from the mask, 98.7% with the shoulders). Here the mask must be blind
-(<= 60%) and mask and body together weak (<= 85%), while the whole scene holds the answer.
+In the prototype, probes found the side from the mask (95.6%) and from mask and shoulders (98.7%). Here they may reach
+at most 60% from the mask and 85% from mask and body; the whole scene must determine the side.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ def clips() -> list[RoundTableClip]:
 
 
 def mask_features(clip: RoundTableClip) -> np.ndarray:
-    """The box's place and size, and its path: all that a mask can show."""
+    """Position, size and path of the box: all that a mask can show."""
     start = clip.head_box[0]
     path = clip.head_box[[3, 6, -1], :2] - start[:2]
     return np.concatenate([start, path.ravel()])
 
 
 def body_features(clip: RoundTableClip) -> np.ndarray:
-    """The turn of the torso, exactly, from which the whole body is drawn, and its shoulders against the box."""
+    """The exact torso yaw, which determines the drawn body, and the shoulders relative to the box."""
     shoulders = (clip.shoulders_px[0] - clip.head_box[0, :2]) / (clip.head_box[0, 2] - clip.head_box[0, 0])
     return np.concatenate([[clip.torso_yaw_deg[0], clip.torso_yaw_deg[-1]], shoulders.ravel()])
 
 
 def scene_features(clip: RoundTableClip) -> np.ndarray:
-    """Where the others are, and which of them looks away from the camera: what the rest of the scene shows."""
+    """The sum of the sides of the other people who look away from the camera."""
     middle = clip.head_box[0, ::2].mean()
     sides = [np.sign(box[::2].mean() - middle) for box in clip.others_box[0]]
     away = [abs(float(actor.place.pose.yaw_deg[0])) > 90 for actor in clip.scene.others]
@@ -47,7 +47,7 @@ def scene_features(clip: RoundTableClip) -> np.ndarray:
 
 
 def accuracy(features: Callable[[RoundTableClip], np.ndarray]) -> float:
-    """Share of held-out clips whose listener's side a probe tells: the better of a linear one and a forest."""
+    """Share of held-out clips whose listener's side a probe predicts; the better of a linear probe and a forest."""
     x = np.stack([features(clip) for clip in clips()])
     y = np.array([clip.listener_side[0] for clip in clips()])
     probes = [
@@ -57,7 +57,7 @@ def accuracy(features: Callable[[RoundTableClip], np.ndarray]) -> float:
     return max(float(p.fit(x[:NUM_TRAIN], y[:NUM_TRAIN]).score(x[NUM_TRAIN:], y[NUM_TRAIN:])) for p in probes)
 
 
-def test_the_listeners_side_is_not_in_the_mask_and_hardly_in_the_body():
+def test_mask_does_not_leak_the_listeners_side_and_body_leaks_little():
     mask = accuracy(mask_features)
     mask_and_body = accuracy(lambda clip: np.concatenate([mask_features(clip), body_features(clip)]))
     scene = accuracy(scene_features)
@@ -66,13 +66,13 @@ def test_the_listeners_side_is_not_in_the_mask_and_hardly_in_the_body():
     )
     assert mask <= 0.60
     assert mask_and_body <= 0.85
-    # The probe can tell a side where there is one to tell, and the weak cue is there.
+    # The probe finds the side where it is visible, and the body does hold a weak cue.
     assert mask_and_body > 0.60
     assert scene > 0.97
 
 
-def test_yaw_and_mouth_are_not_in_the_mask():
-    """A forest on the box predicts yaw and mouth no better than their means do."""
+def test_mask_does_not_leak_yaw_or_mouth():
+    """A forest on the box predicts yaw and mouth no better than their means."""
     x = np.concatenate([np.concatenate([c.head_box, np.gradient(c.head_box, axis=0)], axis=1) for c in clips()])
     frames = clips()[0].num_frames
     held_out = np.arange(len(x)) >= NUM_TRAIN * frames

@@ -1,4 +1,4 @@
-"""Reels of RoundTable scenes: their truth is that of their scenes, to the frame and the sample."""
+"""Reels of RoundTable scenes: pictures, truth and sound match the scenes, to the frame and the sample."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def sound_of(path: Path) -> np.ndarray:
         return np.array(track.samples)
 
 
-def likeness(a: np.ndarray, b: np.ndarray) -> float:
-    """Correlation of two sounds; encoding leaves 0.9 and more."""
+def sound_correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Correlation of two sounds; above 0.9 if they differ only by encoding."""
     return float(np.corrcoef(a, b)[0, 1])
 
 
-def test_pictures_and_truth_are_the_scenes(reel: Path, truth: ReelTruth) -> None:
+def test_pictures_and_truth_match_the_scenes(reel: Path, truth: ReelTruth) -> None:
     frames = list(media.read_frames(reel))
     assert len(frames) == truth.num_frames == 25
     assert truth.cuts.tolist() == [12, 15]
@@ -70,7 +70,7 @@ def test_pictures_and_truth_are_the_scenes(reel: Path, truth: ReelTruth) -> None
     assert truth.person_seeds.tolist() == [5, scenes[1].person_seed, 5]
 
 
-def test_sound_is_that_of_each_shot(reel: Path, truth: ReelTruth) -> None:
+def test_sound_matches_each_shot(reel: Path, truth: ReelTruth) -> None:
     samples = sound_of(reel)
     assert len(samples) == 25 * SAMPLES_PER_FRAME
     assert (truth.sound == OWN_SOUND).all()
@@ -78,10 +78,10 @@ def test_sound_is_that_of_each_shot(reel: Path, truth: ReelTruth) -> None:
         own = synthesise(shot.seed, (shot.start_frame + shot.num_frames) / FPS, person_seed=shot.person_seed).audio
         own = own[shot.start_frame * SAMPLES_PER_FRAME :]
         if np.abs(own).max() > 0.01:
-            assert likeness(samples[start * SAMPLES_PER_FRAME :][: len(own)], own) > 0.9
+            assert sound_correlation(samples[start * SAMPLES_PER_FRAME :][: len(own)], own) > 0.9
 
 
-def test_the_sound_comes_late_by_the_offset(tmp_path: Path) -> None:
+def test_sound_is_delayed_by_the_offset(tmp_path: Path) -> None:
     shots = [Shot(3, 25, 5)]
     write_reel(tmp_path / "film.mp4", shots, WIDTH, HEIGHT)
     plain = sound_of(tmp_path / "film.mp4")
@@ -90,18 +90,18 @@ def test_the_sound_comes_late_by_the_offset(tmp_path: Path) -> None:
         moved, by = sound_of(tmp_path / "moved.mp4"), 4 * SAMPLES_PER_FRAME
         late, early = (moved, plain) if offset > 0 else (plain, moved)
         assert len(moved) == len(plain) and truth.sound_offset_frames == offset
-        assert likeness(late[by:], early[:-by]) > 0.9 > likeness(late, early)
+        assert sound_correlation(late[by:], early[:-by]) > 0.9 > sound_correlation(late, early)
         gap = moved[: by - 1024] if offset > 0 else moved[-by + 1024 :]  # an encoder's block smears the edge
         assert np.abs(gap).max() < 0.01
 
 
-def test_dubs_are_silent_or_of_another_scene(tmp_path: Path) -> None:
+def test_dubs_replace_the_sound_with_silence_or_another_scene(tmp_path: Path) -> None:
     dubs = [Dub(5, 15), Dub(10, 25, seed=9)]
     truth = write_reel(tmp_path / "film.mp4", [Shot(3, 30, 5)], WIDTH, HEIGHT, dubs=dubs)
     assert truth.sound.tolist() == [OWN_SOUND] * 5 + [SILENCE] * 5 + [OTHER_SOUND] * 15 + [OWN_SOUND] * 5
     samples, by = sound_of(tmp_path / "film.mp4"), SAMPLES_PER_FRAME
     assert np.abs(samples[7 * by : 8 * by]).max() < 0.01
-    assert likeness(samples[10 * by : 25 * by], synthesise(9, 0.6).audio) > 0.9
+    assert sound_correlation(samples[10 * by : 25 * by], synthesise(9, 0.6).audio) > 0.9
     with pytest.raises(TccpError, match="cannot dub frames 20 to 31; the reel has 0 to 30"):
         write_reel(tmp_path / "film.mp4", [Shot(3, 30, 5)], WIDTH, HEIGHT, dubs=[Dub(20, 31)])
 
@@ -112,7 +112,7 @@ def test_the_same_arguments_give_the_same_film(reel: Path, tmp_path: Path) -> No
     assert reel_truth_path(tmp_path / "film.mp4").read_bytes() == reel_truth_path(reel).read_bytes()
 
 
-def test_plans_have_the_length_and_the_people_that_were_asked_for() -> None:
+def test_plans_have_the_requested_length_and_people() -> None:
     for seconds, shot_s, people in ((60, 5.0, 3), (7.4, 2.0, None), (0.04, 5, 1)):
         shots = plan_shots(4, seconds, shot_s, people)
         assert sum(shot.num_frames for shot in shots) == round(seconds * FPS)
@@ -122,7 +122,7 @@ def test_plans_have_the_length_and_the_people_that_were_asked_for() -> None:
         assert shots == plan_shots(4, seconds, shot_s, people) != plan_shots(5, seconds, shot_s, people)
 
 
-def test_what_cannot_be_is_said_in_one_line(reel: Path, tmp_path: Path) -> None:
+def test_invalid_reels_and_truth_files_are_refused(reel: Path, tmp_path: Path) -> None:
     with pytest.raises(TccpError, match="no shot was given"):
         write_reel(tmp_path / "film.mp4", [])
     with pytest.raises(TccpError, match="a shot of 0 frames"):

@@ -1,4 +1,4 @@
-"""RoundTable: truth that is true, sound that determines the mouth, and pictures that keep the answer to themselves."""
+"""RoundTable: truth matches pictures, sound determines the mouth, and nothing outside the head box leaks the answer."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def outside(picture: np.ndarray, box: np.ndarray) -> np.ndarray:
 
 
 ALONE_WITH_LISTENER = (0, 3, 11)
-"""Seeds of clips with one other person; in the last he moves."""
+"""Seeds of clips with one other person; in the last clip that person moves."""
 
 
 # -- determinism ------------------------------------------------------------------------------------------------------
 
 
-def test_a_seed_is_a_clip_bit_for_bit_in_any_process():
+def test_seed_determines_the_clip_bit_for_bit_in_any_process():
     script = (
         "import hashlib\nfrom tccp.roundtable import synthesise\nclip = synthesise(11, 0.4)\n"
         "parts = [clip.audio, clip.landmarks_px, clip.identity, *clip.frames()]\n"
@@ -63,25 +63,25 @@ def test_a_seed_is_a_clip_bit_for_bit_in_any_process():
     assert not np.array_equal(synthesise(11, 0.4).render(0), synthesise(12, 0.4).render(0))
 
 
-def test_frames_do_not_depend_on_the_order_they_are_drawn_in():
+def test_frames_do_not_depend_on_the_rendering_order():
     clip = synthesise(3, 0.4)
     forwards = list(clip.frames())
     assert all(np.array_equal(clip.render(i), forwards[i]) for i in (7, 2, 7, 0))
 
 
-def test_person_seed_brings_the_same_person_into_another_scene():
+def test_person_seed_puts_the_same_person_in_another_scene():
     first, second = synthesise(1, 0.2, person_seed=5), synthesise(2, 0.2, person_seed=5)
     assert first.person_id == second.person_id == make_person(5).person_id
     assert first.scene.talker.model.person == second.scene.talker.model.person
     assert first.scene.talker.outfit != second.scene.talker.outfit
     assert not np.array_equal(first.identity, second.identity)
-    # Another person leaves the scene itself as it was.
+    # Another person does not change the scene.
     other = synthesise(1, 0.2, person_seed=6)
     assert np.array_equal(other.target_deg, first.target_deg)
     assert np.array_equal(other.head_box, first.head_box)
 
 
-def test_a_longer_clip_keeps_its_people_and_room():
+def test_longer_clip_has_the_same_person_and_room():
     short, long = synthesise(8, 0.4), synthesise(8, 4.0)
     assert short.person_seed == long.person_seed
     assert np.array_equal(short.scene.room.picture, long.scene.room.picture)
@@ -91,7 +91,7 @@ def test_a_longer_clip_keeps_its_people_and_room():
 
 
 @pytest.mark.parametrize(("seconds", "num_frames"), [(0.04, 1), (0.5, 12), (1.0, 25)])
-def test_sound_and_tracks_have_the_length_of_the_picture(seconds, num_frames):
+def test_sound_and_tracks_match_the_number_of_frames(seconds, num_frames):
     clip = synthesise(4, seconds, width=320, height=240)
     assert clip.num_frames == num_frames
     assert clip.audio.shape == (num_frames * SAMPLES_PER_FRAME,)
@@ -109,7 +109,7 @@ def test_sound_and_tracks_have_the_length_of_the_picture(seconds, num_frames):
         ({"seed": -1, "seconds": 1.0}, "give seeds of at least 0"),
     ],
 )
-def test_wrong_numbers_are_refused_with_what_is_allowed(arguments, message):
+def test_invalid_arguments_are_refused_with_the_allowed_values(arguments, message):
     with pytest.raises(TccpError, match=message):
         synthesise(**arguments)
 
@@ -123,7 +123,7 @@ def test_a_frame_beyond_the_end_is_refused():
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_nothing_outside_the_head_box_knows_of_yaw_or_mouth(seed):
+def test_pixels_outside_the_head_box_do_not_depend_on_yaw_or_mouth(seed):
     clip = synthesise(seed, 0.2)
     for yaw in (-65.0, 0.0, 65.0):
         other = clip.with_head(
@@ -148,7 +148,7 @@ def test_every_hair_style_stays_in_the_head_box(style):
 
 
 @pytest.mark.parametrize("seed", [2, 5, 9])
-def test_head_box_is_a_steady_whole_square_around_all_landmarks(seed):
+def test_head_box_is_a_steady_integer_square_around_all_landmarks(seed):
     clip = synthesise(seed, 4.0)
     sides = clip.head_box[:, 2:] - clip.head_box[:, :2]
     assert 64 <= sides[0, 0] <= 80
@@ -160,14 +160,14 @@ def test_head_box_is_a_steady_whole_square_around_all_landmarks(seed):
     assert inside.max() < 0.97
 
 
-def test_landmarks_lie_on_what_is_drawn():
-    """Pixels that change when the mouth moves lie around its landmarks; between lip landmarks lies the lips' colour."""
+def test_landmarks_match_the_drawn_mouth():
+    """Pixels that change with the mouth lie near its landmarks; pixels between lip landmarks have the lips' colour."""
     clip = synthesise(14, 2.0)
     frame = int(np.argmax(clip.mouth_opening))
     lips = np.array(clip.scene.talker.model.person.lips)
     picture = clip.render(frame).astype(int)
     points = clip.landmarks_px[frame]
-    # Half-way between inner and outer lip there is lip, in the middle of an open mouth there is none.
+    # Points midway between inner and outer lip are on the lip; the middle of an open mouth is not.
     for outer, inner in ((51, 62), (57, 66)):
         x, y = (points[outer] + points[inner]) / 2
         assert np.abs(picture[int(y), int(x)] - lips).max() < 60
@@ -181,8 +181,8 @@ def test_landmarks_lie_on_what_is_drawn():
     assert (changed + 0.5 <= moved.max(axis=0) + 2).all()
 
 
-def test_landmarks_turn_as_a_rigid_head_does():
-    """Yaw alone moves rigid points along x by z sin(yaw): the nose's tip runs ahead of the eyes' corners."""
+def test_landmarks_turn_like_a_rigid_head():
+    """Yaw moves rigid points along x by z sin(yaw): the tip of the nose moves further than the eye corners."""
     clip = synthesise(1, 0.2)
     flat, turned = (clip.with_head(yaw_deg=np.full(clip.num_frames, yaw, np.float32)) for yaw in (0.0, 30.0))
     shift = (turned.landmarks_px - flat.landmarks_px)[..., 0]
@@ -193,7 +193,7 @@ def test_landmarks_turn_as_a_rigid_head_does():
     np.testing.assert_allclose(eyes / flat_eyes, np.cos(np.deg2rad(30)), atol=0.02)
 
 
-def test_opening_and_width_are_those_of_the_landmarks():
+def test_landmarks_follow_mouth_opening_mouth_width_and_blinks():
     values = np.linspace(0, 1, 11).astype(np.float32)
     rest = np.zeros(11, np.float32)
     person = make_person(3)
@@ -213,7 +213,7 @@ def test_opening_and_width_are_those_of_the_landmarks():
 
 
 def test_mel_determines_the_mouth():
-    """A linear read-out of a mel window, fitted on some voices, tells the mouth of others; another clip's does not."""
+    """A linear readout of mel windows, fitted on some voices, predicts the mouth of others, not of another clip."""
 
     def examples(seeds):
         windows, mouths = [], []
@@ -237,7 +237,7 @@ def test_mel_determines_the_mouth():
 
 
 def test_mouth_follows_only_sound_within_the_mel_window():
-    """Sounds that differ only after a moment leave the mouth as it is until 0.1 s before that moment."""
+    """Sounds that differ only after time t give the same mouth until 0.1 s before t."""
     voice = Voice(120.0, 1.0, 1.0, 0.02)
     one = speak(np.random.default_rng(5), voice, 100)
     other = speak(np.random.default_rng(5), dataclasses.replace(voice, rate=1.01), 100)
@@ -246,7 +246,7 @@ def test_mouth_follows_only_sound_within_the_mel_window():
     assert apart / 25 >= sound / 16_000 - 0.1
 
 
-def test_the_mouth_is_shut_and_at_rest_in_silence():
+def test_mouth_is_closed_in_silence():
     clip = synthesise(6, 8.0)
     loudness = np.sqrt((clip.audio.reshape(-1, SAMPLES_PER_FRAME) ** 2).mean(axis=1))
     quiet = np.convolve(loudness > 2e-3, np.ones(7), mode="same") == 0
@@ -256,7 +256,7 @@ def test_the_mouth_is_shut_and_at_rest_in_silence():
 
 
 @pytest.mark.parametrize("f0_hz", [100.0, 200.0])
-def test_pitch_of_the_voice_is_as_asked(f0_hz):
+def test_voice_has_the_requested_pitch(f0_hz):
     speech = speak(np.random.default_rng(2), Voice(f0_hz, 1.0, 1.0, 0.0), 150)
     blocks = speech.audio.reshape(150, SAMPLES_PER_FRAME)
     loud = blocks[np.argsort((blocks**2).sum(axis=1))[-40:]]
@@ -265,7 +265,7 @@ def test_pitch_of_the_voice_is_as_asked(f0_hz):
     assert 0.85 * f0_hz < 16_000 / np.median(peaks) < 1.5 * f0_hz
 
 
-def test_stress_is_louder_and_lifts_the_brows():
+def test_stress_raises_loudness_brows_and_head_pitch():
     clips = [synthesise(seed, 8.0) for seed in range(6)]
     stress = np.concatenate([clip.stress for clip in clips])
     loudness = np.concatenate([np.log((c.audio.reshape(-1, SAMPLES_PER_FRAME) ** 2).mean(axis=1)) for c in clips])
@@ -281,20 +281,20 @@ def test_stress_is_louder_and_lifts_the_brows():
 # -- the conversation -------------------------------------------------------------------------------------------------
 
 
-def test_in_half_of_the_clips_the_addressee_changes_or_moves():
+def test_addressee_changes_or_moves_in_half_of_the_clips():
     kinds = [synthesise(seed, 0.2).kind for seed in range(120)]
     assert 0.4 < np.mean([kind != "still" for kind in kinds]) < 0.6
     assert {"change", "move"} <= set(kinds)
 
 
-def test_the_head_turns_to_whom_he_speaks_after_a_lag():
+def test_head_turns_to_the_addressee_after_a_lag():
     moving = [clip for clip in (synthesise(seed, 4.0) for seed in range(30)) if clip.kind != "still"]
     for clip in moving:
         assert 0.2 <= clip.lag_s <= 0.5
         event = round(float(clip.event_s[0]) * 25)
         before, after = clip.target_deg[event - 1], clip.target_deg[min(event + 28, clip.num_frames - 1)]
         assert abs(after - before) > 8
-        # Until the lag is over only drift moves the head, and it ends where the addressee is.
+        # During the lag, only drift moves the head; then it follows the addressee.
         waiting = clip.yaw_deg[event : event + round(clip.lag_s * 25)]
         assert np.abs(waiting - waiting[0]).max() < 0.25 * abs(after - before) + 4
     error = np.concatenate([(clip.yaw_deg - follow(clip.target_deg, clip.lag_s, 0.5)) for clip in moving])
@@ -303,7 +303,7 @@ def test_the_head_turns_to_whom_he_speaks_after_a_lag():
     assert sides.all()
 
 
-def test_the_addressee_stands_on_his_side_within_the_scene():
+def test_addressee_is_in_the_scene_on_the_listener_side():
     for seed in range(20):
         clip = synthesise(seed, 1.0)
         middle = clip.head_box[:, ::2].mean(axis=1)
@@ -315,8 +315,8 @@ def test_the_addressee_stands_on_his_side_within_the_scene():
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_no_other_reaches_into_the_head_box(seed):
-    """Else a generated head would have to draw somebody's shoulder, and the crop would tell where he stands."""
+def test_other_people_do_not_overlap_the_head_box(seed):
+    """Otherwise a generated head would include another person's shoulder, and the crop would leak their position."""
     clip = synthesise(seed, 2.0)
     alone = dataclasses.replace(clip, scene=dataclasses.replace(clip.scene, others=()))
     for frame in (0, 49):
@@ -326,7 +326,7 @@ def test_no_other_reaches_into_the_head_box(seed):
         assert np.array_equal(drawn[y0:y1, x0:x1], empty[y0:y1, x0:x1])
 
 
-def test_following_is_causal_and_keeps_a_constant():
+def test_follow_is_causal_monotonic_and_reaches_its_target():
     target = np.concatenate([np.zeros(20), np.ones(40)])
     followed = follow(target, 0.4, 0.5)
     assert followed.shape == target.shape
@@ -336,7 +336,7 @@ def test_following_is_causal_and_keeps_a_constant():
     assert (np.diff(followed) >= -1e-12).all()
 
 
-def test_drift_has_the_size_asked_for():
+def test_drift_has_the_requested_size():
     tracks = np.stack([drift(np.random.default_rng(seed), 500, 3.0) for seed in range(60)])
     assert np.sqrt((tracks**2).mean()) == pytest.approx(3.0, rel=0.1)
     assert np.abs(np.diff(tracks, axis=1)).max() < 3.0
@@ -347,7 +347,7 @@ def test_drift_has_the_size_asked_for():
 
 @pytest.mark.parametrize("seed", ALONE_WITH_LISTENER)
 @pytest.mark.parametrize("listener_deg", [-52.0, -24, 35.0])
-def test_only_the_listener_and_the_turn_of_the_head_change(seed, listener_deg):
+def test_only_the_listener_and_the_head_turn_change(seed, listener_deg):
     clip = synthesise(seed, 1.2)
     moved = synthesise(seed, 1.2, listener_deg=listener_deg)
     turning = {"yaw_deg", "pitch_deg", "landmarks_px", "target_deg", "listener_side", "others_box", "kind", "event_s"}
@@ -370,7 +370,7 @@ def test_only_the_listener_and_the_turn_of_the_head_change(seed, listener_deg):
 
 
 @pytest.mark.parametrize("seed", ALONE_WITH_LISTENER)
-def test_the_yaw_follows_the_listener_who_was_moved(seed):
+def test_yaw_follows_the_moved_listener(seed):
     bearings = (-60.0, -40.0, -20.0, 20.0, 40.0, 60.0)
     clips = [synthesise(seed, 1.2, listener_deg=bearing) for bearing in bearings]
     for clip, bearing in zip(clips, bearings, strict=True):
@@ -379,12 +379,12 @@ def test_the_yaw_follows_the_listener_who_was_moved(seed):
         assert (clip.listener_side == np.sign(bearing)).all()
         middle = clip.head_box[:, ::2].mean(axis=1)
         assert (np.sign(clip.others_box[:, 0, ::2].mean(axis=1) - middle) == np.sign(bearing)).all()
-        # What is left of the yaw is the head's own drift, the same wherever the listener stands.
+        # The rest of the yaw is the head's own drift, which does not depend on the listener's position.
         np.testing.assert_allclose(clip.yaw_deg - bearing, clips[0].yaw_deg - bearings[0], atol=1e-3)
         assert np.abs(clip.yaw_deg - bearing).max() < 6
 
 
-def test_a_listener_out_of_reach_or_not_alone_is_refused():
+def test_listener_out_of_range_or_one_of_several_is_refused():
     for bearing in (-61, 0, 19.9):
         with pytest.raises(TccpError, match="20 to 60 degrees"):
             synthesise(ALONE_WITH_LISTENER[0], 0.2, listener_deg=bearing)
@@ -396,7 +396,7 @@ def test_a_listener_out_of_reach_or_not_alone_is_refused():
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
-def test_films_are_real_files_with_sound_truth_and_identity(tmp_path):
+def test_written_films_have_sound_truth_and_identity(tmp_path):
     progress = []
     paths = write_clips(tmp_path / "a", 3, 0.6, seed=7, people=2, progress=lambda *step: progress.append(step))
     assert progress[-1] == (paths[-1].name, 15, 15)
@@ -417,7 +417,7 @@ def test_films_are_real_files_with_sound_truth_and_identity(tmp_path):
     )
 
 
-def test_lossless_films_give_the_rendered_pixels_back(tmp_path):
+def test_lossless_films_reproduce_the_rendered_pixels(tmp_path):
     (path,) = write_clips(tmp_path, 1, 0.2, seed=1, lossless=True)
     truth = read_truth(path)
     clip = synthesise(truth.seed, 0.2, person_seed=truth.person_seed)
@@ -425,7 +425,7 @@ def test_lossless_films_give_the_rendered_pixels_back(tmp_path):
         assert np.array_equal(read, drawn)
 
 
-def test_an_excerpt_is_a_part_of_its_conversation(tmp_path):
+def test_excerpt_equals_part_of_the_whole_clip(tmp_path):
     paths = write_clips(tmp_path, 4, 1.6, seed=3, lossless=True, excerpt_s=0.24)
     starts = []
     for path in paths:
@@ -445,7 +445,7 @@ def test_an_excerpt_is_a_part_of_its_conversation(tmp_path):
         write_clips(tmp_path, 1, 0.2, excerpt_s=0.4)
 
 
-def test_absent_and_broken_truth_is_refused_by_name(tmp_path):
+def test_missing_and_broken_files_are_named_in_the_error(tmp_path):
     with pytest.raises(TccpError, match=r"x\.truth\.npz: no such truth file"):
         read_truth(tmp_path / "x.mp4")
     (tmp_path / "y.truth.npz").write_bytes(b"not a zip")
@@ -458,7 +458,7 @@ def test_absent_and_broken_truth_is_refused_by_name(tmp_path):
         read_identity(tmp_path / "x.mp4")
 
 
-def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+def test_unwritable_folder_and_zero_clips_are_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(TccpError, match="choose another"):
         write_clips(tmp_path / "file" / "folder", 1, 0.2)
@@ -466,7 +466,7 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
         write_clips(tmp_path, 0, 0.2)
 
 
-def test_identity_shows_the_same_skin_from_elsewhere():
+def test_identity_has_the_same_skin_and_another_background():
     clip = synthesise(2, 0.2)
     assert clip.identity.shape == (128, 128, 3)
     x0, y0, x1, y1 = clip.head_box[0].astype(int)
