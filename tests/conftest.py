@@ -118,7 +118,7 @@ def training_data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]
 
 
 @pytest.fixture
-def ray_of_two() -> Any:
+def ray_with_two_cpus() -> Any:
     """Ray with two logical CPUs in this process. Tests share it, because starting it costs 10 CPU seconds."""
     import ray
 

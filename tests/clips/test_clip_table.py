@@ -1,4 +1,4 @@
-"""The clip table: nothing is lost on the way to disk and back, only whole tables appear, other tables are refused."""
+"""The clip table: clips round-trip through disk, writes are atomic, and incompatible tables are refused."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def assert_same(a: Clip, b: Clip) -> None:
             assert one == other, field.name
 
 
-def test_a_row_gives_its_clip_back():
+def test_clip_round_trips_through_a_row():
     originals = [make_clip(0), make_clip(1, num_frames=20)]
     table = clips_to_table(originals)
     for row, original in enumerate(originals):
@@ -41,7 +41,7 @@ def test_a_row_gives_its_clip_back():
     assert clip_from_row(table).quality.sync_confidence is None
 
 
-def test_access_by_id_in_any_order(tmp_path: Path) -> None:
+def test_clips_are_read_by_id_in_any_order(tmp_path: Path) -> None:
     originals = [make_clip(n, num_frames=16 + n) for n in range(5)]
     assert write_table(originals, tmp_path / "clips.parquet") == 5
     with ClipTable(tmp_path, keep=2) as table:
@@ -63,7 +63,7 @@ def test_the_same_clips_write_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_memory_does_not_grow_with_the_table(tmp_path: Path) -> None:
-    """Neither writing nor reading: the peak for many clips is that for a few, plus their ids."""
+    """For writing and reading, the peak for many clips is that for a few, plus their ids."""
 
     def peak(count: int) -> int:
         path = tmp_path / f"{count}.parquet"
@@ -80,11 +80,11 @@ def test_memory_does_not_grow_with_the_table(tmp_path: Path) -> None:
 
     few, many = peak(6), peak(48)
     one = sum(map(len, make_clip(0, still_px=96).face))
-    assert few > one  # the measurement does see the pictures
+    assert few > one  # the measurement includes the pictures
     assert many - few < 2 * one
 
 
-def test_nothing_appears_when_writing_fails(tmp_path: Path) -> None:
+def test_failed_write_keeps_the_old_table(tmp_path: Path) -> None:
     def rows():
         yield make_clip(0)
         raise TccpError("the film broke")
@@ -96,7 +96,7 @@ def test_nothing_appears_when_writing_fails(tmp_path: Path) -> None:
     assert (tmp_path / "clips.parquet").read_bytes() == b"the table before"
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+def test_full_disk_gives_a_one_line_error_and_no_file(tmp_path: Path) -> None:
     def rows() -> Iterator[Clip]:
         yield make_clip(0)
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -106,7 +106,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+def test_unwritable_folder_gives_a_one_line_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(TccpError, match=r"cannot write .*clips\.parquet: .*; choose"):
         write_table([make_clip()], tmp_path / "file" / "clips.parquet")
@@ -134,7 +134,7 @@ def test_tables_of_another_version_or_kind_are_refused(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
-def test_a_row_of_another_version_is_refused_without_the_metadata():
+def test_row_of_another_version_is_refused_even_without_metadata():
     row = clips_to_table([make_clip()])
     place = row.column_names.index("schema_version")
     old = row.set_column(place, "schema_version", pa.array([7], pa.int32())).replace_schema_metadata(None)
@@ -152,7 +152,7 @@ def test_a_row_of_another_version_is_refused_without_the_metadata():
         ({"audio_before": np.zeros(5, np.int16)}, "multiple of a frame's samples"),
     ],
 )
-def test_a_clip_that_does_not_hold_together_is_refused(change: dict[str, Any], message: str) -> None:
+def test_inconsistent_clip_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(TccpError, match=message):
         dataclasses.replace(make_clip(), **change)
 
@@ -174,7 +174,7 @@ def test_lossy_stills_keep_fine_colour():
         clips.decode_still(b"no picture")
 
 
-def test_clip_ids_are_stable_and_tell_clips_apart():
+def test_clip_ids_are_stable_and_distinct():
     # Tables on disk and caches hold these ids: a change here must raise GEOMETRY_VERSION.
     assert clip_id_of("ab", 0, 25) == clip_id_of("ab", 0, 25) == "4cecc64721b15a87e27461fe6bad8155"
     ids = {clip_id_of(h, t, s) for h in ("ab", "ba") for t in (0, 1) for s in (0, 1, 10)}
@@ -188,7 +188,7 @@ def test_stored_boxes_share_the_head_boxes_centre():
     np.testing.assert_allclose(stored[:, 2] - stored[:, 0], 40 * clips.STORED_MARGIN)
 
 
-def test_tables_of_version_1_are_read_and_what_they_lack_is_null(tmp_path: Path) -> None:
+def test_version_1_tables_are_read_with_missing_columns_as_null(tmp_path: Path) -> None:
     new = ("person", "av_corrected", "speaking_score", "occlusion", "jitter")
     table = clips_to_table([make_clip(0)]).drop_columns(list(new))
     versions = pa.array([1], pa.int32())

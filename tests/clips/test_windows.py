@@ -1,4 +1,4 @@
-"""Views and windows: jitter moves everything together, masks hide the head; the order is a pure function."""
+"""Views and windows: jitter moves all parts together, masks hide the head, the training order is a pure function."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ CORNERS = (0, 16, 8)  # landmarks that carry a dot in `dotted_clip`
 
 
 def dotted_clip(number: int = 0, num_frames: int = 16, head: tuple[int, int, int] = (255, 0, 255)) -> Clip:
-    """A scene in which a plain head walks to the right, with a dot at three of its landmarks.
+    """A scene with a plain head that moves to the right, with a dot at three of its landmarks.
 
-    head: its colour. The ground around it is noise that is the same for every colour.
+    head: its colour. The background is noise, the same for every colour.
     """
     rng = np.random.default_rng(number)
     ground = rng.integers(0, 256, (HEIGHT // 4, WIDTH // 4, 3), np.uint8).repeat(4, 0).repeat(4, 1)
@@ -91,8 +91,8 @@ def test_landmarks_stay_on_their_picture_content_under_jitter(jitter: int, seed:
 
 @given(jitter=st.integers(0, 10_000))
 @settings(max_examples=25, deadline=None)
-def test_the_mask_in_the_scene_is_the_crops_box(jitter: int) -> None:
-    """The box read back from the masked picture is the one the crop and the landmarks were cut with."""
+def test_scene_mask_matches_the_crop_box(jitter: int) -> None:
+    """The box measured in the masked picture is the one that the face crop and the landmarks use."""
     seen = view(CLIP, TOY, jitter, 0, num_frames=3)
     fit = headbox.SceneFit(WIDTH, HEIGHT, SIZE)
     for i, (scene, box, points) in enumerate(zip(seen.masked_scene, seen.mask_box, seen.landmarks, strict=True)):
@@ -106,7 +106,7 @@ def test_the_mask_in_the_scene_is_the_crops_box(jitter: int) -> None:
         np.testing.assert_allclose(in_scene, fit.points(in_source), atol=1e-2)
 
 
-def test_jitter_moves_and_resizes_and_is_the_same_in_a_whole_clip():
+def test_jitter_changes_position_and_size_and_is_constant_within_a_clip():
     boxes = np.stack([view(CLIP, TOY, jitter, 0).mask_box for jitter in range(40)])
     side = boxes[..., 2] - boxes[..., 0]
     center = (boxes[..., 0] + boxes[..., 2]) / 2
@@ -128,8 +128,8 @@ def test_a_masked_scene_shows_no_pixel_of_the_head():
     np.testing.assert_array_equal(a.masked_scene, b.masked_scene)
 
 
-def test_every_other_view_is_mirrored_and_all_of_it():
-    """The same jitter with left and right exchanged: pictures, points with their names, and the mask."""
+def test_odd_views_are_mirrored_in_all_parts():
+    """The same jitter with left and right exchanged: pictures, landmarks with their indices, and the mask."""
     both = override(TOY, {"headbox.mirror": True})
     for jitter in (None, 0, 2):
         np.testing.assert_array_equal(view(CLIP, both, jitter, 0).masked_scene, view(CLIP, TOY, jitter, 0).masked_scene)
@@ -145,7 +145,7 @@ def test_every_other_view_is_mirrored_and_all_of_it():
     np.testing.assert_array_equal(masked, turned.masked_scene)
 
 
-def test_a_view_of_a_part_is_the_part_of_the_view():
+def test_view_of_a_part_equals_the_part_of_the_view():
     whole, part = view(CLIP, TOY, 3, 7), view(CLIP, TOY, 3, 7, start_frame=5, num_frames=8)
     for field in dataclasses.fields(data.ClipView):
         one = getattr(whole, field.name)
@@ -154,14 +154,14 @@ def test_a_view_of_a_part_is_the_part_of_the_view():
         view(CLIP, TOY, 3, 7, start_frame=10, num_frames=8)
 
 
-def test_a_view_is_a_pure_function_of_seed_clip_and_number():
+def test_view_is_a_pure_function_of_seed_clip_and_jitter_number():
     again = view(dotted_clip(), TOY, 3, 7)
     np.testing.assert_array_equal(view(CLIP, TOY, 3, 7).face, again.face)
     for other in (view(CLIP, TOY, 4, 7), view(CLIP, TOY, 3, 8), view(dotted_clip(2), TOY, 3, 7)):
         assert (other.mask_box != again.mask_box).any()
 
 
-def test_mel_at_a_clips_ends_is_that_of_the_whole_film():
+def test_mel_at_the_ends_of_a_clip_matches_the_whole_film():
     rng = np.random.default_rng(0)
     film = np.clip(rng.normal(0, 0.1, 60 * SAMPLES_PER_FRAME + 100), -1, 1)
     pcm = np.rint(film * 32768).astype(np.int16)
@@ -177,7 +177,7 @@ def test_mel_at_a_clips_ends_is_that_of_the_whole_film():
         np.testing.assert_allclose(view(clip, TOY, 0, 0).mel, whole[first : first + length], atol=1e-4)
 
 
-def test_views_that_cannot_be_right_are_refused():
+def test_views_with_mismatched_settings_are_refused():
     with pytest.raises(TccpError, match="picture_px=64, these settings have 128: preprocess again"):
         view(CLIP, TOY.model_copy(update={"picture_px": 128}), 0, 0)
     wild = TOY.model_copy(update={"headbox": TOY.headbox.model_copy(update={"jitter_center": 0.2})})
@@ -208,7 +208,7 @@ def test_windows_are_slices_of_views_with_fixed_shapes():
 
 
 @pytest.mark.cluster
-def test_windows_run_in_ray_data_unchanged(ray_of_two: Any) -> None:
+def test_ray_data_gives_the_same_windows(ray_with_two_cpus: Any) -> None:
     import ray.data
 
     batch = clips_to_table([dotted_clip(0, 20), dotted_clip(1, 16)])
@@ -242,14 +242,14 @@ def test_window_arguments_are_checked():
 IDS = window_ids([f"clip{i}" for i in range(5)], [30, 16, 9, 8, 40], 8, 7)
 
 
-def test_an_epochs_order_is_a_permutation_by_seed_and_epoch_alone():
+def test_epoch_order_is_a_permutation_that_depends_on_seed_and_epoch_only():
     one = epoch_order(IDS, 3, 1)
     assert sorted(one) == sorted(IDS) and one != sorted(IDS)
     assert epoch_order(reversed(IDS), 3, 1) == one
     assert epoch_order(IDS, 3, 2) != one and epoch_order(IDS, 4, 1) != one
 
 
-def test_an_epochs_order_is_the_same_in_another_process():
+def test_epoch_order_is_the_same_in_another_process():
     code = (
         "from tccp.clips.order import *; from tccp.seeds import rng_seed; "
         "print(epoch_order([WindowId('a', i) for i in range(20)], 3, 1), rng_seed('x', 1, .5, b'y'))"
@@ -259,7 +259,7 @@ def test_an_epochs_order_is_the_same_in_another_process():
     assert run.stdout.strip() == here
 
 
-def test_every_place_of_an_epoch_comes_up_equally_often():
+def test_every_window_comes_first_equally_often():
     first = [epoch_order(IDS, seed, 0)[0] for seed in range(600)]
     counts = [first.count(w) for w in IDS]
     expected = 600 / len(IDS)
@@ -268,7 +268,9 @@ def test_every_place_of_an_epoch_comes_up_equally_often():
 
 
 @given(n=st.integers(1, 30), batch=st.integers(1, 8), ranks=st.sampled_from([1, 2, 3, 4]), steps=st.integers(1, 20))
-def test_steps_take_each_window_once_per_epoch_whatever_the_workers(n: int, batch: int, ranks: int, steps: int) -> None:
+def test_steps_take_each_window_once_per_epoch_for_any_number_of_workers(
+    n: int, batch: int, ranks: int, steps: int
+) -> None:
     batch *= ranks
     stream = [place for step in range(steps) for place in step_slice(n, step, batch)]
     assert stream == [(i // n, i % n) for i in range(steps * batch)]
@@ -278,7 +280,7 @@ def test_steps_take_each_window_once_per_epoch_whatever_the_workers(n: int, batc
         assert [place for part in parts for place in part] == step_slice(n, step, batch)
 
 
-def test_training_order_is_epoch_order_and_slice_and_can_begin_anywhere():
+def test_training_order_follows_the_epoch_order_and_can_start_at_any_step():
     fresh, order = TrainingOrder(IDS, 9), TrainingOrder(list(reversed(IDS)), 9)
     steps = [order.step(k, 4) for k in range(12)]
     assert fresh.step(7, 4) == steps[7]
@@ -290,7 +292,7 @@ def test_training_order_is_epoch_order_and_slice_and_can_begin_anywhere():
     assert [w.epoch for w in few] == [0, 0, 0, 1, 1, 1, 2, 2]
 
 
-def test_orders_that_cannot_be_are_refused():
+def test_invalid_training_orders_are_refused():
     with pytest.raises(TccpError, match="no training windows"):
         step_slice(0, 0, 4)
     with pytest.raises(TccpError, match="cannot be divided among 3 workers"):
@@ -299,9 +301,9 @@ def test_orders_that_cannot_be_are_refused():
         TrainingOrder([*IDS, IDS[0]], 0)
 
 
-def test_seeds_tell_their_parts_apart():
+def test_rng_seed_distinguishes_its_parts():
     parts = [("ab", "c"), ("a", "bc"), ("abc",), (1, 2), (12,), ("12",), (b"12",), (1.0, 2), (-1, 2), (2, 1)]
     assert len({rng_seed(*p) for p in parts}) == len(parts)
     assert all(0 <= rng_seed(*p) < 2**63 for p in parts)
     assert rng_seed(np.int64(5), np.float64(0.5)) == rng_seed(5, 0.5)
-    assert rng_seed(0, "noise", "clip", 8, 1) == 5423930835137396629  # runs on disk were trained with these
+    assert rng_seed(0, "noise", "clip", 8, 1) == 5423930835137396629  # existing runs were trained with this value

@@ -1,4 +1,4 @@
-"""Landmarks must sit where a face has them, and one person must be followed, absent when he is absent."""
+"""Face backends place landmarks correctly; tracking follows one person and reports frames without that person."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tccp.faces import Face
 
 
 def decoded(film: Path, every: int = 1, count: int = 1000) -> list[UInt8[np.ndarray, "h w 3"]]:
-    """Frames as PyAV gives them, padded rows and all."""
+    """Frames as PyAV decodes them, with padded rows."""
     with av.open(str(film)) as container:
         frames = (frame for i, frame in enumerate(container.decode(video=0)) if i % every == 0)
         return [frame.to_ndarray(format="rgb24") for frame, _ in zip(frames, range(count), strict=False)]
@@ -46,7 +46,7 @@ def test_the_larger_and_longer_present_person_is_followed():
     small = [face(300 - 3 * i, 50, 30) for i in range(20)]
     frames = [[s, b] if i % 2 else [b, s] for i, (b, s) in enumerate(zip(big, small, strict=True))]
     assert faces.track(frames) == big
-    # Size is weighed against time: the small one alone for three times as long.
+    # Size is weighed against time: the small face is alone for three times as long.
     assert faces.track([*frames, *([[small[-1]]] * 60)])[-1] is small[-1]
 
 
@@ -58,19 +58,19 @@ def test_choose_picks_the_person_under_the_point_else_the_nearest():
     assert faces.track(frames, choose=(260, 200)) == right
 
 
-def test_a_face_that_leaves_is_absent_and_comes_back_as_the_same_person():
+def test_face_is_absent_in_a_gap_and_the_same_person_after_it():
     frames: list[list[Face]] = [[face(100, 50)]] * 10 + [[]] * 50 + [[face(115, 60)]] * 10
     person = faces.track(frames)
     assert [p is not None for p in person] == [True] * 10 + [False] * 50 + [True] * 10
 
 
-def test_somebody_else_does_not_fill_the_gap():
+def test_another_person_does_not_fill_the_gap():
     frames = [[face(100, 50)]] * 20 + [[face(400, 50)]] * 10 + [[face(100, 50)]] * 5
     person = faces.track(frames)
     assert [p is not None for p in person] == [True] * 20 + [False] * 10 + [True] * 5
 
 
-def test_people_who_cross_are_not_swapped_by_order_of_detection():
+def test_detection_order_does_not_swap_crossing_people():
     rng = np.random.default_rng(0)
     one, two = [face(100, 50 + i, 50) for i in range(30)], [face(140, 90 - i, 50) for i in range(30)]
     frames = [[a, b] if rng.uniform() < 0.5 else [b, a] for a, b in zip(one, two, strict=True)]
@@ -83,7 +83,7 @@ def test_false_positives_do_not_displace_the_person():
     assert faces.track(frames) == [found[0] for found in frames]
 
 
-def test_nobody_is_nobody():
+def test_frames_without_faces_give_none():
     assert faces.track([[], [], []]) == [None, None, None]
     assert faces.track([]) == []
 
@@ -109,7 +109,7 @@ def test_unknown_backend_is_refused():
         faces.open_backend("dlib")
 
 
-def test_weights_are_found_where_they_are_said_to_be(tmp_path, monkeypatch):
+def test_weights_are_found_by_environment_variable_or_path(tmp_path, monkeypatch):
     monkeypatch.delenv("TCCP_WEIGHTS", raising=False)
     monkeypatch.setenv("TCCP_STORAGE", str(tmp_path))
     with pytest.raises(TccpError, match=r"no face landmark weights at .*face_landmarker\.task.*TCCP_WEIGHTS"):
@@ -126,7 +126,7 @@ def test_weights_are_found_where_they_are_said_to_be(tmp_path, monkeypatch):
     assert faces.find_weights(file) == faces.find_weights(file.parent) == file
 
 
-def test_unreadable_weights_are_refused_in_one_line(tmp_path):
+def test_invalid_weights_give_a_one_line_error(tmp_path):
     file = tmp_path / "face_landmarker.task"
     file.write_bytes(b"not a model")
     with pytest.raises(TccpError, match="not a usable MediaPipe face landmark model") as error:
@@ -134,14 +134,14 @@ def test_unreadable_weights_are_refused_in_one_line(tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_keys_say_what_results_depend_on(shared_weights, mediapipe_backend):
+def test_backend_keys_contain_versions_and_the_weight_digest(shared_weights, mediapipe_backend):
     digest = hashlib.sha256((shared_weights / "face_landmarker.task").read_bytes()).hexdigest()
     assert mediapipe_backend.key == f"mediapipe {importlib.metadata.version('mediapipe')} {digest}"
     assert faces.open_backend("lbp").key == f"lbp scikit-image {importlib.metadata.version('scikit-image')}"
 
 
-def test_a_missing_package_is_one_line():
-    """In a process that cannot import scikit-image."""
+def test_missing_package_gives_an_error_with_the_fix():
+    """Runs in a process that cannot import scikit-image."""
     code = (
         "import sys; sys.modules['skimage'] = None; from tccp.errors import TccpError; from tccp import faces\n"
         "try: faces.open_backend('lbp')\n"
@@ -158,7 +158,7 @@ def test_a_missing_package_is_one_line():
 
 
 def test_mesh_points_are_mapped_one_to_one():
-    """On a mesh whose points are told apart by their values, every iBUG point but the jaw is one mesh point."""
+    """On a random mesh, every iBUG point except those of the jaw equals one mesh point of its own."""
     mesh = np.random.default_rng(0).uniform(0, 1, (478, 3))
     points = faces.ibug_from_mesh(mesh)
     distance = np.linalg.norm(points[17:, None] - mesh[None], axis=-1)
@@ -167,13 +167,13 @@ def test_mesh_points_are_mapped_one_to_one():
 
 
 @pytest.mark.parametrize("film", ["latentsync_demo2.mp4", "grid_lwbsza.mpg", "grid_bbaf2n.mpg"])
-def test_real_faces_have_their_points_in_the_right_places(film, shared_clips, mediapipe_backend):
+def test_landmarks_of_real_faces_are_in_the_right_places(film, shared_clips, mediapipe_backend):
     frames = decoded(shared_clips / film, every=5, count=12)
     person = faces.track([mediapipe_backend.detect(frame) for frame in frames])
     points = np.stack([found.landmarks_px for found in person if found is not None and found.landmarks_px is not None])
     assert len(points) == len(frames)
     frontal = landmarks.normalise(points).mean(0)
-    # Each group around its place on the mean face; jaw left to right over the chin, equally spaced.
+    # Each group is near its place on the mean face; the jaw runs left to right over the chin, evenly spaced.
     for group in landmarks.GROUPS.values():
         offset = frontal[list(group)].mean(0) - landmarks.MEAN_FACE[list(group), :2].mean(0)
         assert np.abs(offset).max() < 0.2
@@ -189,8 +189,8 @@ def test_real_faces_have_their_points_in_the_right_places(film, shared_clips, me
     assert all(found is not None and found.confidence == 1 for found in person)
 
 
-def test_padded_rows_do_not_blind_mediapipe(shared_clips, mediapipe_backend):
-    """MediaPipe ignores strides: PyAV's 360 px wide frames came out sheared, with no face in them, silently."""
+def test_mediapipe_detects_faces_in_frames_with_padded_rows(shared_clips, mediapipe_backend):
+    """MediaPipe ignores strides: PyAV's 360 px wide frames looked sheared to it, and it silently found no face."""
     frame = decoded(shared_clips / "grid_lwbsza.mpg", count=1)[0]
     padded = np.zeros((frame.shape[0], 384, 3), np.uint8)[:, :360]
     padded[:] = frame
@@ -200,14 +200,14 @@ def test_padded_rows_do_not_blind_mediapipe(shared_clips, mediapipe_backend):
     np.testing.assert_array_equal(found[0].landmarks_px, again[0].landmarks_px)
 
 
-def test_frames_do_not_influence_one_another(shared_clips, mediapipe_backend):
+def test_detections_do_not_depend_on_the_frame_order(shared_clips, mediapipe_backend):
     frames = decoded(shared_clips / "grid_bbaf2n.mpg", every=20, count=3)
     forward = [mediapipe_backend.detect(frame)[0].landmarks_px for frame in frames]
     backward = [mediapipe_backend.detect(frame)[0].landmarks_px for frame in frames[::-1]][::-1]
     np.testing.assert_array_equal(np.stack(forward), np.stack(backward))
 
 
-def test_the_real_gap_is_a_gap(shared_clips, mediapipe_backend):
+def test_person_is_absent_in_the_gap_of_a_real_clip(shared_clips, mediapipe_backend):
     frames = decoded(shared_clips / "face_gap.mp4", every=10)
     person = faces.track([mediapipe_backend.detect(frame) for frame in frames])
     present = [found is not None for found in person]
@@ -217,7 +217,7 @@ def test_the_real_gap_is_a_gap(shared_clips, mediapipe_backend):
             assert here == (at < 2 or at > 4), f"at {at} s"
 
 
-def test_of_two_people_the_chosen_one_is_followed(shared_clips, mediapipe_backend):
+def test_chosen_one_of_two_real_people_is_followed(shared_clips, mediapipe_backend):
     frames = decoded(shared_clips / "two_person_overlap.mp4", every=10)
     found = [mediapipe_backend.detect(frame) for frame in frames]
     assert all(len(people) == 2 for people in found)
@@ -227,8 +227,8 @@ def test_of_two_people_the_chosen_one_is_followed(shared_clips, mediapipe_backen
 
 
 @pytest.mark.parametrize("film", ["grid_bbaf2n.mpg", "grid_brbk7n.mpg"])
-def test_head_boxes_of_real_people_hold_the_head(film, shared_clips, mediapipe_backend):
-    """GRID's ground is plain blue: what is not blue, from the chin up, is head and hair, and lies in the box."""
+def test_head_boxes_of_real_people_contain_the_head(film, shared_clips, mediapipe_backend):
+    """GRID's background is plain blue: pixels above the chin that are not blue are head or hair, inside the box."""
     frames = decoded(shared_clips / film, every=6, count=10)
     points = np.stack([mediapipe_backend.detect(frame)[0].landmarks_px for frame in frames])
     boxes = headbox.head_boxes(points)
@@ -240,17 +240,17 @@ def test_head_boxes_of_real_people_hold_the_head(film, shared_clips, mediapipe_b
         inside = (rows + 5 >= box[1]) & (columns + 5 >= box[0]) & (columns + 5 < box[2])
         assert len(rows) > 5000
         assert inside.mean() > 0.98
-        assert box[3] > chin + 0.15 * (box[3] - box[1])  # neck and collar
+        assert box[3] > chin + 0.15 * (box[3] - box[1])  # room for neck and collar
 
 
-def test_a_mesh_over_an_ear_is_no_face(shared_clips, mediapipe_backend):
-    """Near-profile shot: MediaPipe lays a face over the ear, which as a face would look backwards."""
+def test_mesh_fitted_to_an_ear_is_not_a_face(shared_clips, mediapipe_backend):
+    """In this near-profile shot MediaPipe fits a mesh to the ear, with the pose of a face that looks backwards."""
     frame = decoded(shared_clips / "short_hamilton_clip.mp4", count=60)[24]
     assert mediapipe_backend.detect(frame) == []
 
 
-def test_small_faces_are_found_by_a_closer_look(shared_clips, mediapipe_backend):
-    """98 px in a frame 1280 wide: the whole frame alone shows MediaPipe 10 px of face, and it sees none."""
+def test_small_faces_are_found_in_tiles(shared_clips, mediapipe_backend):
+    """A face of 98 px in a frame 1280 px wide has 10 px in MediaPipe's input and is missed there."""
     frame = decoded(shared_clips / "face_gap.mp4", count=1)[0]
     found = mediapipe_backend.detect(frame)
     assert len(found) == 1
@@ -260,8 +260,8 @@ def test_small_faces_are_found_by_a_closer_look(shared_clips, mediapipe_backend)
     assert np.abs(closer[0].landmarks_px + np.array([400, 0]) - found[0].landmarks_px).mean() < 0.02 * found[0].side
 
 
-def test_mediapipe_is_silent(shared_weights):
-    """Its start-up notes must not mix with the one line that a user's mistake is worth."""
+def test_mediapipe_prints_nothing(shared_weights):
+    """Its start-up messages must not mix with one-line errors for the user."""
     code = (
         "import sys, numpy as np; from pathlib import Path; from tccp.faces import open_backend;"
         "b = open_backend('mediapipe', Path(sys.argv[1])); b.detect(np.zeros((64, 64, 3), np.uint8)); b.close()"
@@ -291,7 +291,7 @@ def test_lbp_finds_the_face_and_its_head_box_agrees_with_the_landmarks(film, sha
     assert np.abs((coarse[:, :2] + coarse[:, 2:] - fine[:, :2] - fine[:, 2:]) / 2).max() < 0.12 * side
 
 
-def test_lbp_needs_no_weights_and_finds_nothing_in_nothing():
+def test_lbp_needs_no_weights_and_finds_no_face_in_a_blank_picture():
     lbp = faces.open_backend("lbp")
     assert lbp.detect(np.full((120, 160, 3), 90, np.uint8)) == []
     lbp.close()

@@ -1,7 +1,7 @@
-"""The paper's detector reads local files only, and puts boxes and points where its networks see them.
+"""The FAN backend reads local files only, and returns the boxes and points that its networks detect.
 
-The published weights cannot be had in tests. These networks have their layout, and weights made so that what they see
-is known: S3FD sees grey squares, and FAN's heat map k is bright where the picture has colour k.
+The published weights are not available in tests. These networks have the same layout, and weights with a known
+response: S3FD detects grey squares, and FAN's heat map k is bright where the picture has colour k.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from tccp.faces.fan import FanBackend
 
 pytest.importorskip("face_alignment")
 
-needs_compiling = pytest.mark.slow  # numba does, for a quarter of a minute, at a process's first points
+needs_compiling = pytest.mark.slow  # numba compiles for 15 s at a process's first points
 POINTS = 68
-CELLS = 64  # of a heat map, along a side
+CELLS = 64  # along a side of a heat map
 SEEN_FACE = {"small": (30.0, 34.0), "large": (120.0, 136.0)}  # width and height at S3FD's scale
-GREY = {"small": 60, "large": 75}  # of the square of 8 pixels in the middle of a face that S3FD is to see
+GREY = {"small": 60, "large": 75}  # of the 8 px square that S3FD detects as a face centre
 PEAKS = np.linspace(0.5, 0.9, POINTS)  # of the heat maps
 
 
@@ -46,7 +46,7 @@ def colours() -> UInt8[np.ndarray, "68 3"]:
 
 
 def layout(network: torch.nn.Module) -> dict[str, Tensor]:
-    """A state dict of zeros that fills no disk, batch norms passing on what they get."""
+    """A state dict of zeros, stored as expanded scalars to save disk space, with identity batch norms."""
     state = {}
     for name, tensor in network.state_dict().items():
         norm = isinstance(network.get_submodule(name.rpartition(".")[0]), torch.nn.BatchNorm2d)
@@ -70,11 +70,11 @@ def known_fan() -> dict[str, Tensor]:
         network = FAN(4)
     state = layout(network)
     shown = colours() / 255
-    filters = shown / (shown**2).sum(1, keepdims=True)  # 1 for the own colour
+    filters = shown / (shown**2).sum(1, keepdims=True)  # response of 1 to its own colour
     others = filters @ shown.T - 2 * np.eye(POINTS)
     threshold = (1 + others.max()) / 2
     assert threshold < 0.998
-    # A cell of the last hourglass is seen at five resolutions, each with a quarter of the weight of the one before.
+    # The last hourglass sums a cell over five resolutions, each with a quarter of the weight of the one before.
     gain = PEAKS / (1 - threshold) / sum(0.25**level for level in range(5))
     state["conv1.weight"] = centre_tap(state["conv1.weight"], np.eye(3))
     state["conv2.downsample.2.weight"] = centre_tap(state["conv2.downsample.2.weight"], filters)
@@ -101,7 +101,7 @@ def known_s3fd() -> dict[str, Tensor]:
         state[f"{name}.weight"] = centre_tap(state[f"{name}.weight"], np.eye(2))
     state["conv4_3_norm.weight"] = torch.ones(512)
     for name in state:
-        if name.endswith("mbox_conf.bias"):  # no face, nowhere
+        if name.endswith("mbox_conf.bias"):  # no face anywhere
             state[name] = torch.tensor([10.0, 10, 10, 0]) if len(state[name]) == 4 else torch.tensor([10.0, 0])
     head = "conv4_3_norm_mbox"  # anchors of 32 pixels, every 8 pixels
     state[f"{head}_conf.weight"] = centre_tap(state[f"{head}_conf.weight"], np.array([[0.0, 0], [20, 20]]))
@@ -120,7 +120,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def backend(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FanBackend]:
-    """Opened where nothing is cached, and closed to see that nothing has come into the cache."""
+    """Opened with an empty TORCH_HOME, which must still be empty after closing."""
     cache = tmp_path_factory.mktemp("torch_home")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCH_HOME", str(cache))
@@ -132,7 +132,7 @@ def backend(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 
 def seen_square(box: Float32[np.ndarray, "4"]) -> tuple[float, float, float]:
-    """What FAN looks at: left, top and side of a square about the box, raised by 12% of its height."""
+    """FAN's input crop: left, top and side of a square around the box, raised by 12% of its height."""
     width, height = float(box[2] - box[0]), float(box[3] - box[1])
     side = (width + height) / 195 * 200
     x, y = float(box[0] + box[2]) / 2, float(box[1] + box[3]) / 2 - 0.12 * height
@@ -142,14 +142,14 @@ def seen_square(box: Float32[np.ndarray, "4"]) -> tuple[float, float, float]:
 def paint_points(
     frame: UInt8[np.ndarray, "h w 3"], box: Float32[np.ndarray, "4"], seed: int = 0, scale: int = 1
 ) -> Float[np.ndarray, "68 2"]:
-    """A square of colour k for point k, at scattered places in the middle of cells of its heat map; their centres.
+    """Paints a square of colour k for point k in the middle of random heat-map cells; returns the centres.
 
-    Its edges are at multiples of `scale` pixels, so that none blurs in a picture that is as much smaller.
+    Edges are at multiples of `scale` pixels, so that downscaling by `scale` does not blur them.
     """
     rng = np.random.default_rng(seed)
     left, top, side = seen_square(box)
     grid = [(x, y) for x in range(4, CELLS - 4, 5) for y in range(4, CELLS - 4, 5)]
-    # As many even as odd ones: the package moves a point by a quarter of a cell, either way.
+    # Equal numbers of even and odd cells: the package moves a point a quarter of a cell in either direction.
     cells = [
         cell
         for parity in ((0, 0), (0, 1), (1, 0), (1, 1))
@@ -165,7 +165,7 @@ def paint_points(
 
 
 def paint_face(frame: UInt8[np.ndarray, "h w 3"], size: str, x: int, y: int, scale: int) -> Float32[np.ndarray, "4"]:
-    """The grey square that S3FD takes for a face, `scale` times as large, at its cell (x, y); the face's box."""
+    """Paints the grey square that S3FD detects as a face at cell (x, y), enlarged by `scale`; returns the box."""
     frame[8 * scale * y : 8 * scale * (y + 1), 8 * scale * x : 8 * scale * (x + 1)] = GREY[size]
     center = 8 * scale * np.array([x + 0.5, y + 0.5])
     half = scale * np.array(SEEN_FACE[size]) / 2
@@ -173,19 +173,19 @@ def paint_face(frame: UInt8[np.ndarray, "h w 3"], size: str, x: int, y: int, sca
 
 
 @needs_compiling
-def test_points_lie_where_the_heat_maps_are_bright(backend: FanBackend) -> None:
+def test_points_are_at_the_peaks_of_the_heat_maps(backend: FanBackend) -> None:
     frame = np.zeros((700, 900, 3), np.uint8)
-    box = np.array([300, 250, 544.45, 522], np.float32)  # the places of its cells have all kinds of fractions
+    box = np.array([300, 250, 544.45, 522], np.float32)  # its cells have many fractional positions
     centers = paint_points(frame, box)
     (face,) = backend.align(frame, box[None])
     assert face.landmarks_px is not None
     error = face.landmarks_px - centers
-    # A quarter of a cell, by which the package moves points towards the brighter neighbour, and its rounding.
+    # The package moves points a quarter of a cell towards the brighter neighbour, and rounds.
     assert np.abs(error).max() < seen_square(box)[2] / CELLS / 4 + 0.51
-    assert np.abs(error.mean(0)).max() < 0.15  # ours are continuous: without the half pixel it would be 0.5
+    assert np.abs(error.mean(0)).max() < 0.15  # continuous coordinates; without the half-pixel shift: 0.5
     assert face.confidence == pytest.approx(PEAKS.mean(), abs=0.01)
     np.testing.assert_array_equal(face.box, box)
-    # Frames do not influence one another, and rows may be padded.
+    # Frames are independent, and rows may be padded.
     backend.align(frame[::-1], box[None])
     padded = np.zeros((700, 1000, 3), np.uint8)[:, :900]
     padded[:] = frame
@@ -194,7 +194,7 @@ def test_points_lie_where_the_heat_maps_are_bright(backend: FanBackend) -> None:
 
 
 @needs_compiling
-def test_a_face_at_the_edge_has_its_points_in_the_right_places(backend: FanBackend) -> None:
+def test_face_at_the_picture_edge_has_correct_points(backend: FanBackend) -> None:
     frame = np.zeros((360, 500, 3), np.uint8)
     box = np.array([-60, -40, 180, 232], np.float32)
     centers = paint_points(frame, box, seed=1)
@@ -203,13 +203,13 @@ def test_a_face_at_the_edge_has_its_points_in_the_right_places(backend: FanBacke
     (face,) = backend.align(frame, box[None])
     assert face.landmarks_px is not None
     assert np.abs(face.landmarks_px - centers)[inside].max() < seen_square(box)[2] / CELLS / 4 + 1.1
-    assert 0.2 < face.confidence < 0.6  # what is outside has not been seen
+    assert 0.2 < face.confidence < 0.6  # points outside the picture have no response
 
 
 @needs_compiling
 def test_faces_are_found_in_pictures_of_any_size(backend: FanBackend) -> None:
-    """Boxes in the frame's pixels, the largest first, of nothing but the grey squares; points of the face with some."""
-    frame = np.zeros((720, 1280, 3), np.uint8)  # S3FD sees half of it
+    """Boxes are in frame pixels, largest first, for the grey squares only; painted points belong to the large face."""
+    frame = np.zeros((720, 1280, 3), np.uint8)  # S3FD gets it at half size
     small = paint_face(frame, "small", 60, 9, scale=2)
     large = paint_face(frame, "large", 30, 24, scale=2)
     centers = paint_points(frame, large, scale=2)
@@ -220,10 +220,10 @@ def test_faces_are_found_in_pictures_of_any_size(backend: FanBackend) -> None:
     assert np.abs(found[0].landmarks_px - centers).max() < seen_square(large)[2] / CELLS / 4 + 0.51
     assert found[0].confidence == pytest.approx(PEAKS.mean(), abs=0.01)
     assert found[1].confidence == 0
-    assert not torch.backends.cudnn.benchmark  # the package sets it for everybody
+    assert not torch.backends.cudnn.benchmark  # the package sets it globally
 
 
-def test_no_faces_are_no_warning(backend: FanBackend) -> None:
+def test_no_faces_give_an_empty_list_without_a_warning(backend: FanBackend) -> None:
     assert backend.detect(np.zeros((120, 160, 3), np.uint8)) == []
     frame = np.zeros((120, 160, 3), np.uint8)
     outside = np.array([[200, 10, 260, 70], [10, 130, 50, 170], [30, 30, 30, 60]], np.float32)
@@ -238,7 +238,7 @@ def test_the_largest_faces_are_kept(backend: FanBackend) -> None:
     assert [face.side for face in backend.align(frame, boxes)] == sorted(sides, reverse=True)[: faces.MAX_FACES]
 
 
-def test_the_key_names_package_and_both_files(backend: FanBackend, folder: Path) -> None:
+def test_backend_key_contains_package_version_and_both_digests(backend: FanBackend, folder: Path) -> None:
     digests = [
         hashlib.sha256((folder / name).read_bytes()).hexdigest()
         for name in ("2DFAN4-11f355bf06.pth.tar", "s3fd-619a316812.pth")
@@ -246,7 +246,7 @@ def test_the_key_names_package_and_both_files(backend: FanBackend, folder: Path)
     assert backend.key == f"fan face-alignment {importlib.metadata.version('face-alignment')} {' '.join(digests)}"
 
 
-def test_files_are_found_or_said_to_be_absent(
+def test_weight_files_are_found_and_missing_ones_named(
     folder: Path, tmp_path: Path, storage: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("TCCP_WEIGHTS", raising=False)
@@ -263,7 +263,7 @@ def test_files_are_found_or_said_to_be_absent(
 
 @pytest.mark.parametrize("broken", ["2DFAN4-11f355bf06.pth.tar", "s3fd-619a316812.pth"])
 @pytest.mark.parametrize("how", ["text", "other layout"])
-def test_files_that_are_none_are_refused_in_one_line(folder: Path, tmp_path: Path, broken: str, how: str) -> None:
+def test_invalid_weight_files_give_a_one_line_error(folder: Path, tmp_path: Path, broken: str, how: str) -> None:
     for path in folder.iterdir():
         shutil.copy(path, tmp_path)
     if how == "text":

@@ -1,4 +1,4 @@
-"""Landmark pictures must be read back; poses and mouths must be measured whatever the head does."""
+"""Landmark pictures are read back as points; mouth measures do not depend on head pose."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tccp.landmarks import GROUPS, LAYERS, MEAN_FACE, MIRROR, draw, read
 
 
 def rotation(yaw_deg: float, pitch_deg: float = 0.0, roll_deg: float = 0.0) -> np.ndarray:
-    """Signs as the product states them: nose to the picture's right, nose down, clockwise."""
+    """Positive as in the product: nose to the picture's right, nose down, clockwise."""
     yaw, pitch, roll = np.radians([yaw_deg, pitch_deg, roll_deg])
     turn = np.array([[np.cos(yaw), 0, -np.sin(yaw)], [0, 1, 0], [np.sin(yaw), 0, np.cos(yaw)]])
     nod = np.array([[1, 0, 0], [0, np.cos(pitch), -np.sin(pitch)], [0, np.sin(pitch), np.cos(pitch)]])
@@ -25,7 +25,7 @@ def rotation(yaw_deg: float, pitch_deg: float = 0.0, roll_deg: float = 0.0) -> n
 
 
 def shaped_face(rng: np.random.Generator, opening: float, width: float = 1.0, closed_eyes: bool = False) -> np.ndarray:
-    """A 3D face of somebody's own shape: proportions, asymmetry-free detail, brows, mouth, lids."""
+    """A 3D face of random shape: proportions, symmetric detail, brows, mouth, eyelids."""
     face = MEAN_FACE * (1 + rng.normal(0, 0.06, 3))
     detail = rng.normal(0, 0.012, (68, 3))
     face = face + (detail + detail[MIRROR] * (-1, 1, 1)) / 2
@@ -41,7 +41,7 @@ def shaped_face(rng: np.random.Generator, opening: float, width: float = 1.0, cl
 
 
 def random_faces(count: int, max_yaw_deg: float = 40, seed: int = 0) -> np.ndarray:
-    """Faces as they stand in head-box crops: turned, speaking, blinking, off centre, of several sizes."""
+    """Faces as in head-box crops: turned, speaking, blinking, off centre, of several sizes."""
     rng = np.random.default_rng(seed)
     faces = []
     for _ in range(count):
@@ -72,7 +72,7 @@ def errors_percent(read_points: np.ndarray, truth: np.ndarray) -> np.ndarray:
 # ---- drawing
 
 
-def test_groups_are_the_68_points_once_each_and_in_one_layer():
+def test_groups_partition_the_68_points_and_each_is_in_one_layer():
     assert [i for group in GROUPS.values() for i in group] == list(range(68))
     assert sorted(name for layer in LAYERS for name in layer) == sorted(GROUPS)
 
@@ -84,7 +84,7 @@ def test_mean_face_is_its_own_mirror_image():
 
 @pytest.mark.parametrize("size_px", [32, 64, 96, 128, 256])
 def test_strokes_have_the_stated_width_and_place(size_px):
-    """A straight horizontal jaw: across it, stroke_px of colour, centred on the points."""
+    """The profile across a straight horizontal jaw is stroke_px wide and centred on the points."""
     points = np.full((1, 68, 2), -1.0)
     points[0, :17] = np.stack([np.linspace(0.1, 0.9, 17), np.full(17, 0.4321)], 1)
     profile = draw(points, size_px)[0, :, size_px // 2, 2].astype(float) / 255
@@ -94,7 +94,7 @@ def test_strokes_have_the_stated_width_and_place(size_px):
     assert abs(center - 0.4321 * size_px) < 0.3
 
 
-def test_drawing_is_cut_at_the_border_and_absent_faces_are_black():
+def test_drawing_is_clipped_at_the_border_and_absent_faces_are_black():
     faces = random_faces(3)
     faces[0] += 0.5
     faces[1, 30] = np.nan
@@ -146,7 +146,7 @@ def test_points_are_read_back(size_px, degrade, mean_error, correlation):
     points, confidence = read(degrade(draw(truth, size_px)))
     errors = errors_percent(points, truth)
     assert errors.mean() < mean_error
-    assert np.median(errors) < 1.0  # the mean is the spacing along the jaw, which nothing marks
+    assert np.median(errors) < 1.0  # jaw spacing, which the drawing does not mark, raises the mean
     assert np.percentile(errors.mean(1), 95) < 3
     assert confidence.min() > 0.85
     opening = np.corrcoef(landmarks.mouth_opening(truth), landmarks.mouth_opening(points))[0, 1]
@@ -156,7 +156,7 @@ def test_points_are_read_back(size_px, degrade, mean_error, correlation):
 
 
 def test_mouth_follows_speech_in_one_face_under_blur():
-    """The measure of sync: one person speaking, opening and width apart, read from soft 64 px pictures."""
+    """Opening and width of one speaker's mouth, which measure sync, are read from blurred 64 px pictures."""
     frames = np.arange(60)
     opening = 0.15 + 0.13 * np.sin(frames / 3)
     width = 1 + 0.15 * np.cos(frames / 5)
@@ -171,7 +171,7 @@ def test_mouth_follows_speech_in_one_face_under_blur():
     assert np.corrcoef(landmarks.mouth_width(points), width)[0, 1] > 0.97
 
 
-def test_far_turned_heads_are_still_read():
+def test_heads_at_large_yaw_are_read_back():
     truth = random_faces(60, max_yaw_deg=58, seed=2)
     points, _ = read(blurred(draw(truth, 64), 0.6))
     assert errors_percent(points, truth).mean() < 2
@@ -179,7 +179,7 @@ def test_far_turned_heads_are_still_read():
 
 
 def test_reading_and_drawing_again_changes_little():
-    """`redraw_landmarks` stands on this: the picture of the read points is the picture."""
+    """`redraw_landmarks` relies on this: drawing the read points reproduces the picture."""
     pictures = draw(random_faces(30), 64)
     again = draw(read(pictures)[0], 64)
     assert np.abs(again.astype(int) - pictures).mean() < 2.5
@@ -198,7 +198,7 @@ def test_confidence_falls_when_a_group_is_missing(missing):
     assert np.isfinite(points).all()
 
 
-def test_confidence_falls_with_every_disturbance():
+def test_confidence_falls_with_noise():
     pictures = draw(random_faces(20), 64)
     rng = np.random.default_rng(0)
     noise = rng.integers(0, 255, pictures.shape, np.uint8)
@@ -209,7 +209,7 @@ def test_confidence_falls_with_every_disturbance():
     assert none.max() < 0.4
 
 
-def test_black_picture_gives_nothing():
+def test_black_picture_gives_nan_points_and_zero_confidence():
     points, confidence = read(np.zeros((2, 64, 64, 3), np.uint8))
     assert np.isnan(points).all()
     assert (confidence == 0).all()
@@ -218,7 +218,7 @@ def test_black_picture_gives_nothing():
 @settings(max_examples=20)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([32, 64, 128]))
 def test_reading_never_fails(seed, size_px):
-    """Whatever a sampler produces: noise, blobs, single dots."""
+    """Inputs as a sampler may produce: noise, blobs, single dots."""
     rng = np.random.default_rng(seed)
     kinds = rng.normal(128, 80, (3, size_px, size_px, 3))
     kinds[1] = cv2.GaussianBlur(kinds[1], (0, 0), 4) * 1.5
@@ -244,8 +244,8 @@ def test_pose_of_the_mean_face_is_exact(yaw, pitch, roll):
     np.testing.assert_allclose(pose.project(MEAN_FACE[8])[0], points[0, 8], atol=1e-6)
 
 
-def test_signs_of_the_pose():
-    """Nose to the right, down, and a clockwise lean are positive, seen in the picture itself."""
+def test_pose_signs_match_the_picture():
+    """Nose right, nose down and clockwise roll are positive, as checked in the picture itself."""
     nose, eyes = 30, (36, 45)
     for yaw, pitch, roll in ((20, 0, 0), (0, 20, 0), (0, 0, 20)):
         points = (MEAN_FACE @ rotation(yaw, pitch, roll).T)[:, :2][None]
@@ -263,7 +263,7 @@ def test_signs_of_the_pose():
             assert pose.roll_deg[0] == pytest.approx(20)
 
 
-def test_mouth_measures_follow_the_mouth_and_not_the_head():
+def test_mouth_measures_do_not_depend_on_head_pose():
     rng = np.random.default_rng(1)
     for _ in range(20):
         face = MEAN_FACE.copy()
@@ -277,7 +277,7 @@ def test_mouth_measures_follow_the_mouth_and_not_the_head():
 
 
 @given(st.floats(-180, 180), st.floats(0.1, 50), st.floats(-300, 300), st.floats(-300, 300))
-def test_normalised_points_forget_place_size_and_roll(roll, scale, x, y):
+def test_normalised_points_do_not_depend_on_position_size_and_roll(roll, scale, x, y):
     points = random_faces(2, seed=4) - 0.5
     expected = landmarks.normalise(points)
     moved = points @ rotation(0, 0, roll)[:2, :2].T * scale + (x, y)
@@ -287,19 +287,19 @@ def test_normalised_points_forget_place_size_and_roll(roll, scale, x, y):
     np.testing.assert_allclose(eyes[:, 0, 1], eyes[:, 1, 1], atol=1e-6)
 
 
-def test_smoothing_takes_jitter_and_leaves_speech():
+def test_smoothing_removes_jitter_and_keeps_speech():
     frames = np.arange(100)
     truth = np.repeat(shaped_face(np.random.default_rng(0), 0.1)[None, :, :2] * 80 + 200, len(frames), 0)
     truth += np.stack([40 * np.sin(frames / 20), 10 * np.cos(frames / 25)], 1)[:, None]
     truth[:, [65, 66, 67], 1] += (8 * np.sin(2 * np.pi * 5 * frames / 25))[:, None]  # 5 Hz
-    noisy = truth + np.random.default_rng(1).normal(0, 1.5, (len(frames), 1, 2))  # the detector's box trembles
+    noisy = truth + np.random.default_rng(1).normal(0, 1.5, (len(frames), 1, 2))  # jitter of the detector's box
     smoothed = landmarks.smooth(noisy)
     assert np.abs(smoothed - truth).mean() < 0.6 * np.abs(noisy - truth).mean()
     gain = np.std(landmarks.mouth_opening(landmarks.smooth(truth))) / np.std(landmarks.mouth_opening(truth))
     assert gain > 0.75
 
 
-def test_smoothing_passes_straight_motion_and_gaps():
+def test_smoothing_keeps_linear_motion_and_gaps():
     points = np.linspace(0, 50, 30)[:, None, None] + MEAN_FACE[:, :2] * 40
     np.testing.assert_allclose(landmarks.smooth(points), points, atol=1e-6)
     points[10:14] = np.nan
@@ -308,7 +308,7 @@ def test_smoothing_passes_straight_motion_and_gaps():
     assert np.isfinite(np.delete(smoothed, np.s_[10:14], 0)).all()
 
 
-def test_absent_faces_are_nan_everywhere():
+def test_measures_of_absent_faces_are_nan():
     points = random_faces(3)
     points[1] = np.nan
     for measure in (landmarks.yaw_deg, landmarks.mouth_opening, landmarks.mouth_width):

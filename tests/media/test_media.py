@@ -1,6 +1,6 @@
-"""The 25 fps clock, picture by picture and click by click, on films that know their own time.
+"""Frame and audio timing at 25 fps, per picture and per click, on films with known timestamps.
 
-Films are written here with PyAV directly: what tccp.media reads, tccp.media did not write.
+The films are written with PyAV directly, independently of tccp.media's writer.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ NTSC = Fraction(30000, 1001)
 
 
 def numbered(k: int, width: int = WIDTH, height: int = HEIGHT) -> np.ndarray:
-    """A picture that says which one it is: a bar of `BITS` black or white blocks."""
+    """A picture that encodes its number k as a bar of `BITS` black or white blocks."""
     bar = np.array([255 * (k >> bit & 1) for bit in range(BITS)], np.uint8)
     picture = np.repeat(bar, width // BITS)[None, :, None]
     return np.broadcast_to(picture, (height, width, 3)).copy()
@@ -73,7 +73,7 @@ def write_film(
     matrix: list[int] | None = None,
     b_frames: int = 2,
 ) -> None:
-    """Picture k from times[k] on, the last for `last_s`."""
+    """Writes a film that shows picture k from times[k], and the last one for `last_s`."""
     with av.open(str(path), "w") as container:
         packets = []
         if times:
@@ -86,7 +86,7 @@ def write_film(
             for k, time in enumerate(times):
                 frame = av.VideoFrame.from_ndarray(numbered(k), "rgb24")
                 frame.time_base, frame.pts = time_base, int(time / time_base)
-                assert frame.pts * time_base == time, "the test's own times must be exact"
+                assert frame.pts * time_base == time, "timestamps must be exact in the time base"
                 packets += video.encode(frame)
             packets += video.encode(None)
             ends = [*times[1:], times[-1] + last_s]
@@ -115,7 +115,7 @@ def regular(rate: Fraction | int, count: int, start: Fraction | int = 0) -> list
 
 
 def shown_at(times: list[Fraction], last_s: Fraction, zero: Fraction) -> list[int]:
-    """What the contract asks for, the slow way: for every i/25 before the end, the newest picture that has begun."""
+    """Reference implementation: for every i/25 before the end, the latest picture that has started."""
     expected = []
     while (now := zero + Fraction(len(expected), 25)) < times[-1] + last_s:
         begun = [k for k, time in enumerate(times) if time <= now]
@@ -137,7 +137,7 @@ def test_every_container_gives_every_picture_of_25_fps_once(tmp_path: Path, endi
 
 @pytest.mark.parametrize("rate", [Fraction(24000, 1001), 24, 25, NTSC, 30, 50, 2 * NTSC])
 @pytest.mark.parametrize("b_frames", [0, 2])
-def test_constant_rates_map_picture_by_picture(tmp_path: Path, rate: Fraction | int, b_frames: int):
+def test_constant_rates_give_the_expected_pictures(tmp_path: Path, rate: Fraction | int, b_frames: int):
     film = tmp_path / "film.mp4"
     time_base = Fraction(1, 120000)  # exact for every rate here
     times, last_s = regular(rate, 130), 1 / Fraction(rate)
@@ -165,7 +165,9 @@ def test_an_independent_decoder_gives_the_same_pictures(tmp_path: Path):
 @hypothesis.given(
     gaps_ms=st.lists(st.integers(5, 250), min_size=2, max_size=60), start_ms=st.integers(0, 900), data=st.data()
 )
-def test_variable_rate_and_any_range(tmp_path_factory: pytest.TempPathFactory, gaps_ms: list[int], start_ms: int, data):
+def test_variable_rate_and_any_range_give_the_expected_pictures(
+    tmp_path_factory: pytest.TempPathFactory, gaps_ms: list[int], start_ms: int, data
+):
     film = tmp_path_factory.mktemp("variable") / "film.mkv"
     times = [Fraction(start_ms + sum(gaps_ms[:k]), 1000) for k in range(len(gaps_ms))]
     last_s = Fraction(gaps_ms[-1], 1000)
@@ -173,7 +175,7 @@ def test_variable_rate_and_any_range(tmp_path_factory: pytest.TempPathFactory, g
     info = probe(film)
     assert info.zero == times[0]
     expected = shown_at(times, last_s, times[0])
-    # How long the last picture lasts Matroska does not always keep; all else is exact.
+    # Matroska does not always keep the last picture's duration; everything else is exact.
     count = info.num_frames
     assert numbers(film) == (expected + [len(times) - 1] * count)[:count]
     assert count >= math.ceil((times[-1] - times[0]) * 25)
@@ -183,7 +185,7 @@ def test_variable_rate_and_any_range(tmp_path_factory: pytest.TempPathFactory, g
 
 
 def clicks_heard(samples: np.ndarray, clicks_s: tuple[float, ...]) -> list[float]:
-    """Where, within 50 ms of each expected click, the sound is loudest."""
+    """The time of the loudest sample within 50 ms of each expected click."""
     heard = []
     for click_s in clicks_s:
         begin = max(0, round((click_s - 0.05) * 16000))
@@ -197,27 +199,25 @@ def clicks_heard(samples: np.ndarray, clicks_s: tuple[float, ...]) -> list[float
 @pytest.mark.parametrize(
     ("ending", "codec"), [("mp4", "aac"), ("mkv", "flac"), ("mkv", "libopus"), ("mp4", "libmp3lame")]
 )
-def test_clicks_are_heard_when_they_were_made(tmp_path: Path, rate_hz: int, ending: str, codec: str):
+def test_audio_clicks_keep_their_times(tmp_path: Path, rate_hz: int, ending: str, codec: str):
     if codec == "libopus" and rate_hz in (22050, 44100):
-        rate_hz = 24000  # Opus knows few rates
+        rate_hz = 24000  # Opus supports few rates
     if codec == "libmp3lame":
-        rate_hz = max(rate_hz, 16000)  # MP4 holds no slower MP3
+        rate_hz = max(rate_hz, 16000)  # MP4 cannot hold MP3 at lower rates
     film = tmp_path / f"film.{ending}"
     clicks_s = (0.3, 1.0, 1.75, 2.9)
     write_film(film, regular(25, 75), Fraction(1, 25), sound=Sound(clicks_s, rate_hz=rate_hz, codec=codec))
     with open_audio(film) as sound:
         np.testing.assert_allclose(clicks_heard(sound.samples, clicks_s), clicks_s, atol=1e-3)
         assert sound.samples.dtype == np.float32
-        if codec in ("aac", "flac"):  # the others' padding at the end is the format's
+        if codec in ("aac", "flac"):  # the other formats pad the end
             assert sound.num_samples == 48000
             assert sound.num_frames == 75
 
 
 @pytest.mark.parametrize("ending", ["mp4", "mkv", "ts"])
 @pytest.mark.parametrize(("video_s", "audio_s"), [(0.84, 0.0), (0.0, 0.6), (1.5, 1.4), (0.2, 0.2), (3.333, 3.0)])
-def test_start_offsets_keep_picture_and_sound_where_the_file_puts_them(
-    tmp_path: Path, ending: str, video_s: float, audio_s: float
-):
+def test_start_offsets_of_video_and_audio_are_kept(tmp_path: Path, ending: str, video_s: float, audio_s: float):
     film = tmp_path / f"film.{ending}"
     video_start = Fraction(round(video_s * 1000), 1000)
     times = regular(25, 60, video_start)
@@ -228,9 +228,9 @@ def test_start_offsets_keep_picture_and_sound_where_the_file_puts_them(
     assert info.video_span is not None
     assert info.audio_span is not None
     offset_s = float(info.video_span.start - info.audio_span.start)
-    # FLAC begins where it was put; MP2 up to a block of priming earlier, which transport streams cannot hide.
+    # FLAC starts exactly; MP2 starts up to one priming block earlier, which transport streams cannot signal.
     assert -1e-3 <= offset_s - (video_s - audio_s) <= (0.025 if ending == "ts" else 1e-3)
-    muxed_s = info.video_span.start - video_start  # what the muxer adds to all times alike
+    muxed_s = info.video_span.start - video_start  # the muxer's constant shift of all times
     begun = [time + muxed_s for time in times]
     assert numbers(film) == shown_at(begun, Fraction(1, 25), info.zero)
     assert info.first_frame == sum(info.zero + Fraction(i, 25) < begun[0] for i in range(200))
@@ -239,7 +239,7 @@ def test_start_offsets_keep_picture_and_sound_where_the_file_puts_them(
         np.testing.assert_allclose(clicks_heard(sound.samples, tuple(expected_s)), expected_s, atol=1.1e-3)
 
 
-def test_gaps_in_the_sound_are_silence_of_the_same_length(tmp_path: Path):
+def test_audio_gaps_become_silence_of_the_same_length(tmp_path: Path):
     film = tmp_path / "film.mkv"
     with av.open(str(film), "w") as container:
         first = encode_sound(container, Sound((0.2,), 0, 0.5, codec="pcm_s16le"))
@@ -257,7 +257,7 @@ def test_gaps_in_the_sound_are_silence_of_the_same_length(tmp_path: Path):
         assert not sound.samples[9000:23000].any()
 
 
-def test_sound_is_resampled_without_aliases_or_loss(tmp_path: Path):
+def test_audio_is_resampled_without_aliasing_or_loss(tmp_path: Path):
     wav = tmp_path / "tones.wav"
     time_s = np.arange(2 * 44100) / 44100
     tones = 0.4 * np.sin(2 * np.pi * 1000 * time_s) + 0.4 * np.sin(2 * np.pi * 11000 * time_s)  # 11 kHz must vanish
@@ -288,7 +288,7 @@ def test_channels_are_averaged_and_surround_does_not_clip(tmp_path: Path):
         assert 0.9 < sound.samples[1000:3000].min() <= sound.samples.max() <= 1.01
 
 
-def test_sound_longer_and_shorter_than_the_pictures(tmp_path: Path):
+def test_audio_longer_or_shorter_than_the_video_keeps_its_length(tmp_path: Path):
     longer, shorter = tmp_path / "longer.mp4", tmp_path / "shorter.mp4"
     write_film(longer, regular(25, 50), Fraction(1, 25), sound=Sound(end_s=3.01))
     write_film(shorter, regular(25, 50), Fraction(1, 25), sound=Sound(end_s=1.01))
@@ -316,8 +316,8 @@ ONE = 1 << 16
         (0, 1, 1, 0, 90, lambda p: p.transpose(1, 0, 2)),
     ],
 )
-def test_pictures_come_upright(tmp_path: Path, a: int, b: int, c: int, d: int, rotation_deg: int, undo):
-    """The matrix maps stored (x, y) to (a x + c y, b x + d y); undone by numpy, the stored picture must come out."""
+def test_display_matrix_is_applied_to_pictures(tmp_path: Path, a: int, b: int, c: int, d: int, rotation_deg: int, undo):
+    """The matrix maps stored (x, y) to (a x + c y, b x + d y); undoing it with numpy must give the stored picture."""
     film = tmp_path / "film.mp4"
     write_film(film, regular(25, 5), Fraction(1, 25), matrix=[a * ONE, b * ONE, 0, c * ONE, d * ONE, 0, 0, 0, 1 << 30])
     info = probe(film)
@@ -329,7 +329,7 @@ def test_pictures_come_upright(tmp_path: Path, a: int, b: int, c: int, d: int, r
 
 
 def test_colours_survive_bt709_bt601_and_both_ranges(tmp_path: Path):
-    """Flat colours through four encodings that say what they are; the expected planes are computed by hand."""
+    """Flat colours in three tagged encodings; the expected planes are computed by hand."""
     rgb = np.array([200.0, 60.0, 120.0])
     for name, kr, kb, space, full in (
         ("709", 0.2126, 0.0722, 1, False),
@@ -361,7 +361,7 @@ def test_colours_survive_bt709_bt601_and_both_ranges(tmp_path: Path):
         np.testing.assert_allclose(picture[8:-8, 8:-8].reshape(-1, 3), np.broadcast_to(rgb, (16 * 48, 3)), atol=2.0)
 
 
-def test_the_default_stream_is_taken_and_cover_art_is_no_video(tmp_path: Path):
+def test_default_stream_is_used_and_cover_art_is_not_video(tmp_path: Path):
     film = tmp_path / "film.mkv"
     with av.open(str(film), "w") as container:
         packets = []
@@ -391,15 +391,15 @@ def reason(path: Path, read=lambda path: list(read_frames(path))) -> str:
         read(path)
     message = str(caught.value)
     assert "\n" not in message
-    assert message.startswith(str(path)), "the message names the file"
-    assert ";" in message, "and says what to do"
+    assert message.startswith(str(path)), "the message must name the file"
+    assert ";" in message, "the message must give a remedy"
     assert "[Errno" not in message
     again = pickle.loads(pickle.dumps(caught.value))
     assert (again.reason, str(again), again.path) == (caught.value.reason, message, caught.value.path)
     return caught.value.reason
 
 
-def test_what_is_no_film_is_refused_with_its_reason(tmp_path: Path):
+def test_invalid_files_are_refused_with_a_reason(tmp_path: Path):
     (tmp_path / "empty.mp4").touch()
     (tmp_path / "text.mp4").write_text("Not a film.\n" * 50)
     (tmp_path / "noise.mp4").write_bytes(np.random.default_rng(0).bytes(20_000))
@@ -415,7 +415,7 @@ def test_what_is_no_film_is_refused_with_its_reason(tmp_path: Path):
         assert reason(tmp_path / name) == "not_media", name
 
 
-def test_no_sound_and_no_pictures(tmp_path: Path):
+def test_missing_audio_and_missing_video_are_reported(tmp_path: Path):
     silent, heard = tmp_path / "silent.mp4", tmp_path / "heard.m4a"
     write_film(silent, regular(25, 5), Fraction(1, 25))
     write_film(heard, [], Fraction(0), sound=Sound(end_s=1.0))
@@ -425,7 +425,7 @@ def test_no_sound_and_no_pictures(tmp_path: Path):
         assert sound.num_frames == 25
 
 
-def test_sound_that_is_not_a_number_or_not_there(tmp_path: Path):
+def test_audio_with_nan_and_empty_audio_are_refused(tmp_path: Path):
     wav = tmp_path / "nan.wav"
     for samples, code in ((np.array([0.1] * 5000 + [np.nan] * 10), "not_finite"), (np.zeros(0), "empty_audio")):
         data = samples.astype("<f4").tobytes()
@@ -439,13 +439,13 @@ def test_sound_that_is_not_a_number_or_not_there(tmp_path: Path):
 
 @pytest.mark.parametrize("ending", ["mp4", "mkv", "avi"])
 @pytest.mark.parametrize("share", [0.9, 0.5, 0.2])
-def test_a_film_cut_short_is_never_read_as_a_shorter_one(tmp_path: Path, ending: str, share: float):
+def test_truncated_film_is_refused_not_read_as_a_shorter_one(tmp_path: Path, ending: str, share: float):
     film, cut = tmp_path / f"film.{ending}", tmp_path / f"cut.{ending}"
     write_film(film, regular(25, 200), Fraction(1, 25), Fraction(1, 25), sound=Sound(end_s=8.0, codec="libmp3lame"))
     data = film.read_bytes()
     cut.write_bytes(data[: int(len(data) * share)])
     assert reason(cut) == ("no_index" if ending == "mp4" else "truncated")
-    if ending == "mp4":  # with the index in front it opens
+    if ending == "mp4":  # with the index first, the file opens
         with av.open(str(film)) as given, av.open(str(cut), "w", container_options={"movflags": "faststart"}) as front:
             for stream in given.streams:
                 front.add_stream_from_template(stream)
@@ -453,11 +453,11 @@ def test_a_film_cut_short_is_never_read_as_a_shorter_one(tmp_path: Path, ending:
         data = cut.read_bytes()
         assert probe(cut).num_frames == 200
         cut.write_bytes(data[: int(len(data) * share)])
-        assert reason(cut) in ("truncated", "corrupt")  # corrupt where not even the index is whole
+        assert reason(cut) in ("truncated", "corrupt")  # corrupt if the index itself is truncated
         assert share < 0.5 or reason(cut) == "truncated"
 
 
-def test_a_leap_in_time_is_damage_not_a_film_of_days(tmp_path: Path):
+def test_timestamp_jump_is_corruption_not_a_long_film(tmp_path: Path):
     film = tmp_path / "film.mkv"
     write_film(film, [*regular(25, 10), Fraction(100_000)], Fraction(1, 25), Fraction(1, 1000))
     assert reason(film) == "corrupt"
@@ -468,7 +468,7 @@ def test_a_leap_in_time_is_damage_not_a_film_of_days(tmp_path: Path):
 
 
 @pytest.mark.parametrize("ending", ["mp4", "mkv", "avi", "ts", "flv"])
-def test_mutated_files_are_read_or_refused_and_nothing_else(tmp_path: Path, ending: str):
+def test_mutated_files_are_read_or_raise_media_error(tmp_path: Path, ending: str):
     film, mutant = tmp_path / f"film.{ending}", tmp_path / f"mutant.{ending}"
     time_base = Fraction(1, 25) if ending == "avi" else Fraction(1, 90000)
     write_film(film, regular(25, 20), Fraction(1, 25), time_base, sound=Sound(end_s=0.8, codec="libmp3lame"))
@@ -487,7 +487,7 @@ def test_mutated_files_are_read_or_refused_and_nothing_else(tmp_path: Path, endi
     assert 0 < refused < 40
 
 
-def test_pictures_that_change_size_midway_are_refused(tmp_path: Path):
+def test_change_of_picture_size_is_refused(tmp_path: Path):
     first, second = tmp_path / "first.ts", tmp_path / "second.ts"
     write_film(first, regular(25, 10), Fraction(1, 25))
     with av.open(str(second), "w") as container:
@@ -502,28 +502,28 @@ def test_pictures_that_change_size_midway_are_refused(tmp_path: Path):
     assert reason(first) == "unsupported"
 
 
-def test_ranges_are_checked_and_pictures_are_the_callers_own(tmp_path: Path):
+def test_ranges_are_checked_and_pictures_do_not_share_memory(tmp_path: Path):
     film = tmp_path / "film.mp4"
     write_film(film, regular(5, 10), Fraction(1, 5))
     for start_frame, num_frames in ((0, 51), (-1, 2), (51, 0), (5, -1)):
         with pytest.raises(TccpError, match="the film has 0 to 50 at 25 fps"):
             read_frames(film, start_frame, num_frames)
     assert numbers(film, 50, 0) == []
-    for picture in read_frames(film):  # five frames hold each picture: painting over one must not show in the next
+    for picture in read_frames(film):  # each picture fills five frames: writing to one must not change the next
         assert picture.flags.writeable
         assert picture.max() > 0 or number_of(picture) == 0
         number_of(picture)
         picture[:] = 77
 
 
-def test_a_file_that_changes_is_read_anew(tmp_path: Path):
+def test_changed_file_is_read_again(tmp_path: Path):
     film = tmp_path / "film.mp4"
     for count in (10, 20):
         write_film(film, regular(25, count), Fraction(1, 25))
         assert probe(film).num_frames == count
 
 
-def test_wav_files_read_back(tmp_path: Path):
+def test_wav_files_round_trip(tmp_path: Path):
     wav = tmp_path / "sound.wav"
     samples = np.random.default_rng(1).uniform(-1, 1, 70_000)
     write_audio_wav(wav, samples)
@@ -536,10 +536,10 @@ def test_wav_files_read_back(tmp_path: Path):
         write_audio_wav(tmp_path / "no such folder" / "sound.wav", samples)
 
 
-def test_memory_does_not_follow_the_length(tmp_path: Path):
-    """Ten times the film, pictures and sound, within 10% of the peak; each in a process of its own.
+def test_memory_does_not_grow_with_film_length(tmp_path: Path):
+    """Ten times the length raises the peak by less than 10%, with pictures and audio; each film has its own process.
 
-    And without the garbage collector: what waits for it grows until it comes, 6 MB a picture in full HD.
+    The garbage collector is off: pictures must not wait for it, at 6 MB each in full HD.
     """
     script = """
 import gc, resource, sys

@@ -1,4 +1,4 @@
-"""Every shared clip: counts and starts against a table worked out from its packets, pictures against a plain decode."""
+"""Every shared clip: counts and start times against a table from its packets, pictures against a plain decode."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CLIPS: dict[str, tuple] = {
     "audio_only.m4a": (0, None, None, 0, 0, 48000),
     "audio_short_2s.mp4": (100, 25, 0, 0, 100, 32000),
     "face_gap.mp4": (150, 25, 0, 0, 150, 96000),
-    "fps_29.97.mp4": (120, Fraction(30000, 1001), 0, 0, 101, 64000),  # 4.004 s: the tail is a frame of its own
+    "fps_29.97.mp4": (120, Fraction(30000, 1001), 0, 0, 101, 64000),  # 4.004 s: the remainder is one more frame
     "fps_50.mp4": (200, 50, 0, 0, 100, 64000),
     "fps_59.94.mp4": (240, Fraction(60000, 1001), 0, 0, 101, 64000),
     "grid_bbaf2n.mpg": GRID,
@@ -55,12 +55,12 @@ BROKEN = {
 }
 
 
-def test_the_table_knows_every_clip(shared_clips: Path):
+def test_table_lists_every_shared_clip(shared_clips: Path):
     assert {path.name for path in shared_clips.iterdir() if path.suffix != ".md"} == set(CLIPS) | set(BROKEN)
 
 
 @pytest.mark.parametrize("name", CLIPS)
-def test_counts_and_starts_are_exact(shared_clips: Path, name: str):
+def test_counts_and_start_times_are_exact(shared_clips: Path, name: str):
     pictures, rate, video_start_s, audio_start_s, num_frames, num_samples = CLIPS[name]
     info = probe(shared_clips / name)
     assert (info.num_pictures, info.frame_rate, info.num_frames) == (pictures, rate, num_frames)
@@ -77,8 +77,8 @@ def test_counts_and_starts_are_exact(shared_clips: Path, name: str):
 
 
 @pytest.mark.parametrize("name", [name for name, row in CLIPS.items() if row[0]])
-def test_every_frame_is_the_picture_on_show(shared_clips: Path, name: str):
-    """A plain decode, all its times in a list, and a search for each i/25: other code, the same pictures."""
+def test_every_frame_is_the_picture_shown_at_its_time(shared_clips: Path, name: str):
+    """The reference is a plain decode with a list of all picture times and a search for each i/25."""
     path = shared_clips / name
     stored, times, turns = [], [], 0
     with av.open(str(path)) as container:
@@ -93,11 +93,11 @@ def test_every_frame_is_the_picture_on_show(shared_clips: Path, name: str):
     expected = [
         max(0, bisect.bisect_right(times, zero + Fraction(i, 25)) - 1) for i in range(math.ceil((end - zero) * 25))
     ]
-    begin = max(0, len(expected) - 251)  # of the one long clip only the end, which is reached by seeking
+    begin = max(0, len(expected) - 251)  # only the end of the one long clip, reached by seeking
     count = begin
     for i, picture in enumerate(read_frames(path, begin), begin):
         want = np.rot90(stored[expected[i]], turns)
-        # The plain decode converts colours by another, darker path. Turned, its thumbnails sit on other pixels.
+        # The plain decode converts colours to slightly darker ones. Rotation moves its thumbnails to other pixels.
         offset = tuple((length - 1) % 16 if turns else 0 for length in picture.shape[:2])
         thumbnail = picture[(offset[0] if turns == 1 else 0) :: 16, (offset[1] if turns == 3 else 0) :: 16]
         assert np.abs(thumbnail.astype(np.int16) - want).mean() < 2.5, (i, expected[i])
@@ -106,8 +106,8 @@ def test_every_frame_is_the_picture_on_show(shared_clips: Path, name: str):
 
 
 @pytest.mark.parametrize("name", ["lowres_180x320.mp4", "face_gap.mp4", "hard_cut.mp4", "latentsync_demo1.mp4"])
-def test_decord_gives_the_same_pictures_where_it_is_right(shared_clips: Path, name: str):
-    """Constant 25 fps from zero, MP4: there picture i is frame i. (H.264 and HEVC.)"""
+def test_decord_gives_the_same_pictures_at_constant_25_fps(shared_clips: Path, name: str):
+    """MP4 (H.264 and HEVC) at constant 25 fps from zero, where picture i is frame i."""
     reader = decord.VideoReader(str(shared_clips / name), num_threads=1)
     assert len(reader) == probe(shared_clips / name).num_frames
     for picture in read_frames(shared_clips / name, 0, 60):
@@ -118,7 +118,7 @@ def test_decord_gives_the_same_pictures_where_it_is_right(shared_clips: Path, na
 @pytest.mark.parametrize(
     "name", ["latentsync_demo2.mp4", "short_hamilton_clip.mp4", "grid_lwbsza.mpg", "intel_asl_book.mkv"]
 )
-def test_a_range_is_the_same_as_in_the_whole(shared_clips: Path, name: str):
+def test_range_gives_the_same_pictures_as_the_whole_film(shared_clips: Path, name: str):
     last = min(100, probe(shared_clips / name).num_frames)
     ranges = [(0, 2), (last // 2, 3), (last - 3, 3)]
     wanted = {i for start, count in ranges for i in range(start, start + count)}
@@ -128,8 +128,8 @@ def test_a_range_is_the_same_as_in_the_whole(shared_clips: Path, name: str):
             np.testing.assert_array_equal(picture, whole[i])
 
 
-def test_a_rotated_film_is_upright(shared_clips: Path):
-    """The same man on his side with a tag that rights him: the upright picture, shrunk, is the original's."""
+def test_rotated_film_is_read_upright(shared_clips: Path):
+    """The clip is another one stored sideways with a rotation tag: read upright and downscaled, both look the same."""
     (turned,) = read_frames(shared_clips / "rotate_tag.mp4", 10, 1)
     (original,) = read_frames(shared_clips / "latentsync_demo2.mp4", 10, 1)
     assert turned.shape == (1280, 720, 3)
@@ -139,7 +139,7 @@ def test_a_rotated_film_is_upright(shared_clips: Path):
 
 
 @pytest.mark.parametrize(("name", "reason"), BROKEN.items())
-def test_broken_clips_are_refused_in_one_line(shared_clips: Path, name: str, reason: str):
+def test_broken_clips_give_a_one_line_error(shared_clips: Path, name: str, reason: str):
     with pytest.raises(MediaError) as caught:
         list(read_frames(shared_clips / name))
     assert caught.value.reason == reason
@@ -147,8 +147,8 @@ def test_broken_clips_are_refused_in_one_line(shared_clips: Path, name: str, rea
     assert name in str(caught.value)
 
 
-def test_damage_is_found_when_it_is_reached_in_picture_and_sound(shared_clips: Path):
-    """The flips begin after a third of the file: what lies before is delivered, nothing damaged is."""
+def test_damage_is_reported_when_it_is_reached_in_video_and_audio(shared_clips: Path):
+    """The bit flips begin after a third of the file: earlier pictures are returned, damaged ones are not."""
     damaged = shared_clips / "corrupt_bitflips.mp4"
     pictures = read_frames(damaged)
     for _ in range(15):

@@ -1,4 +1,4 @@
-"""Wav2Lip's mel against a slow transcription of its definition, librosa and golden numbers; windows against a whole."""
+"""Wav2Lip's mel against its definition, librosa and golden values; mel windows against the mel of the whole audio."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tccp.media.mel import SILENCE, check_audio, mel, mel_windows, num_columns, 
 
 
 def speech_like(num_samples: int, seed: int = 0) -> np.ndarray:
-    """Harmonics that glide, noise that comes and goes, and a stretch of true silence."""
+    """Gliding harmonics, intermittent noise and a section of digital silence."""
     n = np.arange(num_samples)
     rng = np.random.default_rng(seed)
     pitch = np.cumsum(2 * np.pi * (140 + 40 * np.sin(n / 9000)) / 16000)
@@ -31,7 +31,7 @@ def speech_like(num_samples: int, seed: int = 0) -> np.ndarray:
 
 
 def slow_mel(samples: np.ndarray) -> np.ndarray:
-    """The definition, sum by sum, without any library's FFT, window function or filter bank."""
+    """The definition as explicit sums, without a library's FFT, window function or filter bank."""
     n = len(samples)
     emphasised = [float(samples[i]) - 0.97 * (float(samples[i - 1]) if i else 0.0) for i in range(n)]
 
@@ -70,14 +70,14 @@ def slow_mel(samples: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("num_samples", [1, 2, 150, 399, 400, 401, 1100])
-def test_mel_is_its_definition(num_samples: int):
+def test_mel_matches_its_definition(num_samples: int):
     samples = speech_like(num_samples, seed=num_samples)
     np.testing.assert_allclose(mel(samples), slow_mel(samples), atol=1e-5)
 
 
 @pytest.mark.parametrize("num_samples", [800, 16000, 70_123])
-def test_mel_is_librosas_of_the_whole_sound(num_samples: int):
-    """mel cuts the sound into pieces and reflects its ends by itself."""
+def test_mel_matches_librosa_on_the_whole_audio(num_samples: int):
+    """mel processes the audio in pieces and reflects its ends itself."""
     samples = speech_like(num_samples)
     emphasised = librosa.effects.preemphasis(samples.astype(np.float64), coef=0.97, zi=[0.0])
     spectrum = np.abs(librosa.stft(emphasised, n_fft=800, hop_length=200, win_length=800, pad_mode="reflect"))
@@ -100,7 +100,7 @@ GOLDEN = {  # (band, column), computed once by `slow_mel`
 }
 
 
-def test_golden():
+def test_mel_of_a_chirp_matches_golden_values():
     """A chirp from 200 to 2200 Hz."""
     n = np.arange(2000)
     chirp = (0.5 * np.sin(2 * np.pi * (n * 200 + n * n / 2) / 16000)).astype(np.float32)
@@ -111,8 +111,8 @@ def test_golden():
         assert columns[band, column] == pytest.approx(value, abs=1e-4), (band, column)
 
 
-def test_the_numbers_that_the_packaged_weights_were_trained_with():
-    """Computed before filters and Fourier transform came from librosa."""
+def test_mel_matches_the_values_the_packaged_weights_were_trained_on():
+    """Values computed before the filters and the Fourier transform came from librosa."""
     samples = speech_like(16000)
     columns = mel(samples).astype(np.float64)
     assert (columns.mean(), columns.std()) == pytest.approx((-1.074819, 1.667268), abs=1e-5)
@@ -126,13 +126,13 @@ def test_the_numbers_that_the_packaged_weights_were_trained_with():
     )
 
 
-def test_librosa_is_imported_only_by_what_computes_a_mel():
-    """It takes a second, which `tccp --help` and workers without sound must not pay."""
+def test_librosa_is_imported_only_to_compute_a_mel():
+    """The import takes a second, which `tccp --help` and workers without audio must not spend."""
     code = "import sys, tccp.media.mel, tccp.media.sandbox; print(sorted({'librosa', 'numba'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
-def test_silence_and_the_range():
+def test_silence_is_the_minimum_and_loud_noise_stays_in_range():
     assert (mel(np.zeros(3200, np.float32)) == SILENCE).all()
     loud = mel(np.random.default_rng(0).choice([-1.0, 1.0], 16000))
     assert loud.max() <= 4
@@ -150,21 +150,21 @@ def window_by_hand(whole: np.ndarray, first: int) -> np.ndarray:
 
 @hypothesis.settings(max_examples=40)
 @hypothesis.given(num_samples=st.integers(1, 20_000), start=st.integers(0, 40), count=st.integers(0, 20))
-def test_windows_of_a_range_are_those_of_the_whole(num_samples: int, start: int, count: int):
+def test_windows_of_a_range_match_the_whole_mel(num_samples: int, start: int, count: int):
     samples = speech_like(num_samples, seed=num_samples)
     whole = mel(samples)
     assert whole.shape[1] == num_columns(num_samples)
     windows = mel_windows(samples, start, count)
     assert windows.shape == (count, 80, 16)
     for i, window in enumerate(windows, start):
-        # Columns first .. first + 15 lie around 3.2 i + 1.6, the middle of the frame, as closely as whole columns can.
-        first = min(range(-10, 200), key=lambda f: (abs(10 * f + 75 - (32 * i + 16)), -f))  # of two equals the later
+        # Columns first .. first + 15 are centred as closely as possible on 3.2 i + 1.6, the middle of the frame.
+        first = min(range(-10, 200), key=lambda f: (abs(10 * f + 75 - (32 * i + 16)), -f))  # the later of two equals
         np.testing.assert_allclose(window, window_by_hand(whole, first), atol=1e-6)
 
 
 @hypothesis.settings(max_examples=25)
 @hypothesis.given(num_samples=st.integers(3200, 20_000), start=st.integers(0, 40), count=st.integers(0, 20))
-def test_wav2lip_windows_look_ahead_and_repeat_the_final_sixteen(num_samples: int, start: int, count: int):
+def test_wav2lip_windows_look_ahead_and_repeat_the_last_16_columns(num_samples: int, start: int, count: int):
     samples = speech_like(num_samples, seed=num_samples)
     whole = mel(samples)
     for i, window in enumerate(wav2lip_windows(samples, start, count), start):
@@ -174,23 +174,23 @@ def test_wav2lip_windows_look_ahead_and_repeat_the_final_sixteen(num_samples: in
 
 
 def test_windows_are_centred_on_their_frame():
-    """A click in the middle of frame 20 stands in the middle of its window, and one column either way moves it."""
+    """A click in the middle of frame 20 is in the middle of its window, to within half a column."""
     samples = np.zeros(32000, np.float32)
     samples[20 * 640 + 320] = 1
     window = mel_windows(samples, 20, 1)[0]
     loudness = window.mean(axis=0) + 4
     centre = (loudness * np.arange(16)).sum() / loudness.sum()
-    assert centre == pytest.approx(7.5, abs=0.55)  # columns are 3.2 a frame: half a column is the finest there is
+    assert centre == pytest.approx(7.5, abs=0.55)  # 3.2 columns per frame: the resolution is half a column
 
 
-def test_sound_too_short_for_wav2lip_is_followed_by_silence():
+def test_short_audio_is_padded_with_silence_for_wav2lip():
     windows = wav2lip_windows(speech_like(1000), 0, 3)
     np.testing.assert_allclose(windows[2][:, :6], mel(speech_like(1000)), atol=1e-6)
     assert (windows[:, :, 6:] == SILENCE).all()
 
 
-def test_a_long_recording_is_read_where_it_is_needed(tmp_path: Path):
-    """From a track on disk; the same numbers as from memory."""
+def test_mel_windows_of_a_track_on_disk_match_the_whole_mel(tmp_path: Path):
+    """The 40 s track is read from disk."""
     samples = speech_like(16000 * 40)
     with wave.open(str(tmp_path / "long.wav"), "wb") as file:
         file.setparams((1, 2, 16000, 0, "NONE", ""))
@@ -202,7 +202,7 @@ def test_a_long_recording_is_read_where_it_is_needed(tmp_path: Path):
         assert check_audio(track) == []
 
 
-def test_odd_sound_is_warned_of_and_impossible_sound_refused():
+def test_odd_audio_gives_a_warning_and_invalid_audio_is_refused():
     fine = speech_like(16000)
     assert check_audio(fine) == []
     assert "silent" in check_audio(np.zeros(16000, np.float32))[0]

@@ -1,4 +1,4 @@
-"""Decoding in a child process: the same pictures, sound and errors, and nothing worse than an error from any file."""
+"""Decoding in a child process: the same pictures, audio and errors as in-process; no file causes more than an error."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def films(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def long_film(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """500 frames on the clock, from ten pictures of 256x192."""
+    """500 frames at 25 fps, from ten pictures of 256x192."""
     path = tmp_path_factory.mktemp("long") / "long.mp4"
     write_still_pictures(path, count=10, each_s=2, width=256, height=192)
     return path
@@ -51,7 +51,7 @@ def shared_decoder() -> Iterator[Decoder]:
 
 @pytest.fixture
 def decoder(shared_decoder: Decoder) -> Decoder:
-    """For tests after which it must still be of use."""
+    """The shared decoder, for tests that leave it usable."""
     return shared_decoder
 
 
@@ -68,7 +68,7 @@ def write_still_pictures(path: Path, count: int, each_s: int, width: int, height
         container.mux(stream.encode(None))
 
 
-def child_of(decoder: Decoder) -> int:
+def child_pid(decoder: Decoder) -> int:
     assert decoder._process is not None
     return decoder._process.pid
 
@@ -80,17 +80,17 @@ def same_reason(tried: Sequence[Callable[[Path], object]], path: Path) -> str:
 
 
 def is_running(pid: int) -> bool:
-    """Zombies count: somebody has forgotten them."""
+    """Zombies count as running: their parent has not reaped them."""
     return Path(f"/proc/{pid}").exists()
 
 
 def children() -> set[str]:
-    """Of this process, zombies among them."""
+    """Ids of this process's children, zombies included."""
     return {pid for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()}
 
 
 def same_error(tried: Sequence[Callable[[Path], object]], path: Path) -> TccpError:
-    """What `tried` raise, which must be one and the same error; the first of them."""
+    """Asserts that all calls in `tried` raise the same error, and returns it."""
     errors: list[TccpError] = []
     for call in tried:
         with pytest.raises(TccpError) as caught:
@@ -101,7 +101,9 @@ def same_error(tried: Sequence[Callable[[Path], object]], path: Path) -> TccpErr
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_same_from_the_child_as_without(kind: str, films: dict[str, Path], decoder: Decoder) -> None:
+def test_child_gives_the_same_results_as_decoding_in_process(
+    kind: str, films: dict[str, Path], decoder: Decoder
+) -> None:
     path = films[kind]
     info = probe(path)
     assert decoder.probe(path) == info
@@ -119,14 +121,14 @@ def test_the_same_from_the_child_as_without(kind: str, films: dict[str, Path], d
         assert same_reason([decoder.frames, read_frames], path) == "no_video"
 
 
-def test_pictures_are_arrays_of_their_own(films: dict[str, Path], decoder: Decoder) -> None:
+def test_pictures_do_not_share_memory(films: dict[str, Path], decoder: Decoder) -> None:
     first, *others = decoder.frames(films["mp4"])
     before = [other.copy() for other in others]
     first[...] = 0
     assert all(np.array_equal(*pair) for pair in zip(before, others, strict=True))
 
 
-def test_warnings_come_with_the_sound(tmp_path: Path, decoder: Decoder) -> None:
+def test_audio_carries_its_warnings(tmp_path: Path, decoder: Decoder) -> None:
     path = tmp_path / "silent.wav"
     write_audio_wav(path, np.zeros(16000, np.float32))
     with decoder.sound(path) as sound:
@@ -134,20 +136,20 @@ def test_warnings_come_with_the_sound(tmp_path: Path, decoder: Decoder) -> None:
 
 
 @pytest.mark.parametrize("frames", [[0], [3, 4, 9], [0, 3, 250, 251, 499], list(range(0, 500, 99)), []])
-def test_frames_at(frames: list[int], long_film: Path, decoder: Decoder) -> None:
+def test_frames_at_returns_the_requested_frames(frames: list[int], long_film: Path, decoder: Decoder) -> None:
     expected = {frame: picture for frame, picture in enumerate(read_frames(long_film)) if frame in frames}
     found = dict(decoder.frames_at(long_film, frames))
     assert list(found) == frames
     assert all(np.array_equal(found[frame], expected[frame]) for frame in frames)
 
 
-def test_frames_that_there_are_not(films: dict[str, Path], decoder: Decoder) -> None:
+def test_frames_out_of_range_are_refused(films: dict[str, Path], decoder: Decoder) -> None:
     same_error([lambda path: decoder.frames(path, 15, 6), lambda path: read_frames(path, 15, 6)], films["mp4"])
     with pytest.raises(TccpError, match="frames 3 to 31 were asked for"):
         list(decoder.frames_at(films["mp4"], [3, 30]))
 
 
-def test_paths_may_be_relative_and_odd(
+def test_relative_and_unusual_paths_work(
     films: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decoder: Decoder
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -166,14 +168,14 @@ def test_paths_may_be_relative_and_odd(
         assert same_reason([decoder.probe, decoder.frames, decoder.sound, probe], Path(name)) == reason
 
 
-def test_sound_that_cannot_be_unpacked(
+def test_missing_temporary_folder_gives_an_error_naming_tmpdir(
     films: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decoder: Decoder
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
     assert "TMPDIR" in str(same_error([decoder.sound, open_audio], films["mp4"]))
 
 
-def test_sound_that_is_not_numbers_or_not_there(tmp_path: Path, decoder: Decoder) -> None:
+def test_audio_with_nan_is_refused(tmp_path: Path, decoder: Decoder) -> None:
     path = tmp_path / "nan.wav"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("pcm_f32le", 16000, layout="mono")
@@ -185,8 +187,8 @@ def test_sound_that_is_not_numbers_or_not_there(tmp_path: Path, decoder: Decoder
     assert same_reason([decoder.sound, open_audio], path) == "not_finite"
 
 
-def test_shared_clips(shared_clips: Path, decoder: Decoder) -> None:
-    """A turned one, one whose picture begins late, variable rate: the same pictures from the middle of each."""
+def test_shared_clips_decode_the_same_in_the_child(shared_clips: Path, decoder: Decoder) -> None:
+    """Rotated, late-starting, MPEG and variable-rate clips: the same pictures from the middle of each."""
     for name in ("rotate_tag.mp4", "short_hamilton_clip.mp4", "grid_bbaf2n.mpg", "vfr.mp4"):
         path = shared_clips / name
         assert decoder.probe(path) == probe(path)
@@ -205,25 +207,27 @@ def test_shared_clips(shared_clips: Path, decoder: Decoder) -> None:
         ("corrupt_bitflips.mp4", "corrupt"),
     ],
 )
-def test_corrupt_clips(name: str, reason: str, shared_clips: Path, decoder: Decoder) -> None:
+def test_corrupt_clips_give_the_same_reason_in_the_child(
+    name: str, reason: str, shared_clips: Path, decoder: Decoder
+) -> None:
     tried = [lambda path: list(decoder.frames(path)), lambda path: list(read_frames(path))]
     assert same_reason(tried, shared_clips / name) == reason
 
 
-def test_closed_early_the_child_goes_on(films: dict[str, Path], long_film: Path, decoder: Decoder) -> None:
+def test_child_survives_iterators_closed_early(films: dict[str, Path], long_film: Path, decoder: Decoder) -> None:
     pid = None
     for _ in range(3):
         frames = decoder.frames(long_film)
         next(frames)
-        pid = pid or child_of(decoder)
+        pid = pid or child_pid(decoder)
         frames.close()
         assert sum(1 for _ in decoder.frames(films["mp4"])) == 20
         next(decoder.frames_at(long_film, [5, 6, 300]))
         decoder.sound(films["wav"]).close()
-    assert child_of(decoder) == pid
+    assert child_pid(decoder) == pid
 
 
-def test_only_the_newest_goes_on(films: dict[str, Path], long_film: Path, decoder: Decoder) -> None:
+def test_only_the_newest_iterator_stays_valid(films: dict[str, Path], long_film: Path, decoder: Decoder) -> None:
     older, newer = decoder.frames(long_film), decoder.frames(films["mp4"])
     next(older)
     next(newer)
@@ -232,38 +236,38 @@ def test_only_the_newest_goes_on(films: dict[str, Path], long_film: Path, decode
     assert sum(1 for _ in newer) == 19
 
 
-def test_a_child_that_dies(films: dict[str, Path], long_film: Path) -> None:
-    """While a film is decoded, that film is to blame; while it has nothing to do, nobody."""
+def test_child_crash_is_an_error_of_the_film_being_decoded(films: dict[str, Path], long_film: Path) -> None:
+    """A crash during decoding is an error of that film; a crash while idle is no error."""
     with Decoder() as decoder:
         frames = decoder.frames(long_film)
         next(frames)
-        first = child_of(decoder)
+        first = child_pid(decoder)
         os.kill(first, signal.SIGSEGV)
         with pytest.raises(MediaError, match=r"long\.mp4: decoding it crashed \(SIGSEGV\)") as caught:
             list(frames)
         assert caught.value.reason == "decoder_crashed" and not is_running(first)
         assert decoder.probe(films["mp4"]).num_frames == 20
-        second = child_of(decoder)
+        second = child_pid(decoder)
         os.kill(second, signal.SIGKILL)
         os.waitid(os.P_PID, second, os.WEXITED | os.WNOWAIT)
         assert sum(1 for _ in decoder.frames(films["mp4"])) == 20
         assert not is_running(second)
-        last = child_of(decoder)
+        last = child_pid(decoder)
     assert not is_running(last)
 
 
 def wait_for(condition: Callable[[], object], within_s: float = 20.0) -> None:
     end = time.monotonic() + within_s
     while not condition():
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, "the condition did not hold in time"
         time.sleep(0.02)
 
 
-def test_a_child_that_hangs(films: dict[str, Path], long_film: Path) -> None:
+def test_hanging_child_is_killed_after_the_stall_limit(films: dict[str, Path], long_film: Path) -> None:
     with Decoder(Limits(stall_s=0.4)) as decoder:
         frames = decoder.frames(long_film)
         next(frames)
-        stopped = child_of(decoder)
+        stopped = child_pid(decoder)
         os.kill(stopped, signal.SIGSTOP)
         began = time.monotonic()
         with pytest.raises(MediaError, match=r"nothing came out of it for 0\.4 s") as caught:
@@ -272,8 +276,8 @@ def test_a_child_that_hangs(films: dict[str, Path], long_film: Path) -> None:
         assert not is_running(stopped)
 
 
-def test_a_child_that_cannot_start(films: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """That is no fault of the file's, so none must be set aside for it."""
+def test_child_that_cannot_start_is_not_a_media_error(films: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is not at fault, so it must not be set aside."""
     before = children()
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with Decoder() as decoder, pytest.raises(RuntimeError, match="did not start: status 1"):
@@ -284,10 +288,10 @@ def test_a_child_that_cannot_start(films: dict[str, Path], monkeypatch: pytest.M
     assert children() == before
 
 
-def test_memory(tmp_path: Path) -> None:
+def test_memory_limit_is_enforced(tmp_path: Path) -> None:
     path = tmp_path / "large.mp4"
     write_still_pictures(path, count=3, each_s=1, width=2560, height=1440)
-    for mebibytes in (16, 48):  # refused to FFmpeg in one place or another
+    for mebibytes in (16, 48):  # FFmpeg's allocations fail in different places
         with Decoder(Limits(memory_bytes=mebibytes << 20), threads=1) as decoder:
             with pytest.raises(MediaError, match=f"more memory than the limit, {mebibytes} MiB") as caught:
                 list(decoder.frames(path))
@@ -296,8 +300,10 @@ def test_memory(tmp_path: Path) -> None:
         assert sum(1 for _ in decoder.frames(path, 45, 20)) == 20
 
 
-def test_a_header_that_asks_for_too_much_is_damage(films: dict[str, Path], tmp_path: Path, decoder: Decoder) -> None:
-    """FFmpeg refuses to take 2 GiB at once; that is not for want of memory."""
+def test_header_that_demands_a_huge_allocation_is_corrupt(
+    films: dict[str, Path], tmp_path: Path, decoder: Decoder
+) -> None:
+    """FFmpeg refuses to allocate 2 GiB at once; that does not mean the memory limit was reached."""
     data = bytearray(films["mp4"].read_bytes())
     place = data.find(b"stsz") + 12  # after the version and the common size, the number of samples
     data[place : place + 4] = (0x1FFFFFFF).to_bytes(4, "big")
@@ -306,7 +312,7 @@ def test_a_header_that_asks_for_too_much_is_damage(films: dict[str, Path], tmp_p
     assert same_reason([decoder.probe, probe], path) == "corrupt"
 
 
-def test_limits(films: dict[str, Path], long_film: Path, tmp_path: Path) -> None:
+def test_files_beyond_the_limits_are_unsafe(films: dict[str, Path], long_film: Path, tmp_path: Path) -> None:
     short_wide = tmp_path / "wide.mp4"
     write_still_pictures(short_wide, count=1, each_s=1, width=256, height=192)
     streams = tmp_path / "streams.mkv"
@@ -337,26 +343,26 @@ def test_limits(films: dict[str, Path], long_film: Path, tmp_path: Path) -> None
     with Decoder(Limits(max_duration_s=10)) as decoder, pytest.raises(MediaError, match=long) as caught:
         decoder.probe(long_film)
     assert caught.value.reason == "unsafe"
-    # No header says how long a transport stream is.
+    # A transport stream has no header with its duration.
     with Decoder(Limits(max_duration_s=0.5)) as decoder, pytest.raises(MediaError, match="it lasts 1 s") as caught:
         decoder.sound(films["ts"])
     assert caught.value.reason == "unsafe"
 
 
 @pytest.mark.parametrize("value", [0, -1, float("inf"), float("nan")])
-def test_limits_are_positive(value: float) -> None:
+def test_limits_must_be_positive_and_finite(value: float) -> None:
     with pytest.raises(TccpError, match="limit stall_s"):
         Limits(stall_s=value)
 
 
-def test_the_child_has_few_rights(
+def test_child_has_restricted_rights(
     films: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, long_film: Path
 ) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2")
     with Decoder() as decoder:
         frames = decoder.frames(long_film)
         next(frames)
-        process = Path(f"/proc/{child_of(decoder)}")
+        process = Path(f"/proc/{child_pid(decoder)}")
         granted = {line[:25].strip(): line[26:46].strip() for line in (process / "limits").read_text().splitlines()}
         assert granted["Max file size"] == granted["Max core file size"] == "0"
         assert int(granted["Max open files"]) <= 64 and granted["Max data size"] != "unlimited"
@@ -365,34 +371,36 @@ def test_the_child_has_few_rights(
         open_files = [os.readlink(file) for file in (process / "fd").iterdir()]
         expected = {"/dev/null", str(long_film), "/memfd:tccp-pictures (deleted)"}
         assert {file for file in open_files if not file.startswith("socket:")} == expected
-        os.kill(child_of(decoder), signal.SIGINT)  # the parent's affair
+        os.kill(child_pid(decoder), signal.SIGINT)  # the child ignores SIGINT
         assert sum(1 for _ in frames) == 499
 
 
-def test_threads(long_film: Path) -> None:
+def test_threads_sets_the_number_of_decoder_threads(long_film: Path) -> None:
     counts = []
     for threads in (1, 3):
         with Decoder(threads=threads) as decoder:
             next(decoder.frames(long_film))
             frames = decoder.frames(long_film)
             next(frames)
-            counts.append(len(list(Path(f"/proc/{child_of(decoder)}/task").iterdir())))
+            counts.append(len(list(Path(f"/proc/{child_pid(decoder)}/task").iterdir())))
     assert counts[1] >= counts[0] + 2
 
 
-def test_recycling(films: dict[str, Path]) -> None:
+def test_child_is_replaced_after_the_set_number_of_films(films: dict[str, Path]) -> None:
     pids = []
     with Decoder(recycle=2) as decoder:
         for kind in ("mp4", "mkv", "avi", "mov", "ts"):
-            for _ in range(2):  # the same film again is no new one
+            for _ in range(2):  # a repeated film does not count
                 assert sum(1 for _ in decoder.frames(films[kind])) == decoder.probe(films[kind]).num_frames
-            pids.append(child_of(decoder))
+            pids.append(child_pid(decoder))
     assert [len(list(group)) for _, group in itertools.groupby(pids)] == [2, 2, 1]
     assert not any(map(is_running, pids))
 
 
-def test_nothing_is_left(films: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of fifty films, some left early, some bad: no descriptor, no process, no file."""
+def test_no_descriptors_processes_or_files_are_leaked(
+    films: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decodes fifty films, closing some early, and probes a missing one each time."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     before = children(), sorted(os.listdir("/proc/self/fd"))
     with Decoder(recycle=30) as decoder:
@@ -413,10 +421,10 @@ def test_nothing_is_left(films: dict[str, Path], tmp_path: Path, monkeypatch: py
     assert not list(tmp_path.iterdir())
 
 
-def test_a_decoder_that_nobody_closes(films: dict[str, Path]) -> None:
+def test_deleted_decoder_ends_its_child(films: dict[str, Path]) -> None:
     decoder = Decoder()
     decoder.probe(films["mp4"])
-    pid = child_of(decoder)
+    pid = child_pid(decoder)
     del decoder
     assert not is_running(pid)
 
@@ -445,8 +453,8 @@ time.sleep(600)
 
 
 @pytest.mark.parametrize("started_by", ["main", "thread"])
-def test_the_child_ends_with_its_parent(started_by: str, long_film: Path, tmp_path: Path) -> None:
-    """Killed in the middle of a film. The end of the thread that started the child is not the end of the parent."""
+def test_child_ends_with_its_parent(started_by: str, long_film: Path, tmp_path: Path) -> None:
+    """The parent is killed while decoding. The child outlives the thread that started it, but not the parent."""
     command = [sys.executable, "-c", ORPHAN, str(long_film), started_by]
     root = Path(__file__).resolve().parent.parent.parent
     with subprocess.Popen(
@@ -484,7 +492,7 @@ assert decoder._process.pid == pid
 """
 
 
-def test_a_fork_takes_a_child_of_its_own(films: dict[str, Path], tmp_path: Path) -> None:
+def test_forked_process_starts_its_own_child(films: dict[str, Path], tmp_path: Path) -> None:
     root = Path(__file__).resolve().parent.parent.parent
     environment = os.environ | {"PYTHONPATH": str(root)}
     command = [sys.executable, "-c", FORKED, str(films["mp4"])]
@@ -492,7 +500,7 @@ def test_a_fork_takes_a_child_of_its_own(films: dict[str, Path], tmp_path: Path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_answers_are_not_believed(films: dict[str, Path]) -> None:
+def test_invalid_child_answers_are_rejected(films: dict[str, Path]) -> None:
     info = probe(films["mp4"])
     sent = MediaAnswer.of(1, info).model_dump_json()
     received = TO_PARENT.validate_json(sent)
@@ -552,16 +560,16 @@ while packet := end.recv(1 << 17):
         {"kind": "block", "slot": 0, "num_bytes": 1 << 40},
         {"kind": "block", "slot": 0, "num_bytes": 100},
         {"kind": "block", "slot": None, "num_bytes": []},
-        {"kind": "block", "slot": 0, "num_bytes": 128 * 96 * 3},  # of the right size, but without end
+        {"kind": "block", "slot": 0, "num_bytes": 128 * 96 * 3},  # of the right size, but endless
         {"kind": "file_size", "num_bytes": -1},
         {"nothing": "known"},
     ],
 )
-def test_a_child_that_lies(
+def test_invalid_child_messages_are_reported_as_a_decoder_crash(
     lie: dict[str, object], films: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What took it over can do no more than lose the film."""
-    pretend(MediaAnswer.of(1, probe(films["mp4"])), lie, tmp_path / "liar", monkeypatch)
+    """Code that took over the child can only make decoding of this film fail."""
+    install_fake_child(MediaAnswer.of(1, probe(films["mp4"])), lie, tmp_path / "liar", monkeypatch)
     with Decoder(Limits(max_duration_s=1, stall_s=20)) as decoder:
         for call in (decoder.frames, lambda path: iter([decoder.sound(path)])):
             with pytest.raises(MediaError, match="sent an invalid answer") as caught:
@@ -569,8 +577,8 @@ def test_a_child_that_lies(
             assert caught.value.reason == "decoder_crashed"
 
 
-def pretend(answer: MediaAnswer, lie: object, liar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """New children are a program that gives this answer to `probe` and repeats the lie after any other request."""
+def install_fake_child(answer: MediaAnswer, lie: object, liar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replaces new children by a program that sends `answer` to `probe` and repeats `lie` after any other request."""
     text = LIAR.format(python=sys.executable, info=answer.model_dump_json(), lie=json.dumps(lie))
     liar.write_text(text)
     liar.chmod(0o700)
@@ -578,11 +586,11 @@ def pretend(answer: MediaAnswer, lie: object, liar: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("changed", [{"width": 0}, {"width": 10_000}, {"audio_sample_rate_hz": 1 << 30}])
-def test_a_child_that_claims_what_the_limits_forbid(
+def test_probe_answer_beyond_the_limits_is_invalid(
     changed: dict[str, object], films: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answer = MediaAnswer.of(1, probe(films["mp4"])).model_copy(update=changed)
-    pretend(answer, {"kind": "end"}, tmp_path / "liar", monkeypatch)
+    install_fake_child(answer, {"kind": "end"}, tmp_path / "liar", monkeypatch)
     invalid = pytest.raises(MediaError, match="sent an invalid answer")
     with Decoder(Limits(max_pixels=400_000, stall_s=20)) as decoder, invalid:
         next(decoder.frames(films["mp4"]))
@@ -590,8 +598,8 @@ def test_a_child_that_claims_what_the_limits_forbid(
         decoder.probe(films["mp4"])
 
 
-def test_mutated_films(films: dict[str, Path], tmp_path: Path) -> None:
-    """Pictures and sound, or an error of one line that names the file; and the next film is decoded as ever."""
+def test_mutated_films_are_decoded_or_give_a_one_line_error(films: dict[str, Path], tmp_path: Path) -> None:
+    """The error names the file, and the next film is decoded normally."""
     outcomes, texts = [], []
     before = children(), len(os.listdir("/proc/self/fd"))
     with Decoder() as decoder:
@@ -618,7 +626,7 @@ def test_mutated_films(films: dict[str, Path], tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_soak_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_soak_benchmark_resumes_where_it_stopped(tmp_path: Path) -> None:
     root = Path(__file__).resolve().parent.parent.parent
     work, out = tmp_path / "work.jsonl", tmp_path / "folder" / "out.json"
     command = [sys.executable, str(root / "benchmarks" / "mutated_media.py"), "--work", str(work), "--out", str(out)]
@@ -641,8 +649,10 @@ def test_the_soak_goes_on_where_it_was(tmp_path: Path) -> None:
 
 @pytest.mark.cluster
 @pytest.mark.slow
-def test_in_a_ray_actor(ray_of_two: Any, films: dict[str, Path]) -> None:
-    ray = ray_of_two
+def test_decoder_works_in_a_ray_actor_and_its_child_ends_with_it(
+    ray_with_two_cpus: Any, films: dict[str, Path]
+) -> None:
+    ray = ray_with_two_cpus
 
     class Actor:
         def decode(self, path: Path) -> tuple[int, int, int]:

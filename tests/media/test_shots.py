@@ -1,4 +1,4 @@
-"""Shots: cuts to the frame, however short the shots; flashes, pans and gestures are none; only what is near counts."""
+"""Shots: cuts are found to the frame, even between short shots; flashes and pans are not cuts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Scenes = list[list[Picture]]
 
 @pytest.fixture(scope="module")
 def scenes() -> Scenes:
-    """Twenty-six frames each of six rooms; in every other one the talker is the same person."""
+    """26 frames of each of six rooms; the rooms of odd number have the same talker."""
     return [list(pictures([Shot(seed, 26, 7 if seed % 2 else None)], WIDTH, HEIGHT)) for seed in range(6)]
 
 
@@ -62,26 +62,26 @@ def lit(frame: Picture, gain: float) -> Picture:
     begins=st.integers(0, 5),
     step=st.sampled_from([1, 2]),
 )
-def test_every_cut_is_found_to_the_frame_and_nothing_else(
+def test_every_cut_is_found_to_the_frame_without_false_cuts(
     scenes: Scenes, lengths: list[int], begins: int, step: int
 ) -> None:
-    """Also of two frames from the film's start and end, and (step 2) between scenes of the same person."""
+    """Includes shots of two frames at the film's start and end. With step 2, only every other scene is used."""
     film = [scenes[step * k % 6][begins : begins + length] for k, length in enumerate(lengths)]
     assert cuts_of(itertools.chain(*film)) == list(itertools.accumulate(lengths[:-1]))
 
 
-def test_a_run_of_the_shortest_shots(scenes: Scenes) -> None:
+def test_consecutive_shots_of_two_frames_are_found(scenes: Scenes) -> None:
     film = [scenes[k % 6][k : k + 2] for k in range(20)]
     assert cuts_of(itertools.chain(*film)) == list(range(2, 40, 2))
 
 
-def test_one_mixed_picture_makes_no_second_cut(two_scenes: tuple[list[Picture], list[Picture]]) -> None:
+def test_one_blended_frame_makes_no_second_cut(two_scenes: tuple[list[Picture], list[Picture]]) -> None:
     a, b = two_scenes
     for share in (0.3, 0.5, 0.7):
         assert cuts_of([*a[:15], mixed(a[15], b[0], share), *b]) in ([15], [16])
 
 
-def test_an_encoded_film_is_cut_where_its_pictures_are(scenes: Scenes, tmp_path: Path) -> None:
+def test_cuts_of_an_encoded_film_are_exact(scenes: Scenes, tmp_path: Path) -> None:
     with media.VideoWriter(tmp_path / "film.mp4", WIDTH, HEIGHT) as film:
         for scene, length in ((1, 9), (2, 2), (3, 12), (5, 10), (0, 2)):
             for frame in scenes[scene][:length]:
@@ -89,33 +89,33 @@ def test_an_encoded_film_is_cut_where_its_pictures_are(scenes: Scenes, tmp_path:
     assert cuts_of(media.read_frames(tmp_path / "film.mp4")) == [9, 11, 23, 33]
 
 
-# What is no cut
+# Changes that are not cuts
 
 
 @pytest.mark.parametrize("gain", [0.4, 0.7, 1.0])
 @pytest.mark.parametrize("shape", [(1.0,), (1.0, 1.0), (1.0,) * 4, (1.0, 0.6, 0.35, 0.2, 0.1)])
-def test_a_flash_is_no_cut(two_scenes: tuple[list[Picture], list[Picture]], gain: float, shape: tuple) -> None:
+def test_flash_is_not_a_cut(two_scenes: tuple[list[Picture], list[Picture]], gain: float, shape: tuple) -> None:
     frames = list(two_scenes[0])
     for step, part in enumerate(shape, start=15):
         frames[step] = lit(frames[step], gain * part)
     assert cuts_of(frames) == []
 
 
-def test_a_black_moment_and_an_odd_frame_are_no_cuts(two_scenes: tuple[list[Picture], list[Picture]]) -> None:
+def test_short_black_and_a_single_foreign_frame_are_not_cuts(two_scenes: tuple[list[Picture], list[Picture]]) -> None:
     a, b = two_scenes
     for length in (1, 2, 3):
         assert cuts_of([*a[:15], *[np.zeros_like(a[0])] * length, *a[15:]]) == []
     assert cuts_of([*a[:15], b[0], *a[16:]]) == []
 
 
-def test_another_scene_is_no_flash_however_short(two_scenes: tuple[list[Picture], list[Picture]]) -> None:
+def test_short_scenes_are_not_mistaken_for_flashes(two_scenes: tuple[list[Picture], list[Picture]]) -> None:
     a, b = two_scenes
     for length in (2, 3, 4):
         assert cuts_of([*a[:15], *b[:length], *a[15:]]) == [15, 15 + length]
 
 
-def test_pans_are_no_cuts(two_scenes: tuple[list[Picture], list[Picture]]) -> None:
-    """Steady ones of up to a fifth of the picture a frame, and whips from rest to rest with the blur of the motion."""
+def test_pans_are_not_cuts(two_scenes: tuple[list[Picture], list[Picture]]) -> None:
+    """Steady pans of up to a fifth of the width per frame, and whip pans with motion blur."""
     wide = np.concatenate([cv2.resize(scene[0], None, fx=6, fy=6) for scene in two_scenes], axis=1)
     width, height = 512, 384
 
@@ -136,7 +136,7 @@ def test_pans_are_no_cuts(two_scenes: tuple[list[Picture], list[Picture]]) -> No
 # Gradual changes
 
 
-def test_the_middle_of_a_dissolve_begins_the_next_shot(two_scenes: tuple[list[Picture], list[Picture]]) -> None:
+def test_short_dissolve_is_cut_at_its_middle(two_scenes: tuple[list[Picture], list[Picture]]) -> None:
     a, b = two_scenes
     for length in (3, 5, 8):
         middle = [mixed(a[12 + i], b[i], (i + 1) / (length + 1)) for i in range(length)]
@@ -144,7 +144,7 @@ def test_the_middle_of_a_dissolve_begins_the_next_shot(two_scenes: tuple[list[Pi
         assert abs(cut - (12 + (length - 1) / 2)) <= 1
 
 
-def test_a_long_dissolve_holds_no_stretch_that_could_be_a_shot(two_scenes: tuple[list[Picture], list[Picture]]) -> None:
+def test_long_dissolve_contains_no_stretch_as_long_as_a_clip(two_scenes: tuple[list[Picture], list[Picture]]) -> None:
     a, b = two_scenes
     for length in (12, 20):
         middle = [mixed(a[6 + i], b[i], (i + 1) / (length + 1)) for i in range(length)]
@@ -165,8 +165,8 @@ def test_a_fade_through_black_ends_a_shot(two_scenes: tuple[list[Picture], list[
 # Streams
 
 
-def test_a_frame_is_judged_by_its_context_alone(scenes: Scenes) -> None:
-    """A reel with its context has the cuts that the film has there, wherever it begins."""
+def test_cuts_depend_only_on_nearby_frames(scenes: Scenes) -> None:
+    """A part of a film, with its context, has the same cuts as in the whole film, wherever it starts."""
     a, b = scenes[1], scenes[3]
     dissolve = [mixed(a[16 + i], b[i], (i + 1) / 11) for i in range(10)]
     film = [*a[:16], *dissolve, *b[10:16], *scenes[4][:2], *scenes[5][:3], *scenes[2][:12], lit(a[0], 0.8), *a[:14]]
@@ -179,7 +179,7 @@ def test_a_frame_is_judged_by_its_context_alone(scenes: Scenes) -> None:
         assert [cut for cut in here if start < cut < stop] == [cut for cut in whole if start < cut < stop]
 
 
-def test_memory_is_the_same_however_long_the_film(scenes: Scenes) -> None:
+def test_memory_does_not_grow_with_film_length(scenes: Scenes) -> None:
     frames = [*scenes[0][:10], *scenes[2][:10]]
 
     def peak(count: int) -> int:
@@ -191,11 +191,11 @@ def test_memory_is_the_same_however_long_the_film(scenes: Scenes) -> None:
         tracemalloc.stop()
         return high
 
-    peak(20)  # what is allocated once
+    peak(20)  # one-time allocations
     assert peak(400) < 1.05 * peak(40)
 
 
-def test_films_too_short_to_have_a_cut(scenes: Scenes) -> None:
+def test_films_of_zero_to_two_frames_have_no_cut(scenes: Scenes) -> None:
     assert CutFinder().finish() == []
     frame = scenes[0][0]
     assert cuts_of([frame]) == cuts_of([frame, frame]) == []
@@ -210,7 +210,7 @@ def test_films_too_short_to_have_a_cut(scenes: Scenes) -> None:
         ("hard_cut.mp4", [73]),
         ("face_gap.mp4", [50, 100]),
         ("two_person_turns.mp4", []),
-        ("no_audio.mp4", []),  # walks about, camera in hand
+        ("no_audio.mp4", []),  # handheld camera, walking
         ("moviepy_chaplin.mp4", []),  # grain and flicker
         ("vfr.mp4", []),  # repeated frames
         ("short_hamilton_clip.mp4", [38, 90, 198]),

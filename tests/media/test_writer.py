@@ -1,4 +1,4 @@
-"""Films written and read back: exact counts, both starts at zero, colours, marks, and no half-written file."""
+"""Films written and read back: exact frame counts, start times of zero, colours, metadata, no partial files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def write(path: Path, pictures: np.ndarray, **options) -> None:
 
 
 def packets(path: Path, kind: str) -> list[tuple[Fraction, Fraction]]:
-    """(time, duration) of what is shown, as any other program sees it."""
+    """(time, duration) of each packet that is not discarded, read with PyAV."""
     with av.open(str(path)) as container:
         stream = container.streams.get({kind: 0})[0]
         return [
@@ -43,7 +43,7 @@ def packets(path: Path, kind: str) -> list[tuple[Fraction, Fraction]]:
 
 @pytest.mark.parametrize("count", [1, 2, 7, 60])
 @pytest.mark.parametrize("lossless", [False, True])
-def test_every_picture_lies_on_its_25th_of_a_second(tmp_path: Path, count: int, lossless: bool):
+def test_frames_have_exact_timestamps_at_25_fps(tmp_path: Path, count: int, lossless: bool):
     film = tmp_path / "film.mp4"
     write(film, noise(count), audio_from=np.zeros(count * 640, np.float32), lossless=lossless)
     assert packets(film, "video") == [(Fraction(k, 25), Fraction(1, 25)) for k in range(count)]
@@ -55,7 +55,7 @@ def test_every_picture_lies_on_its_25th_of_a_second(tmp_path: Path, count: int, 
 
 
 @pytest.mark.parametrize(("width", "height"), [(48, 32), (49, 33), (16, 17)])
-def test_lossless_films_come_back_bit_for_bit(tmp_path: Path, width: int, height: int):
+def test_lossless_films_round_trip_bit_for_bit(tmp_path: Path, width: int, height: int):
     film = tmp_path / "film.mp4"
     pictures = noise(9, width, height)
     write(film, pictures, lossless=True)
@@ -64,7 +64,7 @@ def test_lossless_films_come_back_bit_for_bit(tmp_path: Path, width: int, height
 
 @pytest.mark.parametrize(("width", "height"), [(128, 96), (127, 95)])
 def test_colours_are_not_shifted(tmp_path: Path, width: int, height: int):
-    """Smooth pictures of every hue come back without a bias: nothing drifts from generation to generation."""
+    """Smooth pictures of many hues are read back without a colour bias, which would add up over generations."""
     film = tmp_path / "film.mp4"
     y, x = np.mgrid[0:height, 0:width] / max(width, height)
     pictures = np.stack([np.stack([40 + 150 * x, 30 + 20 * k + 80 * y, 220 - 90 * (x + y)], axis=-1) for k in range(6)])
@@ -81,8 +81,8 @@ def test_colours_are_not_shifted(tmp_path: Path, width: int, height: int):
 
 
 @pytest.mark.parametrize("rate_hz", [16000, 44100, 48000, 11025])
-def test_the_sound_is_the_driving_sound_in_its_place(tmp_path: Path, rate_hz: int):
-    """The file's own rate and both channels, clicks within a millisecond, cut or padded to the pictures."""
+def test_audio_keeps_its_rate_channels_and_timing(tmp_path: Path, rate_hz: int):
+    """Clicks stay within a millisecond; the audio is cut or padded to the length of the pictures."""
     wav, film = tmp_path / "sound.wav", tmp_path / "film.mp4"
     sound = np.zeros((int(1.5 * rate_hz), 2))
     for click_s in (0.25, 0.9, 1.3):
@@ -105,20 +105,20 @@ def test_the_sound_is_the_driving_sound_in_its_place(tmp_path: Path, rate_hz: in
                     assert heard_s == pytest.approx(click_s, abs=1e-3)
 
 
-def test_an_array_an_odd_rate_and_an_offset_film_as_sound(tmp_path: Path):
+def test_audio_from_an_array_and_from_a_wav_with_a_rate_unsupported_by_aac(tmp_path: Path):
     film, wav = tmp_path / "film.mp4", tmp_path / "odd.wav"
     tone = 0.5 * np.sin(np.arange(16000) * 0.3)
     write(film, noise(25), audio_from=tone)
     with open_audio(film) as track:
         assert np.corrcoef(track.samples[1000:15000], tone[1000:15000])[0, 1] > 0.999
-    with wave.open(str(wav), "wb") as file:  # a rate that AAC does not know
+    with wave.open(str(wav), "wb") as file:  # a rate that AAC does not support
         file.setparams((1, 2, 20000, 0, "NONE", ""))
         file.writeframes((np.sin(np.arange(20000) * 0.24) * 16000).astype("<i2").tobytes())
     write(film, noise(25), audio_from=wav)
     assert (probe(film).audio_sample_rate_hz, probe(film).audio_channels) == (16000, 1)
 
 
-def test_marks_are_read_back(tmp_path: Path):
+def test_metadata_marks_are_read_back(tmp_path: Path):
     film = tmp_path / "film.mp4"
     write(film, noise(3), metadata={**mark_generated(seed="17"), "title": "Zwei Köpfe"})
     tags = read_metadata(film)
@@ -133,7 +133,7 @@ def files(folder: Path) -> list[str]:
     return sorted(os.listdir(folder))
 
 
-def test_nothing_is_left_of_a_film_that_failed(tmp_path: Path):
+def test_failed_write_leaves_no_partial_file_and_keeps_the_old_film(tmp_path: Path):
     film = tmp_path / "film.mp4"
     film.write_bytes(b"what was there before")
 
@@ -141,7 +141,7 @@ def test_nothing_is_left_of_a_film_that_failed(tmp_path: Path):
         with VideoWriter(film, 48, 32) as writer:
             for picture in noise(30):
                 writer.write(picture)
-            assert len(files(tmp_path)) == 2, "it grows beside its place"
+            assert len(files(tmp_path)) == 2, "the film must grow in a temporary file beside its target"
             raise RuntimeError("stop")
 
     with pytest.raises(RuntimeError, match="stop"):
@@ -160,7 +160,7 @@ def test_nothing_is_left_of_a_film_that_failed(tmp_path: Path):
     assert probe(film).num_frames == 2
 
 
-def test_places_that_cannot_be_written_to(tmp_path: Path):
+def test_unwritable_targets_are_refused(tmp_path: Path):
     (tmp_path / "file").touch()
     (tmp_path / "folder.mp4").mkdir()
     for target in (tmp_path / "none" / "film.mp4", tmp_path / "file" / "film.mp4", tmp_path / "folder.mp4"):
@@ -176,8 +176,8 @@ def test_places_that_cannot_be_written_to(tmp_path: Path):
     assert files(tmp_path) == ["file", "folder.mp4"]
 
 
-def test_a_full_disk_leaves_one_line_and_no_file(tmp_path: Path):
-    """A limit on the size of files stands in for the disk: the same failure of the same call."""
+def test_full_disk_gives_a_one_line_error_and_no_file(tmp_path: Path):
+    """A limit on the file size simulates a full disk: the same call fails."""
     script = """
 import resource, signal, sys
 import numpy as np
@@ -200,7 +200,7 @@ except TccpError as error:
     assert files(tmp_path) == []
 
 
-def test_memory_does_not_follow_the_length(tmp_path: Path):
+def test_memory_does_not_grow_with_film_length(tmp_path: Path):
     script = """
 import resource, sys
 import numpy as np

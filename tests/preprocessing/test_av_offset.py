@@ -1,4 +1,4 @@
-"""The a/v offset of a track: planted ones are found, and nothing is ever wrong and sure."""
+"""The a/v offset of a track: known offsets are found, and no wrong offset is marked sure."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ Film = tuple[Landmarks, Int16[np.ndarray, " n"]]
 
 
 @cache
-def drawn(seed: int, seconds: int = 12) -> Film:
-    """Landmarks with a detector's noise, and sound."""
+def synthetic_film(seed: int, seconds: int = 12) -> Film:
+    """Synthetic landmarks with detector-like noise, and audio."""
     clip = synthesise(seed, seconds)
     eyes_px = np.linalg.norm(clip.landmarks_px[:, 45] - clip.landmarks_px[:, 36], axis=1).mean()
     noise = np.random.default_rng(seed).normal(0, 0.02 * eyes_px, clip.landmarks_px.shape)
@@ -45,8 +45,8 @@ def whole(track: Track) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize(("seed", "late"), [(1, 0), (2, 5), (3, -5), (4, 8), (1, -8), (2, 14)])
-def test_planted_offset_is_found(seed: int, late: int) -> None:
-    landmarks, pcm = drawn(seed)
+def test_known_offset_is_found(seed: int, late: int) -> None:
+    landmarks, pcm = synthetic_film(seed)
     track = track_of(landmarks, 1000)
     found = av_offset(track, FilmSound(pcm, 1000 + late), whole(track))
     assert found.sure
@@ -54,40 +54,40 @@ def test_planted_offset_is_found(seed: int, late: int) -> None:
 
 
 @pytest.mark.parametrize("away", [30, -60])
-def test_sound_that_is_further_off_than_any_offset_is_not_sure(away: int) -> None:
-    landmarks, pcm = drawn(1)
+def test_offset_beyond_the_search_range_is_not_sure(away: int) -> None:
+    landmarks, pcm = synthetic_film(1)
     assert not av_offset(track_of(landmarks), FilmSound(pcm, away), [(0, len(landmarks))]).sure
 
 
-def test_peak_at_the_last_offset_is_not_sure() -> None:
-    landmarks, pcm = drawn(1)
+def test_peak_at_the_edge_of_the_search_range_is_not_sure() -> None:
+    landmarks, pcm = synthetic_film(1)
     found = av_offset(track_of(landmarks), FilmSound(pcm, 15), [(0, len(landmarks))])
     assert found.frames == 15
     assert not found.sure
 
 
 @pytest.mark.parametrize("seed", range(1, 5))
-def test_sound_of_somebody_else_is_never_sure(seed: int) -> None:
-    landmarks, _ = drawn(seed)
+def test_audio_of_another_person_is_never_sure(seed: int) -> None:
+    landmarks, _ = synthetic_film(seed)
     for other in range(1, 5):
         if other != seed:
-            found = av_offset(track_of(landmarks), FilmSound(drawn(other)[1], 0), [(0, len(landmarks))])
+            found = av_offset(track_of(landmarks), FilmSound(synthetic_film(other)[1], 0), [(0, len(landmarks))])
             assert not found.sure
             assert correction_frames(found) == 0
             assert 0 < found.confidence < sync.SURE_PEAK
 
 
-def test_short_tracks_are_never_sure_but_guessed() -> None:
-    landmarks, pcm = drawn(2)
+def test_short_tracks_give_a_guess_that_is_not_sure() -> None:
+    landmarks, pcm = synthetic_film(2)
     found = av_offset(track_of(landmarks[:124]), FilmSound(pcm, 4), [(0, 124)])
     assert found.frames == 4
     assert found.confidence > 3
     assert not found.sure
 
 
-def test_only_frames_in_which_the_person_talks_count() -> None:
-    landmarks, pcm = drawn(3, 20)
-    other = drawn(4, 20)[1]
+def test_only_speaking_frames_count() -> None:
+    landmarks, pcm = synthetic_film(3, 20)
+    other = synthetic_film(4, 20)[1]
     half = len(landmarks) // 2
     mixed = np.concatenate([pcm[: half * SAMPLES_PER_FRAME], other[half * SAMPLES_PER_FRAME :]])
     track, sound = track_of(landmarks), FilmSound(mixed, -3)
@@ -99,7 +99,7 @@ def test_only_frames_in_which_the_person_talks_count() -> None:
 
 
 def test_frames_without_a_face_do_not_count() -> None:
-    landmarks, pcm = drawn(4)
+    landmarks, pcm = synthetic_film(4)
     track = track_of(landmarks.copy())
     track.confidence[100:140] = 0
     track.landmarks[100:140] = landmarks[100]  # bridged
@@ -107,12 +107,12 @@ def test_frames_without_a_face_do_not_count() -> None:
     found = av_offset(track, FilmSound(pcm, 2), whole(track))
     assert found.sure
     assert found.frames == 2
-    track.landmarks[100:140] = 0  # whatever is there
+    track.landmarks[100:140] = 0  # values in frames without a face are ignored
     assert av_offset(track, FilmSound(pcm, 2), whole(track)).frames == 2
 
 
-def test_neither_level_nor_size_matters() -> None:
-    landmarks, pcm = drawn(2)
+def test_offset_does_not_depend_on_audio_level_or_face_size() -> None:
+    landmarks, pcm = synthetic_film(2)
     usual = av_offset(track_of(landmarks), FilmSound(pcm, -2), [(0, len(landmarks))])
     quiet = av_offset(track_of(landmarks * 4 + 300), FilmSound(pcm // 8, -2), [(0, len(landmarks))])
     assert quiet.sure and usual.sure
@@ -120,8 +120,8 @@ def test_neither_level_nor_size_matters() -> None:
     assert quiet.confidence == pytest.approx(usual.confidence, rel=0.1)
 
 
-def test_sound_that_ends_early_is_no_silence() -> None:
-    landmarks, pcm = drawn(1)
+def test_missing_audio_does_not_count_as_silence() -> None:
+    landmarks, pcm = synthetic_film(1)
     short = FilmSound(pcm[: 200 * SAMPLES_PER_FRAME], 3)
     found = av_offset(track_of(landmarks), short, [(0, len(landmarks))])
     without_the_rest = av_offset(track_of(landmarks[:203]), short, [(0, 203)])
@@ -129,8 +129,8 @@ def test_sound_that_ends_early_is_no_silence() -> None:
     assert found.confidence == pytest.approx(without_the_rest.confidence, rel=0.05)
 
 
-def test_where_there_is_nothing_to_compare() -> None:
-    landmarks, pcm = drawn(1)
+def test_missing_signals_give_an_unknown_offset() -> None:
+    landmarks, pcm = synthetic_film(1)
     track, sound = track_of(landmarks), FilmSound(pcm, 0)
     assert av_offset(track, sound, []) == NOT_KNOWN
     assert av_offset(track, sound, [(0, 20)]) == NOT_KNOWN
@@ -142,20 +142,20 @@ def test_where_there_is_nothing_to_compare() -> None:
     assert not still.sure
 
 
-def test_correction_is_made_only_where_it_is_sure() -> None:
+def test_only_sure_offsets_are_corrected() -> None:
     assert correction_frames(Offset(4, 6.0, True)) == 4
     assert correction_frames(Offset(-4, 6.0, False)) == 0
     assert correction_frames(NOT_KNOWN) == 0
 
 
 @pytest.mark.parametrize(("lips", "sound"), [(0.0, 0.0), (0.6, 0.6), (0.8, -0.3), (0.9, 0.5)])
-def test_chance_is_the_deviation_of_unrelated_signals(lips: float, sound: float) -> None:
-    """First-order autoregressions of known memory, thousands of pairs."""
+def test_chance_level_is_the_deviation_for_unrelated_signals(lips: float, sound: float) -> None:
+    """1000 pairs of independent first-order autoregressive signals."""
     rng = np.random.default_rng(0)
     heights = []
     for _ in range(1000):
         moving, heard = (lfilter([1], [1, -memory], rng.normal(size=350))[100:] for memory in (lips, sound))
-        # Private on purpose: the unit of every threshold, and seen from outside only through them.
+        # Private functions: every threshold is in this unit, which the public functions do not return.
         heights.append(sync._correlations(moving, heard[None])[0] / sync._chance(moving, heard))
     assert 0.9 < np.std(heights) < 1.12
     assert abs(np.mean(heights)) < 0.1
@@ -170,21 +170,21 @@ def chips(brightness: Iterable[float], start_frame: int) -> dict[int, bytes]:
 
 
 @pytest.mark.slow
-def test_syncnet_sees_the_pictures_of_the_talk() -> None:
-    network, told, late = brightness_reader(), story(1, 100), 4
+def test_syncnet_finds_the_offset_from_face_chips() -> None:
+    network, signal, late = brightness_reader(), story(1, 100), 4
     landmarks, start = np.full((70, 68, 2), np.nan, np.float32), 500
     seen = Track(
-        0, 0, start, np.zeros((70, 4), np.float32), landmarks, np.ones(70, np.float32), chips(told[10:80], start)
+        0, 0, start, np.zeros((70, 4), np.float32), landmarks, np.ones(70, np.float32), chips(signal[10:80], start)
     )
-    sound = FilmSound(hiss(told), start - 10 + late)  # what is seen in `start` is heard `late` frames later
+    sound = FilmSound(hiss(signal), start - 10 + late)  # the audio of frame `start` comes `late` frames later
     found = av_offset(seen, sound, [(start + 8, start + 60)], network)
     assert found.frames == late
-    assert 0 < found.confidence < sync.SURE_SYNCNET  # a story told by one number
+    assert 0 < found.confidence < sync.SURE_SYNCNET  # low, since the signal has one dimension
     assert not found.sure
 
 
-def test_syncnet_needs_stretches_of_pictures() -> None:
-    landmarks, pcm = drawn(2)
+def test_lips_give_the_offset_when_chips_are_not_consecutive() -> None:
+    landmarks, pcm = synthetic_film(2)
     track = track_of(landmarks)
     every_fifth = Track(0, 0, 0, track.box, landmarks, track.confidence, chips([15], 0) | chips([15], 5))
     by_lips = av_offset(track, FilmSound(pcm, 3), whole(track))
@@ -192,7 +192,7 @@ def test_syncnet_needs_stretches_of_pictures() -> None:
     assert by_lips.frames == 3
 
 
-# ---- real films
+# ---- real film
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +214,7 @@ def offset_of(film: Film) -> Offset:
     return av_offset(track_of(landmarks), FilmSound(pcm, 0), [(0, len(landmarks))])
 
 
-def test_shifted_grid_clips(real: Callable[[str], Film]) -> None:
+def test_shifted_grid_clips_give_right_offsets_that_are_not_sure(real: Callable[[str], Film]) -> None:
     guesses = {
         shift: offset_of(real(f"sync_grid_{name}.mp4"))
         for shift, name in ((0, "0"), (5, "audio_late_200ms"), (-5, "audio_early_200ms"))
@@ -223,7 +223,7 @@ def test_shifted_grid_clips(real: Callable[[str], Film]) -> None:
     assert not any(found.sure for found in guesses.values())  # three seconds
 
 
-def test_grid_clips_in_a_row_are_sure_and_in_step(real: Callable[[str], Film]) -> None:
+def test_concatenated_grid_clips_give_a_sure_offset_of_zero(real: Callable[[str], Film]) -> None:
     films = [real(f"grid_{name}.mpg") for name in ("bbaf2n", "brbk7n", "lwbsza")]
     sounds = [np.resize(np.pad(pcm, (0, SAMPLES_PER_FRAME)), 75 * SAMPLES_PER_FRAME) for _, pcm in films]
     landmarks = np.concatenate([points for points, _ in films])
@@ -234,8 +234,8 @@ def test_grid_clips_in_a_row_are_sure_and_in_step(real: Callable[[str], Film]) -
 
 
 @pytest.mark.slow
-def test_latentsync_clips(real: Callable[[str], Film]) -> None:
-    """The second one's sound is its own; the first one's belongs to its lips at no lag up to 2.4 s."""
+def test_only_the_latentsync_clip_with_its_own_audio_is_sure(real: Callable[[str], Film]) -> None:
+    """The second clip has its own audio; the first clip's audio matches its lips at no lag up to 2.4 s."""
     in_step = offset_of(real("latentsync_demo2.mp4"))
     assert in_step.sure
     assert in_step.frames == 0

@@ -1,4 +1,4 @@
-"""Estimates from a sample: exact where all is known, honest where little is, the same every time."""
+"""Cost estimates from a sample: exact for measured films, wide ranges for small samples, deterministic."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tccp.errors import TccpError
 
 
 def film(name: str, film_s: float, rate: float = 1.0, bytes_per_s: int = 1000) -> SampleResult:
-    """A film of which half becomes clips; it takes 2 `rate` CPU seconds and 1.5 `rate` wall seconds per second."""
+    """A film with half its length in clips; each second costs 2 `rate` CPU seconds and 1.5 `rate` wall seconds."""
     return SampleResult(
         source=name,
         file_bytes=round(film_s * bytes_per_s),
@@ -37,7 +37,7 @@ def bounds(value: Range) -> list[float]:
 
 
 def population(count: int, seed: int) -> list[SampleResult]:
-    """Films whose lengths, bit rates and costs differ as those of a mixed collection do."""
+    """Films with the spread of lengths, bit rates and costs of a mixed collection."""
     rng = np.random.default_rng(seed)
     return [
         film(str(i), float(np.exp(rng.normal(5, 1))), float(np.exp(rng.normal(0, 0.5))), int(rng.integers(500, 4000)))
@@ -45,7 +45,7 @@ def population(count: int, seed: int) -> list[SampleResult]:
     ]
 
 
-def test_films_that_are_alike_are_simply_multiplied() -> None:
+def test_uniform_films_scale_linearly() -> None:
     films = [film(f"{i}.mp4", 60.0 * (1 + i % 3)) for i in range(60)]  # two hours of film
     result = estimate(films[:9], listed(films), workers=4, price_per_cpu_hour=0.5)
     assert result.film_h.estimate == pytest.approx(2)
@@ -61,7 +61,7 @@ def test_films_that_are_alike_are_simply_multiplied() -> None:
     assert (result.sampled, result.sources, result.notes) == (9, 60, [])
 
 
-def test_all_that_was_measured_is_exact() -> None:
+def test_fully_measured_collection_has_zero_width_ranges() -> None:
     films = population(5, seed=0)
     result = estimate(films, listed(films), workers=1)
     total = sum(item.film_s for item in films) / 3600
@@ -69,7 +69,7 @@ def test_all_that_was_measured_is_exact() -> None:
     assert result.cpu_h.low == result.cpu_h.estimate == result.cpu_h.high and result.cost is None
 
 
-def test_lengths_that_are_known_are_not_guessed_from_bytes() -> None:
+def test_known_lengths_are_used_instead_of_file_sizes() -> None:
     films = [film("a", 60.0, bytes_per_s=10), film("b", 60.0, bytes_per_s=1000), film("c", 600.0, bytes_per_s=1)]
     known = estimate(films[:2], listed(films, probed=True), workers=1).film_h
     assert bounds(known) == pytest.approx([0.2] * 3)
@@ -78,7 +78,7 @@ def test_lengths_that_are_known_are_not_guessed_from_bytes() -> None:
     assert low < middle < high
 
 
-def test_ranges_hold_the_truth_about_as_often_as_they_say() -> None:
+def test_ranges_contain_the_truth_at_about_the_stated_rate() -> None:
     films = population(200, seed=1)
     listing = listed(films)
     truth = sum(sum(item.cpu_s.values()) for item in films) / 3600
@@ -91,32 +91,32 @@ def test_ranges_hold_the_truth_about_as_often_as_they_say() -> None:
             held.append(low <= truth <= high)
             widths.append(high / middle - 1)
         assert 0.65 < np.mean(held) < 0.95, count
-        assert np.median(widths) < (4 if count == 3 else 0.8)  # and they are of use
+        assert np.median(widths) < (4 if count == 3 else 0.8)  # narrow enough to be useful
 
 
-def test_a_tiny_sample_does_not_pretend() -> None:
+def test_tiny_samples_give_a_note_and_open_or_wide_ranges() -> None:
     films = population(50, seed=2)
     one = estimate(films[:1], listed(films), workers=1)
     assert (one.cpu_h.low, one.cpu_h.high) == (None, None) and "One film was measured" in one.notes[0]
     assert "unknown" in one.to_text()
     few = estimate(films[:2], listed(films), workers=1)
     assert "Only 2 films" in few.notes[0]
-    assert bounds(few.cpu_h)[0] >= sum(sum(item.cpu_s.values()) for item in films[:2]) / 3600  # that much is certain
+    assert bounds(few.cpu_h)[0] >= sum(sum(item.cpu_s.values()) for item in films[:2]) / 3600  # already measured
 
 
-def test_films_that_cannot_be_used_take_time_and_give_nothing() -> None:
+def test_unusable_films_cost_time_and_give_no_clips() -> None:
     bad = SampleResult("bad.mp4", 1000, 0.0, 0.0, 0, {"look": 36.0}, 36.0)
     films = [bad, *[film(f"{i}", 100.0) for i in range(3)]]
     result = estimate([bad], [*listed(films), SourceSize("x.mp4", 1000)], workers=1)
     assert result.film_h.estimate == result.clip_h.estimate == 0
-    assert result.cpu_h.estimate == pytest.approx((1 + 300 + 1) * 36 / 3600)  # by bytes: there is no length
+    assert result.cpu_h.estimate == pytest.approx((1 + 300 + 1) * 36 / 3600)  # scaled by bytes: the length is unknown
     assert "No film of the sample gave a clip" in result.notes[1]
     mixed = estimate(films[:3], [*listed(films), SourceSize("web.mp4", None)], workers=1)
     assert mixed.film_h.estimate > 0 and np.all(np.isfinite(bounds(mixed.cpu_h)))
     assert "1 films have an unknown size" in mixed.notes[-1]
 
 
-def test_as_json_and_as_a_table() -> None:
+def test_estimate_as_json_and_as_a_text_table() -> None:
     films = population(30, seed=3)
     result = estimate(films[:10], listed(films), workers=2, price_per_cpu_hour=0.04)
     again = json.loads(result.to_json())
@@ -131,7 +131,9 @@ def test_as_json_and_as_a_table() -> None:
 
 
 @given(st.lists(st.integers(0, 10**9), min_size=1, max_size=40), st.integers(1, 50), st.integers(0, 5), st.randoms())
-def test_a_sample_is_of_all_sizes_and_of_no_order(sizes: list[int], count: int, seed: int, random: object) -> None:
+def test_sample_spans_all_sizes_and_ignores_listing_order(
+    sizes: list[int], count: int, seed: int, random: object
+) -> None:
     listing = [SourceSize(f"{i}.mp4", size) for i, size in enumerate(sizes)]
     chosen = choose_sample(listing, count, seed)
     assert len({item.source for item in chosen}) == min(count, len(listing))
@@ -144,7 +146,7 @@ def test_a_sample_is_of_all_sizes_and_of_no_order(sizes: list[int], count: int, 
         assert i * len(by_size) // len(chosen) <= place[item.source] < (i + 1) * len(by_size) // len(chosen)
 
 
-def test_what_makes_no_sense_is_refused() -> None:
+def test_invalid_arguments_are_refused() -> None:
     films = [film("a", 60.0)]
     with pytest.raises(TccpError, match="a sample of 0 films is too small: give at least 1"):
         choose_sample(listed(films), 0)

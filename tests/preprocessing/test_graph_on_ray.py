@@ -1,4 +1,4 @@
-"""The graph on Ray Data, and runs that are killed: the same table as in one process, in one go."""
+"""The graph on Ray Data, and runs killed and resumed, give the same table as one uninterrupted process."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def rows_of(out: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def footage(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Seven films of two seconds, and a file that is none."""
+    """Seven films of two seconds, and a text file with a film's suffix."""
     folder = tmp_path_factory.mktemp("footage")
     roundtable.write_clips(folder, 7, 2.0, seed=5, width=128, height=96)
     (folder / "none.mp4").write_text("no film")
@@ -51,7 +51,7 @@ def footage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(footage: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The table as one process makes it in one go."""
+    """The table of one uninterrupted process."""
     out = tmp_path_factory.mktemp("whole") / "out"
     preprocess([footage], out, make_plan(TOY.picture_px, "truth", **SHORT))
     return out
@@ -71,7 +71,7 @@ def lip_files(out: Path) -> dict[str, bytes]:
     return {str(path.relative_to(out)): path.read_bytes() for path in sorted((out / "lips").rglob("*.npy"))}
 
 
-# Killed and run again
+# Killed and resumed
 
 
 def command(footage: Path, out: Path, *options: str) -> list[str]:
@@ -86,7 +86,7 @@ def parts_in(out: Path) -> int:
 
 
 def kill_after(footage: Path, out: Path, parts: int, *options: str) -> bool:
-    """Kills a run with SIGKILL, and all it started, once so many parts are there; whether it was still at work."""
+    """Kills a run with SIGKILL once it has written this many parts; returns whether it was still running."""
     run = subprocess.Popen(
         command(footage, out, *options),
         cwd=ROOT,
@@ -97,14 +97,14 @@ def kill_after(footage: Path, out: Path, parts: int, *options: str) -> bool:
     deadline = time.monotonic() + 240
     while parts_in(out) < parts and run.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
-    at_work = run.poll() is None
+    running = run.poll() is None
     os.kill(run.pid, signal.SIGKILL)
     run.wait()
-    return at_work
+    return running
 
 
 @pytest.mark.parametrize("parts", [1, 4])
-def test_a_killed_run_run_again_gives_the_table_of_one_that_was_not(
+def test_killed_and_resumed_run_gives_the_table_of_an_uninterrupted_run(
     footage: Path, whole: Path, tmp_path: Path, parts: int
 ) -> None:
     out = tmp_path / "out"
@@ -113,7 +113,7 @@ def test_a_killed_run_run_again_gives_the_table_of_one_that_was_not(
     left = parts_in(out)
     assert parts <= left < 7
     report = preprocess([footage], out, make_plan(TOY.picture_px, "truth", **SHORT))
-    assert {step.name: step.items for step in report.steps}["render"] == 7 - left  # nothing twice
+    assert {step.name: step.items for step in report.steps}["render"] == 7 - left  # no part is rendered twice
     assert rows_of(out) == rows_of(whole)
     assert (out / "index.parquet").read_bytes() == (whole / "index.parquet").read_bytes()
     assert not [path for path in out.rglob(".*") if path.is_file() and path.stat().st_mtime > time.time()]
@@ -124,8 +124,8 @@ def test_a_killed_run_run_again_gives_the_table_of_one_that_was_not(
 
 @pytest.mark.cluster
 @pytest.mark.slow
-def test_ray_gives_the_table_of_one_process_and_its_lips(
-    ray_of_two: Any, footage: Path, whole: Path, liplets: LipWork, tmp_path: Path
+def test_ray_gives_the_same_table_and_lips_as_one_process(
+    ray_with_two_cpus: Any, footage: Path, whole: Path, liplets: LipWork, tmp_path: Path
 ) -> None:
     out, plan = tmp_path / "out", make_plan(TOY.picture_px, "truth", **SHORT)
     report = preprocess([footage], out, plan, workers=2, lips=liplets)
@@ -140,8 +140,8 @@ def test_ray_gives_the_table_of_one_process_and_its_lips(
 
 @pytest.mark.cluster
 @pytest.mark.slow
-def test_windows_straight_from_film_are_those_of_the_table_in_its_order(
-    ray_of_two: Any, footage: Path, whole: Path, liplets: LipWork
+def test_windows_streamed_from_film_equal_windows_from_the_table(
+    ray_with_two_cpus: Any, footage: Path, whole: Path, liplets: LipWork
 ) -> None:
     from preprocessing.graph import clip_dataset, in_order, table_dataset, window_dataset, with_lips
 
@@ -168,7 +168,7 @@ def test_windows_straight_from_film_are_those_of_the_table_in_its_order(
 # Lip references
 
 
-def test_lips_lie_beside_the_clips_where_training_finds_them(footage: Path, liplets: LipWork, tmp_path: Path) -> None:
+def test_lip_pictures_are_stored_where_training_reads_them(footage: Path, liplets: LipWork, tmp_path: Path) -> None:
     out, plan = tmp_path / "out", make_plan(TOY.picture_px, "truth", **SHORT)
     report = preprocess([footage], out, plan, lips=liplets)
     sources = liplets.open()
@@ -177,12 +177,12 @@ def test_lips_lie_beside_the_clips_where_training_finds_them(footage: Path, lipl
         cache = LatentCache(
             tmp_path / "storage", table, SMALL_LIPS, PictureAutoencoder.from_settings(SMALL_LIPS.autoencoder), sources
         )
-        assert cache.lips is not None and cache.lips.write(table) == 0, "drawn by preprocessing, not drawn again"
+        assert cache.lips is not None and cache.lips.write(table) == 0, "training must reuse the stored lips"
         for clip in table:
             expected = lip_pictures(clip, sources.for_clip(clip.clip_id, clip.source_hash))
             np.testing.assert_array_equal(cache.lips.read(clip.clip_id), expected)
         rows = table.rows(table.ids)
-        assert AddLips(liplets, str(out))(rows).equals(AddLips(liplets)(rows)), "read or drawn, they are the same"
+        assert AddLips(liplets, str(out))(rows).equals(AddLips(liplets)(rows)), "stored and computed lips must be equal"
     assert report.settings["lips"] == {"source": "liplet", "hash": liplets.hash}
     assert {step.name: step.items for step in report.steps}["lips"] == report.clips
 
@@ -190,13 +190,13 @@ def test_lips_lie_beside_the_clips_where_training_finds_them(footage: Path, lipl
     os.remove(out / next(iter(first)))
     again = preprocess([footage], out, plan, lips=liplets)
     assert lip_files(out) == first
-    assert {step.name: step.items for step in again.steps}["lips"] == 1, "only what is missing"
+    assert {step.name: step.items for step in again.steps}["lips"] == 1, "only the missing lips must be computed"
     preprocess([footage / "roundtable_5_0000.mp4"], out, plan, lips=liplets)
     with ClipTable(out) as table:
-        assert len(lip_files(out)) == len(table.ids) < len(first), "no lips of clips that are gone"
+        assert len(lip_files(out)) == len(table.ids) < len(first), "lips of removed clips must be deleted"
 
 
-def test_lip_weights_that_draw_nothing_are_refused(liplets: LipWork, tmp_path: Path) -> None:
+def test_unusable_lip_weights_are_refused(liplets: LipWork, tmp_path: Path) -> None:
     with pytest.raises(TccpError, match=r"lips\.source=none: choose a source"):
         lip_work(load_settings("toy", ["lips.source=none"]).lips, liplets.weights)
     with pytest.raises(TccpError, match="no cross-fitted liplets"):
@@ -205,9 +205,7 @@ def test_lip_weights_that_draw_nothing_are_refused(liplets: LipWork, tmp_path: P
         replace(liplets, hash="0123").open()
 
 
-def test_a_shuffled_stream_is_the_same_from_film_and_table_and_another_in_every_epoch(
-    footage: Path, whole: Path
-) -> None:
+def test_shuffled_order_is_equal_for_film_and_table_and_differs_by_epoch(footage: Path, whole: Path) -> None:
     def ids(rows: Any, epoch: int, buffer: int) -> list[tuple[int, int]]:
         batches = (windows(row, TOY, 8, 7) for row in rows)
         pairs = (pair for b in batches for pair in zip(b["clip_hash"].tolist(), b["start_frame"].tolist(), strict=True))
@@ -237,7 +235,7 @@ def test_pools_fit_two_cpus_and_grow_with_the_cluster() -> None:
         pools_for({"CPU": 0.5}, None, on_gpu=False)
 
 
-def test_workers_are_at_least_one(footage: Path, tmp_path: Path) -> None:
+def test_zero_workers_are_refused(footage: Path, tmp_path: Path) -> None:
     with pytest.raises(TccpError, match="workers 0: give at least 1"):
         preprocess([footage], tmp_path / "out", make_plan(TOY.picture_px, "truth"), workers=0)
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""Looking into a clip table: figures, finding a clip, the sheet, and the film of one clip."""
+"""Inspection of a clip table: statistics, clip lookup, contact sheet and preview film."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def table(place: Path) -> Iterator[ClipTable]:
 
 @pytest.fixture
 def measured(table: ClipTable, tmp_path: Path) -> Iterator[ClipTable]:
-    """The same clips in one file, the first with everything measured, its offset not corrected."""
+    """The same clips in one file; the first has all quality values and an uncorrected a/v offset."""
     first, *rest = table
     quality = dataclasses.replace(
         first.quality, av_offset_ms=400.0, sync_confidence=2.5, av_corrected=False, speaking_score=0.9, occlusion=0.1
@@ -51,7 +51,7 @@ def measured(table: ClipTable, tmp_path: Path) -> Iterator[ClipTable]:
 
 
 def near(picture: np.ndarray, colour: np.ndarray, tolerance: int = 60) -> np.ndarray:
-    """Where a picture that went through an encoder shows a colour."""
+    """Mask of the pixels close to a colour, allowing for compression loss."""
     return (np.abs(picture.astype(int) - colour) < tolerance).all(-1)
 
 
@@ -61,10 +61,10 @@ def read_png(path: Path) -> np.ndarray:
     return picture[..., ::-1]
 
 
-# Figures
+# Statistics
 
 
-def test_statistics_are_those_of_the_clips(table: ClipTable) -> None:
+def test_statistics_match_the_clips(table: ClipTable) -> None:
     figures = statistics(table)
     clips = list(table)
     assert (figures["clips"], figures["sources"]) == (len(clips), 2)
@@ -77,7 +77,7 @@ def test_statistics_are_those_of_the_clips(table: ClipTable) -> None:
     json.dumps(figures, allow_nan=False)
 
 
-def test_statistics_name_every_number_and_say_where_it_is_unknown(measured: ClipTable) -> None:
+def test_statistics_list_every_quality_number_and_count_known_values(measured: ClipTable) -> None:
     figures = statistics(measured)
     numbers = {item.name for item in dataclasses.fields(Quality)} - {"av_corrected"}
     assert set(figures["quality"]) == numbers | {"length_s"}
@@ -89,34 +89,34 @@ def test_statistics_name_every_number_and_say_where_it_is_unknown(measured: Clip
     assert line.split() == ["sync_confidence", "1", "2.5", "2.5", "2.5"]
 
 
-def test_a_single_file_has_the_figures_of_the_folder(table: ClipTable, tmp_path: Path) -> None:
+def test_single_file_and_folder_give_the_same_statistics(table: ClipTable, tmp_path: Path) -> None:
     write_table(table, tmp_path / "clips.parquet")
     with ClipTable(tmp_path) as copy:
         assert statistics(copy) == statistics(table)
 
 
-# Finding
+# Clip lookup
 
 
-def test_a_clip_is_found_by_the_beginning_of_its_id(table: ClipTable) -> None:
+def test_clip_is_found_by_id_prefix(table: ClipTable) -> None:
     for clip_id in table.ids:
         assert find_clip(table, clip_id) == find_clip(table, clip_id[:10]) == find_clip(table, clip_id[:10].upper())
 
 
 @pytest.mark.parametrize("given", ["", "zz", "zzzzzzzzzzzz"])
-def test_an_unknown_clip_is_one_line_with_ids_that_are_there(table: ClipTable, given: str) -> None:
+def test_unknown_clip_id_gives_a_one_line_error_with_existing_ids(table: ClipTable, given: str) -> None:
     with pytest.raises(TccpError, match=rf"no clip '{given}' in this table of {len(table)}") as caught:
         find_clip(table, given)
     assert "\n" not in str(caught.value) and table.ids[0][:12] in str(caught.value)
 
 
-def test_a_mistyped_id_names_the_one_that_was_meant(table: ClipTable) -> None:
+def test_mistyped_clip_id_suggests_the_nearest_id(table: ClipTable) -> None:
     meant = table.ids[1]
     with pytest.raises(TccpError, match=f"near it: {meant[:12]}"):
         find_clip(table, f"{meant[:13]}x{meant[14:]}")
 
 
-def test_an_id_that_is_not_unique_asks_for_more_of_it(table: ClipTable, tmp_path: Path) -> None:
+def test_ambiguous_id_prefix_asks_for_a_longer_one(table: ClipTable, tmp_path: Path) -> None:
     first, second = list(table)[:2]
     write_table(
         [dataclasses.replace(first, clip_id="ab01"), dataclasses.replace(second, clip_id="ab02")], tmp_path / "t"
@@ -131,7 +131,7 @@ def test_an_id_that_is_not_unique_asks_for_more_of_it(table: ClipTable, tmp_path
 # Sheet
 
 
-def test_the_sheet_shows_as_many_clips_as_are_asked_for(table: ClipTable, tmp_path: Path) -> None:
+def test_sheet_shows_the_requested_number_of_clips(table: ClipTable, tmp_path: Path) -> None:
     assert sheet(table, tmp_path / "all.png") == len(table)
     assert sheet(table, tmp_path / "one.png", 1) == 1
     everything, one = (read_png(tmp_path / name) for name in ("all.png", "one.png"))
@@ -140,7 +140,7 @@ def test_the_sheet_shows_as_many_clips_as_are_asked_for(table: ClipTable, tmp_pa
     np.testing.assert_array_equal(everything[: one.shape[0], : one.shape[1]], one)
 
 
-def test_a_tile_shows_the_box_where_it_is(table: ClipTable, tmp_path: Path) -> None:
+def test_sheet_tile_shows_the_head_box_in_place(table: ClipTable, tmp_path: Path) -> None:
     sheet(table, tmp_path / "one.png", 1)
     picture = read_png(tmp_path / "one.png")
     clip = table[table.ids[0]]
@@ -152,7 +152,7 @@ def test_a_tile_shows_the_box_where_it_is(table: ClipTable, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("count", [0, -1, 101])
-def test_a_sheet_of_no_or_too_many_clips_is_refused(table: ClipTable, tmp_path: Path, count: int) -> None:
+def test_sheet_refuses_invalid_clip_counts(table: ClipTable, tmp_path: Path, count: int) -> None:
     with pytest.raises(TccpError, match=f"a sheet of {count} clips: give 1 to 100"):
         sheet(table, tmp_path / "sheet.png", count)
     assert not list(tmp_path.iterdir())
@@ -168,7 +168,7 @@ def shown(place: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Clip, 
         return preview(opened, opened.ids[0][:12], out), out
 
 
-def test_a_preview_has_the_clips_frames_and_sound(shown: tuple[Clip, Path]) -> None:
+def test_preview_has_the_frames_and_audio_of_the_clip(shown: tuple[Clip, Path]) -> None:
     clip, path = shown
     info = media.probe(path)
     assert info.num_frames == clip.num_frames and info.width == 4 * PANEL_PX
@@ -177,7 +177,7 @@ def test_a_preview_has_the_clips_frames_and_sound(shown: tuple[Clip, Path]) -> N
     assert np.corrcoef(heard, clip.audio[: len(heard)])[0, 1] > 0.9
 
 
-def test_the_panels_show_scene_mask_face_and_landmarks(shown: tuple[Clip, Path]) -> None:
+def test_preview_panels_show_scene_mask_face_and_landmarks(shown: tuple[Clip, Path]) -> None:
     clip, path = shown
     frame = clip.num_frames // 2
     (picture,) = media.read_frames(path, frame, 1)
@@ -204,7 +204,7 @@ def strip_of(path: Path, frame: int) -> np.ndarray:
     return picture[top + 30 : top + inspecting._MEL_PX]
 
 
-def test_the_cursor_goes_through_the_sound_in_time(shown: tuple[Clip, Path]) -> None:
+def test_cursor_follows_the_audio_position(shown: tuple[Clip, Path]) -> None:
     clip, path = shown
     for frame in (0, clip.num_frames // 2, clip.num_frames - 1):
         columns = np.flatnonzero(near(strip_of(path, frame), CURSOR_WHITE).mean(0) > 0.8)
@@ -219,7 +219,7 @@ def test_the_mel_is_bright_where_the_clip_is_loud(table: ClipTable) -> None:
     assert np.corrcoef(strip, expected)[0, 1] > 0.9
 
 
-def test_an_offset_that_was_not_corrected_stands_beside_the_cursor(measured: ClipTable, tmp_path: Path) -> None:
+def test_uncorrected_av_offset_is_drawn_beside_the_cursor(measured: ClipTable, tmp_path: Path) -> None:
     clip = preview(measured, measured.ids[0], tmp_path / "clip.mp4")
     strip = strip_of(tmp_path / "clip.mp4", 10)
     at = round((10.5 + 0.4 * FPS) * 4 * PANEL_PX / clip.num_frames)
@@ -230,18 +230,18 @@ def test_an_offset_that_was_not_corrected_stands_beside_the_cursor(measured: Cli
     assert not near(before, np.array([255, 120, 60])).any()
 
 
-def test_what_is_said_of_an_offset() -> None:
+def test_av_offset_caption() -> None:
     quality = Quality(0.5, 80.0, 0.5, 0.0)
-    said = inspecting._offset_text
-    assert said(quality) == "a/v offset not measured"
+    caption = inspecting._offset_text
+    assert caption(quality) == "a/v offset not measured"
     late = dataclasses.replace(quality, av_offset_ms=200.0, sync_confidence=3.0)
-    assert said(late) == "a/v offset +200 ms (a guess), sound late, confidence 3"
+    assert caption(late) == "a/v offset +200 ms (a guess), sound late, confidence 3"
     early = dataclasses.replace(quality, av_offset_ms=-40.0, av_corrected=True)
-    assert said(early) == "a/v offset -40 ms (corrected), sound early"
-    assert said(dataclasses.replace(quality, av_offset_ms=0.0)) == "a/v offset +0 ms"
+    assert caption(early) == "a/v offset -40 ms (corrected), sound early"
+    assert caption(dataclasses.replace(quality, av_offset_ms=0.0)) == "a/v offset +0 ms"
 
 
-def test_a_preview_that_cannot_be_written_leaves_nothing(table: ClipTable, tmp_path: Path) -> None:
+def test_failed_preview_leaves_no_file(table: ClipTable, tmp_path: Path) -> None:
     with pytest.raises(TccpError, match="let the name end in"):
         preview(table, table.ids[0], tmp_path / "clip.avi")
     with pytest.raises(TccpError, match="no clip 'zz'"):
@@ -249,7 +249,7 @@ def test_a_preview_that_cannot_be_written_leaves_nothing(table: ClipTable, tmp_p
     assert not list(tmp_path.iterdir())
 
 
-def test_names_that_opencv_cannot_write_do_no_harm(table: ClipTable, tmp_path: Path) -> None:
+def test_sheet_accepts_source_names_that_opencv_cannot_draw(table: ClipTable, tmp_path: Path) -> None:
     clip = dataclasses.replace(next(iter(table)), source="Großmutter – 北京.mp4")
     write_table([clip], tmp_path / "clips.parquet")
     with ClipTable(tmp_path) as opened:

@@ -1,4 +1,4 @@
-"""The report of a run: counted in any order, in bounded size; and its page: whole, safe, readable without help."""
+"""The run report: independent of record order, bounded in size; its page: complete, safe and self-contained."""
 
 from __future__ import annotations
 
@@ -99,13 +99,13 @@ def test_steps_of_the_same_name_are_added_up() -> None:
     assert built.steps == [StepTime("look", 3.0, 5, 70), StepTime("cut", 0.5, 1, 30)]
 
 
-def test_the_order_in_which_parts_arrive_does_not_matter(run: RunReport) -> None:
+def test_report_does_not_depend_on_the_order_of_records(run: RunReport) -> None:
     shuffled = [item for item in records() if not isinstance(item, StepTime)]
     random.Random(1).shuffle(shuffled)
     assert dataclasses.replace(finished(shuffled), steps=run.steps) == run
 
 
-def test_the_report_comes_back_from_json(run: RunReport) -> None:
+def test_report_round_trips_through_json(run: RunReport) -> None:
     assert RunReport.from_json(run.to_json()) == run
     record = json.loads(run.to_json(pictures=False))
     assert (record["clips"], record["frames"], record["reasons"]) == (run.clips, run.frames, run.reasons)
@@ -123,13 +123,13 @@ def test_the_report_comes_back_from_json(run: RunReport) -> None:
         ('{"report_version": 1}', "not a report.json"),
     ],
 )
-def test_what_is_no_report_is_refused_in_one_line(text: str, said: str) -> None:
+def test_invalid_report_gives_a_one_line_error(text: str, said: str) -> None:
     with pytest.raises(TccpError, match=said) as caught:
         RunReport.from_json(text)
     assert "\n" not in str(caught.value)
 
 
-def test_file_names_that_are_no_text_are_spelled_out(tmp_path: Path) -> None:
+def test_undecodable_file_names_are_escaped(tmp_path: Path) -> None:
     built = finished([source("bad\udcff.mp4", 10, 0)])
     assert built.sources[0].source == "bad\\udcff.mp4"
     write_page(built, tmp_path / "report.html")
@@ -149,12 +149,12 @@ def test_histograms_count_every_clip_once(yaws: list[float | None]) -> None:
         assert count == sum(chart.edges[place] <= y < chart.edges[place + 1] for y in known)
     median = chart.quantile(0.5)
     assert (median is None) == (not known)
-    if median is not None:  # between the two values in the middle, give or take a bin
+    if median is not None:  # between the two middle values, within one bin
         low, high = sorted(known)[(len(known) - 1) // 2], sorted(known)[len(known) // 2]
         assert low - 41 <= median <= high + 41
 
 
-def test_values_outside_the_edges_are_counted_and_the_upper_end_is_inside() -> None:
+def test_histograms_count_outliers_and_include_the_upper_edge() -> None:
     blurs = [-0.1, 0.0, 1.0, 1.2]
     built = finished([ClipFigures(25, Quality(blur, 5000.0, 0.5, 0.0)) for blur in blurs])
     charts = {chart.name: chart for chart in built.distributions}
@@ -164,16 +164,16 @@ def test_values_outside_the_edges_are_counted_and_the_upper_end_is_inside() -> N
     assert "4 beyond the chart" in page_html(built)
 
 
-def test_every_number_of_a_clip_has_a_histogram(run: RunReport) -> None:
+def test_every_quality_number_has_a_histogram(run: RunReport) -> None:
     numbers = {item.name for item in dataclasses.fields(Quality)} - {"av_corrected"}
     assert {chart.name for chart in run.distributions} == numbers | {"length_s"}
 
 
-def test_the_sample_is_bounded_even_and_shows_rare_reasons() -> None:
+def test_track_sample_is_bounded_evenly_spread_and_keeps_rare_reasons() -> None:
     many = [track(i, False, "not_speaking") for i in range(300)] + [track(i, False, "jittery") for i in range(300, 303)]
     built = finished([*many, *many, *[track(i) for i in range(500, 900)]], 20)
     kept, out = ([item for item in built.tracks if item.kept is wanted] for wanted in (True, False))
-    assert len(kept) == len(out) == 20  # and the same track given twice is one
+    assert len(kept) == len(out) == 20  # a track given twice counts once
     assert len({(item.source, item.track) for item in out}) == 20
     assert sum(item.reason == "jittery" for item in out) == 3
     assert len({item.source for item in kept}) >= 5
@@ -181,7 +181,7 @@ def test_the_sample_is_bounded_even_and_shows_rare_reasons() -> None:
     assert min(ids) < 600 and max(ids) > 800
 
 
-def test_pictures_are_made_small_and_what_is_no_picture_is_left_out() -> None:
+def test_pictures_become_thumbnails_and_invalid_ones_are_dropped() -> None:
     good, bad = track(1), dataclasses.replace(track(2), jpeg=b"no picture", figures={"face_px": float("nan")})
     first, second = finished([good, bad]).tracks
     picture = cv2.imdecode(np.frombuffer(first.jpeg, np.uint8), cv2.IMREAD_COLOR)
@@ -190,7 +190,7 @@ def test_pictures_are_made_small_and_what_is_no_picture_is_left_out() -> None:
     assert "no picture" in page_html(finished([bad]))
 
 
-def test_memory_is_that_of_the_sample_however_many_tracks_and_clips_there_are() -> None:
+def test_report_memory_does_not_grow_with_tracks_and_clips() -> None:
     def peak(count: int) -> int:
         builder = ReportBuilder(10)
         tracemalloc.start()
@@ -209,7 +209,7 @@ def test_memory_is_that_of_the_sample_however_many_tracks_and_clips_there_are() 
 
 
 class Outline(HTMLParser):
-    """Tags that are opened and must be closed, every attribute, and the text outside of style and script."""
+    """Collects tags, attributes and the text outside style and script; checks that tags are closed in order."""
 
     VOID = frozenset({"meta", "br", "img", "input"})
 
@@ -240,7 +240,7 @@ class Outline(HTMLParser):
         return " ".join(" ".join(self.words).split())
 
 
-def test_the_page_is_whole_and_asks_nobody_for_anything(run: RunReport) -> None:
+def test_page_is_well_formed_and_loads_nothing_external(run: RunReport) -> None:
     outline = Outline(page_html(run))
     assert outline.open == []
     assert not {"link", "iframe", "object", "base", "form", "a"} & set(outline.tags)
@@ -251,7 +251,7 @@ def test_the_page_is_whole_and_asks_nobody_for_anything(run: RunReport) -> None:
     assert not re.search(r"https?:|url\(|@import", page_html(run))
 
 
-def test_the_page_holds_every_section_and_the_figures_of_the_report(run: RunReport) -> None:
+def test_page_has_every_section_and_the_numbers_of_the_report(run: RunReport) -> None:
     text = Outline(page_html(run)).text
     headings = ("Where the frames went", "Films", "Films set aside", "What the clips are like", "Faces, as a sample")
     places = [text.index(heading) for heading in (*headings, "Where the time went", "Settings")]
@@ -262,7 +262,7 @@ def test_the_page_holds_every_section_and_the_figures_of_the_report(run: RunRepo
 
 
 @pytest.mark.parametrize("place", ["source", "message", "warning", "reason", "step", "setting", "track", "started"])
-def test_nothing_from_outside_becomes_markup(place: str) -> None:
+def test_untrusted_text_is_escaped(place: str) -> None:
     def at(name: str, plain: str) -> str:
         return HOSTILE if place == name else plain
 
@@ -281,7 +281,7 @@ def test_nothing_from_outside_becomes_markup(place: str) -> None:
     assert not [name for name, _ in outline.attributes if not re.fullmatch(r"[a-zA-Z-]+\d?", name)]
 
 
-def test_only_the_pages_own_script_may_run(run: RunReport) -> None:
+def test_content_security_policy_allows_only_the_page_script(run: RunReport) -> None:
     html = page_html(run)
     (script,) = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)
     (policy,) = (value for name, value in Outline(html).attributes if name == "content" and "script-src" in value)
@@ -289,7 +289,7 @@ def test_only_the_pages_own_script_may_run(run: RunReport) -> None:
     assert f"script-src 'sha256-{wanted}'" in policy and "default-src 'none'" in policy
 
 
-def test_of_very_many_films_only_those_with_problems_are_listed() -> None:
+def test_page_of_very_many_films_lists_only_those_with_problems() -> None:
     sources = [source(f"good_{i}.mp4", 100, 100) for i in range(MOST_FILMS)]
     few = finished([*sources])
     assert page_html(few).count("<bdi>good_") == MOST_FILMS
@@ -308,13 +308,13 @@ def test_the_page_stays_bounded_when_everything_fails() -> None:
     assert "No film could be opened" in html
 
 
-def test_a_run_of_nothing_has_a_page() -> None:
+def test_empty_run_has_a_page() -> None:
     built = ReportBuilder().finish({}, "", 0.0, 1)
     assert Outline(page_html(built)).open == []
     assert RunReport.from_json(built.to_json()) == built
 
 
-def test_the_page_appears_whole_or_not_at_all(run: RunReport, tmp_path: Path) -> None:
+def test_page_is_written_atomically(run: RunReport, tmp_path: Path) -> None:
     write_page(run, tmp_path / "deep" / "report.html")
     assert [item.name for item in (tmp_path / "deep").iterdir()] == ["report.html"]
     assert (tmp_path / "deep" / "report.html").read_text("utf-8") == page_html(run)
@@ -322,10 +322,10 @@ def test_the_page_appears_whole_or_not_at_all(run: RunReport, tmp_path: Path) ->
         write_page(run, tmp_path / "deep" / "report.html" / "report.html")
 
 
-# Words
+# Texts
 
 
-def test_every_code_is_explained_in_plain_words() -> None:
+def test_every_reason_code_has_an_explanation() -> None:
     listed = re.sub(r"\s+", " ", str(MediaError.__doc__)).split("tccp.media uses")[1].replace(" and ", " ")
     ascending_rank = [
         *("before_video", "after_audio", "no_face", "not_speaking", "several_speak", "other_person", "too_turned"),
@@ -342,7 +342,7 @@ def test_every_code_is_explained_in_plain_words() -> None:
     assert explain("not_known_yet").title == "not known yet"
 
 
-def test_every_reason_has_a_colour_of_its_own_and_groups_stay_together() -> None:
+def test_every_reason_has_a_colour_and_groups_are_contiguous() -> None:
     colours = reason_colours(dict.fromkeys(REASONS, 5))
     assert set(colours) == set(REASONS)
     groups = [explain(code).group for code in colours]
@@ -352,7 +352,7 @@ def test_every_reason_has_a_colour_of_its_own_and_groups_stay_together() -> None
     assert len(set(few.values())) == 4
 
 
-def test_numbers_are_written_as_people_read_them() -> None:
+def test_formats_of_durations_percentages_and_numbers() -> None:
     assert [duration(s) for s in (0.0, 9.994, 42.04, 750.0, 16_416.0, 400_000.0)] == [
         "0.00 s",
         "9.99 s",

@@ -1,4 +1,4 @@
-"""Persons: different humans are kept apart, the one who is wanted is found, and a switch within a track is seen."""
+"""Persons: tracks are grouped by person, a requested person is matched, and switches within a track are found."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _shaped(name: str, shape: Sequence[int]) -> bytes:
 
 
 def write_network(path: Path, bias: np.ndarray) -> Path:
-    """1 x 3 x 112 x 112 to 1 x 128: colours of 8 x 8 parts of the face, by a fixed random matrix, plus the bias."""
+    """1 x 3 x 112 x 112 to 1 x 128: mean colours of 8 x 8 cells, times a fixed random matrix, plus the bias."""
     matrix = np.random.default_rng(0).normal(0, 1 / 14, (192, 128)).astype(np.float32)
     nodes = [
         _node("AveragePool", ["data"], "pooled", _ints("kernel_shape", (14, 14)) + _ints("strides", (14, 14))),
@@ -81,7 +81,7 @@ def write_network(path: Path, bias: np.ndarray) -> Path:
 
 @pytest.fixture(scope="module")
 def embedder(tmp_path_factory: pytest.TempPathFactory, grid: dict[str, Track]) -> FaceEmbedder:
-    """Centred on the mean of the GRID faces, so that different ones point in different directions."""
+    """Centred on the mean of the GRID faces, so that different people get different directions."""
     folder = tmp_path_factory.mktemp("sface")
     first = FaceEmbedder(write_network(folder / "raw.onnx", np.zeros(128)))
     mean = np.mean([first.embed_frames(track, [0]) for track in grid.values()], axis=0)
@@ -106,13 +106,13 @@ def grid(backend: faces.FaceBackend, shared_clips: Path) -> dict[str, Track]:
 
 @pytest.fixture(scope="module")
 def people() -> list[Track]:
-    """Ten of RoundTable's people, one after the other."""
+    """Tracks of ten RoundTable people, one after the other."""
     clips = (roundtable.synthesise(1000 + s, 0.8, person_seed=s) for s in range(10))
     return [roundtable_track(clip, 100 * s) for s, clip in enumerate(clips)]
 
 
 def halves(track: Track, start: int = 0) -> list[Track]:
-    """The first and the second half of a track, at other times."""
+    """The two halves of a track, moved to start at `start` and at `start` + 500."""
     middle = track.start_frame + track.num_frames // 2
     first, second = part_of(track, track.start_frame, middle), part_of(track, middle, track.stop_frame)
     return [moved(first, start - first.start_frame), moved(second, start + 500 - second.start_frame)]
@@ -121,12 +121,12 @@ def halves(track: Track, start: int = 0) -> list[Track]:
 # ---- Grouping
 
 
-def test_by_look_alone_different_people_stay_apart(people: list[Track], grid: dict[str, Track]) -> None:
+def test_appearance_alone_separates_different_people(people: list[Track], grid: dict[str, Track]) -> None:
     humans = [moved(track, 5000 + 100 * i) for i, track in enumerate(grid.values())]
     assert persons.group([*people, *humans], None) == list(range(13))
 
 
-def test_by_look_alone_a_person_of_one_scene_is_one(people: list[Track], grid: dict[str, Track]) -> None:
+def test_appearance_alone_joins_tracks_of_one_person_in_one_scene(people: list[Track], grid: dict[str, Track]) -> None:
     tracks = [half for i, track in enumerate([*grid.values(), *people]) for half in halves(track, 1000 * i)]
     numbers = persons.group(tracks, None)
     joined = [a == b for a, b in zip(numbers[::2], numbers[1::2], strict=True)]
@@ -134,7 +134,7 @@ def test_by_look_alone_a_person_of_one_scene_is_one(people: list[Track], grid: d
     assert len(set(numbers)) == 13 + joined.count(False)
 
 
-def test_who_is_there_at_the_same_time_is_somebody_else(grid: dict[str, Track], embedder: FaceEmbedder) -> None:
+def test_overlapping_tracks_are_different_people(grid: dict[str, Track], embedder: FaceEmbedder) -> None:
     man = grid["man"]
     for using in (None, embedder):
         assert persons.group([man, man], using) == [0, 1]
@@ -142,7 +142,7 @@ def test_who_is_there_at_the_same_time_is_somebody_else(grid: dict[str, Track], 
         assert persons.group([man, moved(man, man.num_frames)], using) == [0, 0]
 
 
-def test_the_order_of_tracks_gives_the_numbers_not_the_groups(grid: dict[str, Track], embedder: FaceEmbedder) -> None:
+def test_track_order_sets_person_numbers_but_not_groups(grid: dict[str, Track], embedder: FaceEmbedder) -> None:
     tracks = [half for i, track in enumerate(grid.values()) for half in halves(track, 1000 * i)]
     for using in (None, embedder):
         assert persons.group(tracks, using) == [0, 0, 1, 1, 2, 2]
@@ -151,9 +151,7 @@ def test_the_order_of_tracks_gives_the_numbers_not_the_groups(grid: dict[str, Tr
     assert persons.group([], None) == []
 
 
-def test_without_chips_or_landmarks_every_track_is_a_person_of_its_own(
-    grid: dict[str, Track], embedder: FaceEmbedder
-) -> None:
+def test_tracks_without_chips_or_landmarks_are_separate_people(grid: dict[str, Track], embedder: FaceEmbedder) -> None:
     man = grid["man"]
     boxes_only = dataclasses.replace(man, landmarks=np.full_like(man.landmarks, np.nan))
     tracks = [man, moved(dataclasses.replace(man, chips={}), 100), moved(boxes_only, 200), moved(man, 300)]
@@ -162,7 +160,7 @@ def test_without_chips_or_landmarks_every_track_is_a_person_of_its_own(
         assert persons.switches(boxes_only, using) == []
 
 
-def _joined_one_by_one(distance: np.ndarray, limit: float) -> list[set[int]]:
+def _average_linkage_by_definition(distance: np.ndarray, limit: float) -> list[set[int]]:
     """Average linkage by its definition: joins the two nearest groups while their mean distance is within `limit`."""
     groups = [{i} for i in range(len(distance))]
 
@@ -178,7 +176,7 @@ def _joined_one_by_one(distance: np.ndarray, limit: float) -> list[set[int]]:
 
 
 @given(st.integers(0, 10**6), st.integers(0, 12), st.floats(0.05, 2.0), st.floats(0, 1))
-def test_scipys_clustering_keeps_forbidden_pairs_apart_and_joins_as_the_definition_does(
+def test_average_linkage_matches_its_definition_and_separates_forbidden_pairs(
     seed: int, count: int, limit: float, share_forbidden: float
 ) -> None:
     rng = np.random.default_rng(seed)
@@ -188,12 +186,12 @@ def test_scipys_clustering_keeps_forbidden_pairs_apart_and_joins_as_the_definiti
     numbers = persons.average_linkage(distance, limit)
     assert list(dict.fromkeys(numbers)) == list(range(len(set(numbers))))
     groups = [{i for i in range(count) if numbers[i] == number} for number in range(len(set(numbers)))]
-    assert sorted(map(sorted, groups)) == sorted(map(sorted, _joined_one_by_one(distance, limit)))
+    assert sorted(map(sorted, groups)) == sorted(map(sorted, _average_linkage_by_definition(distance, limit)))
     for i, j in itertools.combinations(range(count), 2):
         assert numbers[i] != numbers[j] or np.isfinite(distance[i, j])
 
 
-# ---- The person who is wanted
+# ---- The requested person
 
 
 PictureOf = Callable[[str], Path]
@@ -215,7 +213,7 @@ def bgr(path: Path) -> np.ndarray:
     return picture
 
 
-def test_the_wanted_person_is_found_by_a_picture(
+def test_requested_person_is_matched_by_a_picture(
     grid: dict[str, Track], embedder: FaceEmbedder, backend: faces.FaceBackend, picture_of: PictureOf
 ) -> None:
     man = embedder.embed_reference(picture_of("grid_bbaf2n.mpg"), backend)
@@ -226,7 +224,7 @@ def test_the_wanted_person_is_found_by_a_picture(
     assert persons.matches(tracks, [man, woman], embedder) == [True, True, False, False]
 
 
-def test_a_large_reference_picture_gives_the_same_face(
+def test_large_reference_picture_gives_the_same_embedding(
     embedder: FaceEmbedder, backend: faces.FaceBackend, picture_of: PictureOf, tmp_path: Path
 ) -> None:
     path = picture_of("grid_bbaf2n.mpg")
@@ -236,12 +234,12 @@ def test_a_large_reference_picture_gives_the_same_face(
     assert float(one @ other) > 0.95
 
 
-def test_without_sface_the_filter_says_what_is_missing(grid: dict[str, Track]) -> None:
+def test_person_filter_without_sface_gives_an_error_with_the_fix(grid: dict[str, Track]) -> None:
     with pytest.raises(TccpError, match="tccp weights fetch sface"):
         persons.matches(list(grid.values()), [], None)
 
 
-def test_reference_pictures_that_cannot_be_used_are_refused(
+def test_unusable_reference_pictures_are_refused(
     embedder: FaceEmbedder, backend: faces.FaceBackend, picture_of: PictureOf, tmp_path: Path
 ) -> None:
     (tmp_path / "text.png").write_text("no picture")
@@ -263,7 +261,7 @@ def test_reference_pictures_that_cannot_be_used_are_refused(
         embedder.embed_reference(picture_of("grid_bbaf2n.mpg"), detector)
 
 
-def test_of_several_faces_the_one_that_is_clearly_the_largest_is_meant(
+def test_reference_picture_uses_the_clearly_largest_face(
     embedder: FaceEmbedder, backend: faces.FaceBackend, picture_of: PictureOf, tmp_path: Path
 ) -> None:
     man, woman = (bgr(picture_of(name)) for name in ("grid_bbaf2n.mpg", "grid_brbk7n.mpg"))
@@ -277,7 +275,7 @@ def test_of_several_faces_the_one_that_is_clearly_the_largest_is_meant(
     assert float(meant @ alone) > 0.95
 
 
-def test_a_file_that_is_no_network_is_refused(tmp_path: Path) -> None:
+def test_invalid_model_file_is_refused(tmp_path: Path) -> None:
     broken = tmp_path / "sface.onnx"
     broken.write_bytes(struct.pack("<16I", *range(16)))
     for path in (broken, tmp_path / "absent.onnx"):
@@ -289,21 +287,23 @@ def test_a_file_that_is_no_network_is_refused(tmp_path: Path) -> None:
 # ---- Switches
 
 
-def test_one_person_is_no_switch(grid: dict[str, Track], people: list[Track], embedder: FaceEmbedder) -> None:
+def test_tracks_of_one_person_have_no_switch(
+    grid: dict[str, Track], people: list[Track], embedder: FaceEmbedder
+) -> None:
     for track in (*grid.values(), *people):
         assert persons.switches(track, None) == []
     assert persons.switches(grid["man"], embedder) == []
 
 
 @pytest.mark.parametrize("at", [18, 20, 21, 24])
-def test_a_switch_is_found_to_the_frame(grid: dict[str, Track], embedder: FaceEmbedder, at: int) -> None:
+def test_switch_is_located_to_the_frame(grid: dict[str, Track], embedder: FaceEmbedder, at: int) -> None:
     for one, other in (("man", "woman"), ("woman", "man"), ("woman", "other woman")):
         track = moved(spliced(grid[one], grid[other], at), 1000)
         assert persons.switches(track, None) == [1000 + at]
         assert persons.switches(track, embedder) == [1000 + at]
 
 
-def test_people_of_roundtable_are_told_apart_in_most_tracks(people: list[Track]) -> None:
+def test_most_switches_between_roundtable_people_are_found(people: list[Track]) -> None:
     starts = [moved(track, -track.start_frame) for track in people]
     found = [
         any(abs(frame - 12) < 5 for frame in persons.switches(spliced(a, b, 12), None))
@@ -314,7 +314,7 @@ def test_people_of_roundtable_are_told_apart_in_most_tracks(people: list[Track])
     assert np.mean(found) > 0.7
 
 
-def test_a_switch_across_a_bridged_gap_is_where_the_face_comes_back(grid: dict[str, Track]) -> None:
+def test_switch_across_a_bridged_gap_is_at_the_end_of_the_gap(grid: dict[str, Track]) -> None:
     track = spliced(grid["man"], grid["woman"], 17)
     landmarks, box, confidence = track.landmarks.copy(), track.box.copy(), track.confidence.copy()
     for i in range(13, 19):
@@ -327,7 +327,7 @@ def test_a_switch_across_a_bridged_gap_is_where_the_face_comes_back(grid: dict[s
     assert persons.switches(gap, None) == [19]
 
 
-def test_another_light_is_no_switch(grid: dict[str, Track]) -> None:
+def test_lighting_change_is_not_a_switch(grid: dict[str, Track]) -> None:
     def darker(picture: np.ndarray, points: np.ndarray) -> np.ndarray:
         return (picture * 0.5).astype(np.uint8)
 
@@ -339,8 +339,8 @@ def test_another_light_is_no_switch(grid: dict[str, Track]) -> None:
             assert persons.switches(repainted(track, range(20, FRAMES), change), None) == []
 
 
-def test_sface_has_the_last_word(grid: dict[str, Track], tmp_path: Path) -> None:
-    """A network to which all faces are alike, so large is its bias, joins what looks different."""
+def test_sface_overrides_appearance(grid: dict[str, Track], tmp_path: Path) -> None:
+    """A network whose large bias gives every face the same embedding joins faces that look different."""
     blind = FaceEmbedder(write_network(tmp_path / "blind.onnx", np.full(128, 1e6)))
     track = spliced(grid["man"], grid["woman"], 18)
     assert persons.switches(track, None) == [18] and persons.switches(track, blind) == []

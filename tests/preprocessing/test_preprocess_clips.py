@@ -1,6 +1,6 @@
 """The shared clips in one run: every file is kept, or set aside for the reason that its description gives.
 
-`make soak` takes all of them, the suite those that take little time.
+`make soak` runs all of them, the normal suite only the fast ones.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tccp.media import VideoWriter, open_audio, read_frames
 
 pytestmark = pytest.mark.slow
 LONG = {"latentsync_demo1.mp4", "latentsync_demo2.mp4", "fps_50.mp4", "fps_59.94.mp4"}
-"""Of large pictures: they would take half of the time."""
+"""High-resolution clips, which would take half of the time."""
 
 
 @pytest.fixture(scope="module", params=["quick", pytest.param("all", marks=pytest.mark.soak)])
@@ -31,9 +31,9 @@ def run(
     shared_weights: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[RunReport, Path]:
-    """Lips alone, without Light-ASD, which would take longer than all else and finds the same.
+    """Speakers by lips alone: Light-ASD would take longer than all other steps and gives the same result.
 
-    In a process of its own, as users run it: with every call's types checked it would take twice as long.
+    Runs in a subprocess, as for users: run-time type checks would double the time.
     """
     folder = tmp_path_factory.mktemp("clips")
     films = folder / "films"
@@ -41,7 +41,7 @@ def run(
     for path in shared_clips.iterdir():
         if path.suffix != ".md" and (request.param == "all" or path.name not in LONG):
             (films / path.name).symlink_to(path)
-    # The signer with a printed face on his shirt has no sound: with somebody else's he must not be taken for a talker.
+    # The clip of a signer with a face printed on his shirt has no audio. Dubbed with speech, it must give no clip.
     pictures = read_frames(shared_clips / "intel_asl_again.mkv")
     with (
         open_audio(shared_clips / "grid_bbaf2n.mpg") as sound,
@@ -122,20 +122,20 @@ LEAST_FRAMES = {
 }
 
 
-def test_people_who_speak_are_kept(sources: dict[str, SourceReport]) -> None:
+def test_speaking_people_are_kept(sources: dict[str, SourceReport]) -> None:
     kept = {name: sources[name].frames_in_clips for name in LEAST_FRAMES.keys() & sources.keys()}
     assert LEAST_FRAMES.keys() - kept.keys() <= LONG
     assert not {name: frames for name, frames in kept.items() if frames < LEAST_FRAMES[name]}
 
 
-def test_of_two_people_the_one_who_speaks_is_taken(clips: dict[str, list[Clip]]) -> None:
+def test_clips_show_the_current_speaker_of_two_people(clips: dict[str, list[Clip]]) -> None:
     for clip in clips["two_person_turns.mp4"]:
         middle = clip.start_s + clip.num_frames / 50
         centre = (clip.head_box[:, 0] + clip.head_box[:, 2]).mean() / 2
         assert (centre < 360) == (middle < 2.96)
 
 
-def test_no_clip_crosses_a_cut_or_holds_a_gap(clips: dict[str, list[Clip]]) -> None:
+def test_no_clip_spans_a_cut_or_a_face_gap(clips: dict[str, list[Clip]]) -> None:
     cuts = {"hard_cut.mp4": [73], "short_hamilton_clip.mp4": [22 + 17, 22 + 68, 22 + 175]}
     for name, frames in cuts.items():
         for clip in clips.get(name, []):
@@ -147,14 +147,14 @@ def test_no_clip_crosses_a_cut_or_holds_a_gap(clips: dict[str, list[Clip]]) -> N
         assert clip.start_frame + clip.num_frames <= 52 or clip.start_frame >= 98
 
 
-def test_a_turned_film_comes_upright(clips: dict[str, list[Clip]]) -> None:
+def test_rotated_film_gives_upright_clips(clips: dict[str, list[Clip]]) -> None:
     for clip in clips["rotate_tag.mp4"]:
         assert (clip.source_width, clip.source_height) == (720, 1280)
         eyes, mouth = clip.landmarks[:, 36:48, 1].mean(), clip.landmarks[:, 48:68, 1].mean()
         assert mouth > eyes + 0.1
 
 
-def test_offsets_are_right_or_not_sure(clips: dict[str, list[Clip]]) -> None:
+def test_corrected_av_offsets_are_right(clips: dict[str, list[Clip]]) -> None:
     for name, frames in (("0", 0), ("audio_late_200ms", 5), ("audio_early_200ms", -5)):
         for clip in clips.get(f"sync_grid_{name}.mp4", []):
             if clip.quality.av_corrected:

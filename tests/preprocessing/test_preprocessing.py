@@ -1,4 +1,4 @@
-"""Raw footage to the clip table: every frame is accounted for, times are the film's, bad files stop nothing."""
+"""Raw footage to clip table: every frame is accounted for, times match the film, bad files do not stop a run."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ TOY = toy()
 
 @pytest.fixture(scope="module")
 def footage(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One film of 160 frames and one of 50, each with its truth; lossless, so that pictures can be compared."""
+    """One film of 160 frames and one of 50, each with its truth file; lossless, so that pictures can be compared."""
     folder = tmp_path_factory.mktemp("footage")
     roundtable.write_clips(folder, 1, 6.4, seed=1, lossless=True)
     roundtable.write_clips(folder, 1, 2.0, seed=2, lossless=True)
@@ -69,17 +69,17 @@ def truth_plan(**changes: Any) -> Plan:
     return make_plan(TOY.picture_px, "truth", **changes)
 
 
-def probed(path: Path, decoder: Decoder, plan: Plan | None = None) -> list[Reel]:
+def reels_of(path: Path, decoder: Decoder, plan: Plan | None = None) -> list[Reel]:
     return list(probe_source(Span(str(path), path.name), 0, plan or truth_plan(), decoder))
 
 
-def looked(path: Path, plan: Plan, decoder: Decoder) -> list[Reel]:
-    """The reels of a film with their faces."""
+def reels_with_faces(path: Path, plan: Plan, decoder: Decoder) -> list[Reel]:
+    """The reels of a film after face detection."""
     step = Look(Work(plan, None))
     try:
         return [
             r
-            for reel in probed(path, decoder, plan)
+            for reel in reels_of(path, decoder, plan)
             for table in step(reels_to_table([reel]))
             for r in reels_from_table(table)
         ]
@@ -88,9 +88,9 @@ def looked(path: Path, plan: Plan, decoder: Decoder) -> list[Reel]:
 
 
 def selected(path: Path, plan: Plan, decoder: Decoder) -> list[Span]:
-    """Clips of a film before they are rendered, and what is set aside."""
+    """The clips of a film before rendering, and the spans set aside."""
     networks = Networks(plan)
-    return [span for reel in looked(path, plan, decoder) for span in select(reel, plan, networks).spans]
+    return [span for reel in reels_with_faces(path, plan, decoder) for span in select(reel, plan, networks).spans]
 
 
 def covered(spans: list[Span]) -> list[int]:
@@ -122,7 +122,7 @@ def sightings(*frames: int) -> list[Sighting]:
     return [Sighting(frame, (frame, frame, frame + 9, frame + 9)) for frame in frames]
 
 
-def test_spans_come_back_from_their_table() -> None:
+def test_spans_round_trip_through_a_table() -> None:
     spans = [
         a_run(audio=b"\1\0" * 640, av_offset_frames=-3, av_corrected=True, speaker_x=3.5),
         Span("x.mp4", "x.mp4", reason="no_audio", message="silent film", warnings=("a", "b")),
@@ -132,7 +132,7 @@ def test_spans_come_back_from_their_table() -> None:
             np.testing.assert_equal(getattr(after, field.name), getattr(before, field.name))
 
 
-def test_a_bare_list_of_paths_is_a_batch_of_spans() -> None:
+def test_table_of_paths_and_names_gives_spans() -> None:
     (span,) = spans_from_table(pa.table({"path": ["a/b.mp4"], "source": ["b.mp4"]}))
     assert (span.path, span.source, span.reason, span.num_frames) == ("a/b.mp4", "b.mp4", None, 0)
 
@@ -154,7 +154,7 @@ def some_faces(frames: list[int], at: Any = lambda frame: (100.0, 100.0), side: 
     )
 
 
-def test_reels_come_back_from_their_table() -> None:
+def test_reels_round_trip_through_a_table() -> None:
     faces = some_faces([510, 511, 515])
     reel = dataclasses.replace(a_reel(faces, (530,)), times_s={"look": 1.5}, share=0.25, head_box=faces.box)
     aside = Reel(reel.span.set_aside("corrupt", "film.mp4: damaged"), 4)
@@ -172,11 +172,11 @@ def test_reels_come_back_from_their_table() -> None:
     for field in dataclasses.fields(Faces):
         np.testing.assert_equal(getattr(after.faces, field.name), getattr(faces, field.name))
     np.testing.assert_array_equal(after.sound.pcm, reel.sound.pcm)
-    assert (after.start_frame, after.stop_frame) == (510, 590)  # what has both picture and sound
+    assert (after.start_frame, after.stop_frame) == (510, 590)  # frames with both picture and audio
 
 
 @given(st.integers(0, 20_000), st.floats(10, 200), st.booleans())
-def test_reels_cover_a_film_and_are_bounded(num_frames: int, reel_s: float, seeks: bool) -> None:
+def test_reels_cover_the_film_and_have_bounded_length(num_frames: int, reel_s: float, seeks: bool) -> None:
     edges = reel_edges(num_frames, reel_s, seeks)
     assert edges[0][0] == 0 and edges[-1][1] == num_frames
     assert all(one[1] == other[0] for one, other in itertools.pairwise(edges))
@@ -185,7 +185,7 @@ def test_reels_cover_a_film_and_are_bounded(num_frames: int, reel_s: float, seek
     assert len(edges) == max(1, math.ceil(num_frames / (round(reel_s * FPS) * (1 if seeks else 10))))
 
 
-def test_sound_is_cut_exactly_padded_with_silence_and_moved_back() -> None:
+def test_audio_is_cut_exactly_padded_with_silence_and_shifted() -> None:
     sound = FilmSound(np.arange(1, 3 * SAMPLES_PER_FRAME + 1, dtype=np.int64).astype(np.int16), 10)
     np.testing.assert_array_equal(sound.between(11, 12), sound.pcm[640:1280])
     np.testing.assert_array_equal(sound.between(11, 12, shift=100), sound.pcm[740:1380])
@@ -197,7 +197,7 @@ def test_sound_is_cut_exactly_padded_with_silence_and_moved_back() -> None:
 # Tracks
 
 
-def test_gaps_end_a_track_or_are_bridged_in_a_straight_line() -> None:
+def test_short_gaps_are_interpolated_and_long_gaps_end_a_track() -> None:
     away = {*range(520, 532), *range(550, 563)}  # 12 frames: 0.48 s; 13: 0.52 s
     frames = [frame for frame in range(510, 590) if frame not in away]
     tracks = find_tracks(a_reel(some_faces(frames, lambda frame: (frame - 400.0, 100.0))))
@@ -207,7 +207,7 @@ def test_gaps_end_a_track_or_are_bridged_in_a_straight_line() -> None:
     assert set(tracks[0].chips) == {frame for frame in frames if frame % 5 == 0 and frame < 550}
 
 
-def test_a_cut_ends_every_track_and_two_people_are_two() -> None:
+def test_cut_ends_every_track_and_two_people_get_two_tracks() -> None:
     left = some_faces(list(range(510, 590)))
     both = Faces(
         frame=np.repeat(left.frame, 2),
@@ -221,7 +221,7 @@ def test_a_cut_ends_every_track_and_two_people_are_two() -> None:
     assert [float(t.box[0, 0]) for t in tracks] == [100, 400, 100, 400]
     part = part_of(tracks[2], 550, 560)
     assert (part.start_frame, part.num_frames, part.number) == (550, 10, 2)
-    assert find_tracks(a_reel(some_faces([510, 511, 512]))) == []  # a false alarm
+    assert find_tracks(a_reel(some_faces([510, 511, 512]))) == []  # three frames are a false detection
 
 
 # Cutting, identity
@@ -233,7 +233,7 @@ def test_a_cut_ends_every_track_and_two_people_are_two() -> None:
     elsewhere=st.booleans(),
     given_identity=st.booleans(),
 )
-def test_clips_keep_their_bounds_and_every_frame_is_accounted_for(
+def test_cut_clips_respect_length_bounds_and_account_for_every_frame(
     num_frames: int, max_frames: int, elsewhere: bool, given_identity: bool
 ) -> None:
     path = "identity.png" if given_identity else None
@@ -259,24 +259,24 @@ def test_clips_keep_their_bounds_and_every_frame_is_accounted_for(
         assert any(clip.reason is None for clip in cut)
 
 
-def test_a_single_short_film_makes_two_clips_that_show_each_others_person() -> None:
+def test_short_film_gives_two_clips_that_supply_each_others_identity() -> None:
     first, second = cut_clips(a_run(0, 73), sightings(*range(73)))
     assert (first.start_frame, first.stop_frame, second.stop_frame) == (0, 36, 73)
     assert min(first.identity_frames) >= 36 > max(second.identity_frames)
     assert len(set(first.identity_frames)) == 4
 
 
-def test_a_person_who_is_seen_nowhere_else_gives_no_clip() -> None:
+def test_clip_without_identity_frames_elsewhere_is_set_aside() -> None:
     cut = cut_clips(a_run(0, 60), sightings(*range(30)))
     assert [clip.reason for clip in cut] == ["no_identity", None]
 
 
-def test_a_clip_bound_that_cannot_be_kept_is_refused() -> None:
+def test_too_short_max_clip_s_is_refused() -> None:
     with pytest.raises(TccpError, match=r"max_clip_s 1 is too short: give at least 1.28 seconds, twice the shortest"):
         cut_clips(a_run(), [], 1.0)
 
 
-# RoundTable, whole
+# Whole runs on RoundTable
 
 
 @pytest.fixture(scope="module")
@@ -293,7 +293,7 @@ def table(run: tuple[Path, RunReport]) -> Iterator[ClipTable]:
         yield opened
 
 
-def test_rows_are_the_films_frames_sound_and_truth(table: ClipTable, footage: Path) -> None:
+def test_rows_match_the_film_frames_audio_and_truth(table: ClipTable, footage: Path) -> None:
     assert [(c.source, c.start_frame, c.num_frames) for c in table] == [
         ("roundtable_1_0000.mp4", 0, 80),
         ("roundtable_1_0000.mp4", 80, 80),
@@ -337,7 +337,7 @@ def rows_of(out: Path) -> list[dict[str, Any]]:
         return opened.rows(opened.ids).to_pylist()
 
 
-def test_the_same_footage_gives_the_same_table_wherever_it_lies(
+def test_table_does_not_depend_on_the_footage_location(
     footage: Path, run: tuple[Path, RunReport], tmp_path: Path
 ) -> None:
     shutil.copytree(footage, tmp_path / "moved")
@@ -346,7 +346,7 @@ def test_the_same_footage_gives_the_same_table_wherever_it_lies(
     assert (run[0] / "index.parquet").read_bytes() == (tmp_path / "b" / "index.parquet").read_bytes()
 
 
-def test_what_is_done_is_not_done_again_and_what_changed_is(footage: Path, tmp_path: Path) -> None:
+def test_rerun_skips_unchanged_sources_and_processes_changed_ones(footage: Path, tmp_path: Path) -> None:
     films = tmp_path / "films"
     shutil.copytree(footage, films)
     out = tmp_path / "out"
@@ -365,19 +365,19 @@ def test_what_is_done_is_not_done_again_and_what_changed_is(footage: Path, tmp_p
     shorter = preprocess([films], out, make_plan(TOY.picture_px, "truth", max_clip_s=2.0))
     assert {clip["num_frames"] for clip in rows_of(out)} == {40, 50}
     assert {step.name: step.items for step in shorter.steps}["render"] == 2
-    assert len(list(out.glob("clips/*"))) == 1  # the parts of other settings are gone
+    assert len(list(out.glob("clips/*"))) == 1  # parts made with the old settings are deleted
 
 
-def test_clip_ids_follow_what_is_in_the_clip(footage: Path, run: tuple[Path, RunReport], tmp_path: Path) -> None:
+def test_clip_ids_depend_on_clip_content(footage: Path, run: tuple[Path, RunReport], tmp_path: Path) -> None:
     preprocess([footage], tmp_path / "b", make_plan(TOY.picture_px, "truth", max_clip_s=2.0))
     before, after = ({row["clip_id"]: row for row in rows_of(out)} for out in (run[0], tmp_path / "b"))
     same = before.keys() & after.keys()
-    assert len(after) == 5 and [before[key]["source"] for key in same] == ["roundtable_2_0000.mp4"]  # as long as before
+    assert len(after) == 5 and [before[key]["source"] for key in same] == ["roundtable_2_0000.mp4"]  # unchanged clip
     for key in same:
         assert before[key] == after[key]
 
 
-def test_a_run_that_fails_leaves_the_table_that_was_there(footage: Path, tmp_path: Path) -> None:
+def test_failed_run_keeps_the_previous_table(footage: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     preprocess([footage / "roundtable_2_0000.mp4"], out, make_plan(TOY.picture_px, "truth"))
     before = (out / "index.parquet").read_bytes()
@@ -387,17 +387,17 @@ def test_a_run_that_fails_leaves_the_table_that_was_there(footage: Path, tmp_pat
     assert (out / "index.parquet").read_bytes() == before and len(rows_of(out)) == 1
 
 
-def test_straight_from_film_come_the_rows_of_the_table(footage: Path, run: tuple[Path, RunReport]) -> None:
+def test_streamed_rows_equal_the_table_rows(footage: Path, run: tuple[Path, RunReport]) -> None:
     streamed = [row for table in clip_rows(list_sources([footage]), truth_plan()) for row in table.to_pylist()]
     assert streamed == rows_of(run[0])
 
 
-def test_max_clip_s_bounds_the_clips(long_film: Path, decoder: Decoder) -> None:
+def test_max_clip_s_bounds_clip_length(long_film: Path, decoder: Decoder) -> None:
     assert [s.num_frames for s in selected(long_film, truth_plan(max_clip_s=2.0), decoder)] == [40, 40, 40, 40]
     assert len(selected(long_film, truth_plan(max_clip_s=8.0), decoder)) == 1
 
 
-def test_min_clip_s_keeps_shorter_clips_in(tmp_path: Path, decoder: Decoder) -> None:
+def test_min_clip_s_allows_shorter_clips(tmp_path: Path, decoder: Decoder) -> None:
     (film,) = roundtable.write_clips(tmp_path, 1, 1.6, seed=1, excerpt_s=0.4)
     (kept,) = selected(film, truth_plan(min_clip_s=0.4), decoder)
     assert (kept.num_frames, kept.reason) == (10, None)
@@ -407,7 +407,7 @@ def test_min_clip_s_keeps_shorter_clips_in(tmp_path: Path, decoder: Decoder) -> 
         truth_plan(min_clip_s=0.0)
 
 
-def test_memory_is_that_of_one_clip_however_long_the_film(long_film: Path, decoder: Decoder) -> None:
+def test_rendering_memory_does_not_grow_with_film_length(long_film: Path, decoder: Decoder) -> None:
     def peak(clips: int) -> int:
         spans = selected(long_film, truth_plan(max_clip_s=32 / FPS), decoder)[:clips]
         tracemalloc.start()
@@ -417,7 +417,7 @@ def test_memory_is_that_of_one_clip_however_long_the_film(long_film: Path, decod
         tracemalloc.stop()
         return high
 
-    two, five = peak(2), peak(5)  # a clip is made while the one before is still held here
+    two, five = peak(2), peak(5)  # the previous clip is still held while the next is rendered
     assert five < 1.25 * two
 
 
@@ -429,7 +429,7 @@ def test_every_frame_is_counted_and_every_bad_file_has_a_reason(footage: Path, t
     bad.mkdir()
     (bad / "empty.mp4").touch()
     (bad / "text.mp4").write_text("no film at all " * 30)
-    shutil.copy(footage / "roundtable_2_0000.mp4", bad / "untold.mp4")  # no truth beside it
+    shutil.copy(footage / "roundtable_2_0000.mp4", bad / "untold.mp4")  # no truth file
     with media.VideoWriter(bad / "silent_film.mp4", 64, 48) as film:
         for _ in range(20):
             film.write(np.zeros((48, 64, 3), np.uint8))
@@ -457,7 +457,7 @@ def test_every_frame_is_counted_and_every_bad_file_has_a_reason(footage: Path, t
     assert "silent_film.mp4" in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_no_clip_at_all_is_one_line_and_a_report_but_no_table(tmp_path: Path) -> None:
+def test_run_without_clips_gives_a_one_line_error_and_a_report_but_no_table(tmp_path: Path) -> None:
     (tmp_path / "empty.mp4").touch()
     (tmp_path / "text.mp4").write_text("no film")
     with pytest.raises(TccpError, match=r"empty\.mp4.*empty.*\(2 sources, none gave a clip\)") as caught:
@@ -466,7 +466,7 @@ def test_no_clip_at_all_is_one_line_and_a_report_but_no_table(tmp_path: Path) ->
     assert {path.name for path in (tmp_path / "out").glob("*")} == {"report.json", "report.html"}
 
 
-def test_silence_is_valid_with_a_warning_and_sound_bounds_the_clips(tmp_path: Path, footage: Path) -> None:
+def test_silent_audio_is_kept_with_a_warning(tmp_path: Path, footage: Path) -> None:
     source = footage / "roundtable_2_0000.mp4"
     copy = tmp_path / "film.mp4"
     with media.VideoWriter(copy, 256, 192, audio_from=np.zeros(50 * SAMPLES_PER_FRAME, np.float32)) as film:
@@ -479,24 +479,24 @@ def test_silence_is_valid_with_a_warning_and_sound_bounds_the_clips(tmp_path: Pa
     assert len(report.warnings) == 1 and "silent" in report.warnings[0]
 
 
-def test_a_truth_file_of_another_film_is_noticed(tmp_path: Path, footage: Path, decoder: Decoder) -> None:
+def test_truth_file_of_another_film_is_detected(tmp_path: Path, footage: Path, decoder: Decoder) -> None:
     film = tmp_path / "film.mp4"
     shutil.copy(footage / "roundtable_1_0000.mp4", film)
     shutil.copy(footage / "roundtable_2_0000.truth.npz", roundtable.truth_path(film))
-    (reel,) = looked(film, truth_plan(), decoder)
+    (reel,) = reels_with_faces(film, truth_plan(), decoder)
     assert reel.span.reason == "other_truth" and "tccp synth" in str(reel.span.message)
 
 
-def test_backends_that_give_no_landmarks_are_refused() -> None:
+def test_backends_without_landmarks_are_refused() -> None:
     with pytest.raises(TccpError, match="backend lbp finds boxes only, and clips need 68 landmarks: choose mediapipe"):
         make_plan(64, "lbp")
 
 
-def test_keys_change_with_what_results_depend_on_and_with_nothing_else() -> None:
+def test_cache_keys_change_only_with_settings_that_affect_results() -> None:
     plan = truth_plan()
     assert truth_plan().part_key == plan.part_key
     longer, larger = truth_plan(max_clip_s=4.0), make_plan(128, "truth")
-    assert longer.look_key == larger.look_key == plan.look_key  # faces need not be looked for again
+    assert longer.look_key == larger.look_key == plan.look_key  # face detection is reused
     assert len({plan.part_key, longer.part_key, larger.part_key}) == 3
     other = dataclasses.replace(plan, backend_key="mediapipe 9")
     assert other.look_key != plan.look_key and other.part_key != plan.part_key
@@ -509,7 +509,7 @@ def real_plan(weights: Path) -> Plan:
     return make_plan(TOY.picture_px, "mediapipe", weights / "face_landmarker.task")
 
 
-def test_a_face_that_leaves_ends_a_clip_and_time_goes_on(
+def test_absent_face_ends_the_clip_and_later_frames_keep_their_times(
     shared_clips: Path, shared_weights: Path, decoder: Decoder
 ) -> None:
     spans = selected(shared_clips / "face_gap.mp4", real_plan(shared_weights), decoder)
@@ -519,7 +519,7 @@ def test_a_face_that_leaves_ends_a_clip_and_time_goes_on(
     assert sum(s.num_frames for s in clips) >= 85
 
 
-def test_a_cut_ends_a_clip_and_identities_stay_on_their_side(
+def test_cut_ends_the_clip_and_identity_frames_stay_on_its_side(
     shared_clips: Path, shared_weights: Path, decoder: Decoder
 ) -> None:
     spans = selected(shared_clips / "hard_cut.mp4", real_plan(shared_weights), decoder)
@@ -542,21 +542,19 @@ def test_a_cut_ends_a_clip_and_identities_stay_on_their_side(
         ("no_audio.mp4", "no_audio"),
     ],
 )
-def test_damaged_files_are_named_for_what_they_are(
-    shared_clips: Path, decoder: Decoder, name: str, reason: str
-) -> None:
-    (reel,) = probed(shared_clips / name, decoder)
+def test_damaged_files_get_the_matching_reason(shared_clips: Path, decoder: Decoder, name: str, reason: str) -> None:
+    (reel,) = reels_of(shared_clips / name, decoder)
     assert reel.span.reason == reason
     assert reel.span.message is not None and name in reel.span.message and "\n" not in reel.span.message
 
 
-def test_sound_shorter_than_the_picture_bounds_the_clips(shared_clips: Path, decoder: Decoder) -> None:
-    (reel,) = probed(shared_clips / "audio_short_2s.mp4", decoder)
+def test_audio_shorter_than_the_video_bounds_the_reel(shared_clips: Path, decoder: Decoder) -> None:
+    (reel,) = reels_of(shared_clips / "audio_short_2s.mp4", decoder)
     assert reel.stop_frame == pytest.approx(50, abs=2) and reel.span.num_frames == 100
 
 
-def test_a_film_that_opens_with_sound_alone_starts_with_its_picture(shared_clips: Path, decoder: Decoder) -> None:
-    (reel,) = probed(shared_clips / "short_hamilton_clip.mp4", decoder)
+def test_reel_starts_at_the_first_picture_when_audio_starts_earlier(shared_clips: Path, decoder: Decoder) -> None:
+    (reel,) = reels_of(shared_clips / "short_hamilton_clip.mp4", decoder)
     assert reel.start_frame == 22  # (0.852 - 0.008) s at 25 fps, rounded up
 
 
@@ -571,16 +569,16 @@ def test_a_film_without_a_face_gives_no_clip(shared_weights: Path, tmp_path: Pat
         preprocess([film], tmp_path / "out", make_plan(TOY.picture_px, "mediapipe", shared_weights))
 
 
-def test_a_film_without_an_index_is_seen_alike_in_one_reel_and_in_three(
+def test_film_without_index_gives_the_same_faces_in_one_reel_or_three(
     shared_clips: Path, shared_weights: Path, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     film = shared_clips / "grid_bbaf2n.mpg"
     assert not decoder.probe(film).seeks
     plan = make_plan(TOY.picture_px, "mediapipe", shared_weights / "face_landmarker.task")
-    (whole,) = looked(film, plan, decoder)
+    (whole,) = reels_with_faces(film, plan, decoder)
     monkeypatch.setattr(probe, "_LEAST_REEL_S", 1.0)
     monkeypatch.setattr(probe, "_WITHOUT_INDEX", 1)
-    parts = [reel.faces for reel in looked(film, dataclasses.replace(plan, reel_s=1.0), decoder)]
+    parts = [reel.faces for reel in reels_with_faces(film, dataclasses.replace(plan, reel_s=1.0), decoder)]
     assert whole.faces is not None and len(parts) == 3
     for name in ("frame", "box", "landmarks"):
         joined = np.concatenate([getattr(faces, name) for faces in parts])

@@ -1,4 +1,4 @@
-"""Quality figures follow what is done to the footage, and their bounds keep good footage in."""
+"""Quality measures respond to degradation of the footage, and the default bounds accept good footage."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def roundtable_tracks() -> list[Track]:
     return [roundtable_track(roundtable.synthesise(1000 + s, 1.6, person_seed=s)) for s in range(5)]
 
 
-def test_blur_and_brightness_follow_what_is_done_to_a_picture() -> None:
+def test_blur_and_brightness_respond_to_picture_changes() -> None:
     rng = np.random.default_rng(0)
     sharp = cv2.GaussianBlur(rng.integers(0, 256, (64, 64, 3), np.uint8), (0, 0), 0.7)
     values = [blur(sharp), *(blur(cv2.GaussianBlur(sharp, (0, 0), sigma)) for sigma in (1, 2, 4))]
@@ -60,7 +60,7 @@ def test_blur_and_brightness_follow_what_is_done_to_a_picture() -> None:
 
 
 def _face(points: np.ndarray) -> tuple[np.ndarray, float]:
-    """Below the mouth's middle, and the height from between the eyes to the chin."""
+    """A point just below the mouth's centre, and the height from the nose bridge to the chin."""
     height = float(np.linalg.norm(points[8] - points[27]))
     return points[[48, 54, 57]].mean(0) + np.array([0, 0.06 * height]), height
 
@@ -80,7 +80,7 @@ def cup(picture: np.ndarray, points: np.ndarray) -> np.ndarray:
 
 
 def hand(picture: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Of the cheek's own colour, a little darker, with gaps between the fingers."""
+    """A hand, slightly darker than the cheek, with dark gaps between the fingers."""
     (x, y), height = _face(points)
     column, row = ((points[41] + points[31]) / 2).round().astype(int)
     skin = picture[row, column].astype(float) * 0.85
@@ -95,7 +95,7 @@ COVERS = [microphone, cup, hand]
 
 
 @pytest.mark.parametrize("cover", COVERS)
-def test_what_covers_the_mouth_for_a_while_is_found_where_it_is(
+def test_temporary_mouth_occlusion_is_located_in_time(
     roundtable_tracks: list[Track], cover: Callable[[np.ndarray, np.ndarray], np.ndarray]
 ) -> None:
     found, false = [], []
@@ -109,7 +109,7 @@ def test_what_covers_the_mouth_for_a_while_is_found_where_it_is(
 
 
 @pytest.mark.parametrize("cover", COVERS)
-def test_it_is_found_on_real_faces_too(
+def test_mouth_occlusion_is_found_on_real_faces(
     grid_man: Track, bearded_man: Track, cover: Callable[[np.ndarray, np.ndarray], np.ndarray]
 ) -> None:
     for track in (grid_man, bearded_man):
@@ -118,7 +118,7 @@ def test_it_is_found_on_real_faces_too(
         assert score[:16].max() < 0.2 and score[35:].max() < 0.2
 
 
-def test_speech_beards_turns_and_light_are_no_cover(
+def test_speech_beards_turns_and_lighting_are_not_occlusion(
     grid_man: Track, bearded_man: Track, roundtable_tracks: list[Track]
 ) -> None:
     for track in (grid_man, bearded_man, *roundtable_tracks):
@@ -131,21 +131,21 @@ def test_speech_beards_turns_and_light_are_no_cover(
         assert occlusion(repainted(track, range(25, 50), darker)).max() <= BOUNDS.max_occlusion
 
 
-def test_between_chips_occlusion_lies_on_straight_lines_and_elsewhere_is_held(grid_man: Track) -> None:
+def test_occlusion_is_interpolated_between_chips_and_held_after_the_last(grid_man: Track) -> None:
     score = occlusion(moved(repainted(grid_man, range(20, 30), microphone), 300))
     np.testing.assert_allclose(np.diff(score[15:21]), score[20] / 5, atol=1e-5)
     np.testing.assert_array_equal(score[46:], score[45])
 
 
-def test_nothing_is_said_without_chips_or_landmarks(grid_man: Track) -> None:
+def test_occlusion_is_zero_without_chips_or_landmarks(grid_man: Track) -> None:
     blind = dataclasses.replace(grid_man, landmarks=np.full_like(grid_man.landmarks, np.nan))
     for track in (dataclasses.replace(grid_man, chips={}), blind):
         assert not occlusion(track).any() and occlusion(track).dtype == np.float32
     assert chip_frames(blind) == []
 
 
-def test_a_microphone_before_a_singers_mouth_is_found(backend: faces.FaceBackend, shared_clips: Path) -> None:
-    """At frame 140 of this film a hand, at 185 a microphone covers the mouth; from 90 to 110 nothing does."""
+def test_hand_and_microphone_before_a_singers_mouth_are_found(backend: faces.FaceBackend, shared_clips: Path) -> None:
+    """A hand covers the mouth at frame 140 and a microphone at 185; nothing does from 90 to 110."""
     frames = list(read_frames(shared_clips / "short_hamilton_clip.mp4", start_frame=90, num_frames=108))
     points: list[np.ndarray | None] = []
     for frame in frames:
@@ -159,7 +159,7 @@ def test_a_microphone_before_a_singers_mouth_is_found(backend: faces.FaceBackend
     assert score[:21].max() < 0.2
 
 
-def test_a_chip_of_any_side_is_read_with_its_landmarks(grid_man: Track) -> None:
+def test_chips_of_any_size_are_read_with_scaled_landmarks(grid_man: Track) -> None:
     large = {frame: _doubled(data) for frame, data in grid_man.chips.items()}
     doubled = dataclasses.replace(grid_man, chips=large)
     small, big, shrunk = read_chip(grid_man, 10), read_chip(doubled, 10, None), read_chip(doubled, 10)
@@ -184,29 +184,29 @@ def a_still_track(num_frames: int = 80, size: float = 1.0) -> Track:
 
 
 def shaken(track: Track, share: float, seed: int = 0) -> Track:
-    """White noise on the landmarks, its standard deviation a share of the eyes' distance."""
+    """The track with white landmark noise; its standard deviation is `share` times the eye distance."""
     scale = head_pose(track.landmarks.astype(np.float64)).scale[:, None, None]
     noise = np.random.default_rng(seed).normal(0, share, track.landmarks.shape) * scale
     return dataclasses.replace(track, landmarks=(track.landmarks + noise).astype(np.float32))
 
 
 @pytest.mark.parametrize("size", [0.5, 1.0, 4.0])
-def test_jitter_is_the_noise_of_the_landmarks_whatever_the_size_of_the_face(size: float) -> None:
+def test_jitter_equals_the_landmark_noise_at_any_face_size(size: float) -> None:
     track = a_still_track(size=size)
     assert jitter(track) < 1e-4
     for share in (0.01, 0.03, 0.1):
         assert jitter(shaken(track, share)) == pytest.approx(share, rel=0.12)
 
 
-def test_a_heads_own_movement_is_no_jitter() -> None:
+def test_head_motion_is_not_jitter() -> None:
     track = a_still_track()
     scale = float(head_pose(track.landmarks.astype(np.float64)).scale[0])
-    nod = np.sin(np.arange(80) / 25 * 2 * np.pi * 1.0) * scale  # once a second, by as much as the eyes are apart
+    nod = np.sin(np.arange(80) / 25 * 2 * np.pi * 1.0) * scale  # 1 Hz, with an amplitude of one eye distance
     nodding = dataclasses.replace(track, landmarks=track.landmarks + nod[:, None, None].astype(np.float32))
     assert BOUNDS.max_jitter is not None and jitter(nodding) < BOUNDS.max_jitter / 4
 
 
-def test_bridged_frames_do_not_enter_into_jitter() -> None:
+def test_bridged_frames_do_not_count_towards_jitter() -> None:
     track = shaken(a_still_track(), 0.02)
     landmarks, confidence = track.landmarks.copy(), track.confidence.copy()
     landmarks[15:65] += np.random.default_rng(1).normal(0, 50, (50, 1, 1)).astype(np.float32)
@@ -234,7 +234,7 @@ def test_bridged_frames_do_not_enter_into_jitter() -> None:
         ("jitter", 0.2, "jittery"),
     ],
 )
-def test_every_bound_has_its_code_and_can_be_lifted(name: str, value: float, code: str) -> None:
+def test_every_bound_has_a_reason_code_and_can_be_disabled(name: str, value: float, code: str) -> None:
     good = {"face_px": 90.0, "blur": 0.4, "brightness": 0.5, "yaw_deg": -20.0, "occlusion": 0.0, "jitter": 0.01}
     assert BOUNDS.reason(good) is None and BOUNDS.reason({}) is None
     assert BOUNDS.reason(good | {name: value}) == code
@@ -243,7 +243,7 @@ def test_every_bound_has_its_code_and_can_be_lifted(name: str, value: float, cod
     assert free.reason(good | {name: value}) is None
 
 
-def test_what_is_no_bound_is_refused() -> None:
+def test_invalid_and_unknown_bounds_are_refused() -> None:
     with pytest.raises(TccpError, match="max_blur is -1: give a number of at least 0, or none"):
         QualityBounds(max_blur=-1)
     with pytest.raises(KeyError, match="no bound for sharpness"):
@@ -264,14 +264,16 @@ def _values(track: Track, picture: np.ndarray) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("size", [(256, 192), (128, 96)])
-def test_roundtable_stays_in(size: tuple[int, int]) -> None:
+def test_roundtable_is_within_the_bounds(size: tuple[int, int]) -> None:
     for seed in range(3):
         clip = roundtable.synthesise(2000 + seed, 0.4, *size)
         assert BOUNDS.reason(_values(roundtable_track(clip), clip.render(0))) is None
 
 
 @pytest.mark.parametrize("name", ["grid_lwbsza.mpg", "lowres_180x320.mp4", "fps_50.mp4", "vfr.mp4", "rotate_tag.mp4"])
-def test_good_film_stays_in_and_spoilt_film_does_not(name: str, backend: faces.FaceBackend, shared_clips: Path) -> None:
+def test_good_film_is_within_the_bounds_and_degraded_film_is_not(
+    name: str, backend: faces.FaceBackend, shared_clips: Path
+) -> None:
     film = shared_clips / name
     track = film_track(film, backend, 12)
     picture = next(read_frames(film, num_frames=1))

@@ -1,4 +1,4 @@
-"""RoundTable through preprocessing as raw footage: small doses of the benchmarks that measure it."""
+"""Preprocessing of RoundTable as raw footage: reduced runs of the benchmarks that measure it."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 def benchmark(name: str, *arguments: object) -> dict[str, Any]:
     command = [sys.executable, f"benchmarks/{name}.py", *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}  # whether it is installed or not
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}  # the package need not be installed
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
 @pytest.mark.slow
-def test_preprocessing_finds_what_is_in_raw_roundtable(shared_weights: Path) -> None:
-    """Faces of 42 px. The full dose has 12 scenes in four sizes."""
+def test_preprocessing_recovers_cuts_talkers_and_landmarks_of_raw_roundtable(shared_weights: Path) -> None:
+    """Faces of 42 px. The full benchmark has 12 scenes in four sizes."""
     size = ("--sizes", "256x192", "--scenes", 4, "--scene-s", 2.4)
     (found,) = benchmark("raw_roundtable", *size, "--weights", shared_weights)["sizes"]
     assert found["cut_finder"] == {"cuts": 3, "found": 3, "missed": 0, "false": 0}
@@ -37,10 +37,10 @@ def test_preprocessing_finds_what_is_in_raw_roundtable(shared_weights: Path) -> 
 
 
 @pytest.mark.slow
-def test_memory_and_time_of_preprocessing_follow_the_length(shared_weights: Path) -> None:
-    """3 s against 6 s; the full dose is one minute against ten. What starting takes makes the short one dearer."""
-    doses = ("--films", 0, "--short-s", 3, "--times", 2)
-    lengths = benchmark("preprocess", *doses, "--weights", shared_weights)["lengths"]
+def test_memory_is_constant_and_cpu_time_linear_in_film_length(shared_weights: Path) -> None:
+    """3 s against 6 s; the full benchmark takes 1 min against 10. Start-up costs weigh more on the short run."""
+    options = ("--films", 0, "--short-s", 3, "--times", 2)
+    lengths = benchmark("preprocess", *options, "--weights", shared_weights)["lengths"]
     short, long = lengths["runs"]["short"], lengths["runs"]["long"]
     assert (short["film_seconds"], long["film_seconds"]) == (3, 6)
     assert short["clip_seconds"] > 1.5 and long["clip_seconds"] > 3

@@ -1,4 +1,4 @@
-"""Sources: every way of naming films comes to the same rows; a copy of what a URL names is whole or is not there."""
+"""Sources: folders, patterns, manifests and URLs give the same rows; local copies of URLs are complete or absent."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ from tccp.media import MediaError
 from tccp.media.remote import content_hash, local_copy
 
 
-def make(folder: Path, *names: str) -> Path:
-    """Files that hold their own names: nothing may open them."""
+def make_files(folder: Path, *names: str) -> Path:
+    """Writes files that contain their own names; the product must not open them."""
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(name)
@@ -67,15 +67,15 @@ def memory() -> Iterator[fsspec.AbstractFileSystem]:
 
 @pytest.fixture
 def one_retry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What fails is tried once more, at once."""
+    """Failed requests are retried once, without delay."""
     monkeypatch.setenv(RETRY_S, "0.01")
 
 
 class Server(http.server.SimpleHTTPRequestHandler):
-    """Serves a folder, and misbehaves where a file's name says so."""
+    """Serves a folder; words in a file's name select faults."""
 
-    def __init__(self, *args: object, asked: list[str], stall: threading.Event, **kwargs: object) -> None:
-        self.asked, self.stall = asked, stall
+    def __init__(self, *args: object, requested: list[str], stall: threading.Event, **kwargs: object) -> None:
+        self.requested, self.stall = requested, stall
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
 
     def log_message(self, *args: object) -> None: ...
@@ -87,16 +87,16 @@ class Server(http.server.SimpleHTTPRequestHandler):
             super().do_HEAD()
 
     def do_GET(self) -> None:
-        with suppress(ConnectionError):  # of a client that was killed
+        with suppress(ConnectionError):  # from a killed client
             self._answer()
 
     def _answer(self) -> None:
-        self.asked.append(self.path)
+        self.requested.append(self.path)
         if "forbidden" in self.path:
             self.send_error(403)
         elif "vanishes" in self.path:
             self.send_error(404)
-        elif "short" in self.path or ("hiccup" in self.path and self.asked.count(self.path) == 1):
+        elif "short" in self.path or ("hiccup" in self.path and self.requested.count(self.path) == 1):
             data = Path(self.translate_path(self.path)).read_bytes()
             self.send_response(200)
             self.send_header("Content-Length", str(len(data)))
@@ -111,11 +111,11 @@ class Server(http.server.SimpleHTTPRequestHandler):
 
 
 class Served:
-    """A folder at a URL. asked: the paths of all GET requests. stall: while set, some answers do not come."""
+    """A folder at a URL. requested: the paths of all GET requests. stall: while set, paths with 'stalls' hang."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.asked, self.stall = folder, list[str](), threading.Event()
-        handler = functools.partial(Server, directory=str(folder), asked=self.asked, stall=self.stall)
+        self.folder, self.requested, self.stall = folder, list[str](), threading.Event()
+        handler = functools.partial(Server, directory=str(folder), requested=self.requested, stall=self.stall)
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02})
@@ -139,8 +139,8 @@ def served(tmp_path: Path) -> Iterator[Served]:
 # Folders, files, patterns
 
 
-def test_a_folder_stands_for_its_films_in_order_of_name(tmp_path: Path) -> None:
-    films = make(
+def test_folder_lists_its_films_sorted_by_name(tmp_path: Path) -> None:
+    films = make_files(
         tmp_path / "films", "b.mp4", "a.MOV", "deep/c.mkv", "deep.mp4", "notes.txt", "what?.mp4", ".x.mp4", ".y/z.mp4"
     )
     (films / "loop").symlink_to(films, target_is_directory=True)
@@ -153,10 +153,8 @@ def test_a_folder_stands_for_its_films_in_order_of_name(tmp_path: Path) -> None:
     assert table.column("speaker_x").null_count == table.column("person_picture").null_count == 6
 
 
-def test_relative_paths_stay_as_they_were_given_or_are_meant_from_the_base(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make(tmp_path / "here", "films/a.mp4")
+def test_relative_paths_are_kept_or_resolved_against_the_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_files(tmp_path / "here", "films/a.mp4")
     monkeypatch.chdir(tmp_path / "here")
     assert paths(find_sources(["films"])) == paths(find_sources(["films/*.mp4", "./films/a.mp4"])) == ["films/a.mp4"]
     assert paths(find_sources(["."])) == paths(find_sources(["*/*.mp4"])) == ["films/a.mp4"]
@@ -164,14 +162,14 @@ def test_relative_paths_stay_as_they_were_given_or_are_meant_from_the_base(
     assert paths(find_sources(["films"], base=tmp_path / "here")) == [str(tmp_path / "here/films/a.mp4")]
 
 
-def test_a_file_that_is_named_is_tried_whatever_its_name_even_if_it_is_not_there(tmp_path: Path) -> None:
-    make(tmp_path, "notes.txt", "film [1].mp4")
+def test_named_files_are_listed_even_if_missing_or_of_unknown_type(tmp_path: Path) -> None:
+    make_files(tmp_path, "notes.txt", "film [1].mp4")
     given = [tmp_path / "film [1].mp4", tmp_path / "notes.txt", tmp_path / "gone.mp4"]
     assert names(find_sources(given)) == ["film [1].mp4", "notes.txt", "gone.mp4"]
 
 
-def test_patterns_name_films_and_what_their_ending_says(tmp_path: Path) -> None:
-    make(tmp_path, "x/a.mp4", "x/y/b.mp4", "x/y/c.txt", "x/.h/d.mp4", "e.mp4", "x/f.MP4")
+def test_patterns_match_films_or_the_given_file_ending(tmp_path: Path) -> None:
+    make_files(tmp_path, "x/a.mp4", "x/y/b.mp4", "x/y/c.txt", "x/.h/d.mp4", "e.mp4", "x/f.MP4")
 
     def found(pattern: str) -> list[str]:
         return names(find_sources([f"{tmp_path}/{pattern}"]))
@@ -188,24 +186,22 @@ def test_patterns_name_films_and_what_their_ending_says(tmp_path: Path) -> None:
     assert "matches no film" in refusal(f"{tmp_path}/nowhere/*.mp4")
 
 
-def test_a_pattern_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make(tmp_path, "films/a.mp4")
-    monkeypatch.setenv("HOME", str(tmp_path))  # quoted, so the shell leaves the ~ to us
+def test_pattern_expands_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_files(tmp_path, "films/a.mp4")
+    monkeypatch.setenv("HOME", str(tmp_path))  # the shell does not expand a quoted ~
     assert paths(find_sources(["~/films/*.mp4"])) == [str(tmp_path / "films/a.mp4")]
 
 
-def test_nothing_to_work_on_is_refused(tmp_path: Path) -> None:
+def test_no_source_and_a_folder_without_films_are_refused(tmp_path: Path) -> None:
     assert "no source was given" in refusal()
-    assert "contains no film (.avi," in refusal(make(tmp_path, "notes.txt"))
+    assert "contains no film (.avi," in refusal(make_files(tmp_path, "notes.txt"))
 
 
-def test_a_folder_that_cannot_be_listed_is_refused_not_passed_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make(tmp_path, "a.mp4", "shut/b.mp4")
+def test_unreadable_folder_is_refused_not_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_files(tmp_path, "a.mp4", "shut/b.mp4")
     scan = os.scandir
 
-    def scandir(path: str) -> Iterator[os.DirEntry]:  # a mode would not keep root out
+    def scandir(path: str) -> Iterator[os.DirEntry]:  # file modes do not restrict root
         if path.endswith("shut"):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
         return scan(path)
@@ -214,7 +210,7 @@ def test_a_folder_that_cannot_be_listed_is_refused_not_passed_over(
     assert "shut cannot be listed: Permission denied" in refusal(tmp_path)
 
 
-def test_a_name_that_is_not_text_is_refused(tmp_path: Path) -> None:
+def test_file_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.mp4")).touch()
     assert "not UTF-8: rename the file" in refusal(tmp_path)
 
@@ -223,7 +219,7 @@ def test_thousands_of_films_are_listed_quickly(tmp_path: Path) -> None:
     for folder in range(20):
         (tmp_path / f"{folder:02d}").mkdir()
         for i in range(250):
-            os.mkfifo(tmp_path / f"{folder:02d}/{i:03d}.pipe")  # whoever opens one waits for ever
+            os.mkfifo(tmp_path / f"{folder:02d}/{i:03d}.pipe")  # opening one blocks forever
             (tmp_path / f"{folder:02d}/{i:03d}.mp4").touch()
     begin = time.perf_counter()
     table = find_sources([tmp_path, f"{tmp_path}/**/*.mp4"])
@@ -234,8 +230,8 @@ def test_thousands_of_films_are_listed_quickly(tmp_path: Path) -> None:
 # Names
 
 
-def test_names_that_are_alike_begin_where_their_paths_differ(tmp_path: Path) -> None:
-    make(tmp_path, "x/cam/1.mp4", "x/cam/2.mp4", "y/cam/1.mp4", "1.mp4")
+def test_duplicate_names_are_extended_by_the_folders_that_differ(tmp_path: Path) -> None:
+    make_files(tmp_path, "x/cam/1.mp4", "x/cam/2.mp4", "y/cam/1.mp4", "1.mp4")
     given: list[str | Path] = [tmp_path / "x/cam", tmp_path / "y/cam", tmp_path / "1.mp4"]
     expected = {
         str(tmp_path / "x/cam/1.mp4"): "x/cam/1.mp4",
@@ -248,14 +244,14 @@ def test_names_that_are_alike_begin_where_their_paths_differ(tmp_path: Path) -> 
         assert dict(zip(paths(table), names(table), strict=True)) == expected
 
 
-def test_chosen_names_that_are_alike_say_which_film(tmp_path: Path) -> None:
+def test_duplicate_manifest_names_get_the_path_appended(tmp_path: Path) -> None:
     manifest = tmp_path / "m.csv"
     manifest.write_text("path,source\na/1.mp4,talk\nb/1.mp4,talk\nb/2.mp4,talk\nb/2.mp4,\n")
     assert names(find_sources([manifest])) == ["talk (a/1.mp4)", "talk (b/1.mp4)", "talk (2.mp4)"]
 
 
-def test_a_film_that_is_given_twice_is_listed_once_with_all_that_is_said(tmp_path: Path) -> None:
-    make(tmp_path, "a.mp4", "b.mp4")
+def test_film_given_twice_is_listed_once_with_merged_fields(tmp_path: Path) -> None:
+    make_files(tmp_path, "a.mp4", "b.mp4")
     manifest = tmp_path / "m.csv"
     manifest.write_text("path,source,speaker_x,speaker_y\n./b.mp4,Bea,10,20\n")
     again = f"file://{tmp_path}/a.mp4"
@@ -296,7 +292,7 @@ def write_manifest(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["m.csv", "m.parquet", "m.jsonl", "M.NDJSON"])
-def test_every_kind_of_manifest_says_the_same(tmp_path: Path, name: str) -> None:
+def test_every_manifest_format_gives_the_same_table(tmp_path: Path, name: str) -> None:
     write_manifest(tmp_path / name)
     table = find_sources([tmp_path / name])
     assert table.schema == SOURCE_SCHEMA
@@ -343,12 +339,14 @@ def test_every_kind_of_manifest_says_the_same(tmp_path: Path, name: str) -> None
         ("m.parquet", "no table", "is not a valid Parquet file"),
     ],
 )
-def test_a_manifest_that_does_not_fit_says_where(tmp_path: Path, name: str, text: str, message: str) -> None:
+def test_invalid_manifest_gives_an_error_that_locates_the_fault(
+    tmp_path: Path, name: str, text: str, message: str
+) -> None:
     (tmp_path / name).write_text(text)
     assert message in refusal(tmp_path / name)
 
 
-def test_manifests_of_spreadsheets_and_of_tables_without_null(tmp_path: Path) -> None:
+def test_manifests_accept_bom_crlf_and_nan_and_must_be_utf8(tmp_path: Path) -> None:
     (tmp_path / "m.csv").write_bytes(
         b"\xef\xbb\xbfpath,source,speaker_x,speaker_y\r\n\xc3\xa4.mp4\r\nb.mp4,,NaN,nan\r\n"
     )
@@ -362,7 +360,7 @@ def test_manifests_of_spreadsheets_and_of_tables_without_null(tmp_path: Path) ->
 # URLs
 
 
-def test_folders_patterns_and_manifests_at_a_url(memory: fsspec.AbstractFileSystem) -> None:
+def test_urls_can_name_folders_patterns_and_manifests(memory: fsspec.AbstractFileSystem) -> None:
     for name in ("b.mp4", "a.mp4", "deep/c.mkv", "notes.txt", ".x.mp4", ".y/z.mp4", "talks.v2/d.mp4"):
         memory.pipe_file(f"/bucket/films/{name}", b"film")
     memory.pipe_file("/bucket/lists/m.jsonl", b'{"path": "../films/b.mp4", "person": "bea.png"}\n')
@@ -383,32 +381,34 @@ def test_folders_patterns_and_manifests_at_a_url(memory: fsspec.AbstractFileSyst
     assert "matches no film" in refusal("memory://bucket/films/*.mov")
 
 
-def test_films_here_and_there_with_one_name_are_told_apart(tmp_path: Path, memory: fsspec.AbstractFileSystem) -> None:
-    films = make(tmp_path / "films", "a.mp4")
+def test_local_and_remote_films_of_one_name_get_distinct_names(
+    tmp_path: Path, memory: fsspec.AbstractFileSystem
+) -> None:
+    films = make_files(tmp_path / "films", "a.mp4")
     memory.pipe_file("/bucket/films/a.mp4", b"film")
     table = find_sources([films, "memory://bucket/films"])
     assert names(table) == [f"{tmp_path.name}/films/a.mp4", "bucket/films/a.mp4"]
 
 
-def test_films_behind_a_web_server(served: Served) -> None:
-    make(served.folder, "films/a.mp4", "films/my film.mp4", "films/deep/c.mkv", "films/notes.txt")
-    make(served.folder, "m.csv").joinpath("m.csv").write_text("path\nfilms/a.mp4\n")
+def test_films_on_a_web_server_are_listed(served: Served) -> None:
+    make_files(served.folder, "films/a.mp4", "films/my film.mp4", "films/deep/c.mkv", "films/notes.txt")
+    make_files(served.folder, "m.csv").joinpath("m.csv").write_text("path\nfilms/a.mp4\n")
     found = find_sources([f"{served.url}/films"])
     assert names(found) == ["a.mp4", "deep/c.mkv", "my film.mp4"]
     assert paths(found)[2] == f"{served.url}/films/my%20film.mp4"
     assert find_sources([f"{served.url}/films/"]).equals(found)
     assert names(find_sources([f"{served.url}/**/*.mp4"])) == ["films/a.mp4", "films/my film.mp4"]
     assert paths(find_sources([f"{served.url}/m.csv"])) == paths(found)[:1]
-    asked = len(served.asked)
+    requested = len(served.requested)
     signed = [f"{served.url}/films/a.mp4?key=secret{i}" for i in range(2)]
     table = find_sources(signed)
-    assert paths(table) == signed and len(served.asked) == asked  # a film is not asked for before its turn
+    assert paths(table) == signed and len(served.requested) == requested  # listing does not request the films
     assert all(name.startswith("127.0.0.1:") and "secret" not in name for name in names(table))
     assert len(set(names(table))) == 2
 
 
-def test_an_address_that_cannot_be_reached_is_one_line(served: Served, one_retry: None) -> None:
-    make(served.folder, "forbidden/a.mp4")
+def test_unreachable_url_gives_a_one_line_error(served: Served, one_retry: None) -> None:
+    make_files(served.folder, "forbidden/a.mp4")
     assert f"cannot list {served.url}/forbidden/: HTTP status 403; check" in refusal(f"{served.url}/forbidden/")
     assert f"{served.url}/gone.csv: there is nothing" in refusal(f"{served.url}/gone.csv?key=secret")
     served.close()
@@ -420,14 +420,14 @@ def test_an_address_that_cannot_be_reached_is_one_line(served: Served, one_retry
 
 
 @pytest.mark.parametrize(("url", "package"), [("abfs://bucket/films", "adlfs"), ("gs://bucket/a.mp4", "gcsfs")])
-def test_a_kind_of_url_without_its_package_names_the_package(url: str, package: str) -> None:
+def test_url_scheme_without_its_package_gives_an_error_naming_it(url: str, package: str) -> None:
     if importlib.util.find_spec(package):
         pytest.skip(f"{package} is installed")
     text = refusal(url)
     assert text.startswith(f"{url}: a package is missing") and package in text
 
 
-def test_unknown_and_joined_urls_are_refused() -> None:
+def test_unknown_and_chained_urls_are_refused() -> None:
     assert "Protocol not known: ftpx" in refusal("ftpx://host/a.mp4")
     assert "joins several addresses" in refusal("zip://a.mp4::memory://b.zip")
 
@@ -442,17 +442,15 @@ def cached(cache: Path) -> dict[str, int]:
     return {path.name: path.stat().st_size for path in cache.iterdir()}
 
 
-def test_what_is_here_is_used_where_it_is(tmp_path: Path) -> None:
-    make(tmp_path, "a.mp4")
+def test_local_files_are_used_in_place(tmp_path: Path) -> None:
+    make_files(tmp_path, "a.mp4")
     for given in (str(tmp_path / "a.mp4"), f"file://{tmp_path}/a.mp4"):
         with local_copy(given, tmp_path / "cache") as path:
             assert path == tmp_path / "a.mp4"
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_copy_is_made_once_and_anew_when_the_object_is_another(
-    tmp_path: Path, memory: fsspec.AbstractFileSystem
-) -> None:
+def test_copy_is_reused_until_the_remote_object_changes(tmp_path: Path, memory: fsspec.AbstractFileSystem) -> None:
     cache = tmp_path / "deep/cache"
     memory.pipe_file("/bucket/a.mp4", DATA)
     with local_copy("memory://bucket/a.mp4", cache) as path:
@@ -461,13 +459,13 @@ def test_a_copy_is_made_once_and_anew_when_the_object_is_another(
         first = path, path.stat().st_ino
     with local_copy("memory://bucket/a.mp4", cache) as path, local_copy("memory://bucket/a.mp4", cache) as again:
         assert (path, path.stat().st_ino) == first and again == path
-    memory.pipe_file("/bucket/a.mp4", DATA[::-1])  # as long as before
+    memory.pipe_file("/bucket/a.mp4", DATA[::-1])  # same length
     with local_copy("memory://bucket/a.mp4", cache) as path:
         assert path != first[0] and path.read_bytes() == DATA[::-1]
     assert len(cached(cache)) == 2
 
 
-def test_the_cache_is_where_the_environment_says(
+def test_cache_folder_follows_the_environment(
     tmp_path: Path, memory: fsspec.AbstractFileSystem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memory.pipe_file("/a", DATA)
@@ -479,8 +477,8 @@ def test_the_cache_is_where_the_environment_says(
         assert path.parent == tmp_path / "mine"
 
 
-def test_the_longest_unused_copies_make_room(tmp_path: Path, memory: fsspec.AbstractFileSystem) -> None:
-    cache = make(tmp_path / "cache", "someone's.mp4", "tccp-notes.txt")
+def test_least_recently_used_copies_are_evicted(tmp_path: Path, memory: fsspec.AbstractFileSystem) -> None:
+    cache = make_files(tmp_path / "cache", "someone's.mp4", "tccp-notes.txt")
     for name in "abcd":
         memory.pipe_file(f"/{name}.mp4", name.encode() * 100)
 
@@ -490,18 +488,18 @@ def test_the_longest_unused_copies_make_room(tmp_path: Path, memory: fsspec.Abst
         return path
 
     a, b = use("a"), use("b")
-    assert use("a") == a  # now b is the one that was not used for longest
+    assert use("a") == a  # now b is the least recently used
     c = use("c")
     assert a.exists() and c.exists() and not b.exists()
     with local_copy("memory://a.mp4", cache, max_bytes=250) as held:
         d = use("d")
         assert not c.exists()
         b = use("b")
-        assert held.exists() and b.exists() and not d.exists()  # a is the oldest by now, but in use
+        assert held.exists() and b.exists() and not d.exists()  # a is the least recently used, but in use
     assert {path.name for path in (a, b)} | {"someone's.mp4", "tccp-notes.txt"} == set(cached(cache))
 
 
-def test_a_film_larger_than_the_cache_works_and_goes_after_use(
+def test_film_larger_than_the_cache_is_usable_and_deleted_after_use(
     tmp_path: Path, memory: fsspec.AbstractFileSystem
 ) -> None:
     memory.pipe_file("/small.mp4", DATA[:10])
@@ -511,11 +509,11 @@ def test_a_film_larger_than_the_cache_works_and_goes_after_use(
     with local_copy("memory://large.mp4", tmp_path, 20) as one:
         with local_copy("memory://large.mp4", tmp_path, 20) as other:
             assert one == other and other.read_bytes() == DATA
-        assert one.exists()  # as long as anybody uses it
+        assert one.exists()  # kept while in use
     assert cached(tmp_path) == {small.name: 10}
 
 
-def test_what_a_killed_download_left_is_removed(tmp_path: Path, memory: fsspec.AbstractFileSystem) -> None:
+def test_leftovers_of_a_killed_download_are_removed(tmp_path: Path, memory: fsspec.AbstractFileSystem) -> None:
     memory.pipe_file("/a.mp4", DATA)
     with local_copy("memory://a.mp4", tmp_path) as path:
         pass
@@ -536,22 +534,22 @@ def failure(url: str, cache: Path) -> MediaError:
     return caught.value
 
 
-def test_an_object_that_does_not_arrive_whole_is_an_error_and_no_file(
+def test_incomplete_download_gives_an_error_and_no_file(
     tmp_path: Path, served: Served, memory: fsspec.AbstractFileSystem, one_retry: None
 ) -> None:
     cache = tmp_path / "cache"
     for name in ("short.mp4", "vanishes.mp4", "forbidden.mp4", "hiccup.mp4"):
         (served.folder / name).write_bytes(DATA)
     assert failure(f"{served.url}/none.mp4?key=secret", cache).reason == "missing"
-    assert failure(f"{served.url}/vanishes.mp4", cache).reason == "missing"  # between the question and the transfer
+    assert failure(f"{served.url}/vanishes.mp4", cache).reason == "missing"  # deleted between HEAD and GET
     assert failure("memory://none.mp4", cache).reason == "missing"
     assert failure(f"{served.url}/short.mp4", cache).reason == "unreadable"
-    assert served.asked.count("/short.mp4") == 2
+    assert served.requested.count("/short.mp4") == 2
     forbidden = failure(f"{served.url}/forbidden.mp4", cache)
     assert forbidden.reason == "unreadable" and "HTTP status 403" in str(forbidden)
     memory.pipe_file("/folder/a.mp4", DATA)
     assert failure("memory://folder", cache).reason == "not_a_file"
-    with local_copy(f"{served.url}/hiccup.mp4", cache) as path:  # the network may fail once
+    with local_copy(f"{served.url}/hiccup.mp4", cache) as path:  # one failure is retried
         assert path.read_bytes() == DATA
     path.unlink()
     served.close()
@@ -559,7 +557,7 @@ def test_an_object_that_does_not_arrive_whole_is_an_error_and_no_file(
 
 
 class ShortMemory(MemoryFileSystem):
-    """Promises ten bytes more than it has."""
+    """Reports a size ten bytes larger than the content."""
 
     protocol = "shortmemory"
 
@@ -571,7 +569,7 @@ class ShortMemory(MemoryFileSystem):
         return super().info(path, **kwargs) | {"size": len(DATA) + 10}
 
 
-def test_a_silent_short_read_is_noticed(tmp_path: Path, memory: fsspec.AbstractFileSystem, one_retry: None) -> None:
+def test_silent_short_read_is_detected(tmp_path: Path, memory: fsspec.AbstractFileSystem, one_retry: None) -> None:
     fsspec.register_implementation("shortmemory", ShortMemory, clobber=True)
     memory.pipe_file("/a.mp4", DATA)
     assert "a.mp4: cannot be fetched: only 1024 of 1034 bytes arrived" in str(
@@ -579,7 +577,7 @@ def test_a_silent_short_read_is_noticed(tmp_path: Path, memory: fsspec.AbstractF
     )
 
 
-def test_a_cache_that_cannot_be_written_is_the_users_to_mend(tmp_path: Path, memory: fsspec.AbstractFileSystem) -> None:
+def test_unwritable_cache_is_not_a_media_error(tmp_path: Path, memory: fsspec.AbstractFileSystem) -> None:
     memory.pipe_file("/a.mp4", DATA)
     (tmp_path / "file").touch()
     with pytest.raises(TccpError) as caught, local_copy("memory://a.mp4", tmp_path / "file"):
@@ -588,7 +586,7 @@ def test_a_cache_that_cannot_be_written_is_the_users_to_mend(tmp_path: Path, mem
     assert not isinstance(caught.value, MediaError)
 
 
-def test_an_error_in_use_is_the_users_own(tmp_path: Path, memory: fsspec.AbstractFileSystem) -> None:
+def test_error_raised_by_the_caller_passes_through(tmp_path: Path, memory: fsspec.AbstractFileSystem) -> None:
     memory.pipe_file("/a.mp4", DATA)
     with pytest.raises(FileNotFoundError, match="mine"), local_copy("memory://a.mp4", tmp_path, max_bytes=1):
         raise FileNotFoundError("mine")
@@ -596,7 +594,7 @@ def test_an_error_in_use_is_the_users_own(tmp_path: Path, memory: fsspec.Abstrac
 
 
 def fetch(urls: list[str], cache: Path, max_bytes: int, wrong: multiprocessing.Queue) -> None:
-    """In a process of its own: every film must be whole for as long as it is in use."""
+    """Runs in its own process; reports each film that is incomplete while in use."""
     for url in urls:
         with local_copy(url, cache, max_bytes) as path:
             expected = url.rpartition("/")[2].encode() * 100
@@ -618,13 +616,13 @@ def in_processes(*work: list[str], cache: Path, max_bytes: int) -> list[str]:
     return [wrong.get() for _ in range(wrong.qsize())]
 
 
-def test_processes_that_want_one_film_fetch_it_once(tmp_path: Path, served: Served) -> None:
+def test_concurrent_processes_fetch_one_film_once(tmp_path: Path, served: Served) -> None:
     (served.folder / "slow.mp4").write_bytes(b"slow.mp4" * 100)
     assert not in_processes(*[[f"{served.url}/slow.mp4"]] * 3, cache=tmp_path / "cache", max_bytes=10**6)
-    assert served.asked.count("/slow.mp4") == 1 and len(cached(tmp_path / "cache")) == 1
+    assert served.requested.count("/slow.mp4") == 1 and len(cached(tmp_path / "cache")) == 1
 
 
-def test_processes_that_compete_for_room_never_lose_a_film_in_use(tmp_path: Path, served: Served) -> None:
+def test_concurrent_eviction_never_removes_a_film_in_use(tmp_path: Path, served: Served) -> None:
     films = [f"{i:03d}.mp4" for i in range(12)]  # 700 bytes each, and room for two
     for name in films:
         (served.folder / name).write_bytes(name.encode() * 100)
@@ -634,15 +632,15 @@ def test_processes_that_compete_for_room_never_lose_a_film_in_use(tmp_path: Path
     assert sum(cached(tmp_path / "cache").values()) <= 1500
 
 
-def test_a_killed_process_holds_nothing(tmp_path: Path, served: Served) -> None:
-    """Neither its half-made copy, nor the lock that others wait for."""
+def test_killed_process_leaves_no_lock_and_no_partial_copy(tmp_path: Path, served: Served) -> None:
+    """Another process gets the lock and fetches the whole file."""
     (served.folder / "stalls.mp4").write_bytes(b"stalls.mp4" * 100)
     served.stall.set()
     context = multiprocessing.get_context("spawn")
     arguments = ([f"{served.url}/stalls.mp4"], tmp_path / "cache", 10**6, context.Queue())
     process = context.Process(target=fetch, args=arguments)
     process.start()
-    while "/stalls.mp4" not in served.asked:
+    while "/stalls.mp4" not in served.requested:
         assert process.is_alive()
         time.sleep(0.01)
     assert [name[-5:] for name in cached(tmp_path / "cache")] == [".part"]

@@ -1,4 +1,4 @@
-"""Who speaks: voice activity, moving mouths, and whose voice it is, on drawn mouths, RoundTable and real film."""
+"""Active speakers: voice activity, mouth motion and voice attribution, on synthetic mouths, RoundTable and film."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from tccp.models.light_asd import load_light_asd
 from tccp.roundtable import synthesise
 from tccp.sequences import true_runs
 
-# ---- mouths drawn by hand
+# ---- synthetic mouths
 
 _UNIT_PX = 60.0
 _LOWER_LIP = (65, 66, 67)
 
 
 def _face(opening: np.ndarray, x: float = 0.0, noise_px: float = 0.0, seed: int = 0) -> np.ndarray:
-    """Landmarks of a face whose inner lips are as far open, in distances of the outer eye corners."""
+    """Landmarks of a face with the given inner-lip gap, in units of the distance between the outer eye corners."""
     points = np.repeat(MEAN_FACE[None, :, :2], len(opening), 0)
     points[:, _LOWER_LIP, 1] += opening[:, None]
     noise = np.random.default_rng(seed).normal(0, noise_px, points.shape)
@@ -48,14 +48,14 @@ def _track(number: int, landmarks: np.ndarray, start_frame: int = 0, box: tuple[
 
 
 def _speech(frames: int, seed: int = 0, size: float = 0.12) -> np.ndarray:
-    """An opening that comes and goes about four times a second, in no regular way."""
+    """A mouth opening that rises and falls irregularly, about four times a second."""
     rng = np.random.default_rng(seed)
     at = np.cumsum(rng.integers(2, 5, frames))
     return np.interp(np.arange(frames), at, np.where(np.arange(frames) % 2, rng.uniform(0.4, 1, frames) * size, 0))
 
 
-def _while(opening: np.ndarray, *parts: tuple[int, int]) -> np.ndarray:
-    """The opening in these parts, a closed mouth elsewhere."""
+def _only_in(opening: np.ndarray, *parts: tuple[int, int]) -> np.ndarray:
+    """The opening inside these frame ranges, a closed mouth elsewhere."""
     mask = np.zeros(len(opening), bool)
     for first, stop in parts:
         mask[first:stop] = True
@@ -63,19 +63,19 @@ def _while(opening: np.ndarray, *parts: tuple[int, int]) -> np.ndarray:
 
 
 def _voice(frames: int, *parts: tuple[int, int]) -> np.ndarray:
-    return _while(np.ones(frames), *parts).astype(np.float32)
+    return _only_in(np.ones(frames), *parts).astype(np.float32)
 
 
 def _kept(stretches: Sequence[Stretch], number: int) -> list[tuple[int, int]]:
     return [(s.start_frame, s.stop_frame) for s in stretches if s.track == number and s.reason is None]
 
 
-def _frames(stretches: Sequence[Stretch], number: int, reason: str | None = None) -> int:
+def _count_frames(stretches: Sequence[Stretch], number: int, reason: str | None = None) -> int:
     return sum(s.stop_frame - s.start_frame for s in stretches if s.track == number and s.reason == reason)
 
 
 def _check_cover(tracks: Sequence[Track], stretches: Sequence[Stretch]) -> None:
-    """Each frame of a track is in one stretch; one speaks at a time; no two neighbours say the same."""
+    """Checks that stretches cover each track without gaps or overlap, and that one person speaks at a time."""
     for track in tracks:
         own = [s for s in stretches if s.track == track.number]
         edges = [(s.start_frame, s.stop_frame) for s in own]
@@ -87,29 +87,33 @@ def _check_cover(tracks: Sequence[Track], stretches: Sequence[Stretch]) -> None:
     assert all(before[1] <= after[0] for before, after in pairwise(kept))
 
 
-def test_a_sentence_keeps_its_pauses_and_a_second_of_quiet():
+def test_stretch_keeps_short_pauses_and_a_second_of_silence_at_both_ends():
     frames = 400
     spoken = [(60, 130), (170, 200), (290, 350)]  # pauses of 1.6 and of 3.6 s
-    track = _track(3, _face(_while(_speech(frames), *spoken)), start_frame=1000)
+    track = _track(3, _face(_only_in(_speech(frames), *spoken)), start_frame=1000)
     stretches = speaking_stretches([track], _voice(frames, *spoken), 1000)
     _check_cover([track], stretches)
-    # The mouth is taken to move a third of a second longer than it does, but not without a voice.
+    # Mouth motion is extended by a third of a second, but only while there is voice.
     assert _kept(stretches, 3) == [(1035, 1225), (1265, 1375)]
     assert {s.reason for s in stretches} == {None, "not_speaking"}
     assert all(s.score > 0.95 for s in stretches if s.reason is None)
 
 
-def test_short_rests_of_the_mouth_are_speech_and_long_ones_are_not():
+def test_short_mouth_pauses_count_as_speech_and_long_ones_do_not():
     frames = 250
     opening = _speech(frames)
-    short = speaking_stretches([_track(0, _face(_while(opening, (25, 112), (126, 225))))], _voice(frames, (25, 225)), 0)
+    short = speaking_stretches(
+        [_track(0, _face(_only_in(opening, (25, 112), (126, 225))))], _voice(frames, (25, 225)), 0
+    )
     assert _kept(short, 0) == [(0, 250)]
-    long = speaking_stretches([_track(0, _face(_while(opening, (25, 110), (160, 225))))], _voice(frames, (25, 225)), 0)
+    long = speaking_stretches(
+        [_track(0, _face(_only_in(opening, (25, 110), (160, 225))))], _voice(frames, (25, 225)), 0
+    )
     (first, second) = _kept(long, 0)
     assert first[0] == 0 and second[1] == 250 and second[0] - first[1] >= 20
 
 
-def test_voice_without_moving_mouth_and_moving_mouth_without_voice_are_not_speech():
+def test_speech_needs_both_voice_and_mouth_motion():
     frames = 150
     still = _track(0, _face(np.zeros(frames)))
     moving = _track(0, _face(_speech(frames)))
@@ -117,14 +121,14 @@ def test_voice_without_moving_mouth_and_moving_mouth_without_voice_are_not_speec
     for track, voice in ((still, everything), (moving, nothing), (still, nothing)):
         assert speaking_stretches([track], voice, 0) == [Stretch(0, 0, frames, "not_speaking")]
     assert _kept(speaking_stretches([moving], everything, 0), 0) == [(0, frames)]
-    # Half a second of talk is no more than a laugh.
+    # Half a second of speech is too short to keep.
     assert not _kept(speaking_stretches([moving], _voice(frames, (70, 82)), 0), 0)
-    # Nor is a mouth that moves now and then while somebody else talks.
-    now_and_then = _while(_speech(frames), *((at, at + 6) for at in range(10, frames, 50)))
-    assert _frames(speaking_stretches([_track(0, _face(now_and_then))], everything, 0), 0) < frames / 2
+    # Occasional mouth motion during somebody else's speech is mostly rejected.
+    now_and_then = _only_in(_speech(frames), *((at, at + 6) for at in range(10, frames, 50)))
+    assert _count_frames(speaking_stretches([_track(0, _face(now_and_then))], everything, 0), 0) < frames / 2
 
 
-def test_frames_outside_the_sound_are_quiet():
+def test_frames_without_audio_count_as_silence():
     track = _track(0, _face(_speech(200)), start_frame=100)
     stretches = speaking_stretches([track], _voice(60, (0, 60)), 150)
     _check_cover([track], stretches)
@@ -132,14 +136,14 @@ def test_frames_outside_the_sound_are_quiet():
     assert speaking_stretches([], _voice(60), 0) == []
 
 
-def test_of_much_quiet_between_two_speakers_nobody_gets_all_and_of_little_each_gets_half():
+def test_long_silence_between_turns_is_dropped_and_short_silence_is_split_in_half():
     frames = 220
 
     def turns(first_stop: int, second_start: int) -> tuple[tuple[int, int], tuple[int, int]]:
         opening = _speech(frames)
         tracks = [
-            _track(0, _face(_while(opening, (20, first_stop)))),
-            _track(1, _face(_while(opening, (second_start, 200)), x=400)),
+            _track(0, _face(_only_in(opening, (20, first_stop)))),
+            _track(1, _face(_only_in(opening, (second_start, 200)), x=400)),
         ]
         stretches = speaking_stretches(tracks, _voice(frames, (20, first_stop), (second_start, 200)), 0)
         _check_cover(tracks, stretches)
@@ -152,18 +156,18 @@ def test_of_much_quiet_between_two_speakers_nobody_gets_all_and_of_little_each_g
     assert one == (0, 98) and other == (98, 220)
 
 
-def test_of_two_moving_mouths_the_one_that_fits_the_sound_has_it_and_none_if_neither_does():
+def test_voice_goes_to_the_mouth_that_matches_the_audio_or_to_none():
     frames = 200
     mine, theirs = _speech(frames, 1), _speech(frames, 2)
     tracks = [_track(0, _face(theirs)), _track(1, _face(mine, x=400))]
     voice = _voice(frames, (0, frames))
-    # In dB, some noise in it; width says nothing here.
+    # Level in dB with some noise; the width channel is zero.
     level = np.random.default_rng(0).normal(60 * mine, 1.0).astype(np.float32)
     heard = np.stack([level, np.zeros(frames, np.float32)], 1)
     stretches = speaking_stretches(tracks, voice, 0, articulation=heard)
     _check_cover(tracks, stretches)
-    assert _kept(stretches, 1) == [(0, frames)] and _frames(stretches, 0, "not_speaking") == frames
-    # A sound that comes 80 ms late is nobody else's.
+    assert _kept(stretches, 1) == [(0, frames)] and _count_frames(stretches, 0, "not_speaking") == frames
+    # Audio that is 80 ms late still matches the same mouth.
     late = np.roll(heard, 2, axis=0)
     assert _kept(speaking_stretches(tracks, voice, 0, articulation=late), 1) == [(0, frames)]
     third = np.stack([60 * _speech(frames, 3), np.zeros(frames)], 1).astype(np.float32)
@@ -173,7 +177,7 @@ def test_of_two_moving_mouths_the_one_that_fits_the_sound_has_it_and_none_if_nei
         _check_cover(tracks, stretches)
 
 
-def test_a_listener_who_moves_the_mouth_a_little_does_not_take_the_voice():
+def test_listener_with_small_mouth_motion_is_not_the_speaker():
     frames = 150
     speaker, listener = _speech(frames, 1, size=0.2), _speech(frames, 2, size=0.05)
     assert mouth_motion(_face(listener)).mean() > MOVES
@@ -183,19 +187,19 @@ def test_a_listener_who_moves_the_mouth_a_little_does_not_take_the_voice():
     assert _kept(stretches, 1) == [(0, frames)] and not _kept(stretches, 0)
 
 
-def test_one_word_by_another_does_not_end_a_stretch():
+def test_one_word_from_another_person_does_not_split_a_stretch():
     frames = 200
     opening = _speech(frames, 1)
     tracks = [
-        _track(0, _face(_while(opening, (0, 90), (105, 200)))),
-        _track(1, _face(_while(_speech(frames, 2), (92, 103)), x=400)),
+        _track(0, _face(_only_in(opening, (0, 90), (105, 200)))),
+        _track(1, _face(_only_in(_speech(frames, 2), (92, 103)), x=400)),
     ]
     heard = np.stack([60 * opening, np.zeros(frames)], 1).astype(np.float32)
     stretches = speaking_stretches(tracks, _voice(frames, (0, frames)), 0, articulation=heard)
     assert _kept(stretches, 0) == [(0, frames)] and not _kept(stretches, 1)
 
 
-def test_the_chosen_person_has_the_word_by_decree():
+def test_choose_assigns_the_voice_to_the_person_at_the_point():
     frames = 120
     tracks = [
         _track(0, _face(_speech(frames))),
@@ -206,17 +210,17 @@ def test_the_chosen_person_has_the_word_by_decree():
     stretches = speaking_stretches(tracks, voice, 0, choose=(400.0, 130.0))
     _check_cover(tracks, stretches)
     assert _kept(stretches, 1) == [(0, frames)] and {s.reason for s in stretches if s.track != 1} == {"not_speaking"}
-    # The point is on two tracks at different times: both are that person.
+    # Two tracks at the point at different times both belong to that person.
     stretches = speaking_stretches(tracks, voice, 0, choose=(0.0, 130.0))
     assert _kept(stretches, 0) == [(0, frames)] and _kept(stretches, 2) == [(130, 160)]
-    # Two faces at once on the point: the one that is there more.
+    # Of two faces at the point at once, the one present for more frames is chosen.
     long, short = _track(0, _face(np.zeros(100))), _track(1, _face(np.zeros(40)), 30)
     stretches = speaking_stretches([short, long], voice, 0, choose=(0.0, 130.0))
     assert _kept(stretches, 0) == [(0, 100)] and not _kept(stretches, 1)
     assert {s.reason for s in speaking_stretches(tracks, voice, 0, choose=(900.0, 900.0))} == {"not_speaking"}
 
 
-def test_without_landmarks_a_lone_face_has_the_voice_and_two_are_in_doubt():
+def test_without_landmarks_one_face_gets_the_voice_and_two_are_undecided():
     nothing = np.full((150, 68, 2), np.nan, np.float32)
     box = (0.0, 0.0, 80.0, 80.0)
     alone, second = _track(0, nothing, box=box), _track(1, nothing[:60], 90, box=(200.0, 0.0, 280.0, 80.0))
@@ -224,16 +228,19 @@ def test_without_landmarks_a_lone_face_has_the_voice_and_two_are_in_doubt():
     assert _kept(speaking_stretches([alone], voice, 0), 0) == [(5, 150)]
     stretches = speaking_stretches([alone, second], voice, 0)
     _check_cover([alone, second], stretches)
-    # A little of the doubtful voice is as good as quiet, as at every end.
+    # The stretch may extend a few frames into the undecided voice, as into silence.
     ((first, stop),) = _kept(stretches, 0)
     assert first == 5 and 90 <= stop <= 96
-    assert _frames(stretches, 0, "several_speak") == 150 - stop and _frames(stretches, 1, "several_speak") == 60
-    # A network that saw the pictures knows.
+    assert (
+        _count_frames(stretches, 0, "several_speak") == 150 - stop
+        and _count_frames(stretches, 1, "several_speak") == 60
+    )
+    # The scores of a speech network decide.
     scores = {0: np.full(150, 3.0, np.float32), 1: np.full(60, -2.0, np.float32)}
     assert _kept(speaking_stretches([alone, second], voice, 0, scores), 0) == [(5, 150)]
 
 
-def test_a_speech_networks_scores_say_who_moves_but_not_whose_the_voice_is():
+def test_network_scores_decide_whose_mouth_moves_but_not_whose_voice_it_is():
     frames = 150
     mine, theirs = _speech(frames, 1), _speech(frames, 2)
     tracks = [_track(4, _face(theirs)), _track(7, _face(mine, x=400))]
@@ -249,13 +256,13 @@ def test_a_speech_networks_scores_say_who_moves_but_not_whose_the_voice_is():
 
 @given(st.integers(0, 10**6))
 @settings(max_examples=20)
-def test_every_frame_gets_one_answer_whatever_happens(seed: int) -> None:
+def test_random_tracks_are_covered_exactly_once_and_deterministically(seed: int) -> None:
     rng = np.random.default_rng(seed)
     tracks, scores = [], {}
     for number in range(int(rng.integers(1, 5))):
         frames = int(rng.integers(1, 160))
         pauses = rng.integers(0, frames, (3, 2))
-        landmarks = _face(_while(_speech(frames, int(rng.integers(99))), *map(tuple, pauses)), x=200.0 * number)
+        landmarks = _face(_only_in(_speech(frames, int(rng.integers(99))), *map(tuple, pauses)), x=200.0 * number)
         if rng.random() < 0.3:
             landmarks[int(rng.integers(frames)) :] = np.nan
         tracks.append(
@@ -271,7 +278,7 @@ def test_every_frame_gets_one_answer_whatever_happens(seed: int) -> None:
     assert stretches == speaking_stretches(tracks, voice, 20, scores, choose, heard)
 
 
-def test_neither_a_moving_head_nor_trembling_points_are_a_moving_mouth():
+def test_head_motion_and_landmark_noise_are_not_mouth_motion():
     frames = 100
     at = np.arange(frames) / FPS
     still = _face(np.full(frames, 0.02))
@@ -281,7 +288,7 @@ def test_neither_a_moving_head_nor_trembling_points_are_a_moving_mouth():
     x, z = x * np.cos(yaw)[:, None] - z * np.sin(yaw)[:, None], x * np.sin(yaw)[:, None] + z * np.cos(yaw)[:, None]
     y = y * np.cos(nod)[:, None] - z * np.sin(nod)[:, None]
     head = (np.stack([x, y], -1) * _UNIT_PX * (1 + 0.1 * np.sin(3 * at))[:, None, None]).astype(np.float32)
-    # Eye corners 60 px apart and 24 px; MediaPipe trembles by 0.1 to 0.3 px.
+    # Eye corners 60 px and 24 px apart; MediaPipe's landmark noise is 0.1 to 0.3 px.
     for face in (still, head, _face(np.zeros(frames), noise_px=0.5), 0.4 * _face(np.zeros(frames), noise_px=0.8)):
         assert np.median(mouth_motion(face)) < MOVES / 2 and (mouth_motion(face) >= MOVES).mean() < 0.1
     for noise_px in (0.0, 0.5, 0.8):
@@ -292,8 +299,8 @@ def test_neither_a_moving_head_nor_trembling_points_are_a_moving_mouth():
 def test_chips_reach_the_speech_network_one_per_frame():
     seen = []
 
-    class Mirror:
-        """Gives back what it is shown, as a speech network would its scores."""
+    class MeanScorer:
+        """Returns the mean of each chip as its score."""
 
         def score(self, pcm: np.ndarray, chips: np.ndarray) -> np.ndarray:
             seen.append((pcm, chips.shape))
@@ -305,7 +312,7 @@ def test_chips_reach_the_speech_network_one_per_frame():
     chips = {frame: encode_chip(picture, face, SPEECH_CHIP_PX) for frame, picture in pictures.items()}
     track = Track(0, 0, 20, np.tile(face.box, (6, 1)), landmarks, np.ones(6, np.float32), chips)
     sound = FilmSound(np.arange(30 * SAMPLES_PER_FRAME, dtype=np.int16), 0)
-    scores = score_track(Mirror(), track, sound)
+    scores = score_track(MeanScorer(), track, sound)
     np.testing.assert_allclose(scores, [40, 40, 80, 80, 160, 160], atol=2)
     ((pcm, shape),) = seen
     assert shape == (6, 112, 112) and np.array_equal(pcm, sound.pcm[20 * SAMPLES_PER_FRAME : 26 * SAMPLES_PER_FRAME])
@@ -318,7 +325,7 @@ def _pcm(samples: np.ndarray) -> np.ndarray:
     return np.clip(np.round(samples * 32768), -32768, 32767).astype(np.int16)
 
 
-def test_round_table_talkers_are_kept_and_neither_bystanders_nor_other_mouths():
+def test_roundtable_talkers_are_kept_and_bystanders_and_decoys_are_not():
     seconds, scenes = 3.0, 20
     clips = [synthesise(seed, seconds, width=640, height=480) for seed in range(scenes)]
     clear = 0
@@ -329,14 +336,14 @@ def test_round_table_talkers_are_kept_and_neither_bystanders_nor_other_mouths():
         others = [_track(1 + i, actor.landmarks[..., :2]) for i, actor in enumerate(clip.scene.others)]
         stretches = speaking_stretches([talker, *others], voice, 0, articulation=heard)
         _check_cover([talker, *others], stretches)
-        assert _frames(stretches, 0) >= 0.95 * clip.num_frames
+        assert _count_frames(stretches, 0) >= 0.95 * clip.num_frames
         assert {s.reason for s in stretches if s.track > 0} == {"not_speaking"}
-        # The same size and kind of mouth, moving to another voice.
+        # A mouth of the same size and shape that moves to another voice.
         decoy = _track(1, clips[(number + 1) % scenes].landmarks_px)
         stretches = speaking_stretches([talker, decoy], voice, 0, articulation=heard)
-        assert _frames(stretches, 1) == 0
-        clear += _frames(stretches, 0) >= 0.9 * clip.num_frames
-    assert clear >= 0.85 * scenes  # the rest is in doubt
+        assert _count_frames(stretches, 1) == 0
+        clear += _count_frames(stretches, 0) >= 0.9 * clip.num_frames
+    assert clear >= 0.85 * scenes  # the rest are undecided
 
 
 # ---- voice
@@ -346,10 +353,10 @@ def _tone_words(frames: int, words: Sequence[tuple[int, int]], level: float) -> 
     """A buzz of 120 Hz with its harmonics, in words."""
     at = np.arange(frames * SAMPLES_PER_FRAME)
     buzz = sum(np.sin(2 * np.pi * 120 * k * at / 16000) / k for k in range(1, 30))
-    return level * buzz * np.repeat(_while(np.ones(frames), *words), SAMPLES_PER_FRAME)
+    return level * buzz * np.repeat(_only_in(np.ones(frames), *words), SAMPLES_PER_FRAME)
 
 
-def test_the_noise_floor_follows_the_film():
+def test_noise_floor_adapts_to_the_film():
     frames = 1500
     words = [(at, at + 40) for at in range(20, frames - 40, 80)]
     rng = np.random.default_rng(0)
@@ -358,14 +365,14 @@ def test_the_noise_floor_follows_the_film():
     sound = FilmSound(np.clip(samples, -32768, 32767).astype(np.int16), 100)
     voice = voice_activity(sound, 100, frames)
     truth = _voice(frames, *words) > 0
-    settled = np.r_[0:500, 1000:1500]  # apart from where the noise sets in
+    settled = np.r_[0:500, 1000:1500]  # excludes the step in the noise level
     assert ((voice >= 0.5) == truth)[settled].mean() > 0.95
-    # Any part is as in the whole, as far as the floor's surroundings are known.
+    # A part gives the values of the whole where the noise floor's context is available.
     np.testing.assert_allclose(voice_activity(sound, 400, 200), voice[300:500], atol=0.02)
 
 
 @pytest.mark.parametrize("kind", ["silence", "noise", "hum", "none"])
-def test_what_nobody_says_is_no_voice(kind: str, request: pytest.FixtureRequest) -> None:
+def test_silence_noise_and_hum_are_not_voice(kind: str, request: pytest.FixtureRequest) -> None:
     at = np.arange(5 * 16000)
     samples = {
         "silence": np.zeros(len(at)),
@@ -392,7 +399,7 @@ def test_hysteresis_keeps_runs_that_reach_the_upper_threshold():
 
 
 @given(st.lists(st.sampled_from([0.0, 1.0, 2.0, 3.0, np.nan]), max_size=60), st.integers(0, 3), st.integers(0, 3))
-def test_hysteresis_is_that_of_a_loop_over_runs(numbers: list[float], lower: int, rise: int) -> None:
+def test_hysteresis_matches_a_loop_over_runs(numbers: list[float], lower: int, rise: int) -> None:
     values, low, high = np.array(numbers, np.float64), float(lower), float(lower + rise)
     expected = np.zeros(len(values), bool)
     for start, stop in true_runs(values >= low):
@@ -400,7 +407,7 @@ def test_hysteresis_is_that_of_a_loop_over_runs(numbers: list[float], lower: int
     np.testing.assert_array_equal(hysteresis(values, low, high), expected)
 
 
-def test_open_and_spread_mouths_are_heard():
+def test_articulation_correlates_with_mouth_opening_and_width():
     clip = synthesise(3, 6.0, width=640, height=480)
     heard = articulation(FilmSound(_pcm(clip.audio), 7), 7, clip.num_frames)
     said = np.stack([clip.mouth_opening, clip.mouth_width], 1)
@@ -410,7 +417,7 @@ def test_open_and_spread_mouths_are_heard():
     np.testing.assert_allclose(np.diff(later, axis=0), np.diff(heard[10:60], axis=0), atol=12)
 
 
-def test_bad_voice_weights_are_refused_in_one_line(tmp_path: Path, shared_weights: Path) -> None:
+def test_invalid_voice_weights_give_a_one_line_error(tmp_path: Path, shared_weights: Path) -> None:
     sound = FilmSound(np.zeros(16000, np.int16), 0)
     text = tmp_path / "text.onnx"
     text.write_bytes(b"not a network")
@@ -434,8 +441,8 @@ class _Film:
     num_frames: int
 
 
-def _linked(frames: Sequence[Sequence[Face]], chips: Sequence[Sequence[bytes]]) -> list[Track]:
-    """Tracks by overlap from frame to frame, over gaps of up to half a second; straight lines in the gaps."""
+def _link_detections(frames: Sequence[Sequence[Face]], chips: Sequence[Sequence[bytes]]) -> list[Track]:
+    """Links detections into tracks by IoU; gaps of up to half a second are interpolated linearly."""
     chains: list[list[tuple[int, Face, bytes]]] = []
     for at, (found, pictures) in enumerate(zip(frames, chips, strict=True)):
         free = list(range(len(found)))
@@ -451,13 +458,13 @@ def _linked(frames: Sequence[Sequence[Face]], chips: Sequence[Sequence[bytes]]) 
         known = np.array([at for at, _, _ in chain])
         every = np.arange(known[0], known[-1] + 1)
 
-        def filled(values: np.ndarray, known: np.ndarray = known, every: np.ndarray = every) -> np.ndarray:
+        def interpolated(values: np.ndarray, known: np.ndarray = known, every: np.ndarray = every) -> np.ndarray:
             columns = values.reshape(len(values), -1).T
             lines = [np.interp(every, known, column) for column in columns]
             return np.stack(lines, 1).reshape(len(every), *values.shape[1:]).astype(np.float32)
 
-        box = filled(np.stack([face.box for _, face, _ in chain]))
-        landmarks = filled(np.stack([face.landmarks_px for _, face, _ in chain if face.landmarks_px is not None]))
+        box = interpolated(np.stack([face.box for _, face, _ in chain]))
+        landmarks = interpolated(np.stack([face.landmarks_px for _, face, _ in chain if face.landmarks_px is not None]))
         confidence = np.isin(every, known).astype(np.float32)
         by_frame = {at: jpeg for at, _, jpeg in chain}
         tracks.append(Track(number, 0, int(known[0]), box, landmarks, confidence, by_frame))
@@ -474,7 +481,7 @@ Look = Callable[..., _Film]
 
 @pytest.fixture(scope="module")
 def look(shared_clips: Path, shared_weights: Path) -> Iterator[Look]:
-    """Faces, tracks and sound of a shared clip; each film is looked at once. sound: of another clip, dubbed over it."""
+    """Tracks and audio of a shared clip; detections are cached. sound: another clip, whose audio replaces its own."""
     detector = MediapipeBackend(shared_weights / "face_landmarker.task")
     seen: dict[tuple[str, int], list[Track]] = {}
 
@@ -486,14 +493,14 @@ def look(shared_clips: Path, shared_weights: Path) -> Iterator[Look]:
             for picture in read_frames(path, 0, count):
                 frames.append(detector.detect(picture))
                 chips.append([encode_chip(picture, face, SPEECH_CHIP_PX) for face in frames[-1]])
-            seen[name, count] = _linked(frames, chips)
+            seen[name, count] = _link_detections(frames, chips)
         return _Film(seen[name, count], _sound(shared_clips / (sound or name)), count)
 
     yield look
     detector.close()
 
 
-def _talking(film: _Film, vad: Path | None, network: Path | None = None) -> list[Stretch]:
+def _find_stretches(film: _Film, vad: Path | None, network: Path | None = None) -> list[Stretch]:
     scores = None
     if network is not None:
         light_asd = load_light_asd(network)
@@ -506,7 +513,7 @@ def _talking(film: _Film, vad: Path | None, network: Path | None = None) -> list
 
 
 def _share_kept(film: _Film, stretches: Sequence[Stretch]) -> float:
-    return sum(_frames(stretches, track.number) for track in film.tracks) / film.num_frames
+    return sum(_count_frames(stretches, track.number) for track in film.tracks) / film.num_frames
 
 
 @pytest.mark.parametrize("detector", ["silero", "own"])
@@ -522,22 +529,22 @@ def _share_kept(film: _Film, stretches: Sequence[Stretch]) -> float:
         pytest.param("fps_29.97.mp4", 0.9, marks=pytest.mark.slow),
         pytest.param(
             "audio_short_2s.mp4", 0.9, marks=pytest.mark.slow
-        ),  # the sound ends after two of the three seconds looked at
+        ),  # the audio ends after two of the three seconds
         ("sync_grid_audio_late_200ms.mp4", 0.9),
     ],
 )
-def test_lone_speakers_are_kept_with_the_silence_at_the_ends(
+def test_single_speakers_are_kept_with_silence_at_both_ends(
     name: str, share: float, detector: str, look: Look, shared_weights: Path
 ) -> None:
     film = look(name)
-    stretches = _talking(film, shared_weights / "silero_vad.onnx" if detector == "silero" else None)
+    stretches = _find_stretches(film, shared_weights / "silero_vad.onnx" if detector == "silero" else None)
     assert _share_kept(film, stretches) >= share
 
 
 @pytest.mark.parametrize("detector", ["silero", "own"])
-def test_two_who_take_turns(detector: str, look: Look, shared_weights: Path) -> None:
+def test_speakers_who_take_turns_are_separated(detector: str, look: Look, shared_weights: Path) -> None:
     film = look("two_person_turns.mp4", 148)
-    stretches = _talking(film, shared_weights / "silero_vad.onnx" if detector == "silero" else None)
+    stretches = _find_stretches(film, shared_weights / "silero_vad.onnx" if detector == "silero" else None)
     _check_turns(film, stretches)
 
 
@@ -549,25 +556,27 @@ def _check_turns(film: _Film, stretches: Sequence[Stretch]) -> None:
     assert _share_kept(film, stretches) >= 0.85
 
 
-def test_two_who_talk_at_once_are_not_taken_apart(look: Look, shared_weights: Path) -> None:
+def test_overlapping_speech_is_not_attributed(look: Look, shared_weights: Path) -> None:
     film = look("two_person_overlap.mp4")
     for vad in (shared_weights / "silero_vad.onnx", None):
-        stretches = _talking(film, vad)
+        stretches = _find_stretches(film, vad)
         assert _share_kept(film, stretches) == 0
-        assert all(_frames(stretches, track.number, "several_speak") >= 0.8 * track.num_frames for track in film.tracks)
+        assert all(
+            _count_frames(stretches, track.number, "several_speak") >= 0.8 * track.num_frames for track in film.tracks
+        )
 
 
 @pytest.mark.parametrize("sound", ["grid_bbaf2n.mpg", "grid_brbk7n.mpg", "latentsync_demo1.mp4"])
-def test_neither_a_printed_face_nor_a_signing_person_speaks(sound: str, look: Look, shared_weights: Path) -> None:
+def test_printed_face_and_signer_are_not_speakers(sound: str, look: Look, shared_weights: Path) -> None:
     film = look("intel_asl_again.mkv", sound=sound)
     assert film.tracks
     for vad in (shared_weights / "silero_vad.onnx", None):
-        assert _share_kept(film, _talking(film, vad)) == 0
+        assert _share_kept(film, _find_stretches(film, vad)) == 0
 
 
 @pytest.mark.slow
-def test_a_real_mouth_beside_another_one_that_moves(look: Look) -> None:
-    """Film of 3 s is often not enough to say whose the voice is; then it is nobody's, never the wrong one's."""
+def test_voice_is_never_given_to_another_moving_mouth(look: Look) -> None:
+    """Three seconds are often too short to attribute the voice; it must then be undecided, never wrong."""
     names = ["grid_bbaf2n.mpg", "grid_brbk7n.mpg", "grid_lwbsza.mpg", "latentsync_demo1.mp4", "latentsync_demo2.mp4"]
     right = 0
     for name in names:
@@ -576,8 +585,8 @@ def test_a_real_mouth_beside_another_one_that_moves(look: Look) -> None:
         for other in set(names) - {name}:
             pair = [_track(0, film.tracks[0].landmarks), _track(1, look(other).tracks[0].landmarks)]
             stretches = speaking_stretches(pair, voice, 0, articulation=heard)
-            assert _frames(stretches, 1) == 0
-            right += _frames(stretches, 0) >= 60
+            assert _count_frames(stretches, 1) == 0
+            right += _count_frames(stretches, 0) >= 60
     assert right >= 4  # of 20
 
 
@@ -590,28 +599,28 @@ def test_both_voice_detectors_agree(shared_clips: Path, shared_weights: Path) ->
         assert 0.3 < silero.mean() < 0.9 and (silero == own).mean() >= share
     music = _sound(shared_clips / "moviepy_chaplin.mp4")
     assert (voice_activity(music, 0, 200, shared_weights / "silero_vad.onnx") >= 0.5).mean() == 0
-    # Asked in the middle, it says what it says having heard everything before.
+    # Detection that starts in the middle agrees with detection from the start.
     part = voice_activity(sound, 200, 100, shared_weights / "silero_vad.onnx") >= 0.5
     assert (part == silero[200:300]).mean() >= 0.95
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["grid_bbaf2n.mpg", "grid_lwbsza.mpg", "lowres_180x320.mp4", "fps_29.97.mp4"])
-def test_lone_speakers_are_kept_with_light_asd(name: str, look: Look, shared_weights: Path) -> None:
+def test_single_speakers_are_kept_with_light_asd(name: str, look: Look, shared_weights: Path) -> None:
     film = look(name)
-    stretches = _talking(
+    stretches = _find_stretches(
         film, shared_weights / "silero_vad.onnx", shared_weights / "light_asd_finetuning_TalkSet.model"
     )
     assert _share_kept(film, stretches) >= 0.9
 
 
 @pytest.mark.slow
-def test_two_people_with_light_asd(look: Look, shared_weights: Path) -> None:
+def test_light_asd_separates_turns_and_rejects_overlap_and_signer(look: Look, shared_weights: Path) -> None:
     network, vad = shared_weights / "light_asd_finetuning_TalkSet.model", shared_weights / "silero_vad.onnx"
     film = look("two_person_turns.mp4", 148)
-    _check_turns(film, _talking(film, vad, network))
+    _check_turns(film, _find_stretches(film, vad, network))
     film = look("two_person_overlap.mp4")
-    stretches = _talking(film, vad, network)
+    stretches = _find_stretches(film, vad, network)
     assert _share_kept(film, stretches) == 0 and {s.reason for s in stretches} >= {"several_speak"}
     film = look("intel_asl_again.mkv", sound="grid_brbk7n.mpg")
-    assert _share_kept(film, _talking(film, vad, network)) == 0
+    assert _share_kept(film, _find_stretches(film, vad, network)) == 0

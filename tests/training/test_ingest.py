@@ -192,9 +192,9 @@ def test_an_error_in_reading_films_reaches_the_ranks(tmp_path: Path) -> None:
 
 @pytest.mark.cluster
 @pytest.mark.slow
-def test_windows_are_read_although_no_whole_cpu_is_free(ray_of_two: Any, cache: LatentCache) -> None:
+def test_windows_are_read_although_no_whole_cpu_is_free(ray_with_two_cpus: Any, cache: LatentCache) -> None:
     """Ranks and their readers may hold all the rest: a task that asks for a whole CPU would never run."""
-    ray = ray_of_two
+    ray = ray_with_two_cpus
     holder = ray.remote(threading.Event).options(num_cpus=1.7).remote()
     try:
         ray.get(holder.is_set.remote())
