@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from preprocessing.lip_step import AddLips, LipWork, RenderLips
@@ -128,13 +129,17 @@ def table_dataset(table: str | Path) -> Any:
     """A Ray Dataset of the clip rows of a table, in its order."""
     with ClipTable(str(table)) as opened:
         ids = opened.ids
-    data = dataset(pa.table({"clip_id": ids}))
-    return data.map_batches(_rows_of, fn_kwargs={"table": str(table)}, batch_size=1, batch_format="pyarrow")
+    return _map_actors(dataset(pa.table({"clip_id": ids})), ReadRows, (str(table),), 1, Pools.CUT_CPUS)
 
 
-def _rows_of(batch: pa.Table, table: str) -> pa.Table:
-    with ClipTable(table) as opened:
-        return opened.rows(batch.column("clip_id").to_pylist())
+class ReadRows:
+    """A Ray Data actor: takes ids of clips, and returns their rows in a clip table."""
+
+    def __init__(self, table: str) -> None:
+        self.table = ClipTable(table)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        return self.table.rows(batch.column("clip_id").to_pylist())
 
 
 def with_lips(
@@ -177,11 +182,28 @@ def window_dataset(
     window: int,
     stride: int,
     jitters: Sequence[int | None] = (0,),
+    workers: int = 1,
     cpus: float = Pools.WINDOWS_CPUS,
 ) -> Any:
-    """Training windows of a Dataset of clip rows (`tccp.clips.windows.windows`), from film or table, in its order."""
+    """Training windows of a Dataset of clip rows (`tccp.clips.windows.windows`), from film or table, in its order.
+
+    workers: most actors that cut windows; one is enough to begin.
+    """
     arguments = {"settings": settings, "window": window, "stride": stride, "seed": settings.seed, "jitters": jitters}
-    return clips.map_batches(windows, fn_kwargs=arguments, batch_size=1, batch_format="pyarrow", num_cpus=cpus)
+    return _map_actors(clips, CutWindows, (arguments,), workers, cpus, at_least=1)
+
+
+class CutWindows:
+    """A Ray Data actor: takes clip rows, and returns their windows.
+
+    Not a Ray task: Ray ends a task's process after a second without work, and the next one imports everything again.
+    """
+
+    def __init__(self, arguments: Mapping[str, Any]) -> None:
+        self.arguments = arguments
+
+    def __call__(self, batch: pa.Table) -> dict[str, np.ndarray]:
+        return windows(batch, **self.arguments)
 
 
 def film_windows(
@@ -207,7 +229,8 @@ def film_windows(
             clips = with_lips(clips, lips, cpus=Pools.LIPS_CPUS * pools.scale)
         jitters = (epoch % settings.headbox.draws,)
         cpus = Pools.WINDOWS_CPUS * pools.scale
-        yield from window_dataset(clips, settings, window, stride=1, jitters=jitters, cpus=cpus).iter_rows()
+        cut = window_dataset(clips, settings, window, stride=1, jitters=jitters, workers=pools.cut, cpus=cpus)
+        yield from cut.iter_rows()
 
 
 def _uses_gpus(work: Work) -> bool:
@@ -225,13 +248,18 @@ def _graph(listing: pa.Table, work: Work, pools: Pools, last: type[CutClips]) ->
     return data
 
 
-def _map_actors(data: Any, kind: type, arguments: tuple, size: int, cpus: float, gpus: float = 0.0) -> Any:
+def _map_actors(
+    data: Any, kind: type, arguments: tuple, size: int, cpus: float, gpus: float = 0.0, at_least: int | None = None
+) -> Any:
+    """size: number of actors; with `at_least`, the most that Ray starts if the cluster has room for them."""
     import ray
 
     return data.map_batches(
         kind,
         fn_constructor_args=arguments,
-        compute=ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=2),
+        compute=ray.data.ActorPoolStrategy(
+            min_size=size if at_least is None else at_least, max_size=size, max_tasks_in_flight_per_actor=2
+        ),
         num_cpus=cpus,
         num_gpus=gpus,
         batch_size=1,

@@ -33,6 +33,7 @@ SETTINGS = override(
         "autoencoder.norm_groups": 4,
         "network.base_channels": 16,
         "network.channel_multipliers": (1, 2),
+        "network.blocks_per_scale": 1,
         "network.condition_dim": 16,
         "network.time_embedding_dim": 16,
         "network.attention_head_dim": 16,

@@ -41,6 +41,7 @@ def inputs(settings, row: Variant, batch=2, seed=0):
 
 
 SMALL = {
+    "network.blocks_per_scale": 1,
     "autoencoder.block_channels": (8, 16),
     "autoencoder.norm_groups": 4,
     "autoencoder.batch_size": 4,

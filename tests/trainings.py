@@ -31,6 +31,7 @@ OVERRIDES = [
     "autoencoder.batch_size=8",
     "network.base_channels=16",
     "network.channel_multipliers=[1,2]",
+    "network.blocks_per_scale=1",
     "network.condition_dim=16",
     "network.time_embedding_dim=16",
     "network.attention_head_dim=16",

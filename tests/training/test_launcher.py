@@ -117,7 +117,7 @@ def test_jobs_submitted_to_a_cluster_train_a_pipeline_through_the_loss_of_their_
         assert run["loss_steps"] == list(range(JOB_STEPS))
         assert {"grad_norm", "windows_per_s", "data_wait", "cpu_use", "memory_mib", "learning_rate"} <= run["metrics"]
 
-    stage2 = command("stage2", clips, storage, "--stage1", "run", "--name", "whole", steps=4)
+    stage2 = command("stage2", clips, storage, "--stage1", "run", "--name", "whole", "--workers", "1", steps=4)
     assert trainings.ended(submit(head, stage2, log)) == 0, log.read_text()
     pipeline = storage / "runs" / "whole" / "pipeline"
     assert set(read_manifest(pipeline)["components"]) == {
