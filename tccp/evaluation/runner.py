@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import math
-import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Executor, Future, ProcessPoolExecutor, wait
@@ -52,7 +51,7 @@ from tccp.evaluation.worker import (
 )
 from tccp.inference.pipeline_folder import read_manifest, read_settings
 from tccp.models.variants import VARIANTS
-from tccp.processes import end_with_parent
+from tccp.processes import end_with_parent, forking_context
 from tccp.progress import progress
 
 _SHARD_CLIPS, _DRIFT_SHARD_CLIPS, _COUNTERFACTUAL_SHARD_CLIPS = 16, 6, 4
@@ -296,7 +295,7 @@ class _Work:
 def _work(
     models: Models, arguments: tuple[Path, Path | None, str], jobs: int, on_work: Callable[[float], object]
 ) -> Iterator[_Work]:
-    context = multiprocessing.get_context("spawn")
+    context = forking_context(__name__)
     queue = context.SimpleQueue()
     if jobs == 1:
         threads = torch.get_num_threads()

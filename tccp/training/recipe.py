@@ -22,7 +22,7 @@ from tccp.files import Folder
 from tccp.inference.pipeline_folder import check_settings, has_component, load_network, save_component, verified
 from tccp.models.autoencoder import PictureAutoencoder
 from tccp.models.variants import FIRST_OF, TWO_STAGE, VARIANTS
-from tccp.processes import end_with_parent
+from tccp.processes import end_with_parent, forking_context
 from tccp.progress import ProgressHandler, progress_handler, set_progress_handler
 from tccp.training.fit_autoencoder import train_autoencoder
 from tccp.training.fit_variant import needs_first, train_variant
@@ -256,7 +256,7 @@ class Trainer:
 
 def _in_processes(jobs: int, work: Callable[..., None], calls: Sequence[tuple[Any, ...]]) -> None:
     threads = max(1, torch.get_num_threads() // jobs)
-    context = multiprocessing.get_context("spawn")
+    context = forking_context(__name__)
     with ProcessPoolExecutor(min(jobs, len(calls)), context, _start_process, (threads, progress_handler())) as pool:
         running = [pool.submit(work, *arguments) for arguments in calls]
         try:
