@@ -196,7 +196,7 @@ def window_dataset(
 class CutWindows:
     """A Ray Data actor: takes clip rows, and returns their windows.
 
-    Not a Ray task: Ray ends a task's process after a second without work, and the next one imports everything again.
+    Not a Ray task: as many tasks as fit run at a time, and each of their processes imports everything for itself.
     """
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:

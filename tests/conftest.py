@@ -151,29 +151,34 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(skip)
     yield
     if hasattr(config, "workerinput"):
-        items[:] = slow_files_first(items)
+        items[:] = slow_files_first(items, config.workerinput["workercount"])
 
 
-def slow_files_first(items: list[pytest.Item]) -> list[pytest.Item]:
-    """The tests in an order for two workers and `--dist worksteal`, file by file.
+def slow_files_first(items: list[pytest.Item], workers: int) -> list[pytest.Item]:
+    """The tests in an order for so many workers and `--dist worksteal`, file by file.
 
-    Each worker starts with one half, and steals from the end of the other half when it is done. So the first half
-    starts with the files that start Ray, the second half with the other files that have slow tests, and both end with
-    fast tests. Files stay whole: a module's fixtures are made once.
+    Each worker starts with an equal share, in order, and steals from the end of another share when it is done. So the
+    first share starts with the files that start Ray, the other shares with the other files that have slow tests, and
+    all end with fast tests. Files stay whole: a module's fixtures are made once.
     """
     files: dict[Path, list[pytest.Item]] = {}
     for item in items:
         files.setdefault(item.path, []).append(item)
-    kinds: dict[str, list[list[pytest.Item]]] = {"ray": [], "slow": [], "fast": []}
+    shares: list[list[pytest.Item]] = [[] for _ in range(workers)]
+    others = shares[1:] or shares
+    fast = []
     for tests in files.values():
         slow = [item for item in tests if item.get_closest_marker("slow")]
-        ray = any(item.get_closest_marker("cluster") for item in slow)
-        kinds["ray" if ray else "slow" if slow else "fast"].append(tests)
-    first = [item for tests in kinds["ray"] for item in tests]
-    fast = kinds["fast"]
-    while fast and len(first) < len(items) // 2:
-        first += fast.pop(0)
-    return first + [item for tests in (*kinds["slow"], *fast) for item in tests]
+        if any(item.get_closest_marker("cluster") for item in slow):
+            shares[0] += tests
+        elif slow:
+            min(others, key=lambda share: sum(1 for item in share if item.get_closest_marker("slow"))).extend(tests)
+        else:
+            fast.append(tests)
+    for share in shares[:-1]:
+        while fast and len(share) < len(items) // workers:
+            share += fast.pop(0)
+    return [item for share in shares for item in share] + [item for tests in fast for item in tests]
 
 
 @pytest.hookimpl(wrapper=True)
