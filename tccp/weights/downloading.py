@@ -21,6 +21,7 @@ from typing import Any
 from tccp import __version__
 from tccp.errors import StorageError, TccpError
 from tccp.files import HTTP_TRANSIENT, retried
+from tccp.files.retry import first_line
 from tccp.weights.weight_files import default_folder, weights_key
 from tccp.weights.weight_table import Weight, entry
 
@@ -195,7 +196,7 @@ def _opened(url: str, start: int) -> tuple[Any, int]:
         if isinstance(reason, FileNotFoundError | ValueError | http.client.InvalidURL):
             said = str(reason).splitlines() or [type(error).__name__]
             raise TccpError(f"{url}: {said[0]}; give the address of the file with --url") from None
-        raise ConnectionError(str(reason)) from None
+        raise ConnectionError(first_line(reason) if isinstance(reason, Exception) else str(reason)) from None
     partial = str(response.headers.get("Content-Range", "")).startswith(f"bytes {start}-")
     return response, start if start and response.status == http.client.PARTIAL_CONTENT and partial else 0
 
