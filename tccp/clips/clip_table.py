@@ -31,7 +31,7 @@ from tccp.clips.clip import (
     stored_box_of,
 )
 from tccp.errors import DamagedData, StorageError, TccpError
-from tccp.files import Folder, atomic_path, is_storage_failure
+from tccp.files import AccessError, Folder, atomic_path, is_storage_failure
 
 __all__ = [
     "AUDIO_CONTEXT_FRAMES",
@@ -347,6 +347,8 @@ class ClipTable:
     def _row(self, part: str, row: int) -> pa.Table:
         try:
             return self._opened(part).read_row_group(row)
+        except AccessError:  # wrong credentials damage nothing
+            raise
         except (TccpError, pa.ArrowException, OSError) as error:
             if is_storage_failure(error):
                 raise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
@@ -39,21 +39,20 @@ def readable(items: Iterable[_Item], read: Callable[[_Item], _Result]) -> Iterat
 
 
 def read_or_other(
-    item: _Item, read: Callable[[_Item], _Result], others: Callable[[], Sequence[_Item]], seed: int
-) -> tuple[_Result, DamagedData | None]:
-    """The result for the item, or, if it is damaged, for another one; and the error if it is damaged.
+    clip_id: str, item: _Item, read: Callable[[_Item], _Result], others: Callable[[], Sequence[_Item]], seed: int
+) -> tuple[_Result, bool]:
+    """The result for an item of the clip, or, if it is damaged, for another item; and whether it is damaged.
 
     The choice depends on `seed` and `others()` only, so a resumed training makes the same one.
     Raises DamagedData if MOST_TRIED others are damaged, too.
     """
-    damage: DamagedData | None = None
-    for attempt in itertools.count():
-        try:
-            return read(item), damage
-        except DamagedData as error:
-            damage = damage or error
-            if attempt == MOST_TRIED:
-                raise DamagedData(f"{damage}; {MOST_TRIED} others tried in its place cannot be read either") from None
-        choice = others()
-        item = choice[rng_seed(seed, "set aside", attempt) % len(choice)]
-    raise AssertionError
+    try:
+        return read(item), False
+    except DamagedData as error:
+        damage = error
+    say_set_aside(f"clip {clip_id}", damage)
+    choice = others()
+    for attempt in range(MOST_TRIED):
+        with contextlib.suppress(DamagedData):
+            return read(choice[rng_seed(seed, "set aside", attempt) % len(choice)]), True
+    raise DamagedData(f"{damage}; {MOST_TRIED} others tried in its place cannot be read either")

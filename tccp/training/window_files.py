@@ -5,6 +5,7 @@ This module does not import torch: Ray Data workers import it and start in about
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,7 +25,7 @@ from tccp.files import Folder, retried
 from tccp.inference.conditioning import CONDITION_FIELDS, control_kinds, picture_of, training_pictures, zero_if_hidden
 from tccp.models.variants import ONE_PER_WINDOW, VARIANTS, ConditionKind, PictureKind, Variant
 from tccp.seeds import rng_seed
-from tccp.training.set_aside import read_or_other, say_set_aside
+from tccp.training.set_aside import read_or_other
 
 SET_ASIDE = "set_aside"
 """Column of bool `n`: windows that are damaged, in whose place the columns hold others."""
@@ -61,15 +62,16 @@ def micro_batch(
     return order.step(step, training.batch_size, rank, num_ranks)[micro * size : (micro + 1) * size]
 
 
-class _Windows:
+class _WindowFiles(ABC):
     """Reads windows one by one and stacks them."""
 
     settings: Settings
 
+    @abstractmethod
     def window(
         self, planned: PlannedWindow, row: Variant, num_frames: int, kinds: Sequence[ConditionKind]
     ) -> dict[str, np.ndarray]:
-        raise NotImplementedError
+        """The arrays of one window. Raises DamagedData."""
 
     def columns(
         self,
@@ -95,17 +97,15 @@ class _Windows:
                 parts = read(window.id)
             else:
                 seed = rng_seed(self.settings.seed, clip_id, start, epoch)
-                parts, damage = read_or_other(window.id, read, others, seed)
-                columns[SET_ASIDE].append(damage is not None)
-                if damage is not None:
-                    say_set_aside(f"clip {clip_id}", damage)
+                parts, damaged = read_or_other(clip_id, window.id, read, others, seed)
+                columns[SET_ASIDE].append(damaged)
             for name, values in parts.items():
                 columns.setdefault(name, []).append(values)
         return {name: np.stack(values) for name, values in columns.items()}
 
 
 @dataclass(frozen=True)
-class LatentFiles(_Windows):
+class LatentFiles(_WindowFiles):
     """Reads windows from files of latents and lips. Small to pickle, so it can be sent to the processes that read.
 
     Local files are memory-mapped. A file at a URL is first downloaded to this machine, and kept.
@@ -166,7 +166,7 @@ class LatentFiles(_Windows):
 
 
 @dataclass(frozen=True)
-class PictureFiles(_Windows):
+class PictureFiles(_WindowFiles):
     """Reads the same windows as pictures from the clip table; the training step encodes them."""
 
     settings: Settings
@@ -241,7 +241,4 @@ class TablePictures:
             return picture_of(kind, vars(still))[0]
 
         seed = rng_seed(self.settings.seed, clip_id, frame)
-        picture, damage = read_or_other(clip_id, read, lambda: self.table.ids, seed)
-        if damage is not None:
-            say_set_aside(f"clip {clip_id}", damage)
-        return picture
+        return read_or_other(clip_id, clip_id, read, lambda: self.table.ids, seed)[0]
