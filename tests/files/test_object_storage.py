@@ -197,10 +197,13 @@ def test_missing_bucket_is_a_user_error_and_is_not_created(server: ObjectStorage
 
 
 def test_missing_credentials_are_a_user_error(
-    server: ObjectStorage, place: str, monkeypatch: pytest.MonkeyPatch
+    server: ObjectStorage, place: str, data: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also for a part of a clip table, whose other errors mean that it is damaged."""
     import s3fs
 
+    Folder(place).upload(data[0], "clips")
+    table = ClipTable(f"{place}/clips")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", "/nonexistent")
@@ -208,8 +211,12 @@ def test_missing_credentials_are_a_user_error(
     try:
         with pytest.raises(AccessError, match=r"Unable to locate credentials; check the address, credentials"):
             Folder(place).read("a")
+        table.folder = Folder(f"{place}/clips")
+        with pytest.raises(AccessError, match=r"Unable to locate credentials"):
+            table.rows(table.ids[:1])
     finally:
         s3fs.S3FileSystem.clear_instance_cache()
+        table.close()
 
 
 # Arrow file systems, which Ray Train uses
