@@ -66,6 +66,7 @@ class _WindowFiles(ABC):
     """Reads windows one by one and stacks them."""
 
     settings: Settings
+    lips: LipFiles | None
 
     @abstractmethod
     def window(
@@ -103,6 +104,16 @@ class _WindowFiles(ABC):
                 columns.setdefault(name, []).append(values)
         return {name: np.stack(values) for name, values in columns.items()}
 
+    def _jitter(self, planned: PlannedWindow) -> int:
+        """The jittered view of a window: a random function of (seed, window id, epoch)."""
+        epoch, (clip_id, start) = planned
+        return rng_seed(self.settings.seed, "draw", clip_id, start, epoch) % self.settings.headbox.draws
+
+    def _lips(self, planned: PlannedWindow, num_frames: int) -> UInt8[np.ndarray, "f s s 3"]:
+        assert self.lips is not None
+        lips = self.lips.read(*planned.id, num_frames)
+        return lips[..., ::-1, :] if mirrored(self.settings, self._jitter(planned)) else lips
+
 
 @dataclass(frozen=True)
 class LatentFiles(_WindowFiles):
@@ -120,11 +131,10 @@ class LatentFiles(_WindowFiles):
     ) -> dict[str, np.ndarray]:
         """A window: latents float16 `f c h w`, control float16 `f c2 h w`, and conditions as stored.
 
-        The jittered view of a window is a random function of (seed, window id, epoch).
         Raises DamagedData if a file is damaged or missing, as it is for clips that could not be encoded.
         """
-        epoch, (clip_id, start) = planned
-        jitter = rng_seed(self.settings.seed, "draw", clip_id, start, epoch) % self.settings.headbox.draws
+        clip_id, start = planned.id
+        jitter = self._jitter(planned)
         frames = slice(start, start + num_frames)
         control = [
             zero_if_hidden(kind, self._latents(clip_id, jitter, kind, frames), self.settings)
@@ -139,9 +149,7 @@ class LatentFiles(_WindowFiles):
                 values = file.get_slice(CONDITION_FIELDS[kind])
                 parts[kind] = values[:] if kind in ONE_PER_WINDOW else values[frames]
         if "lips" in kinds:
-            assert self.lips is not None
-            lips = self.lips.read(clip_id, start, num_frames)
-            parts["lips"] = lips[..., ::-1, :] if mirrored(self.settings, jitter) else lips
+            parts["lips"] = self._lips(planned, num_frames)
         return parts
 
     def _latents(self, clip_id: str, jitter: int, kind: FileKind, frames: slice) -> Float16[np.ndarray, "f c h w"]:
@@ -184,17 +192,14 @@ class PictureFiles(_WindowFiles):
 
         `tccp.training.latent_cache.encode_columns` encodes them.
         """
-        epoch, (clip_id, start) = planned
-        seed = self.settings.seed
-        jitter = rng_seed(seed, "draw", clip_id, start, epoch) % self.settings.headbox.draws
-        cut = view(self.clips[clip_id], self.settings, jitter, seed, start, num_frames)
+        clip_id, start = planned.id
+        jitter = self._jitter(planned)
+        cut = view(self.clips[clip_id], self.settings, jitter, self.settings.seed, start, num_frames)
         parts = training_pictures(row, self.settings, vars(cut))
         for kind in (kind for kind in kinds if kind != "lips"):
             parts[kind] = getattr(cut, CONDITION_FIELDS[kind])
         if "lips" in kinds:
-            assert self.lips is not None
-            lips = self.lips.read(clip_id, start, num_frames)
-            parts["lips"] = lips[..., ::-1, :] if mirrored(self.settings, jitter) else lips
+            parts["lips"] = self._lips(planned, num_frames)
         return parts
 
 
