@@ -19,6 +19,7 @@ for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", 
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
+import cv2  # noqa: F401 - before decord (0.6.0), whose zlib breaks OpenCV's reading of PNG in the same process
 import hypothesis
 import jaxtyping
 import pytest
@@ -85,6 +86,11 @@ def _subfolder(shared: Path, name: str) -> Path:
 @pytest.fixture(scope="session")
 def shared_clips(shared: Path) -> Path:
     return _subfolder(shared, "clips")
+
+
+@pytest.fixture(scope="session")
+def shared_faults(shared: Path) -> Path:
+    return _subfolder(shared, "faults")
 
 
 @pytest.fixture(scope="session")

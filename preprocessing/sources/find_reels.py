@@ -53,7 +53,7 @@ def _reels(source: Span, order: int, plan: Plan, decoder: Decoder, path: Path) -
         for first, stop in reel_edges(info.num_frames, plan.reel_s, info.seeks):
             low = max(first - SOUND_MARGIN_FRAMES, 0)
             samples = sound.samples[low * SAMPLES_PER_FRAME : (stop + SOUND_MARGIN_FRAMES) * SAMPLES_PER_FRAME]
-            span = replace(source.cut(first, stop), warnings=tuple(sound.warnings))
+            span = replace(source.cut(first, stop), warnings=(*info.notes, *sound.warnings))
             share = (stop - first) / max(info.num_frames, 1)
             yield Reel(span, order, usable, FilmSound(to_pcm(samples), low), share=share)
 

@@ -146,7 +146,9 @@ class FilmInputs:
             )
             self.audio: AudioTrack = opened.enter_context(open_audio(request.audio))
             self.num_frames = self.audio.num_frames  # of the generated film, at 25 fps
-            for text in check_audio(self.audio):
+            for text in self.scene.notes:
+                self.warn(f"{request.scene}: {text}")
+            for text in (*self.audio.notes, *check_audio(self.audio)):
                 self.warn(f"{request.audio}: {text}")
             # Raises TccpError if the scene is too short.
             scene_indices(self.scene.num_frames, self.num_frames, request.extend, request.scene)

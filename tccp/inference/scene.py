@@ -17,15 +17,18 @@ from tccp.inference.head_tracks import HeadTrack
 from tccp.media import MediaInfo, read_frames
 
 Extend = Literal["no", "freeze", "pingpong"]
+_HELD_FRAMES = 2  # 80 ms; a block of AAC lasts 21 to 64 ms
 _REVERSED_CHUNK = 16  # frames held in memory to play film backwards
 
 
 def scene_indices(num_scene: int, num_frames: int, extend: Extend, name: str | Path = "scene") -> Iterator[int]:
     """The number of the scene frame that each frame of the generated film shows.
 
-    Raises TccpError if the scene is shorter than the sound and `extend` is "no".
+    A scene that is at most two frames shorter holds its last picture: sound often ends a little later, because encoders
+    fill up its last block. Raises TccpError if the scene is even shorter and `extend` is "no".
     """
-    if num_scene >= num_frames or extend == "freeze":
+    held = _HELD_FRAMES if extend == "no" else 0
+    if num_scene >= num_frames - held or extend == "freeze":
         return (min(i, num_scene - 1) for i in range(num_frames))
     if extend == "no":
         raise TccpError(

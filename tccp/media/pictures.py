@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 
 import av
@@ -21,6 +22,7 @@ from jaxtyping import UInt8
 from tccp.config import FPS
 from tccp.errors import TccpError
 from tccp.media.source import MediaError, MediaInfo, Span, no_stream, opened, pick_video, probe
+from tccp.media.timeline import carried_on
 
 # swscale's fast path is too dark by about one level in 255 and repeats chroma; these flags give unbiased colours.
 _TO_RGB = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
@@ -57,18 +59,24 @@ def read_frames(
 def _on_the_clock(
     info: MediaInfo, span: Span, start_frame: int, stop_frame: int
 ) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
-    """Repeats each picture until the next one's time, the first also before its own time, the last to the end."""
+    """Repeats each picture until the next one is due, the first also before its own time, the last to the end.
+
+    A picture is due half a frame before its time, by the shorter of its predecessor's duration and 1/25 s. So every
+    picture is shown at the frame nearest to its time.
+    """
     due = start_frame
     to_rgb = VideoReformatter()
     current: av.VideoFrame | None = None
+    before = Fraction(0)
     for time, frame in _decoded(info, span, info.zero + Fraction(start_frame, FPS)):
         if due == stop_frame:
             return
         begin = due
-        while due < stop_frame and info.zero + Fraction(due, FPS) < time:
+        early_s = Fraction(0) if current is None else min(Fraction(1, FPS), time - before) / 2
+        while due < stop_frame and info.zero + Fraction(due, FPS) < time - early_s:
             due += 1
         yield from _copies(current or frame, due - begin, info, to_rgb)
-        current = frame
+        current, before = frame, time
     if current is not None:
         yield from _copies(current, stop_frame - due, info, to_rgb)
 
@@ -116,7 +124,9 @@ def _timed(info: MediaInfo, span: Span, container: InputContainer, seek_to: Frac
     by_dts = _NO_PRESENTATION_TIMES & set(container.format.name.split(","))
     dts: int | None = None
     time = span.start
-    for frame in container.decode(stream):
+    packets = carried_on(container.demux(stream), info.video_restarts)
+    for frame in chain.from_iterable(packet.decode() for packet in packets):
+        assert isinstance(frame, av.VideoFrame)
         if by_dts and dts is not None:  # the last, delayed pictures have no dts; AVI advances one tick per picture
             ticks = frame.dts - dts if frame.dts is not None else 1
             time, dts = time + ticks * stream.time_base, dts + ticks

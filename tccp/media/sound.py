@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 import tempfile
 import wave
+from collections import deque
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
@@ -15,23 +18,29 @@ from jaxtyping import Float, Float32
 
 from tccp.config import SAMPLE_RATE_HZ, SAMPLES_PER_FRAME
 from tccp.errors import TccpError
+from tccp.media.mix import Mix, choose_mix
 from tccp.media.source import MediaError, MediaInfo, no_stream, opened, pick_audio, probe
+from tccp.media.timeline import carried_on
 
 # Smaller differences between timestamps and sample count are rounding or jitter. Larger ones are gaps or overlaps.
 _MAX_STRAY_S = Fraction(1, 50)
+_LOOK_AHEAD_S = Fraction(3, 10)  # of a gap or overlap: it must last as long
+_MOST_SKIPPED = 0.01  # share of packets that may be undecodable, besides a single one
 _BLOCK = 1 << 16
 
 
 class AudioTrack:
-    """16 kHz mono sound on disk. Sample 0 lies at the common start of the source file.
+    """16 kHz mono sound on disk. Sample 0 lies at the start of the source file's clock (`MediaInfo.zero`).
 
-    samples: in [-1, 1], memory-mapped, so slice what you need. Use as a context manager or call close() to free the
-    temporary file. It also disappears when the process ends.
+    samples: in [-1, 1], memory-mapped, so slice what you need. notes: how the delivered sound differs from the stored
+    one, one sentence each: the choice of channels, gaps, overlaps, packets that were skipped. Use as a context manager
+    or call close() to free the temporary file. It also disappears when the process ends.
     """
 
-    def __init__(self, path: Path, samples: Float32[np.ndarray, "n"]):
+    def __init__(self, path: Path, samples: Float32[np.ndarray, "n"], notes: tuple[str, ...] = ()):
         self.path = path
         self.samples = samples
+        self.notes = notes
 
     @property
     def num_samples(self) -> int:
@@ -53,7 +62,7 @@ class AudioTrack:
 
 
 def open_audio(path: str | Path) -> AudioTrack:
-    """The sound of any media file at 16 kHz mono, from the file's common start to the end of the sound.
+    """The sound of any media file at 16 kHz mono, from the start of the file's clock to the end of the sound.
 
     Memory use does not grow with length: the sound goes into an unnamed temporary file in TMPDIR (64 kB a second).
     Raises MediaError no_audio, empty_audio, corrupt or not_finite, and like `probe`; TccpError if the disk is full.
@@ -62,12 +71,14 @@ def open_audio(path: str | Path) -> AudioTrack:
     num_samples = 0
     try:
         with tempfile.TemporaryFile(prefix="tccp-sound-") as file:
-            for block in sound_blocks(info):
+            sound = MonoSound(info)
+            for block in sound:
                 file.write(block.tobytes())
                 num_samples += len(block)
             file.flush()
             # The mapping keeps the unnamed file alive after it is closed here.
-            return AudioTrack(info.path, np.memmap(file, np.float32, "r", shape=(num_samples,)))
+            samples = np.memmap(file, np.float32, "r", shape=(num_samples,))
+            return AudioTrack(info.path, samples, tuple(sound.notes))
     except OSError as error:
         folder = tempfile.gettempdir()
         raise TccpError(
@@ -75,53 +86,195 @@ def open_audio(path: str | Path) -> AudioTrack:
         ) from None
 
 
-def sound_blocks(info: MediaInfo) -> Iterator[Float32[np.ndarray, "n"]]:
-    """The sound of `open_audio`, block by block. Raises MediaError no_audio, empty_audio, corrupt or not_finite."""
-    empty = True
-    for block in resampled(decode_sound(info, mono=True), info.audio_sample_rate_hz):
-        if not np.isfinite(block).all():
-            raise MediaError(info.path, "not_finite", "its sound holds values that are not numbers; export it again")
-        empty = empty and not len(block)
-        yield block
-    if empty:
-        raise MediaError(info.path, "empty_audio", "its audio track is empty; give a file with sound in it")
+class MonoSound:
+    """The sound of `open_audio`, block by block. Iterate once; `notes` is complete after the last block.
+
+    Raises MediaError no_audio, empty_audio, corrupt or not_finite while iterating.
+    """
+
+    def __init__(self, info: MediaInfo):
+        self.notes: list[str] = []
+        self._info = info
+
+    def __iter__(self) -> Iterator[Float32[np.ndarray, "n"]]:
+        info = self._info
+        if info.audio_span is None:
+            raise no_stream(info.path, "audio")
+        mix, changes = mix_of(info), SoundChanges()
+        if mix.note:
+            self.notes.append(mix.note)
+        empty = True
+        mono = (mix(block) for block in decode_sound(info, changes))
+        for block in resampled(mono, info.audio_sample_rate_hz):
+            if not np.isfinite(block).all():
+                raise MediaError(
+                    info.path, "not_finite", "its sound holds values that are not numbers; export it again"
+                )
+            empty = empty and not block.size
+            yield block[0]
+        if empty:
+            raise MediaError(info.path, "empty_audio", "its audio track is empty; give a file with sound in it")
+        self.notes += changes.notes(info.audio_sample_rate_hz)
 
 
-def decode_sound(info: MediaInfo, mono: bool) -> Iterator[Float32[np.ndarray, "channels n"]]:
-    """The file's sound in blocks at its own rate, from the common start, with silence before it and in its gaps.
+def mix_of(info: MediaInfo) -> Mix:
+    """How to mix the file's channels to one. Decodes the whole sound, unless it has one channel."""
+    if info.audio_channels == 1:
+        return Mix(np.ones(1, np.float32))
+    return choose_mix(decode_sound(info), info.channel_names, info.audio_sample_rate_hz)
 
-    mono: deliver one channel, the mean. Otherwise deliver one or two channels as stored (more are mixed to two).
+
+@dataclass
+class SoundChanges:
+    """How delivered sound differs from stored sound, in samples.
+
+    filled: silence in gaps. cut: sound that overlaps sound before it. skipped: packets that cannot be decoded.
+    """
+
+    filled: int = 0
+    cut: int = 0
+    skipped: int = 0
+
+    def notes(self, sample_rate_hz: int) -> list[str]:
+        found = []
+        if self.skipped:
+            found.append(f"{self.skipped} of the packets of its sound could not be decoded and are left out")
+        if self.filled:
+            found.append(f"gaps in its sound are filled with {self.filled / sample_rate_hz:.3f} s of silence")
+        if self.cut:
+            found.append(f"{self.cut / sample_rate_hz:.3f} s of its sound overlap what comes before and are cut")
+        return found
+
+
+def decode_sound(info: MediaInfo, changes: SoundChanges | None = None) -> Iterator[Float32[np.ndarray, "channels n"]]:
+    """The file's sound in blocks, with its own rate and channels, from the start of the clock (`MediaInfo.zero`).
+
+    Samples that follow each other in the stream stay together. Silence fills the time before the sound, and gaps.
+    changes: counts what is filled, cut and skipped. Raises MediaError no_audio or corrupt.
     """
     if info.audio_span is None:
         raise no_stream(info.path, "audio")
-    rate_hz, stored_channels = info.audio_sample_rate_hz, info.audio_channels
-    channels = 1 if mono else min(stored_channels, 2)
-    # One or two channels stay unchanged. swresample mixes more channels; its 16-bit path scales so that nothing clips.
-    to_planes = av.AudioResampler("s16p", "stereo") if stored_channels > 2 else av.AudioResampler("fltp")
+    changes = SoundChanges() if changes is None else changes
+    channels, rate_hz = info.audio_channels, info.audio_sample_rate_hz
     position = 0  # samples delivered so far
-    with opened(info.path) as container:
-        stream = pick_audio(container)
-        assert stream is not None
-        for frame in container.decode(stream):
-            if (frame.sample_rate, frame.layout.nb_channels) != (rate_hz, stored_channels):
-                raise MediaError(
-                    info.path, "unsupported", "its sound changes rate or channels midway; convert it to WAV"
-                )
-            planes = np.concatenate([part.to_ndarray() for part in to_planes.resample(frame)], axis=1)
-            block = planes[:, : _audible_samples(frame)].astype(np.float32, copy=False)
-            block = block / np.float32(32768) if stored_channels > 2 else block
-            block = block.mean(axis=0, keepdims=True, dtype=np.float32) if channels == 1 else block
-            stray = 0
-            if frame.pts is not None and frame.time_base is not None:
-                stray = round((frame.pts * frame.time_base - info.zero) * rate_hz) - position
-            if position == 0 or abs(stray) > _MAX_STRAY_S * rate_hz:
-                for count in _steps(stray):
-                    yield np.zeros((channels, count), np.float32)
-                position += max(stray, 0)
-                block = block[:, max(-stray, 0) :]
+    most_stray = _MAX_STRAY_S * rate_hz
+    waiting: deque[_Block] = deque()
+    blocks = _decoded(info, changes)
+    ended = False
+    while True:
+        while not ended and (not waiting or _is_stray(waiting[0], position, most_stray)):
+            if sum(block.samples.shape[1] for block in waiting) > _LOOK_AHEAD_S * rate_hz:
+                break
+            following = next(blocks, None)
+            ended = following is None
+            if following is not None:
+                waiting.append(following)
+        if not waiting:
+            return
+        if position == 0 and waiting[0].first:
+            lead = max(waiting[0].position or 0, 0)
+            for count in _steps(lead):
+                yield np.zeros((channels, count), np.float32)
+            position += lead
+        elif _is_stray(waiting[0], position, most_stray):
+            stray = _lasting_stray(waiting, position, most_stray)
+            changes.filled += max(stray, 0)
+            for count in _steps(stray):
+                yield np.zeros((channels, count), np.float32)
+            position += max(stray, 0)
+            changes.cut += _cut(waiting, -stray)
+        if waiting:
+            block = waiting.popleft().samples
             position += block.shape[1]
             if block.size:
                 yield block
+
+
+class _Block(NamedTuple):
+    """Decoded samples and their place on the clock, in samples. first: of the stream."""
+
+    samples: Float32[np.ndarray, "channels n"]
+    position: int | None
+    first: bool
+
+
+def _is_stray(block: _Block, position: int, most: Fraction) -> bool:
+    return not block.first and block.position is not None and abs(block.position - position) > most
+
+
+def _lasting_stray(waiting: Iterable[_Block], position: int, most: Fraction) -> int:
+    """How far all these blocks lie after (before, if negative) the samples delivered. 0 if only some do.
+
+    Timestamps that are wrong for a few blocks are no gap. FFmpeg's parser of Vorbis, for example, gives wrong
+    durations where blocks change their size.
+    """
+    strays = []
+    for block in waiting:
+        if block.position is not None:
+            strays.append(block.position - position)
+        position += block.samples.shape[1]
+    if min(strays) > most:
+        return min(strays)
+    if max(strays) < -most:
+        return max(strays)
+    return 0
+
+
+def _cut(waiting: deque[_Block], count: int) -> int:
+    """Removes the first `count` samples of the blocks. Returns how many there were."""
+    removed = 0
+    while waiting and removed < count:
+        samples, position, first = waiting.popleft()
+        part = min(count - removed, samples.shape[1])
+        removed += part
+        if part < samples.shape[1]:
+            at = None if position is None else position + part
+            waiting.appendleft(_Block(samples[:, part:], at, first))
+    return removed
+
+
+def _decoded(info: MediaInfo, changes: SoundChanges) -> Iterator[_Block]:
+    """All decoded samples, in order."""
+    to_floats = av.AudioResampler("flt")
+    first, held = True, None
+    with opened(info.path) as container:
+        stream = pick_audio(container)
+        assert stream is not None
+        for frame in _frames(container.demux(stream), info, changes):
+            if (frame.sample_rate, frame.layout.nb_channels) != (info.audio_sample_rate_hz, info.audio_channels):
+                raise MediaError(
+                    info.path, "unsupported", "its sound changes rate or channels midway; convert it to WAV"
+                )
+            if held is not None:
+                yield _block(held, held.samples, first, info, to_floats)
+                first = False
+            held = frame
+        if held is not None:  # only at the end of the stream does a short duration mark padding
+            yield _block(held, _audible_samples(held), first, info, to_floats)
+
+
+def _frames(packets: Iterable[av.Packet], info: MediaInfo, changes: SoundChanges) -> Iterator[av.AudioFrame]:
+    """Decodes packets. Skips single packets that cannot be decoded, such as tags between joined MP3 files."""
+    number = 0
+    for number, packet in enumerate(carried_on(packets, info.audio_restarts), 1):
+        try:
+            frames: list[Any] = packet.decode()  # its type is that of all kinds of frames at once
+        except av.error.InvalidDataError:
+            changes.skipped += 1
+            if changes.skipped > 1 + _MOST_SKIPPED * number:
+                raise
+            continue
+        yield from frames
+
+
+def _block(
+    frame: av.AudioFrame, num_samples: int, first: bool, info: MediaInfo, to_floats: av.AudioResampler
+) -> _Block:
+    position = None
+    if frame.pts is not None and frame.time_base is not None:
+        position = round((frame.pts * frame.time_base - info.zero) * info.audio_sample_rate_hz)
+    samples = _samples(to_floats.resample(frame), info.audio_channels)
+    return _Block(samples[:, :num_samples], position, first)
 
 
 def _steps(count: int) -> Iterator[int]:
@@ -143,21 +296,43 @@ def _audible_samples(frame: av.AudioFrame) -> int:
     return round(audible) if audible + tick < frame.samples else frame.samples
 
 
-def resampled(blocks: Iterable[Float32[np.ndarray, "1 n"]], sample_rate_hz: int) -> Iterator[Float32[np.ndarray, "n"]]:
-    """Resamples mono blocks to 16 kHz without a delay: exactly ceil(n * 16000 / sample_rate_hz) samples in all."""
-    resampler = av.AudioResampler("fltp", "mono", SAMPLE_RATE_HZ)
+def audio_frame(samples: Float32[np.ndarray, "channels n"], layout: str, sample_rate_hz: int) -> av.AudioFrame:
+    """A frame of interleaved samples. PyAV (18.1) cannot convert frames of eight planes or more from and to arrays."""
+    frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples.T).reshape(1, -1), "flt", layout)
+    frame.sample_rate = sample_rate_hz
+    return frame
+
+
+def _samples(frames: list[av.AudioFrame], num_channels: int) -> Float32[np.ndarray, "channels n"]:
+    """The samples of frames of interleaved samples."""
+    parts = [frame.to_ndarray().reshape(-1, num_channels) for frame in frames]
+    joined = np.concatenate(parts) if parts else np.zeros((0, num_channels), np.float32)
+    return np.ascontiguousarray(joined.T, np.float32)
+
+
+def resampled(
+    blocks: Iterable[Float32[np.ndarray, "channels n"]],
+    sample_rate_hz: int,
+    to_rate_hz: int = SAMPLE_RATE_HZ,
+    layout: str = "mono",
+) -> Iterator[Float32[np.ndarray, "channels n"]]:
+    """Resamples blocks without a delay: exactly ceil(n * to_rate_hz / sample_rate_hz) samples in all.
+
+    layout: FFmpeg's name of the channels of the blocks.
+    """
+    resampler = av.AudioResampler("flt", layout, to_rate_hz)
     given = delivered = 0
+    num_channels = 1
     for block in blocks:
-        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(block), "fltp", "mono")
-        frame.sample_rate = sample_rate_hz
+        num_channels = len(block)
         given += block.shape[1]
-        for part in resampler.resample(frame):
-            delivered += part.samples
-            yield part.to_ndarray()[0]
+        part = _samples(resampler.resample(audio_frame(block, layout, sample_rate_hz)), num_channels)
+        delivered += part.shape[1]
+        yield part
     if given:
-        rest = math.ceil(Fraction(given * SAMPLE_RATE_HZ, sample_rate_hz)) - delivered
-        tail = np.concatenate([part.to_ndarray()[0] for part in resampler.resample(None)] or [np.zeros(0, np.float32)])
-        yield np.pad(tail, (0, max(0, rest - len(tail))))[: max(rest, 0)]
+        rest = math.ceil(Fraction(given * to_rate_hz, sample_rate_hz)) - delivered
+        tail = _samples(resampler.resample(None), num_channels)
+        yield np.pad(tail, ((0, 0), (0, max(0, rest - tail.shape[1]))))[:, : max(rest, 0)]
 
 
 def fit_samples(samples: Float[np.ndarray, "n"], num_frames: int) -> Float32[np.ndarray, "m"]:

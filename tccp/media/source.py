@@ -14,12 +14,14 @@ from typing import NamedTuple
 
 import av
 from av.audio import AudioStream
+from av.audio.layout import AudioLayout
 from av.container import InputContainer
 from av.stream import Disposition
 from av.video import VideoStream
 
 from tccp.config import FPS
 from tccp.errors import DamagedData
+from tccp.media.timeline import FREE_RUNNING, MOST_RESTARTS, Restart, StreamTimeline, Timeline
 from tccp.media.upright import DisplayTurn, display_turn
 
 # Demuxers for films and recordings. Playlists (HLS, concat, SDP) are excluded because they open other files and URLs.
@@ -28,6 +30,8 @@ _FORMATS = "mov,matroska,avi,mpeg,mpegts,flv,asf,ogg,mxf,nut,wav,w64,mp3,flac,aa
 _STATES_DURATION = {"mov", "matroska", "avi", "wav", "w64", "flac"}
 _TRUNCATION_TOLERANCE_S = Fraction(1, 2)  # headers round, and may count last frames that are not shown
 KEYFRAMES_INDEXED = {"mov", "matroska"}  # seeking in other formats is a guess
+# Containers round times to milliseconds. Sound that starts earlier than the pictures by less needs no further frame.
+_ROUNDING_S = Fraction(1, 1000)
 # A longer gap in a stream, or between the starts of two streams, is a damaged timestamp. Filling it could take days.
 _MAX_LEAP_S = 600
 
@@ -63,9 +67,13 @@ class MediaInfo:
     turn: how read_frames turns the stored pictures upright, from the display matrix.
     frame_rate: of the stored pictures if it is constant, else None. num_pictures: number of stored pictures.
     video_span, audio_span: from the first picture (sample) to the end of the last; None without such a stream.
-    audio_sample_rate_hz, audio_channels: as stored, 0 without sound.
+    audio_sample_rate_hz, audio_channels: as stored, 0 without sound. audio_layout: FFmpeg's name of the channels, such
+      as stereo or 5.1; empty without sound.
     seeks: True if the container has an index, so that read_frames can start anywhere at once. Otherwise it decodes
       everything before the first frame wanted.
+    notes: what is unusual about the file and how it is read, one sentence each.
+    video_restarts, audio_restarts: where the clock of the stream starts again (tccp.media.timeline); known only to the
+      process that decodes.
     """
 
     path: Path
@@ -78,9 +86,13 @@ class MediaInfo:
     audio_codec: str | None
     audio_sample_rate_hz: int
     audio_channels: int
+    audio_layout: str
     video_span: Span | None
     audio_span: Span | None
     seeks: bool = False
+    notes: tuple[str, ...] = ()
+    video_restarts: tuple[Restart, ...] = ()
+    audio_restarts: tuple[Restart, ...] = ()
 
     @property
     def has_video(self) -> bool:
@@ -91,14 +103,29 @@ class MediaInfo:
         return self.audio_span is not None
 
     @property
+    def channel_names(self) -> tuple[str, ...]:
+        """FFmpeg's names of the channels, such as FL and FR."""
+        return tuple(channel.name for channel in AudioLayout(self.audio_layout).channels) if self.audio_layout else ()
+
+    @property
     def rotation_deg(self) -> int:
         """The clockwise part of the turn: 0, 90, 180 or 270."""
         return self.turn.rotation_deg
 
     @property
     def zero(self) -> Fraction:
-        """The common start, where the 25 fps clock is zero, in seconds of the file's own clock."""
-        return min(span.start for span in (self.video_span, self.audio_span) if span is not None)
+        """Where the 25 fps clock is zero, in seconds of the file's own clock.
+
+        With pictures: the start of the first picture, or as many whole frames before it as sound that starts earlier
+        needs. Without pictures: the first sample.
+        """
+        if self.video_span is None:
+            assert self.audio_span is not None
+            return self.audio_span.start
+        if self.audio_span is None:
+            return self.video_span.start
+        early_s = self.video_span.start - self.audio_span.start - _ROUNDING_S
+        return self.video_span.start - Fraction(max(0, math.ceil(early_s * FPS)), FPS)
 
     @property
     def video_start_s(self) -> float | None:
@@ -110,7 +137,7 @@ class MediaInfo:
 
     @property
     def duration_s(self) -> float:
-        """From the common start to the end of the stream that ends last."""
+        """From `zero` to the end of the stream that ends last."""
         return float(max(span.end for span in (self.video_span, self.audio_span) if span is not None) - self.zero)
 
     @property
@@ -120,7 +147,7 @@ class MediaInfo:
 
     @property
     def first_frame(self) -> int:
-        """The first frame at or after the first picture. Earlier ones, if sound starts first, repeat that picture."""
+        """The frame at which the first picture starts. Earlier ones, if sound starts first, repeat that picture."""
         return 0 if self.video_span is None else math.ceil((self.video_span.start - self.zero) * FPS)
 
 
@@ -224,51 +251,31 @@ def no_stream(path: Path, kind: str) -> MediaError:
     return MediaError(path, "no_audio", "the file has no sound; give one with an audio track")
 
 
-@dataclass
-class _Extent:
-    """Timing of the packets of one stream, in ticks of its time base."""
-
-    packets: int = 0
-    first: int = 0
-    last: int = 0
-    end: int = 0
-    shortest: int = 0
-    longest: int = 0
-    leap: int = 0
-
-    def add(self, packet: av.Packet) -> None:
-        ticks = packet.pts if packet.pts is not None else packet.dts
-        if ticks is None or packet.is_discard:  # an edit list or an encoder's priming hides this packet
-            return
-        duration = packet.duration or 0
-        if self.packets == 0:
-            self.first, self.last, self.end, self.shortest = ticks, ticks, ticks + duration, duration
-        self.packets += 1
-        self.leap = max(self.leap, abs(ticks - self.last), duration)
-        self.first, self.last = min(self.first, ticks), max(self.last, ticks)
-        self.end = max(self.end, ticks + duration)
-        self.shortest, self.longest = min(self.shortest, duration), max(self.longest, duration)
-
-
 @functools.lru_cache(maxsize=256)
 def _probe(path: Path, size: int, mtime_ns: int) -> MediaInfo:
     """Size and modification time are part of the cache key, so that a changed file is probed again."""
-    turn = DisplayTurn()
+    turn, layout = DisplayTurn(), ""
     width = height = num_pictures = sample_rate_hz = channels = 0
     frame_rate = video_span = audio_span = video_codec = audio_codec = None
+    video_restarts: tuple[Restart, ...] = ()
+    audio_restarts: tuple[Restart, ...] = ()
     with opened(path) as container:
         video, audio = pick_video(container), pick_audio(container)
         if video is None and audio is None:
             raise MediaError(path, "no_video", "the file has neither pictures nor sound; give a video or audio file")
-        extents = _scan(container, path, size)
+        timeline = _scan(container, path, size)
         seeks = bool(KEYFRAMES_INDEXED & set(container.format.name.split(",")))
         if video is not None:
-            extent = extents[video.index]
+            pictures = timeline.streams[video.index]
             picture = _first_frame(path, video.index)
             assert isinstance(picture, av.VideoFrame)
-            frame_rate = _constant_rate(extent, video)
-            video_span = _video_span(picture, extent, video, frame_rate)
-            num_pictures = extent.packets
+            frame_rate = _constant_rate(pictures, video)
+            video_span = _video_span(picture, pictures, video, frame_rate)
+            if "avi" in container.format.name.split(","):
+                # FFmpeg guesses a delay for reordered pictures. If all have the same delay, none is reordered.
+                delay_s = pictures.constant_delay * pictures.time_base
+                video_span = Span(video_span.start - delay_s, video_span.end - delay_s)
+            num_pictures, video_restarts = pictures.packets, pictures.restarts
             turn = display_turn(picture)
             width, height = (picture.height, picture.width) if turn.transpose else (picture.width, picture.height)
             video_codec = video.codec_context.codec.canonical_name
@@ -276,9 +283,11 @@ def _probe(path: Path, size: int, mtime_ns: int) -> MediaInfo:
             sound = _first_frame(path, audio.index)
             assert isinstance(sound, av.AudioFrame)
             start = _time(sound)
-            audio_span = Span(start, max(start, extents[audio.index].end * _time_base(audio)))
+            audio_span = Span(start, max(start, timeline.streams[audio.index].end * _time_base(audio)))
+            audio_restarts = timeline.streams[audio.index].restarts
             audio_codec = audio.codec_context.codec.canonical_name
             sample_rate_hz, channels = sound.sample_rate, sound.layout.nb_channels
+            layout = sound.layout.name
         if video_span and audio_span and abs(apart := video_span.start - audio_span.start) > _MAX_LEAP_S:
             raise _leaping(path, apart)
     return MediaInfo(
@@ -292,28 +301,41 @@ def _probe(path: Path, size: int, mtime_ns: int) -> MediaInfo:
         audio_codec=audio_codec,
         audio_sample_rate_hz=sample_rate_hz,
         audio_channels=channels,
+        audio_layout=layout,
         video_span=video_span,
         audio_span=audio_span,
-        seeks=seeks,
+        seeks=seeks and not video_restarts,
+        notes=tuple(timeline.notes),
+        video_restarts=video_restarts,
+        audio_restarts=audio_restarts,
     )
 
 
-def _scan(container: InputContainer, path: Path, size: int) -> dict[int, _Extent]:
-    """Extents of all streams from their packets. Raises MediaError `truncated` if the header states more content."""
-    extents = {stream.index: _Extent() for stream in container.streams}
+def _scan(container: InputContainer, path: Path, size: int) -> Timeline:
+    """The clocks of all packets. Raises MediaError `truncated` if the header states more content."""
+    names = set(container.format.name.split(","))
+    chosen = [stream for stream in (pick_video(container), pick_audio(container)) if stream is not None]
+    timeline = Timeline({s.index: (s.type, _time_base(s)) for s in chosen}, bool(FREE_RUNNING & names))
+    ends: dict[int, int] = {}  # of all streams, because the header's duration counts them all
     for packet in container.demux():
-        if packet.size:
-            extents.setdefault(packet.stream_index, _Extent()).add(packet)
+        timeline.add(packet)
+        ticks = packet.pts if packet.pts is not None else packet.dts
+        if packet.size and ticks is not None and not packet.is_discard:
+            ends[packet.stream_index] = max(ends.get(packet.stream_index, 0), ticks + (packet.duration or 0))
+        if timeline.num_restarts > MOST_RESTARTS:
+            problem = f"its clock starts again more than {MOST_RESTARTS} times; convert it to MP4"
+            raise MediaError(path, "unsupported", problem)
+    timeline.finish()
     indexed_end = 0
-    if {"mov", "avi"} & set(container.format.name.split(",")):  # the index of other formats may be a guess
-        streams = [stream for stream in (pick_video(container), pick_audio(container)) if stream is not None]
-        indexed_end = max((entry.pos + entry.size for s in streams for entry in s.index_entries), default=0)
-    if indexed_end > size or _ends_early(container, extents):
+    if {"mov", "avi"} & names:  # the index of other formats may be a guess
+        indexed_end = max((entry.pos + entry.size for s in chosen for entry in s.index_entries), default=0)
+    end_s = max((end * _time_base(container.streams[index]) for index, end in ends.items()), default=Fraction(0))
+    if indexed_end > size or _ends_early(container, end_s):
         raise MediaError(path, "truncated", "the file is cut short: its header promises more; get a complete copy")
-    for stream in (pick_video(container), pick_audio(container)):
-        if stream is not None and (leap_s := extents[stream.index].leap * _time_base(stream)) > _MAX_LEAP_S:
-            raise _leaping(path, leap_s)
-    return extents
+    for stream in timeline.streams.values():
+        if stream.leap_s > _MAX_LEAP_S:
+            raise _leaping(path, stream.leap_s)
+    return timeline
 
 
 def _leaping(path: Path, leap_s: Fraction) -> MediaError:
@@ -322,16 +344,15 @@ def _leaping(path: Path, leap_s: Fraction) -> MediaError:
     )
 
 
-def _ends_early(container: InputContainer, extents: dict[int, _Extent]) -> bool:
+def _ends_early(container: InputContainer, end_s: Fraction) -> bool:
     names = set(container.format.name.split(","))
     if not _STATES_DURATION & names or container.duration is None:
         return False
-    ends = [extents[s.index].end * _time_base(s) for s in container.streams if extents[s.index].packets]
     start = (container.start_time or 0) if "mov" in names else 0  # other formats count their duration from zero
     stated = Fraction(start + container.duration, av.time_base)
     if "avi" in names and (video := pick_video(container)):  # FFmpeg scales AVI's duration to the size of the file
         stated = max(stated, ((video.start_time or 0) + video.frames) * _time_base(video))
-    return max(ends, default=Fraction(0)) < stated - _TRUNCATION_TOLERANCE_S
+    return end_s < stated - _TRUNCATION_TOLERANCE_S
 
 
 def _time_base(item: av.stream.Stream | av.frame.Frame) -> Fraction:
@@ -344,23 +365,24 @@ def _time(frame: av.frame.Frame) -> Fraction:
     return frame.pts * _time_base(frame)
 
 
-def _constant_rate(extent: _Extent, stream: VideoStream) -> Fraction | None:
+def _constant_rate(pictures: StreamTimeline, stream: VideoStream) -> Fraction | None:
     """The stream's rate if all its pictures fit it to within the rounding of the time base, else None."""
-    if extent.longest - extent.shortest > 1:
+    runs = pictures.presented
+    if not runs or max(run.longest for run in runs) - min(run.shortest for run in runs) > 1:
         return None
     for rate in (stream.average_rate, stream.guessed_rate):
-        if rate:
-            stray = (extent.last - extent.first) - (extent.packets - 1) / (rate * _time_base(stream))
-            if abs(stray) <= 1:
-                return rate
+        if rate and all(
+            abs((run.last - run.first) - (run.packets - 1) / (rate * pictures.time_base)) <= 1 for run in runs
+        ):
+            return rate
     return None
 
 
-def _video_span(first: av.VideoFrame, extent: _Extent, stream: VideoStream, rate: Fraction | None) -> Span:
+def _video_span(first: av.VideoFrame, pictures: StreamTimeline, stream: VideoStream, rate: Fraction | None) -> Span:
     """The duration of the last picture comes from its packet or, if packets have none, from the stream's mean rate."""
     start = _time(first)
-    end = extent.end * _time_base(stream)
-    if not extent.longest:
+    end = pictures.end * pictures.time_base
+    if not any(run.longest for run in pictures.runs):
         end += 1 / (rate or stream.average_rate or Fraction(FPS))
     return Span(start, max(start, end))
 

@@ -20,11 +20,13 @@ from jaxtyping import Float, Float32, UInt8
 from tccp import __version__
 from tccp.config import FPS, SAMPLE_RATE_HZ
 from tccp.errors import TccpError
-from tccp.media.sound import AudioTrack, decode_sound, resampled
+from tccp.media.sound import AudioTrack, audio_frame, decode_sound, mix_of, resampled
 from tccp.media.source import checked_file, no_stream, opened, probe
 
 _ENDINGS = (".mp4", ".m4v")  # in Matroska the encoder's padding would make the sound longer than the pictures
-_AAC_RATES_HZ = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
+_AAC_RATES_HZ = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)  # players support higher ones rarely
+_LAYOUTS = ("mono", "stereo", "2.1", "4.0", "5.0", "5.1", "6.1", "7.1")  # by number of channels
+_MOST_CHANNELS = len(_LAYOUTS)
 _AAC_BLOCK = 1024  # samples per packet
 _BLOCK = 1 << 16
 _TO_YUV = Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INP | Interpolation.ACCURATE_RND
@@ -51,9 +53,10 @@ class VideoWriter:
     """Writes an MP4 film at exactly 25 fps whose pictures and sound both begin at zero. Use as a context manager.
 
     width, height: of every frame, in pixels.
-    audio_from: the sound. A media file (or an AudioTrack, which stands for its source file) keeps its own rate and up
-      to two channels, from its common start. An array is 16 kHz mono in [-1, 1]. The sound is cut, or extended with
-      silence, to end with the pictures. None: no sound.
+    audio_from: the sound. A media file (or an AudioTrack, which stands for its source file) keeps its channels (more
+      than eight are mixed to one) and its rate; rates that AAC does not support, and those above 48 kHz, are resampled
+      to the next higher one or to 48 kHz. It starts at `MediaInfo.zero`. An array is 16 kHz mono in [-1, 1]. The sound
+      is cut, or extended with silence, to end with the pictures. None: no sound.
     lossless: libx264rgb at quantiser 0, which read_frames returns bit for bit. Otherwise H.264, yuv420p, BT.709,
       CRF 16 (yuv444p if width or height is odd and cannot be halved). There are no B-frames: pictures are stored in
       presentation order, so that players which ignore edit lists also begin at zero. Sound is AAC; an edit list hides
@@ -84,6 +87,7 @@ class VideoWriter:
         self._to_yuv = VideoReformatter()
         self._metadata = dict(metadata or {})
         self._sound = _sound(audio_from)
+        self._to_planes = av.AudioResampler("fltp")
         self._partial = self.path.with_name(f".{self.path.stem}.{uuid.uuid4().hex[:8]}.partial.mp4")
 
     def __enter__(self) -> VideoWriter:
@@ -173,11 +177,11 @@ class VideoWriter:
         due = int(Fraction(self.num_frames * self._sound.sample_rate_hz, FPS))
         while (count := min(_AAC_BLOCK, due - self._sound.position)) == _AAC_BLOCK or (last and count > 0):
             start = self._sound.position
-            frame = av.AudioFrame.from_ndarray(self._sound.take(count), "fltp", self._sound.layout)
-            frame.sample_rate = self._sound.sample_rate_hz
+            frame = audio_frame(self._sound.take(count), self._sound.layout, self._sound.sample_rate_hz)
             frame.time_base = Fraction(1, self._sound.sample_rate_hz)
             frame.pts = start
-            self._container.mux(self._audio.encode(frame))
+            for planar in self._to_planes.resample(frame):
+                self._container.mux(self._audio.encode(planar))
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -200,9 +204,10 @@ class VideoWriter:
 class _Sound:
     """Takes blocks of any size and returns exact numbers of samples, with silence after the end of the blocks."""
 
-    def __init__(self, blocks: Iterator[Float[np.ndarray, "channels n"]], sample_rate_hz: int, num_channels: int):
-        self.sample_rate_hz, self.num_channels = sample_rate_hz, num_channels
-        self.layout = "mono" if num_channels == 1 else "stereo"
+    def __init__(
+        self, blocks: Iterator[Float[np.ndarray, "channels n"]], sample_rate_hz: int, num_channels: int, layout: str
+    ):
+        self.sample_rate_hz, self.num_channels, self.layout = sample_rate_hz, num_channels, layout
         self.position = 0
         self._blocks = blocks
         self._held = np.zeros((num_channels, 0), np.float32)
@@ -221,12 +226,19 @@ def _sound(audio_from: str | Path | AudioTrack | Float[np.ndarray, "n"] | None) 
         return None
     if isinstance(audio_from, np.ndarray):
         samples = audio_from
-        return _Sound((samples[None, at : at + _BLOCK] for at in range(0, len(samples), _BLOCK)), SAMPLE_RATE_HZ, 1)
+        pieces = (samples[None, at : at + _BLOCK] for at in range(0, len(samples), _BLOCK))
+        return _Sound(pieces, SAMPLE_RATE_HZ, 1, "mono")
     info = probe(audio_from.path if isinstance(audio_from, AudioTrack) else audio_from)
     if not info.has_audio:
         raise no_stream(info.path, "audio")
-    rate_hz, channels = info.audio_sample_rate_hz, min(info.audio_channels, 2)
-    if rate_hz in _AAC_RATES_HZ:
-        return _Sound(decode_sound(info, mono=False), rate_hz, channels)
-    mono = resampled(decode_sound(info, mono=True), rate_hz)  # AAC does not support this rate
-    return _Sound((block[None] for block in mono), SAMPLE_RATE_HZ, 1)
+    rate_hz, channels, layout = info.audio_sample_rate_hz, info.audio_channels, info.audio_layout
+    blocks: Iterator[Float32[np.ndarray, "channels n"]] = decode_sound(info)
+    if channels > _MOST_CHANNELS:
+        mix, channels, layout = mix_of(info), 1, "mono"
+        blocks = (mix(block) for block in blocks)
+    elif "NONE" in info.channel_names:  # WAV files often do not say which channel is which
+        layout = _LAYOUTS[channels - 1]
+    if rate_hz not in _AAC_RATES_HZ:
+        to_hz = next((rate for rate in _AAC_RATES_HZ if rate > rate_hz), _AAC_RATES_HZ[-1])
+        blocks, rate_hz = resampled(blocks, rate_hz, to_hz, layout), to_hz
+    return _Sound(blocks, rate_hz, channels, layout)

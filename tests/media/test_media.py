@@ -6,6 +6,7 @@ The films are written with PyAV directly, independently of tccp.media's writer.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 import pickle
@@ -26,6 +27,7 @@ from hypothesis import strategies as st
 from tccp.config import SAMPLES_PER_FRAME
 from tccp.errors import TccpError
 from tccp.media import MediaError, fit_samples, open_audio, probe, read_frames, write_audio_wav
+from tccp.media.sound import SoundChanges, decode_sound
 
 BITS = 12
 WIDTH, HEIGHT = 16 * BITS, 32
@@ -115,10 +117,14 @@ def regular(rate: Fraction | int, count: int, start: Fraction | int = 0) -> list
 
 
 def shown_at(times: list[Fraction], last_s: Fraction, zero: Fraction) -> list[int]:
-    """Reference implementation: for every i/25 before the end, the latest picture that has started."""
+    """Reference implementation: the latest picture that is due at every i/25 before the end.
+
+    A picture is due half a frame early: half of the time since the picture before it, and at most 20 ms.
+    """
+    due = [times[0], *(time - min(time - before, Fraction(1, 25)) / 2 for before, time in itertools.pairwise(times))]
     expected = []
     while (now := zero + Fraction(len(expected), 25)) < times[-1] + last_s:
-        begun = [k for k, time in enumerate(times) if time <= now]
+        begun = [k for k, time in enumerate(due) if time <= now]
         expected.append(begun[-1] if begun else 0)
     return expected
 
@@ -233,7 +239,11 @@ def test_start_offsets_of_video_and_audio_are_kept(tmp_path: Path, ending: str, 
     muxed_s = info.video_span.start - video_start  # the muxer's constant shift of all times
     begun = [time + muxed_s for time in times]
     assert numbers(film) == shown_at(begun, Fraction(1, 25), info.zero)
-    assert info.first_frame == sum(info.zero + Fraction(i, 25) < begun[0] for i in range(200))
+    assert (
+        info.first_frame == math.ceil((begun[0] - info.audio_span.start - Fraction(1, 1000)) * 25)
+        or begun[0] <= info.audio_span.start
+    )
+    assert info.zero + Fraction(info.first_frame, 25) == begun[0]
     with open_audio(film) as sound:
         expected_s = [click_s + float(muxed_s - info.zero) for click_s in clicks_s]
         np.testing.assert_allclose(clicks_heard(sound.samples, tuple(expected_s)), expected_s, atol=1.1e-3)
@@ -276,8 +286,16 @@ def test_channels_are_averaged_and_surround_does_not_clip(tmp_path: Path):
     with wave.open(str(one_sided), "wb") as file:
         file.setparams((2, 2, 16000, 0, "NONE", ""))
         file.writeframes(np.array([[16384, 0]] * 8000, "<i2").tobytes())
-    with open_audio(one_sided) as sound:
-        np.testing.assert_allclose(sound.samples[100:-100], 0.25, atol=1e-4)
+    with open_audio(one_sided) as sound:  # the mean would be half as loud
+        np.testing.assert_allclose(sound.samples[100:-100], 0.5, atol=1e-4)
+        assert sound.notes == ("channel 1 of 2 is used: the mean of its 2 channels would be 6 dB quieter",)
+    two_sided = tmp_path / "two.wav"
+    with wave.open(str(two_sided), "wb") as file:
+        file.setparams((2, 2, 16000, 0, "NONE", ""))
+        file.writeframes(np.array([[16384, 8192]] * 8000, "<i2").tobytes())
+    with open_audio(two_sided) as sound:
+        np.testing.assert_allclose(sound.samples[100:-100], 0.375, atol=1e-4)
+        assert sound.notes == ()
     surround = tmp_path / "surround.mkv"
     with av.open(str(surround), "w") as container:
         stream = container.add_stream("pcm_s16le", rate=16000, layout="5.1")
@@ -286,6 +304,158 @@ def test_channels_are_averaged_and_surround_does_not_clip(tmp_path: Path):
         container.mux(stream.encode(full) + stream.encode(None))
     with open_audio(surround) as sound:
         assert 0.9 < sound.samples[1000:3000].min() <= sound.samples.max() <= 1.01
+
+
+def test_pictures_and_sound_of_25_fps_keep_their_offset(tmp_path: Path):
+    """A flash (a change of picture) and a click at the same time, in films whose pictures start 0 to 40 ms late."""
+    for ending, codec, offset_ms in itertools.product(("mp4", "mkv", "ts", "avi"), ("flac", "mp2"), (1, 8, 21, 39)):
+        if (ending == "mkv") != (codec == "flac"):
+            continue
+        offset_s = Fraction(offset_ms, 1000)
+        times = regular(25, 30, offset_s)
+        click_s = float(times[20])
+        film = tmp_path / f"film_{offset_ms}.{ending}"
+        time_base = Fraction(1, 1000) if ending != "avi" else Fraction(1, 25)
+        if ending == "avi":  # AVI has no start times: pictures and sound start together. MP2 starts 481 samples late
+            times, click_s = regular(25, 30), 20 / 25 - 481 / 48000
+        sound = Sound((click_s,), 0, 1.2, codec=codec)
+        write_film(film, times, Fraction(1, 25), time_base, sound=sound, b_frames=0 if ending == "avi" else 2)
+        flash = numbers(film).index(20)
+        with open_audio(film) as sound:
+            heard_s = clicks_heard(sound.samples, (flash / 25,))[0]
+        assert heard_s == pytest.approx(flash / 25, abs=1.1e-3), (ending, codec, offset_ms)
+
+
+@pytest.mark.parametrize("rate", [12, Fraction(24000, 1001), 24, NTSC, 30, 48, 50, 2 * NTSC])
+def test_other_rates_are_late_or_early_by_at_most_half_a_frame(tmp_path: Path, rate: Fraction | int):
+    film = tmp_path / "film.mp4"
+    times = regular(rate, 90)
+    write_film(film, times, 1 / Fraction(rate), Fraction(1, 120000))
+    shown = numbers(film)
+    late_s = [float(Fraction(i, 25) - times[k]) for i, k in enumerate(shown) if shown.index(k) == i]
+    half_s = float(min(1 / Fraction(rate), Fraction(1, 25))) / 2
+    assert -half_s <= min(late_s) and max(late_s) <= half_s
+    assert abs(np.mean(late_s)) < half_s / 3
+
+
+def raw_samples(path: Path) -> np.ndarray:
+    """Reference: all decoded samples of the first channel one after the other, whatever their times are."""
+    with av.open(str(path)) as container:
+        return np.concatenate([frame.to_ndarray()[0] for frame in container.decode(audio=0)])
+
+
+def test_vorbis_samples_stay_together(shared_faults: Path):
+    """Where Vorbis blocks change their size, FFmpeg's durations and times are wrong by up to 10 ms."""
+    path = shared_faults / "05_vorbis.ogg"
+    changes = SoundChanges()
+    decoded = np.concatenate(list(decode_sound(probe(path), changes)), axis=1)
+    np.testing.assert_array_equal(decoded[0], raw_samples(path))
+    assert changes.notes(44100) == []
+
+
+def test_a_clock_that_starts_again_is_carried_on(tmp_path: Path, shared_faults: Path):
+    """Films and recordings that were joined byte by byte: every picture and sample of all parts is delivered."""
+    with open_audio(shared_faults / "04_chained.ogg") as sound:
+        stored = len(raw_samples(shared_faults / "04_chained.ogg"))
+        assert sound.num_samples == math.ceil(stored * 16000 / 44100)
+    joined = probe(shared_faults / "04_joined.mpg")
+    assert (joined.num_pictures, joined.num_frames) == (150, 150)
+    assert "joined from 2 parts" in joined.notes[0]
+    with open_audio(shared_faults / "04_joined.mpg") as sound:
+        assert sound.num_samples / 16000 == pytest.approx(262656 / 44100, abs=0.025)
+    for later in (0, 30, 5000):
+        parts = []
+        for number, start in enumerate((0, later)):
+            part = tmp_path / f"{later}_{number}.ts"
+            click = Sound((start + 0.4,), start, start + 1, codec="mp2")
+            write_film(part, regular(25, 25, Fraction(start)), Fraction(1, 25), sound=click)
+            parts.append(part.read_bytes())
+        film = tmp_path / f"{later}.ts"
+        film.write_bytes(b"".join(parts))
+        shown, info = numbers(film), probe(film)
+        assert [k for k, _ in itertools.groupby(shown)] == [*range(25), *range(25)]
+        assert len(shown) == pytest.approx(50, abs=2)
+        assert "joined from 2 parts" in info.notes[0]
+        flashes_s = (shown.index(10) / 25, (len(shown) - shown[::-1].index(10) - 1) / 25)
+        with open_audio(film) as sound:
+            late_s = np.subtract(clicks_heard(sound.samples, flashes_s), flashes_s)
+        assert late_s[1] == pytest.approx(late_s[0], abs=0.021)  # the second part starts between two frames
+
+
+def test_a_gap_is_only_filled_if_it_lasts(tmp_path: Path):
+    """Times that are wrong for a moment move no sample; sound that is missing is replaced by silence."""
+    samples = np.random.default_rng(0).uniform(-0.5, 0.5, 48000).astype(np.float32)
+
+    def written(name: str, late: dict[int, int]) -> Path:
+        path = tmp_path / name
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("pcm_s16le", rate=48000, layout="mono")
+            container.start_encoding()
+            shift = 0
+            for number in range(48):
+                shift += late.get(number, 0)
+                packet = av.Packet((samples[1000 * number :][:1000] * 32767).astype("<i2").tobytes())
+                packet.stream, packet.time_base = stream, Fraction(1, 48000)
+                packet.pts = packet.dts = 1000 * number + shift
+                packet.duration = 1000
+                container.mux(packet)
+        return path
+
+    for late, filled, cut in (
+        ({20: 990, 21: -990}, 0, 0),
+        ({20: 2400}, 2400, 0),
+        ({20: 9600, 40: -999}, 9600, 999),
+    ):
+        path, changes = written(f"{filled}.nut", late), SoundChanges()
+        decoded = np.concatenate(list(decode_sound(probe(path), changes)), axis=1)[0]
+        assert (changes.filled, changes.cut) == (filled, cut)
+        np.testing.assert_allclose(decoded[:20000], samples[:20000], atol=1e-4)
+        np.testing.assert_allclose(decoded[20000 + filled : 30000 + filled], samples[20000:30000], atol=1e-4)
+        assert len(decoded) == 48000 + filled - cut
+
+
+def test_a_packet_that_cannot_be_decoded_is_skipped(tmp_path: Path):
+    """Joined MP3 files have the header of the second one in the middle, which is no sound."""
+    parts = []
+    for number in range(2):
+        part = tmp_path / f"{number}.mp3"
+        with av.open(str(part), "w") as container:
+            container.mux(encode_sound(container, Sound((0.5,), codec="libmp3lame", rate_hz=44100, end_s=1)))
+        parts.append(part.read_bytes())
+    (tmp_path / "joined.mp3").write_bytes(b"".join(parts))
+    with open_audio(tmp_path / "joined.mp3") as sound:
+        assert sound.num_samples / 16000 == pytest.approx(2.1, abs=0.06)
+        assert "1 of the packets of its sound could not be decoded" in sound.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("levels", "layout", "note"),
+    [
+        ((0.5, -0.5), "stereo", "channel 1 of 2 is used"),
+        ((0, 0, 0, 0, 0, 0.5, 0, 0), "7.1", "channel 6 of 8 is used"),
+        ((0.1, 0.1, 0.5, 0.1, 0.1, 0.1), "5.1", "channel 3 of 6 (the centre)"),
+        ((0.5, 0.5), "stereo", None),
+    ],
+)
+def test_no_mix_of_channels_loses_the_voice(tmp_path: Path, levels: tuple[float, ...], layout: str, note: str | None):
+    """The voice is at the level of 0.5 in some channels; the others have noise of their own."""
+    generator = np.random.default_rng(1)
+    voice = np.sin(2 * np.pi * 300 * np.arange(32000) / 16000)
+    channels = [
+        level * voice if abs(level) == 0.5 else (level + 0.003) * generator.uniform(-1, 1, len(voice))
+        for level in levels
+    ]
+    path = tmp_path / "sound.wav"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=16000, layout=layout)
+        interleaved = (np.stack(channels, axis=1) * 32767).astype(np.int16).reshape(1, -1)
+        frame = av.AudioFrame.from_ndarray(interleaved, "s16", layout)
+        frame.sample_rate = 16000
+        container.mux(stream.encode(frame) + stream.encode(None))
+    with open_audio(path) as sound:
+        assert np.abs(np.corrcoef(sound.samples[:32000], voice)[0, 1]) > 0.99
+        assert np.sqrt(np.mean(sound.samples**2)) == pytest.approx(0.5 / np.sqrt(2), rel=0.02)
+        assert [text[: len(note or "")] for text in sound.notes] == ([] if note is None else [note])
 
 
 def test_audio_longer_or_shorter_than_the_video_keeps_its_length(tmp_path: Path):

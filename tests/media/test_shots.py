@@ -213,7 +213,7 @@ def test_films_of_zero_to_two_frames_have_no_cut(scenes: Scenes) -> None:
         ("no_audio.mp4", []),  # handheld camera, walking
         ("moviepy_chaplin.mp4", []),  # grain and flicker
         ("vfr.mp4", []),  # repeated frames
-        ("short_hamilton_clip.mp4", [38, 90, 198]),
+        ("short_hamilton_clip.mp4", [39, 90, 198]),
     ],
 )
 def test_cuts_of_real_films(shared_clips: Path, name: str, cuts: list[int]) -> None:

@@ -16,6 +16,7 @@ import pytest
 from tccp import __version__
 from tccp.errors import TccpError
 from tccp.media import MediaError, VideoWriter, mark_generated, open_audio, probe, read_frames, read_metadata
+from tccp.media.sound import decode_sound
 
 RNG = np.random.default_rng(7)
 
@@ -115,7 +116,23 @@ def test_audio_from_an_array_and_from_a_wav_with_a_rate_unsupported_by_aac(tmp_p
         file.setparams((1, 2, 20000, 0, "NONE", ""))
         file.writeframes((np.sin(np.arange(20000) * 0.24) * 16000).astype("<i2").tobytes())
     write(film, noise(25), audio_from=wav)
-    assert (probe(film).audio_sample_rate_hz, probe(film).audio_channels) == (16000, 1)
+    assert (probe(film).audio_sample_rate_hz, probe(film).audio_channels) == (22050, 1)
+
+
+@pytest.mark.parametrize(("rate_hz", "channels"), [(96000, 2), (176400, 1), (192000, 6)])
+def test_high_rates_are_resampled_to_48_khz_with_their_channels(tmp_path: Path, rate_hz: int, channels: int):
+    wav, film = tmp_path / "sound.wav", tmp_path / "film.mp4"
+    tone = np.sin(2 * np.pi * 9000 * np.arange(rate_hz) / rate_hz) * 0.4  # 16 kHz sound has no 9 kHz
+    with wave.open(str(wav), "wb") as file:
+        file.setparams((channels, 2, rate_hz, 0, "NONE", ""))
+        file.writeframes(np.repeat((tone * 32767).astype("<i2"), channels).tobytes())
+    write(film, noise(25), audio_from=wav)
+    info = probe(film)
+    assert (info.audio_sample_rate_hz, info.audio_channels) == (48000, channels)
+    sound = np.concatenate(list(decode_sound(info)), axis=1)[:, 4800:43200]
+    power = np.abs(np.fft.rfft(sound[0] * np.hanning(sound.shape[1])))
+    assert power.argmax() == pytest.approx(9000 * sound.shape[1] / 48000, abs=2)
+    assert np.sqrt(np.mean(sound[0] ** 2)) == pytest.approx(0.4 / np.sqrt(2), rel=0.05)
 
 
 def test_metadata_marks_are_read_back(tmp_path: Path):

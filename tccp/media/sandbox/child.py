@@ -47,7 +47,7 @@ from tccp.media.sandbox.messages import (
     Start,
     Stop,
 )
-from tccp.media.sound import sound_blocks
+from tccp.media.sound import MonoSound
 from tccp.media.source import checked_file, opened
 
 _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
@@ -133,13 +133,14 @@ class _Server:
 
     def _sound(self, path: Path, request: SoundRequest) -> End:
         info = self._checked(path, request)
-        self._deliver(request, self._samples(info, request.slot_bytes // 4))
-        return End(id=request.id)
+        sound = MonoSound(info)
+        self._deliver(request, self._samples(info, sound, request.slot_bytes // 4))
+        return End(id=request.id, notes=tuple(sound.notes))
 
-    def _samples(self, info: MediaInfo, most: int) -> Generator[np.ndarray, None, None]:
+    def _samples(self, info: MediaInfo, sound: MonoSound, most: int) -> Generator[np.ndarray, None, None]:
         """The sound in blocks of up to `most` samples."""
         num_samples = 0
-        for block in sound_blocks(info):
+        for block in sound:
             num_samples += len(block)
             self._check_duration(info.path, num_samples / SAMPLE_RATE_HZ)
             for start in range(0, len(block), most):

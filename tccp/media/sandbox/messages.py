@@ -37,6 +37,7 @@ Exact = Annotated[Fraction, BeforeValidator(_exact)]
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 SlotNumber = Annotated[int, Field(ge=0, lt=1 << 10)]
 CodecName = Annotated[str, Field(max_length=64)]
+Notes = Annotated[tuple[Annotated[str, Field(max_length=LONGEST_PROBLEM)], ...], Field(max_length=20)]
 
 
 # From the parent
@@ -152,9 +153,11 @@ class MediaAnswer(Answer):
     audio_codec: CodecName | None
     audio_sample_rate_hz: Annotated[int, Field(ge=0, lt=1 << 31)]
     audio_channels: Annotated[int, Field(ge=0, lt=1 << 31)]
+    audio_layout: Annotated[str, Field(max_length=200)]
     video_span: SpanValue | None
     audio_span: SpanValue | None
     seeks: bool
+    notes: Notes
 
     @model_validator(mode="after")
     def _has_a_stream(self) -> MediaAnswer:
@@ -182,9 +185,11 @@ class MediaAnswer(Answer):
             audio_codec=info.audio_codec,
             audio_sample_rate_hz=info.audio_sample_rate_hz,
             audio_channels=info.audio_channels,
+            audio_layout=info.audio_layout,
             video_span=video_span,
             audio_span=audio_span,
             seeks=info.seeks,
+            notes=info.notes,
         )
 
     def media_info(self, path: Path) -> MediaInfo:
@@ -203,9 +208,11 @@ class MediaAnswer(Answer):
             audio_codec=self.audio_codec,
             audio_sample_rate_hz=self.audio_sample_rate_hz,
             audio_channels=self.audio_channels,
+            audio_layout=self.audio_layout,
             video_span=video_span,
             audio_span=audio_span,
             seeks=self.seeks,
+            notes=self.notes,
         )
 
 
@@ -218,9 +225,10 @@ class Block(Answer):
 
 
 class End(Answer):
-    """There are no more blocks."""
+    """There are no more blocks. notes: how what was delivered differs from what is stored."""
 
     kind: Literal["end"] = "end"
+    notes: Notes = ()
 
 
 class Failure(Answer):

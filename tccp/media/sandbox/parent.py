@@ -53,11 +53,11 @@ Received = TypeVar("Received")
 
 
 class SoundFile(AudioTrack):
-    """An AudioTrack with the warnings of `check_audio`."""
+    """An AudioTrack with `warnings`: its notes and those of `check_audio`."""
 
-    def __init__(self, path: Path, samples: Float32[np.ndarray, " n"], warnings: tuple[str, ...]):
-        super().__init__(path, samples)
-        self.warnings = warnings
+    def __init__(self, path: Path, samples: Float32[np.ndarray, " n"], notes: tuple[str, ...]):
+        super().__init__(path, samples, notes)
+        self.warnings = (*notes, *check_audio(samples))
 
     def __enter__(self) -> SoundFile:
         return self
@@ -81,6 +81,7 @@ class Decoder:
         self._film: Path | None = None
         self._films = 0
         self._id = 0  # of the request that the child works on
+        self._notes: tuple[str, ...] = ()  # of the last delivery
 
     def __enter__(self) -> Decoder:
         return self
@@ -122,7 +123,7 @@ class Decoder:
             raise TccpError(
                 f"{path}: its sound cannot be unpacked into {folder} ({error.strerror}); make room or set TMPDIR"
             ) from None
-        return SoundFile(film, samples, tuple(check_audio(samples)))
+        return SoundFile(film, samples, self._notes)
 
     def frames(
         self, path: str | Path, start_frame: int = 0, num_frames: int | None = None
@@ -208,6 +209,7 @@ class Decoder:
                 yield data
                 if self._id != current:
                     raise RuntimeError(f"{film}: this decoder has gone on to something else; use another one")
+            self._notes = answer.notes
         finally:
             if self._id == current:
                 with contextlib.suppress(MediaError):
