@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +21,7 @@ from av.video import VideoStream
 
 from tccp.config import FPS
 from tccp.errors import DamagedData
+from tccp.media.stored_pictures import StoredPictures, stored_pictures
 from tccp.media.timeline import FREE_RUNNING, MOST_RESTARTS, Restart, StreamTimeline, Timeline
 from tccp.media.upright import DisplayTurn, display_turn
 
@@ -63,7 +64,7 @@ class Span(NamedTuple):
 class MediaInfo:
     """The streams of a media file and their timing.
 
-    width, height: of the upright picture in pixels, 0 without video.
+    width, height: of the upright picture with square pixels, 0 without video.
     turn: how read_frames turns the stored pictures upright, from the display matrix.
     frame_rate: of the stored pictures if it is constant, else None. num_pictures: number of stored pictures.
     video_span, audio_span: from the first picture (sample) to the end of the last; None without such a stream.
@@ -72,8 +73,8 @@ class MediaInfo:
     seeks: True if the container has an index, so that read_frames can start anywhere at once. Otherwise it decodes
       everything before the first frame wanted.
     notes: what is unusual about the file and how it is read, one sentence each.
-    video_restarts, audio_restarts: where the clock of the stream starts again (tccp.media.timeline); known only to the
-      process that decodes.
+    stored: how the pictures are stored. video_restarts, audio_restarts: where the clock of the stream starts again
+      (tccp.media.timeline). Only the process that decodes knows these three.
     """
 
     path: Path
@@ -91,8 +92,9 @@ class MediaInfo:
     audio_span: Span | None
     seeks: bool = False
     notes: tuple[str, ...] = ()
-    video_restarts: tuple[Restart, ...] = ()
-    audio_restarts: tuple[Restart, ...] = ()
+    stored: StoredPictures = field(default_factory=StoredPictures, compare=False)
+    video_restarts: tuple[Restart, ...] = field(default=(), compare=False)
+    audio_restarts: tuple[Restart, ...] = field(default=(), compare=False)
 
     @property
     def has_video(self) -> bool:
@@ -254,7 +256,7 @@ def no_stream(path: Path, kind: str) -> MediaError:
 @functools.lru_cache(maxsize=256)
 def _probe(path: Path, size: int, mtime_ns: int) -> MediaInfo:
     """Size and modification time are part of the cache key, so that a changed file is probed again."""
-    turn, layout = DisplayTurn(), ""
+    turn, layout, stored = DisplayTurn(), "", StoredPictures()
     width = height = num_pictures = sample_rate_hz = channels = 0
     frame_rate = video_span = audio_span = video_codec = audio_codec = None
     video_restarts: tuple[Restart, ...] = ()
@@ -277,7 +279,8 @@ def _probe(path: Path, size: int, mtime_ns: int) -> MediaInfo:
                 video_span = Span(video_span.start - delay_s, video_span.end - delay_s)
             num_pictures, video_restarts = pictures.packets, pictures.restarts
             turn = display_turn(picture)
-            width, height = (picture.height, picture.width) if turn.transpose else (picture.width, picture.height)
+            stored = stored_pictures(video, picture)
+            width, height = stored.shown_size[::-1] if turn.transpose else stored.shown_size
             video_codec = video.codec_context.codec.canonical_name
         if audio is not None:
             sound = _first_frame(path, audio.index)
@@ -305,7 +308,8 @@ def _probe(path: Path, size: int, mtime_ns: int) -> MediaInfo:
         video_span=video_span,
         audio_span=audio_span,
         seeks=seeks and not video_restarts,
-        notes=tuple(timeline.notes),
+        notes=(*timeline.notes, *stored.notes()),
+        stored=stored,
         video_restarts=video_restarts,
         audio_restarts=audio_restarts,
     )

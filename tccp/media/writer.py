@@ -58,9 +58,11 @@ class VideoWriter:
       to the next higher one or to 48 kHz. It starts at `MediaInfo.zero`. An array is 16 kHz mono in [-1, 1]. The sound
       is cut, or extended with silence, to end with the pictures. None: no sound.
     lossless: libx264rgb at quantiser 0, which read_frames returns bit for bit. Otherwise H.264, yuv420p, BT.709,
-      CRF 16 (yuv444p if width or height is odd and cannot be halved). There are no B-frames: pictures are stored in
+      CRF 16. An odd width or height is padded by one column or row, which repeats its neighbour, because browsers and
+      phones play only even sizes. There are no B-frames: pictures are stored in
       presentation order, so that players which ignore edit lists also begin at zero. Sound is AAC; an edit list hides
       its priming.
+    exact_size: keep an odd size, as yuv444p, which few players support.
     metadata: tags such as those of mark_generated. MP4 has title, artist, comment, description, copyright and a few
       more.
 
@@ -77,13 +79,16 @@ class VideoWriter:
         audio_from: str | Path | AudioTrack | Float[np.ndarray, "n"] | None = None,
         lossless: bool = False,
         metadata: Mapping[str, str] | None = None,
+        exact_size: bool = False,
     ):
         self.path = Path(path)
         if self.path.suffix.lower() not in _ENDINGS:
             raise TccpError(f"{path}: films are written as MP4; let the name end in {' or '.join(_ENDINGS)}")
         self.width, self.height = width, height
         self.num_frames = 0
-        self._lossless = lossless
+        self._lossless, self._exact_size = lossless, exact_size
+        padded = not (lossless or exact_size)
+        self._pad_x, self._pad_y = (width % 2, height % 2) if padded else (0, 0)
         self._to_yuv = VideoReformatter()
         self._metadata = dict(metadata or {})
         self._sound = _sound(audio_from)
@@ -119,6 +124,8 @@ class VideoWriter:
         if frame.shape != (self.height, self.width, 3):
             given = f"{frame.shape[1]}x{frame.shape[0]}"
             raise TccpError(f"{self.path}: a picture of {given} was given for a film of {self.width}x{self.height}")
+        if self._pad_x or self._pad_y:
+            frame = np.pad(frame, ((0, self._pad_y), (0, self._pad_x), (0, 0)), "edge")
         picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
         if self._pix_fmt != "rgb24":
             picture = self._to_yuv.reformat(
@@ -149,11 +156,11 @@ class VideoWriter:
 
     def _add_video(self) -> VideoStream:
         odd = self.width % 2 or self.height % 2
-        self._pix_fmt = "rgb24" if self._lossless else "yuv444p" if odd else "yuv420p"
+        self._pix_fmt = "rgb24" if self._lossless else "yuv444p" if odd and self._exact_size else "yuv420p"
         quality = {"qp": "0", "preset": "veryfast"} if self._lossless else {"crf": "16", "preset": "medium"}
         stream = self._container.add_stream("libx264rgb" if self._lossless else "libx264", FPS, {**quality, "bf": "0"})
         assert isinstance(stream, VideoStream)
-        stream.width, stream.height, stream.pix_fmt = self.width, self.height, self._pix_fmt
+        stream.width, stream.height, stream.pix_fmt = self.width + self._pad_x, self.height + self._pad_y, self._pix_fmt
         stream.time_base = Fraction(1, FPS)
         context = stream.codec_context
         context.gop_size = 2 * FPS

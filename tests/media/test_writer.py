@@ -70,7 +70,7 @@ def test_colours_are_not_shifted(tmp_path: Path, width: int, height: int):
     y, x = np.mgrid[0:height, 0:width] / max(width, height)
     pictures = np.stack([np.stack([40 + 150 * x, 30 + 20 * k + 80 * y, 220 - 90 * (x + y)], axis=-1) for k in range(6)])
     pictures = pictures.round().astype(np.uint8)
-    write(film, pictures)
+    write(film, pictures, exact_size=True)
     back = np.stack(list(read_frames(film)))
     assert back.shape == pictures.shape
     error = back.astype(float) - pictures
@@ -79,6 +79,21 @@ def test_colours_are_not_shifted(tmp_path: Path, width: int, height: int):
     with av.open(str(film)) as container:
         frame = next(container.decode(video=0))
         assert (frame.colorspace, frame.color_range, frame.color_primaries, frame.color_trc) == (1, 1, 1, 1)
+
+
+@pytest.mark.parametrize(("width", "height"), [(127, 96), (128, 95), (127, 95)])
+def test_odd_sizes_are_padded_so_that_every_player_shows_them(tmp_path: Path, width: int, height: int):
+    film = tmp_path / "film.mp4"
+    x = np.mgrid[0:height, 0:width][1]
+    picture = np.stack([2 * x, 255 - 2 * x, x], axis=-1).astype(np.uint8)
+    write(film, [picture] * 3)
+    with av.open(str(film)) as container:
+        frame = next(container.decode(video=0))
+        assert (frame.format.name, frame.width % 2, frame.height % 2) == ("yuv420p", 0, 0)
+    back = next(iter(read_frames(film))).astype(int)
+    assert back.shape == (height + height % 2, width + width % 2, 3)
+    assert np.abs(back[:height, :width] - picture).mean() < 2
+    assert np.abs(back[height - 1 :, width - 1 :] - picture[-1, -1]).max() < 12
 
 
 @pytest.mark.parametrize("rate_hz", [16000, 44100, 48000, 11025])
