@@ -86,7 +86,7 @@ def test_odd_sizes_are_padded_so_that_every_player_shows_them(tmp_path: Path, wi
     film = tmp_path / "film.mp4"
     x = np.mgrid[0:height, 0:width][1]
     picture = np.stack([2 * x, 255 - 2 * x, x], axis=-1).astype(np.uint8)
-    write(film, [picture] * 3)
+    write(film, np.stack([picture] * 3))
     with av.open(str(film)) as container:
         frame = next(container.decode(video=0))
         assert (frame.format.name, frame.width % 2, frame.height % 2) == ("yuv420p", 0, 0)
