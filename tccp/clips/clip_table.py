@@ -72,7 +72,7 @@ SCHEMA = pa.schema(
         ("source_hash", pa.string()),  # of the file's bytes
         ("track", pa.int32()),  # number of one person's track in one shot, unique within a reel of the source
         ("person", pa.int32()),  # number of the person, the same in all shots of the reel
-        ("start_s", pa.float64()),  # after the source's common start; a whole number of frames
+        ("start_s", pa.float64()),  # on the source's clock; a whole number of frames
         ("num_frames", pa.int32()),
         ("source_width", pa.int32()),
         ("source_height", pa.int32()),

@@ -1,4 +1,4 @@
-"""Decodes sound as a stream to 16 kHz mono, timed from the file's common start, and keeps it on disk."""
+"""Decodes sound as a stream to 16 kHz mono, timed on the file's clock, and keeps it on disk."""
 
 from __future__ import annotations
 

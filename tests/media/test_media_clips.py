@@ -16,7 +16,7 @@ import pytest
 from tccp.media import MediaError, fit_samples, open_audio, probe, read_frames
 
 # Clip: stored pictures, their rate, first picture and first sample in seconds, frames at 25 fps, samples at 16 kHz.
-# Frames are ceil(25 (last picture's end - common start)), samples are ceil(16000 (end of sound - common start)).
+# Frames are ceil(25 (last picture's end - zero)), samples are ceil(16000 (end of sound - zero)).
 GRID = (75, 25, 0, 0, 75, 47648)  # 114 blocks of 1152 samples at 44.1 kHz
 SYNC = (73, 25, 0, 0, 73, 46400)
 CLIPS: dict[str, tuple] = {

@@ -12,7 +12,7 @@ from tccp.errors import TccpError
 class Limits:
     """The defaults leave room for real footage: 8K pictures, half a day, a terabyte.
 
-    max_pixels: per picture. max_duration_s: from the common start to the end of pictures and sound.
+    max_pixels: per picture. max_duration_s: from the start of the clock to the end of pictures and sound.
     max_sample_rate_hz: of the sound as stored. memory_bytes: memory for decoding, on top of what an idle child uses.
     stall_s: the longest wait for an answer. The first answer may take longer: by the file's size at 10 MB/s, because
       the child reads the whole file, and by the time of the first picture, because the child may have to decode
