@@ -20,6 +20,7 @@ _STEP_BACK_S = Fraction(1, 10)
 _STEP_FORWARD_S = 10
 # At a restart, the times of pictures and sound differ by no more than this.
 _TOGETHER_S = 5
+_REORDERED = 32  # pictures that may lie between two of the same time
 MOST_RESTARTS = 1000
 FREE_RUNNING = {"mpegts", "mpeg", "ogg", "flv", "aac", "mp3", "ac3", "eac3"}
 
@@ -75,6 +76,8 @@ class StreamTimeline:
     runs: list[Run] = field(default_factory=lambda: [Run(0)])
     num_packets: int = 0
     decoding_ticks: int | None = None
+    recent: deque[int] = field(default_factory=lambda: deque(maxlen=_REORDERED))
+    repeated: int = 0
     least_delay: int | None = None
     most_delay: int | None = None
 
@@ -153,6 +156,9 @@ class Timeline:
         self._find_step(stream, packet.dts, packet.duration or 0)
         stream.num_packets += 1
         ticks = packet.pts if packet.pts is not None else packet.dts
+        if packet.pts is not None and not packet.is_discard:
+            stream.repeated += packet.pts in stream.recent
+            stream.recent.append(packet.pts)
         if packet.pts is None or packet.dts is None:
             stream.least_delay, stream.most_delay = 0, -1  # unknown
         elif stream.most_delay != -1:
@@ -173,11 +179,17 @@ class Timeline:
             return
         if step_s < -_STEP_BACK_S or (self._free_running and step_s - duration * stream.time_base > _STEP_FORWARD_S):
             stream.runs.append(Run(stream.num_packets))
+            stream.recent.clear()
             before_s, after_s = before * stream.time_base, ticks * stream.time_base
             self._steps.append(_Step(stream, len(stream.runs) - 1, before_s, after_s))
 
     def finish(self) -> None:
         """Gives every run its shift, and says in `notes` what was done."""
+        for stream in self.streams.values():
+            if stream.kind == "video" and stream.repeated:
+                self.notes.append(
+                    f"{stream.repeated} of its {stream.num_packets} pictures have the time of another and are not shown"
+                )
         joints: list[Fraction] = []
         done: set[int] = set()
         for number, step in enumerate(self._steps):

@@ -382,6 +382,23 @@ def test_a_clock_that_starts_again_is_carried_on(tmp_path: Path, shared_faults: 
         assert late_s[1] == pytest.approx(late_s[0], abs=0.021)  # the second part starts between two frames
 
 
+def test_pictures_of_the_same_time_are_counted(tmp_path: Path):
+    film = tmp_path / "film.mkv"
+    with av.open(str(film), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.options = WIDTH, HEIGHT, {"bf": "0"}
+        packets = []
+        for k in range(20):
+            frame = av.VideoFrame.from_ndarray(numbered(k), "rgb24")
+            frame.pts, frame.time_base = k, Fraction(1, 25)
+            packets += stream.encode(frame)
+        for k, packet in enumerate(packets + stream.encode(None)):
+            packet.pts = packet.dts = k - (k > 9)
+            container.mux(packet)
+    assert probe(film).notes == ("1 of its 20 pictures have the time of another and are not shown",)
+    assert len(numbers(film)) == 19
+
+
 def test_a_gap_is_only_filled_if_it_lasts(tmp_path: Path):
     """Times that are wrong for a moment move no sample; sound that is missing is replaced by silence."""
     samples = np.random.default_rng(0).uniform(-0.5, 0.5, 48000).astype(np.float32)
