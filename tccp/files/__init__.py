@@ -1,6 +1,6 @@
 """Files and folders on this machine or at a URL of any fsspec filesystem, with one retry policy and one cache."""
 
-from tccp.files.atomic import atomic_path
+from tccp.files.atomic import atomic_folder, atomic_path, sync, sync_tree, write_atomic
 from tccp.files.cache import cache_folder, kept_folder, make_room, remote_copy
 from tccp.files.folder import Folder, check_shared
 from tccp.files.retry import (
@@ -17,6 +17,7 @@ __all__ = [
     "HTTP_TRANSIENT",
     "AccessError",
     "Folder",
+    "atomic_folder",
     "atomic_path",
     "bare",
     "cache_folder",
@@ -32,5 +33,8 @@ __all__ = [
     "remote_copy",
     "retried",
     "storage_retries",
+    "sync",
+    "sync_tree",
     "translated_errors",
+    "write_atomic",
 ]

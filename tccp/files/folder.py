@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -63,6 +64,17 @@ class Folder:
         except FileNotFoundError:
             return False
         return True
+
+    def size(self, name: str) -> int | None:
+        """Bytes in a file; None if there is no such file."""
+        try:
+            if self.local is not None:
+                status = self._tried("look for", name, (self.local / name).stat)
+                return status.st_size if stat.S_ISREG(status.st_mode) else None
+            info = self._tried("look for", name, lambda: self._fs.info(self._key(name)))
+        except FileNotFoundError:
+            return None
+        return int(info["size"]) if info["type"] == "file" else None
 
     def names(self, under: str = "") -> set[str]:
         """Names of the files in a subfolder, not deeper, without hidden ones; an empty set if it does not exist."""

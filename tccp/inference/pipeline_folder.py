@@ -14,13 +14,14 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -28,15 +29,20 @@ from safetensors.torch import load_file, save_file
 
 from tccp.config import Settings, VariantName, changed, git_commit, settings_from_json
 from tccp.errors import TccpError
-from tccp.files import atomic_path
+from tccp.files import atomic_path, sync, sync_tree, translated_errors
 from tccp.models.autoencoder import PictureAutoencoder
 from tccp.models.lip_sources import LipletSource
 from tccp.models.liplet import Liplet
 from tccp.models.mvcontrolnet import MVControlNet
 from tccp.models.variants import TWO_STAGE, VARIANTS
 
+logger = logging.getLogger("tccp.inference")
+
 FORMAT = 1
 MANIFEST = "manifest.json"
+_SUFFIXES = (".json", ".safetensors")
+_UNFINISHED, _REPLACED = ".new-", ".replaced"
+"""In the names of hidden folders: components that are being written; former ones, until the manifest changes."""
 TOY_WEIGHTS = Path(__file__).parent.parent / "toy"
 """The packaged pipeline, trained on RoundTable by `make toy-weights`."""
 SHARED_SETTINGS = (
@@ -141,8 +147,8 @@ def check_settings(folder: Path, settings: Settings) -> None:
         if stored[name] != value:
             key, there, here = _first_difference(name, stored[name], value)
             raise TccpError(
-                f"{folder} holds weights of other settings: {key} is {json.dumps(there)[:100]} there and "
-                f"{json.dumps(here)[:100]} here; use that preset or another --weights folder"
+                f"{folder} holds weights of other settings: {key} is {json.dumps(there)} there and "
+                f"{json.dumps(here)} here; use that preset or another --weights folder"
             )
 
 
@@ -170,37 +176,93 @@ def save_component(
 ) -> None:
     """Adds or replaces one component. Writes it to a temporary folder, renames that, then updates the manifest.
 
-    write: writes the component's files into the folder it is given.
+    Until the manifest names the new files, the former ones stay in a hidden folder: `restore_replaced` brings them back
+    after an interruption. write: writes the component's files into the folder it is given.
     Raises TccpError if the pipeline has other shared settings or the folder cannot be written.
     """
     check_settings(folder, settings)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=folder))
+        _remove_unfinished(folder, name)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{name}{_UNFINISHED}", dir=folder))
     except OSError as error:
         raise TccpError(f"cannot write {folder}: {error.strerror}; choose a folder that can be written") from None
-    try:
+    with _removed_at_exit(temporary), translated_errors(f"write {folder / name}"):
         write(temporary)
         for config in temporary.rglob("config.json"):
             _remove_origin(config)
         files = {
             str(path.relative_to(temporary)): _sha256(path) for path in sorted(temporary.rglob("*")) if path.is_file()
         }
-        final = folder / name
-        if final.exists():
-            shutil.rmtree(final)
         for path in (temporary, *temporary.rglob("*")):  # safetensors makes its files readable only by the owner
             path.chmod(0o755 if path.is_dir() else 0o644)
-        os.replace(temporary, final)
+        sync_tree(temporary)
+        with _locked(folder):
+            _restore(folder, name)
+            former = folder / f".{name}{_REPLACED}"
+            if (folder / name).exists():
+                os.rename(folder / name, former)
+            os.rename(temporary, folder / name)
+            sync(folder)
+            _enter(folder, name, settings, files, provenance)
+            shutil.rmtree(former, ignore_errors=True)
+
+
+def _enter(
+    folder: Path, name: str, settings: Settings, files: Mapping[str, str], provenance: Mapping[str, Any]
+) -> None:
+    """Writes a component into the manifest."""
+    exists = (folder / MANIFEST).exists()
+    manifest: dict[str, Any] = read_manifest(folder) if exists else {"format": FORMAT, "components": {}}
+    manifest["settings"] = json.loads(settings.model_dump_json())
+    manifest["components"][name] = {"files": files, "provenance": {"git_commit": git_commit(), **provenance}}
+    with atomic_path(folder / MANIFEST) as path:
+        path.write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def restore_replaced(folder: Path) -> None:
+    """Brings back components whose replacement was interrupted before the manifest named the new files."""
+    for former in folder.glob(f".*{_REPLACED}"):
+        with _locked(folder):
+            _restore(folder, former.name[1:].removesuffix(_REPLACED))
+
+
+def _restore(folder: Path, name: str) -> None:
+    former = folder / f".{name}{_REPLACED}"
+    if not former.exists():
+        return
+    try:
+        verified(folder, name)
+    except TccpError:
+        shutil.rmtree(folder / name, ignore_errors=True)
+        os.rename(former, folder / name)
+        logger.warning("%s: the replacement of %s was interrupted; the former one is in its place again", folder, name)
+        return
+    shutil.rmtree(former)
+
+
+@contextmanager
+def _removed_at_exit(temporary: Path) -> Iterator[None]:
+    """Removes the folder of an unfinished component in the end, and holds a lock that says that it is in use."""
+    handle = os.open(temporary, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH)
+        yield
     finally:
+        os.close(handle)
         shutil.rmtree(temporary, ignore_errors=True)
-    with _locked(folder):
-        exists = (folder / MANIFEST).exists()
-        manifest: dict[str, Any] = read_manifest(folder) if exists else {"format": FORMAT, "components": {}}
-        manifest["settings"] = json.loads(settings.model_dump_json())
-        manifest["components"][name] = {"files": files, "provenance": {"git_commit": git_commit(), **provenance}}
-        with atomic_path(folder / MANIFEST) as path:
-            path.write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def _remove_unfinished(folder: Path, name: str) -> None:
+    """Removes what killed processes have left of this component: folders that no process has locked."""
+    for left in folder.glob(f".{name}{_UNFINISHED}*"):
+        with suppress(OSError):
+            handle = os.open(left, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left, ignore_errors=True)
+            finally:
+                os.close(handle)
 
 
 def export(
@@ -287,20 +349,31 @@ def verified(folder: Path, name: str) -> Path:
         have = ", ".join(manifest["components"]) or "nothing"
         raise TccpError(f"{folder} has no {name} (it has {have}): train it with `tccp train {name} --weights {folder}`")
     files = manifest["components"][name]["files"]
+    for relative in files:
+        path = PurePosixPath(relative)
+        if path.suffix not in _SUFFIXES or path.is_absolute() or ".." in path.parts:
+            raise TccpError(
+                f"{folder / MANIFEST} names {relative!r} among the files of {name}: a component has only "
+                f"{' and '.join(_SUFFIXES)} files below its own folder; do not use this pipeline"
+            )
     for path in sorted((folder / name).rglob("*")):
-        if not path.is_dir() and str(path.relative_to(folder / name)) not in files:
+        if (path.is_symlink() or not path.is_dir()) and str(path.relative_to(folder / name)) not in files:
             raise TccpError(
                 f"{path} is not in {MANIFEST}: remove it, because a loader might read it in place of a file that is"
             )
     for relative, digest in files.items():
         path = folder / name / relative
         if not path.is_file():
-            raise TccpError(f"{path} is missing: the pipeline folder is incomplete, copy it again or retrain {name}")
+            raise TccpError(f"{path} is missing: the pipeline folder is incomplete, {_remedy(folder, name)}")
         if _sha256(path) != digest:
-            raise TccpError(
-                f"{path} is not the file of the manifest (its SHA-256 differs): copy it again or retrain {name}"
-            )
+            raise TccpError(f"{path} is not the file of the manifest (its SHA-256 differs): {_remedy(folder, name)}")
     return folder / name
+
+
+def _remedy(folder: Path, name: str) -> str:
+    if (folder / f".{name}{_REPLACED}").exists():
+        return f"its replacement was interrupted; give the command that trained {name} again, with --resume"
+    return f"copy it again or retrain {name}"
 
 
 def has_component(folder: Path, name: str) -> bool:

@@ -127,7 +127,8 @@ class TorchEngine:
         torch.save(state, folder / OPTIMISER_FILE)
 
     def load(self, folder: Path) -> None:
-        state = torch.load(folder / OPTIMISER_FILE, weights_only=True)
+        # To the CPU first: the checkpoint may have been written on a GPU that this machine lacks.
+        state = torch.load(folder / OPTIMISER_FILE, weights_only=True, map_location="cpu")
         self.module.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.micro_steps = state["micro_steps"]

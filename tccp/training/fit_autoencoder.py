@@ -22,7 +22,7 @@ from tccp.models.autoencoder import PictureAutoencoder, to_model
 from tccp.models.variants import PICTURE_KINDS, PictureKind
 from tccp.seeds import rng_seed
 from tccp.training.engine import Engine, TorchEngine, with_weights
-from tccp.training.loop import FitResult, fit
+from tccp.training.loop import FitResult, SettingKeys, fit
 from tccp.training.precision import arithmetic
 from tccp.training.run_folder import Run, TransientRun
 from tccp.training.set_aside import readable
@@ -178,6 +178,7 @@ def fit_autoencoder(
         ema=ema,
         run=run,
         title="autoencoder",
+        keys=SettingKeys(learning_rate="autoencoder.learning_rate"),
         stop_at=stop_at,
         waited_s=lambda: losses.waited_s,
     )

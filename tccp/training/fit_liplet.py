@@ -19,6 +19,7 @@ from tccp.media.mel import mel_windows
 from tccp.models.autoencoder import to_model
 from tccp.models.liplet import Liplet, identity_picture, mouth_picture, mouth_region
 from tccp.seeds import rng_seed
+from tccp.training.loop import NonFiniteLoss
 from tccp.training.set_aside import say_set_aside
 
 MAX_SAMPLES = 16_384
@@ -114,7 +115,7 @@ def train_liplet(
 ) -> Liplet:
     """Trains a Liplet for `liplet_steps` with Adam. The same samples, settings and seed give the same network.
 
-    on_step: called with (steps done, loss) after every step.
+    on_step: called with (steps done, loss) after every step. Raises NonFiniteLoss.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng_seed("liplet", "init", seed))
@@ -137,7 +138,14 @@ def train_liplet(
             group["lr"] = settings.liplet_learning_rate * warm_up * decay
         optimiser.zero_grad()
         loss.backward()
+        value = loss.item()
+        if not math.isfinite(value):
+            raise NonFiniteLoss(
+                f"the loss of liplet is {value} at step {step}; give a lower lips.liplet_learning_rate (it is "
+                f"{settings.liplet_learning_rate!r}), such as --set lips.liplet_learning_rate="
+                f"{settings.liplet_learning_rate / 3:.2g}, with --resume"
+            )
         optimiser.step()
         if on_step is not None:
-            on_step(step + 1, loss.item())
+            on_step(step + 1, value)
     return network.eval()

@@ -24,7 +24,7 @@ from tccp.models.variants import FIRST_OF, VARIANTS
 from tccp.seeds import rng_seed
 from tccp.training.engine import Engine, TorchEngine, with_weights
 from tccp.training.latent_cache import TrainingBatch, Unplanned, Windows
-from tccp.training.loop import FitResult, fit
+from tccp.training.loop import FitResult, SettingKeys, fit
 from tccp.training.precision import arithmetic
 from tccp.training.run_folder import Run, TransientRun
 from tccp.training.window_files import micro_batch, training_order
@@ -306,6 +306,17 @@ def new_network(
     return model
 
 
+def _keys_of(variant: VariantName, settings: Settings) -> SettingKeys:
+    """Keys that have an effect on this variant: its own ones, where the settings have such."""
+    own = settings.variant_overrides.get(variant, {})
+
+    def key(name: str) -> str:
+        is_own = f"training.{name}" in own or name in own.get("training", {})
+        return f"variant_overrides.{variant}.training.{name}" if is_own else f"training.{name}"
+
+    return SettingKeys(key("learning_rate"), key("gradient_clip"))
+
+
 def train_variant(
     variant: VariantName,
     settings: Settings,
@@ -345,6 +356,7 @@ def train_variant(
         title=variant,
         stop_at=stop_at,
         describe_step=losses.describe_step,
+        keys=_keys_of(variant, settings),
         waited_s=lambda: losses.waited_s,
         validate=validate,
     )

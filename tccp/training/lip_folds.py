@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import shutil
-import tempfile
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,13 +25,16 @@ from tccp.clips.lip_table import LIPS, LipFiles
 from tccp.clips.windows import clip_sound
 from tccp.config import LipSettings, Settings
 from tccp.errors import DamagedData, TccpError
-from tccp.files import Folder, atomic_path
+from tccp.files import Folder, atomic_folder, write_atomic
 from tccp.inference.pipeline_folder import has_component, read_manifest, verified
+from tccp.inference.pipeline_source import pipeline_folder
 from tccp.models.lip_sources import LipletSource, LipSource, load_liplet, open_lip_source
 from tccp.progress import progress
 from tccp.seeds import rng_seed
 from tccp.training.fit_liplet import collect_samples, train_liplet
 from tccp.training.set_aside import readable, say_set_aside
+
+logger = logging.getLogger("tccp.training")
 
 FOLDS = 2
 FOLDS_RECORD = "folds.json"
@@ -83,16 +86,15 @@ def train_liplets(
     }
     out.mkdir(parents=True, exist_ok=True)
     path = out / FOLDS_RECORD
-    if not path.exists():
-        with atomic_path(path) as partial_record:
-            partial_record.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
-    elif json.loads(path.read_text()) != record:
+    known = _read_json(path)
+    if known is None:
+        write_atomic(path, (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
+    elif known != record:
         raise TccpError(f"{out} holds liplets of other clips, settings or seed: give another folder or remove this one")
     for fold in range(FOLDS):
         place = out / f"fold_{fold}"
-        if (place / "config.json").is_file() and any(place.glob("*.safetensors")):
+        if _is_complete(place):
             continue
-        shutil.rmtree(place, ignore_errors=True)  # an incomplete upload
         train_ids = [clip_id for clip_id in table.ids if folds[clip_id] != fold]
         samples = collect_samples(
             readable(train_ids, table.__getitem__),
@@ -101,14 +103,29 @@ def train_liplets(
         )
         report = (lambda step, loss, fold=fold: on_step(fold, step, loss)) if on_step else None
         network = train_liplet(samples, settings.lips, rng_seed("lip fold", seed, fold), report, device)
-        partial = Path(tempfile.mkdtemp(prefix=f".fold_{fold}.", dir=out))
-        try:
+        with atomic_folder(place) as partial:  # it takes the place of a damaged one
             network.save_pretrained(partial)
-            partial.rename(place)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
     return out
+
+
+def _is_complete(fold: Path) -> bool:
+    """Whether a fold's network can be loaded. One that cannot, after a loss of power or half an upload, is named."""
+    if not fold.exists():
+        return False
+    try:
+        load_liplet(fold)
+    except TccpError as error:
+        logger.warning("%s is damaged and trained anew: %s", fold, error)
+        return False
+    return True
+
+
+def _read_json(path: Path) -> Any:
+    """The content of a file; None if it is missing, or not whole because the machine stopped while it was written."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def train_liplets_once(table: ClipTable, settings: Settings, out: Path, device: str | torch.device = "cpu") -> float:
@@ -123,9 +140,10 @@ def train_liplets_once(table: ClipTable, settings: Settings, out: Path, device: 
 
         started = time.monotonic()
         train_liplets(table, settings, out, settings.seed, on_step, device)
-    if not record.exists():
-        record.write_text(json.dumps({"seconds": time.monotonic() - started}) + "\n")
-    return float(json.loads(record.read_text())["seconds"])
+    if (known := _read_json(record)) is None:
+        known = {"seconds": time.monotonic() - started}
+        write_atomic(record, (json.dumps(known) + "\n").encode())
+    return float(known["seconds"])
 
 
 @dataclass(frozen=True)
@@ -199,18 +217,25 @@ class LipPlace:
     settings: LipSettings
     folder: Folder
     to_train: bool = False  # liplets on this table, into the folder
+    in_pipeline: bool = False  # the folder is a pipeline's, whose lips they are
 
     def open(self, device: str | torch.device = "cpu") -> LipSources:
-        """Loads the sources. Raises TccpError if they are missing or incomplete."""
+        """Loads the sources. Raises TccpError if they are missing or incomplete, or differ from the manifest."""
+        if self.in_pipeline:
+            return _one_source(self.settings, verified(pipeline_folder(self.folder.place, [LIPS]), LIPS), device)
         with self.folder.as_local() as place:
             alone = (place / "config.json").exists() and not (place / FOLDS_RECORD).exists()
             if self.settings.source == "liplet" and alone:
-                source = open_lip_source(self.settings, place, device)
-                assert source is not None
-                return LipSources((source,))
+                return _one_source(self.settings, place, device)
             sources = open_lip_sources(self.settings, place, device)
             assert sources is not None
             return sources
+
+
+def _one_source(settings: LipSettings, folder: Path, device: str | torch.device) -> LipSources:
+    source = open_lip_source(settings, folder, device)
+    assert source is not None
+    return LipSources((source,))
 
 
 def liplet_folder(data_hash: str | None, seed: int | None, settings: LipSettings) -> str:
@@ -235,7 +260,9 @@ def lip_place(
     if lips.source != "liplet":
         if weights is None and not has_own:
             open_lip_source(lips, None)  # raises TccpError
-        return LipPlace(lips, Folder(weights if weights is not None else verified(pipeline, LIPS)))
+        if weights is not None:
+            return LipPlace(lips, Folder(weights))
+        return LipPlace(lips, Folder(pipeline), in_pipeline=True)
     own = Folder(storage.path(liplet_folder(data_hash, settings.seed, lips)))
     if not has_own:
         return LipPlace(lips, own, to_train=True)
@@ -245,7 +272,7 @@ def lip_place(
     sibling = Folder(storage.path(liplet_folder(trained.get("data_hash"), trained.get("seed"), lips)))
     if sibling.exists(FOLDS_RECORD):
         return LipPlace(lips, sibling)
-    return LipPlace(lips, Folder(verified(pipeline, LIPS)))
+    return LipPlace(lips, Folder(pipeline), in_pipeline=True)
 
 
 def lip_pictures(clip: Clip, source: LipSource) -> UInt8[np.ndarray, "f s s 3"]:

@@ -22,11 +22,26 @@ from tccp.config import TrainingSettings
 from tccp.errors import TccpError
 from tccp.progress import progress
 from tccp.seeds import rng_seed
+from tccp.training.checkpoint_files import EMA_FILE, PROGRESS_FILE
 from tccp.training.engine import Engine
 from tccp.training.run_folder import Run, TransientRun
 
-EMA_FILE = "ema.pt"
-PROGRESS_FILE = "progress.json"
+
+@dataclass(frozen=True)
+class SettingKeys:
+    """The keys of the settings of one component that keep a training from diverging."""
+
+    learning_rate: str = "training.learning_rate"
+    gradient_clip: str = "training.gradient_clip"
+
+    def way_on(self, settings: TrainingSettings) -> str:
+        """What to do after a loss that is not finite."""
+        rate, clip = settings.learning_rate, settings.gradient_clip
+        now = "off" if clip is None else f"{clip!r}"
+        return (
+            f"go on with --resume and a lower {self.learning_rate} (it is {rate!r}), such as --set "
+            f"{self.learning_rate}={rate / 3:.2g}, or a lower {self.gradient_clip} (it is {now})"
+        )
 
 
 class NonFiniteLoss(TccpError):
@@ -58,6 +73,7 @@ def fit(
     stop_at: int | None = None,
     describe_step: Callable[[int], Sequence[str]] | None = None,
     waited_s: Callable[[], float] = lambda: 0.0,
+    keys: SettingKeys = SettingKeys(),
     validate: Callable[[int, list[Tensor]], Mapping[str, float]] | None = None,
 ) -> FitResult:
     """Trains from the newest checkpoint of `run`, or from the start, to `settings.max_steps`.
@@ -69,6 +85,7 @@ def fit(
         max_steps.
     describe_step: names what step k trained on, for the error message if its loss is not finite.
     waited_s: gives the total time spent waiting for data, in seconds, for the metrics.
+    keys: of the settings that can end a divergence, for the error message.
     validate(step, weights): called on rank 0 before each checkpoint with the moving averages. The checkpoint's metrics
         include the values it returns.
     Raises NonFiniteLoss on all ranks; nothing of that step is kept.
@@ -78,6 +95,13 @@ def fit(
     run.cut_metrics_after(done)
     last = min(settings.max_steps, stop_at or settings.max_steps)
     losses: list[float] = []
+
+    def diverged(problem: str, step: int) -> str:
+        trained_on = f"; it trained on {', '.join(describe_step(step))}" if describe_step else ""
+        latest = run.latest()
+        kept = f"the checkpoint at step {latest} is kept" if latest else "no checkpoint yet"
+        return f"{problem} at step {step}{trained_on}; {kept}; {keys.way_on(settings)}"
+
     started = time.monotonic() - seconds_before
     meter = _Meter(settings.batch_size, waited_s)
     engine.module.train()
@@ -93,15 +117,15 @@ def fit(
                 if micro + 1 == settings.accumulation:
                     loss = run.mean(total)
                     if not math.isfinite(loss):
-                        raise NonFiniteLoss(_divergence_message(f"the loss is {loss}", step, run, describe_step))
+                        raise NonFiniteLoss(diverged(f"the loss is {loss}", step))
                 try:
                     engine.step()
                 except FloatingPointError as error:
-                    raise NonFiniteLoss(_divergence_message(str(error), step, run, describe_step)) from None
+                    raise NonFiniteLoss(diverged(str(error), step)) from None
             ema.step(engine.local_parameters())
             losses.append(loss)
             ends = step + 1 == last
-            bar.update(task, completed=step + 1, description=f"{title}  loss {loss:.4f}")
+            bar.update(task, completed=step + 1, description=f"{title}  loss {loss:.4g}")
             if step % settings.log_every == 0 or ends:
                 seconds = round(time.monotonic() - started, 3)
                 figures = {"loss": loss, "grad_norm": engine.grad_norm, "learning_rate": engine.learning_rate}
@@ -128,16 +152,6 @@ def _resume(engine: Engine, ema: EMAModel, checkpoint: Path | None) -> tuple[int
     ema.to(engine.local_parameters()[0].device)
     record = json.loads((checkpoint / PROGRESS_FILE).read_text())
     return record["steps"], record["seconds"]
-
-
-def _divergence_message(problem: str, step: int, run: Run, describe: Callable[[int], Sequence[str]] | None) -> str:
-    trained_on = f"; it trained on {', '.join(describe(step))}" if describe else ""
-    latest = run.latest()
-    kept = f"the checkpoint at step {latest} is kept" if latest else "no checkpoint yet"
-    return (
-        f"{problem} at step {step}{trained_on}; {kept}; start a new run with a lower training.learning_rate or with "
-        "training.gradient_clip"
-    )
 
 
 class _Meter:

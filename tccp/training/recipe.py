@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 import multiprocessing
 import os
 import platform
@@ -19,7 +20,14 @@ from tccp.clips.clip_table import ClipTable
 from tccp.config import Settings, VariantName
 from tccp.errors import TccpError
 from tccp.files import Folder
-from tccp.inference.pipeline_folder import check_settings, has_component, load_network, save_component, verified
+from tccp.inference.pipeline_folder import (
+    check_settings,
+    has_component,
+    load_network,
+    restore_replaced,
+    save_component,
+    verified,
+)
 from tccp.models.autoencoder import PictureAutoencoder
 from tccp.models.variants import FIRST_OF, TWO_STAGE, VARIANTS
 from tccp.processes import end_with_parent, forking_context
@@ -28,7 +36,9 @@ from tccp.training.fit_autoencoder import train_autoencoder
 from tccp.training.fit_variant import needs_first, train_variant
 from tccp.training.latent_cache import LatentCache
 from tccp.training.lip_folds import LipSources, lip_place, liplet_folder, open_lip_sources, train_liplets_once
-from tccp.training.run_folder import SETTINGS_FILE, RunFolder
+from tccp.training.run_folder import RunFolder
+
+logger = logging.getLogger("tccp.training")
 
 COMPONENTS: tuple[str, ...] = ("autoencoder", "lips", *VARIANTS)
 
@@ -82,6 +92,7 @@ class Trainer:
             "control_from": control_from,
             "command": command,
         }
+        restore_replaced(weights)
         check_settings(weights, settings)
         self.table = ClipTable(data, keep=64)
         self.weights = weights
@@ -122,8 +133,7 @@ class Trainer:
         for name in names:
             if name not in COMPONENTS:
                 raise TccpError(f"unknown component {name!r}: give one of {', '.join(COMPONENTS)}, or all")
-            if (self._run_path(name) / SETTINGS_FILE).exists():
-                self._run(name)
+            RunFolder.check(self._run_path(name), self.settings, name, resume=self.resume)
             if self.control_from and name in VARIANTS:
                 verified(self.control_from, name)
         try:
@@ -146,9 +156,23 @@ class Trainer:
         return missing
 
     def missing(self) -> tuple[str, ...]:
-        """The components of the paper's pipeline that the pipeline folder lacks, in training order."""
+        """The components of the paper's pipeline that the pipeline folder lacks, in training order.
+
+        A component whose files are damaged counts as missing if its run may be resumed: the run exports it again.
+        """
         names = itertools.chain.from_iterable(recipe(self.settings))
-        return tuple(name for name in names if not has_component(self.weights, name))
+        return tuple(name for name in names if not self._has(name))
+
+    def _has(self, name: str) -> bool:
+        if not has_component(self.weights, name):
+            return False
+        try:
+            if self.resume:
+                verified(self.weights, name)
+        except TccpError as error:
+            logger.warning("%s is made again: %s", name, error)
+            return False
+        return True
 
     def _train_one(self, name: str) -> None:
         if name == "autoencoder":
@@ -187,7 +211,7 @@ class Trainer:
             self.settings, self.table, run, pretrained=self.pretrained_autoencoder, device=self.device
         )
         steps = 0 if self.pretrained_autoencoder else self.settings.autoencoder.max_steps
-        provenance = self._provenance(steps, result.seconds, git_commit=run.git_commit)
+        provenance = self._provenance(steps, result.seconds, **_history(run))
         save_component(self.weights, "autoencoder", self.settings, autoencoder.save, provenance)
 
     def _train_lips(self) -> None:
@@ -246,12 +270,17 @@ class Trainer:
         provenance = self._provenance(
             settings.training.max_steps,
             result.seconds,
-            git_commit=run.git_commit,
-            last_losses=round(sum(last) / len(last), 5) if last else None,
+            **_history(run),
+            last_losses=float(f"{sum(last) / len(last):.5g}") if last else None,
             **({"windows_set_aside": cache.windows_set_aside} if cache.windows_set_aside else {}),
         )
         assert model is not None  # this process is rank 0
         save_component(self.weights, name, self.settings, model.save_pretrained, provenance)
+
+
+def _history(run: RunFolder) -> dict[str, Any]:
+    """For the provenance: the commit that a run began with, and changes of settings with which it was resumed."""
+    return {"git_commit": run.git_commit, **({"changes": run.changes} if run.changes else {})}
 
 
 def _in_processes(jobs: int, work: Callable[..., None], calls: Sequence[tuple[Any, ...]]) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
+import os
 import re
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,7 +19,9 @@ import torch
 
 from tccp.config import FPS, override
 from tccp.errors import TccpError
+from tccp.files import Folder
 from tccp.inference.components import load_components
+from tccp.inference.pipeline import Pipeline
 from tccp.inference.pipeline_folder import (
     check_settings,
     export,
@@ -24,12 +29,15 @@ from tccp.inference.pipeline_folder import (
     load_network,
     read_manifest,
     read_settings,
+    restore_replaced,
+    same_component,
     save_component,
     verified,
     write_untrained,
 )
 from tccp.models.mvcontrolnet import MVControlNet
 from tccp.models.variants import TWO_STAGE, VARIANTS
+from tccp.training.lip_folds import LipPlace, lip_place
 
 pytest_plugins = ["tiny_fixtures"]
 
@@ -116,6 +124,138 @@ def test_a_component_that_fails_changes_nothing(weights: Path, tmp_path: Path) -
     assert (folder / "manifest.json").read_bytes() == before
     assert {path.name for path in folder.iterdir()} == {path.name for path in weights.iterdir()}
     verified(folder, "face_first")
+
+
+@pytest.fixture
+def replaced(weights: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A pipeline, and the same one in which face_first has been replaced by another network."""
+    before, after = tmp_path / "before", tmp_path / "after"
+    shutil.copytree(weights, before)
+    shutil.copytree(weights, after)
+    network = MVControlNet.from_settings(tiny.SETTINGS, "face_first")
+    save_component(after, "face_first", tiny.SETTINGS, network.save_pretrained, {"steps": 7})
+    return before, after
+
+
+INTERRUPTED = {
+    "the former one is aside": (False, False, True),
+    "the new one is in place": (True, False, True),
+    "the manifest names the new one": (True, True, True),
+    "before there was a former one": (True, False, False),
+}
+
+
+@pytest.mark.parametrize("at", INTERRUPTED)
+def test_an_interrupted_replacement_leaves_the_former_or_the_new_component(
+    replaced: tuple[Path, Path], tmp_path: Path, at: str
+) -> None:
+    before, after = replaced
+    is_new, is_named, has_former = INTERRUPTED[at]
+    folder = tmp_path / "interrupted"
+    shutil.copytree(before, folder)
+    (folder / "face_first").rename(folder / ".face_first.replaced")
+    if is_new:
+        shutil.copytree(after / "face_first", folder / "face_first")
+    if is_named:
+        shutil.copy(after / "manifest.json", folder / "manifest.json")
+    if not has_former:
+        shutil.rmtree(folder / ".face_first.replaced")
+    if not is_named:
+        with pytest.raises(
+            TccpError, match="was interrupted; .* with --resume" if has_former else "retrain face_first"
+        ):
+            verified(folder, "face_first")
+    restore_replaced(folder)
+    if has_former:
+        load_network(folder, "face_first")
+        expected = (after if is_named else before) / "face_first" / "config.json"
+        assert (folder / "face_first" / "config.json").read_bytes() == expected.read_bytes()
+    save_component(
+        folder,
+        "face_first",
+        tiny.SETTINGS,
+        lambda path: shutil.copytree(after / "face_first", path, dirs_exist_ok=True),
+        {"steps": 8},
+    )
+    verified(folder, "face_first")
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_what_a_killed_process_left_of_a_component_is_removed_unless_one_is_at_work(
+    weights: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "weights"
+    shutil.copytree(weights, folder)
+    for name in (".face_first.new-dead", ".face_first.new-live", ".face_sequence.new-other"):
+        (folder / name).mkdir()
+    held = os.open(folder / ".face_first.new-live", os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_SH)
+        network = MVControlNet.from_settings(tiny.SETTINGS, "face_first")
+        save_component(folder, "face_first", tiny.SETTINGS, network.save_pretrained, {})
+    finally:
+        os.close(held)
+    left = {path.name for path in folder.iterdir() if path.name.startswith(".")}
+    assert left == {".face_first.new-live", ".face_sequence.new-other"}
+
+
+@pytest.mark.parametrize("component", ["autoencoder", "lips", "face_first"])
+@pytest.mark.parametrize(
+    "added",
+    ["diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model.fp16.safetensors", "sub/x.json"],
+)
+def test_an_added_index_or_shard_is_refused_by_every_loader(
+    weights: Path, tmp_path: Path, component: str, added: str
+) -> None:
+    """Of whole pipelines and of single components, at a path, at a URL, and as the lips of a training."""
+    folder = tmp_path / "weights"
+    shutil.copytree(weights, folder)
+    (folder / component / added).parent.mkdir(exist_ok=True)
+    (folder / component / added).write_text("{}")
+    loaders: list[Callable[[], object]] = [
+        lambda: verified(folder, component),
+        lambda: load_components(folder, ("face_first",)),
+        lambda: export(folder, tmp_path / "out", (component,)),
+        lambda: same_component(weights, folder, component),
+        lambda: Pipeline.from_pretrained(f"file://{folder}", variants=("face_first",)),
+    ]
+    if component == "lips":
+        loaders += [lambda: LipPlace(tiny.SETTINGS.lips, Folder(folder), in_pipeline=True).open()]
+        loaders += [lambda: lip_place(tiny.SETTINGS, folder, "of other data", Folder(tmp_path)).open()]  # type: ignore
+    if component == "face_first":
+        loaders += [lambda: load_network(folder, "face_first")]
+    for load in loaders:
+        with pytest.raises(TccpError, match=r"is not in manifest\.json: remove it"):
+            load()
+
+
+def test_lips_of_a_remote_pipeline_are_compared_with_its_manifest(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training's workers on other machines open them there."""
+    monkeypatch.setenv("TCCP_CACHE", str(tmp_path / "cache"))
+    remote = Folder("memory://tccp-tests/pipeline")
+    remote.upload(weights, "")
+    place = LipPlace(tiny.SETTINGS.lips, remote, in_pipeline=True)
+    assert place.open().hash == LipPlace(tiny.SETTINGS.lips, Folder(weights), in_pipeline=True).open().hash
+    remote.write("lips/diffusion_pytorch_model.safetensors.index.json", b"{}")
+    assert len(place.open().sources) == 1, "what the manifest does not name is not fetched"
+    remote.write("lips/config.json", b"{}")
+    monkeypatch.setenv("TCCP_CACHE", str(tmp_path / "another cache"))
+    with pytest.raises(TccpError, match="not the file of the manifest"):
+        LipPlace(tiny.SETTINGS.lips, Folder(remote.place), in_pipeline=True).open()
+    remote.remove("")
+
+
+@pytest.mark.parametrize("name", ["../face_sequence/config.json", "/etc/hostname", "diffusion_pytorch_model.bin", "x"])
+def test_a_manifest_that_names_pickles_or_files_elsewhere_is_refused(weights: Path, tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "weights"
+    shutil.copytree(weights, folder)
+    manifest = read_manifest(folder)
+    manifest["components"]["face_first"]["files"][name] = "0" * 64
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(TccpError, match=r"a component has only \.json and \.safetensors files below its own folder"):
+        load_network(folder, "face_first")
 
 
 def test_components_of_other_settings_are_refused(weights: Path) -> None:

@@ -106,6 +106,24 @@ def test_an_existing_run_is_resumed_only_on_request(data, tmp_path):
     Trainer(data, tmp_path / "w", settings, folder, resume=True).train(["autoencoder"])
 
 
+def test_a_damaged_component_is_exported_again_when_its_training_is_resumed(data, tmp_path, caplog):
+    """As after an interrupted replacement of an earlier version: files are gone, and the manifest names them."""
+    settings, weights = small(**SHORT), tmp_path / "w"
+    Trainer(data, weights, settings, tmp_path / "storage").train(["autoencoder"])
+    before = files_of(weights)
+    for path in weights.rglob("*.safetensors"):
+        path.unlink()
+    assert "autoencoder" not in Trainer(data, weights, settings, tmp_path / "storage").missing()
+    resumed = Trainer(data, weights, settings, tmp_path / "storage", resume=True)
+    assert resumed.missing()[0] == "autoencoder"
+    assert "autoencoder is made again" in caplog.text
+    lower = small(**SHORT, **{"autoencoder.learning_rate": 1e-5})
+    Trainer(data, weights, lower, tmp_path / "storage", resume=True).train(["autoencoder"])
+    assert files_of(weights) == before
+    provenance = json.loads((weights / MANIFEST).read_text())["components"]["autoencoder"]["provenance"]
+    assert provenance["changes"][0]["settings"]["autoencoder.learning_rate"]["is"] == 1e-5
+
+
 def test_unknown_components_and_weights_of_other_settings_are_refused(data, tmp_path):
     settings = small(**SHORT)
     trainer = Trainer(data, tmp_path / "w", settings, tmp_path / "storage")

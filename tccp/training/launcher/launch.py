@@ -24,17 +24,26 @@ import torch
 from tccp.clips.clip_table import ClipTable
 from tccp.clips.lip_table import LIPS
 from tccp.cluster import max_resources, num_nodes, ray_cluster, worker_errors
-from tccp.config import Settings, VariantName, settings_from_json, settings_to_json
+from tccp.config import Settings, VariantName, settings_to_json
 from tccp.errors import TccpError
 from tccp.files import Folder, check_shared
 from tccp.inference.conditioning import training_conditions
-from tccp.inference.pipeline_folder import MANIFEST, TOY_WEIGHTS, check_settings, export, has_component, save_component
+from tccp.inference.pipeline_folder import (
+    MANIFEST,
+    TOY_WEIGHTS,
+    check_settings,
+    export,
+    has_component,
+    restore_replaced,
+    save_component,
+)
 from tccp.models.autoencoder import PictureAutoencoder
 from tccp.models.variants import FIRST_OF, VARIANTS
 from tccp.progress import progress
 from tccp.training.fit_autoencoder import fit_latent_statistics, pretrained_autoencoder
 from tccp.training.fit_variant import needs_first
 from tccp.training.latent_cache import LatentCache
+from tccp.training.launcher.checkpoint_record import newest_step
 from tccp.training.launcher.encode import ClipEncoder, encoded
 from tccp.training.launcher.job import AUTOENCODER, Allocation, ComponentJob, Latents
 from tccp.training.launcher.rank import EXPORT, Validate
@@ -45,7 +54,7 @@ from tccp.training.launcher.tracked_run import run_id_of, start_tracking
 from tccp.training.launcher.worker_group import fit_on_cluster, repeat_after_outages
 from tccp.training.lip_folds import LipPlace, lip_place, liplet_folder, open_lip_sources, train_liplets_once
 from tccp.training.recipe import COMPONENTS, recipe
-from tccp.training.run_folder import SETTINGS_FILE, check_same_settings, run_record
+from tccp.training.run_folder import SETTINGS_FILE, changes_of, run_record, take_settings
 from tccp.training.set_aside import say_set_aside
 from tccp.training.tracking import Tracker, tracking_place
 
@@ -125,6 +134,7 @@ class _Launch:
             self.tracking = tracking_place(request.tracking, request.storage, num_nodes())
         self.remote = Folder(self.folder.path(PIPELINE))
         self.pipeline = stack.enter_context(self.remote.as_local(writable=True))
+        restore_replaced(self.pipeline)
         self.reused: list[str] = []
         self.trained: list[str] = []
 
@@ -199,7 +209,8 @@ class _Launch:
         """Uploads components of the pipeline (default: all), and last its manifest, if the storage is at a URL."""
         if self.remote.local is not None:
             return
-        for name in names or sorted(path.name for path in self.pipeline.iterdir() if path.is_dir()):
+        folders = (path.name for path in self.pipeline.iterdir() if path.is_dir() and not path.name.startswith("."))
+        for name in names or sorted(folders):
             self.remote.upload(self.pipeline / name, name)
         self.remote.write(MANIFEST, (self.pipeline / MANIFEST).read_bytes())
 
@@ -220,8 +231,7 @@ class _Launch:
     def _job(self, name: str, **more: Any) -> ComponentJob:
         run = Folder(self.folder.path(name))
         if run.exists(SETTINGS_FILE):
-            then = settings_from_json(run.read(SETTINGS_FILE).decode())
-            check_same_settings(then, self.settings, name, str(run))
+            take_settings(run, self.folder, self.settings, name, newest_step(run))
         else:
             run.write(SETTINGS_FILE, settings_to_json(self.settings).encode())
         latents: Latents = self.request.latents if self.place else "in-step"
@@ -314,7 +324,8 @@ class _Launch:
             if lips is not None and lips.to_train:
                 self._liplets(lips)
             elif lips is not None and lips.folder.local is not None and self.remote.local is None:
-                lips = replace(lips, folder=Folder(self.remote.path(LIPS)))  # other machines have not the driver's copy
+                # Other machines do not have the driver's copy.
+                lips = replace(lips, folder=self.remote, in_pipeline=True)
         return ClipEncoder(self.request.storage, self.table_place, self.settings, self.remote, lips, name)
 
     def _encode(self, cache: LatentCache, name: VariantName, lips_alone: bool) -> None:
@@ -338,6 +349,7 @@ class _Launch:
             "zero_stage": self._zero_stage,
             "machine": f"{platform.system()} {platform.machine()}, torch {torch.__version__}, Ray",
             "command": self.request.command,
+            **({"changes": changes} if (changes := changes_of(self.folder, name)) else {}),
         }
         save_component(self.pipeline, name, self.settings, write, provenance)
 

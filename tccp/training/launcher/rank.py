@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from tccp.clips.clip_table import ClipTable
 from tccp.config import Settings, TrainingSettings, VariantName
 from tccp.errors import TccpError
-from tccp.files import storage_retries
+from tccp.files import storage_retries, sync_tree
 from tccp.inference.pipeline_folder import load_network, verified
 from tccp.models.autoencoder import PictureAutoencoder
 from tccp.models.mvcontrolnet import MVControlNet
 from tccp.models.variants import FIRST_OF
+from tccp.training.checkpoint_files import PROGRESS_FILE, write_contents
 from tccp.training.engine import DeepSpeedEngine, Engine, with_weights
 from tccp.training.fit_autoencoder import autoencoder_training, fit_autoencoder
 from tccp.training.fit_variant import needs_first, train_variant
@@ -36,7 +37,7 @@ from tccp.training.launcher.ingest import PictureReader, Reader, WindowReader, m
 from tccp.training.launcher.job import AUTOENCODER, ComponentJob
 from tccp.training.launcher.sizing import readers_now
 from tccp.training.launcher.streams import FilmStream, StreamedPictures, StreamedWindows
-from tccp.training.loop import PROGRESS_FILE, FitResult, NonFiniteLoss
+from tccp.training.loop import FitResult, NonFiniteLoss
 from tccp.training.run_folder import METRICS_FILE, append_metrics, cut_metrics
 from tccp.training.tracking import Tracker
 from tccp.training.window_files import PictureFiles
@@ -100,6 +101,7 @@ class RayRun:
                 if self.metrics.exists():
                     shutil.copyfile(self.metrics, folder / METRICS_FILE)
                 copy_record(self.job.run)
+            write_contents(folder, self.rank, self.num_ranks)
             mode = ray.train.CheckpointUploadMode
             # Each attempt uses its own name, so that files of an attempt that died are never mixed in.
             ray.train.report(
@@ -108,6 +110,7 @@ class RayRun:
                 checkpoint_dir_name=f"step-{step:07d}-{uuid.uuid4().hex[:6]}",
                 checkpoint_upload_mode=mode.SYNC if self._preempted else mode.ASYNC,
                 delete_local_checkpoint_after_upload=True,
+                checkpoint_upload_fn=None if self.job.run.local is None else self._copied_to_disk,
             )
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
@@ -116,6 +119,14 @@ class RayRun:
         if self.tracker:
             # `record` has noted the loss already.
             self.tracker.metrics(step, {name: value for name, value in metrics.items() if name != "loss"})
+
+    def _copied_to_disk(self, checkpoint: Any, name: str) -> Any:
+        """Copies a checkpoint into a run's folder on this machine, and waits until the disk has it. Ray would not."""
+        import ray.train
+
+        copy = ray.train.get_context().get_storage().persist_current_checkpoint(checkpoint, name)
+        sync_tree(Path(copy.path))
+        return copy
 
     def asked_to_save(self) -> bool:
         import ray.train
@@ -349,7 +360,7 @@ def _publish(job: ComponentJob, run: RayRun, write: Callable[[Path], object], re
     last = result.losses[-50:]
     record = {
         "seconds": result.seconds,
-        "last_losses": round(sum(last) / len(last), 5) if last else None,
+        "last_losses": float(f"{sum(last) / len(last):.5g}") if last else None,
         "workers": run.num_ranks,
         "storage_retries": storage_retries(),  # of rank 0
         "windows_set_aside": run.windows_set_aside,  # of all ranks, since the last start
