@@ -22,7 +22,7 @@ from preprocessing.plan import Plan
 from preprocessing.steps import ClipRows, CutClips, FindReels, Look, OnFrame, Work
 from tccp.clips.clip_table import ClipTable
 from tccp.clips.windows import windows
-from tccp.cluster import data_settings, dataset, max_resources
+from tccp.cluster import data_settings, dataset, max_resources, num_nodes
 from tccp.config import Settings
 from tccp.errors import TccpError
 from tccp.files import Folder, check_shared
@@ -106,11 +106,12 @@ _BLOCK_BYTES = 1 << 20  # about a reel: larger blocks would send all reels of a 
 
 
 def on_ray_data(listing: pa.Table, work: Work, workers: int | None) -> Iterator[dict[str, Any]]:
-    """Rows of RESULT_SCHEMA as reels are done. Ray must be running."""
-    import ray
+    """Rows of RESULT_SCHEMA as reels are done. Ray must be running.
 
+    Raises TccpError if the output is a folder of one machine, and the cluster has, or can grow to, several.
+    """
     if work.out is not None:
-        check_shared("output", Folder(work.out), sum(1 for node in ray.nodes() if node["Alive"]))
+        check_shared("output", Folder(work.out), num_nodes())
     with data_settings(in_order=False, block_bytes=_BLOCK_BYTES):
         pools = pools_for(max_resources(), workers, _uses_gpus(work))
         yield from _graph(listing, work, pools, CutClips).iter_rows()

@@ -17,6 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from preprocessing.parts import remove_unread
 from tccp.clips.clip_table import ClipTable, clip_from_row
 from tccp.clips.lip_table import LIPS
 from tccp.config import LipSettings
@@ -119,9 +120,11 @@ class AddLips:
 
 
 def remove_stale_lips(table: str, work: LipWork, clip_ids: Iterable[str]) -> list[str]:
-    """Removes the lips of clips that are not among `clip_ids`; returns the clips that have no lips yet."""
+    """Removes the lips of clips that are not among `clip_ids`, unless a process may read them (`remove_unread`).
+
+    Returns the clips that have no lips yet.
+    """
     folder, wanted = Folder(Folder(table).path(LIPS)), list(clip_ids)
     present = {name.removesuffix(".npy") for name in folder.names(work.hash)}
-    for clip_id in present.difference(wanted):
-        folder.remove(f"{work.hash}/{clip_id}.npy")
+    remove_unread(Folder(table), [f"{LIPS}/{work.hash}/{clip_id}.npy" for clip_id in present.difference(wanted)])
     return [clip_id for clip_id in wanted if clip_id not in present]

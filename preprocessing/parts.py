@@ -10,8 +10,9 @@ from __future__ import annotations
 import base64
 import io
 import json
+import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -23,8 +24,11 @@ from preprocessing.reels import LOOKED_SCHEMA, Reel, looked_to_table, with_looke
 from preprocessing.report.record import TrackSample
 from preprocessing.spans import Span
 from tccp.clips.clip_table import INDEX, INDEX_SCHEMA, Clip, Quality, write_parquet
-from tccp.files import Folder
+from tccp.errors import DamagedData
+from tccp.files import Folder, without_readers
 from tccp.media.remote import version_of
+
+logger = logging.getLogger("tccp.preprocessing")
 
 _RECORD_KEY = "tccp.reel"
 _KEPT_FROM_SPAN = ("source_hash", "width", "height", "warnings")
@@ -94,11 +98,17 @@ def write_part(folder: Folder, name: str, rows: Iterable[Clip | Span], record: R
 
 
 def read_part(folder: Folder, name: str) -> tuple[ReelRecord, pa.Table]:
-    """A part's record, and the columns of its clips that hold single values."""
-    with folder.open(name) as file, pq.ParquetFile(file) as part:
-        record = ReelRecord.from_json(part.metadata.metadata[_RECORD_KEY.encode()])
-        columns = [column for column in INDEX_SCHEMA.names if column not in ("part", "row")]
-        table = part.read(columns=columns)
+    """A part's record, and the columns of its clips that hold single values. Raises DamagedData."""
+    try:
+        with folder.open(name) as file, pq.ParquetFile(file) as part:
+            record = ReelRecord.from_json(part.metadata.metadata[_RECORD_KEY.encode()])
+            columns = [column for column in INDEX_SCHEMA.names if column not in ("part", "row")]
+            table = part.read(columns=columns)
+    except (pa.ArrowInvalid, KeyError, TypeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DamagedData(
+            f"{folder.path(name)} is damaged ({reason}): remove it, and give the same command again"
+        ) from None
     return record, table
 
 
@@ -139,7 +149,10 @@ def read_film(folder: Folder, name: str, source: Span, order: int) -> list[Reel]
     """The reels of a film from its record, without sound; none if there is no record."""
     if not folder.exists(name):
         return []
-    record = json.loads(folder.read(name))
+    try:
+        record = json.loads(folder.read(name))
+    except ValueError:  # the machine stopped while it was written
+        return []
     known = {key: record[key] for key in _KEPT_FROM_SPAN} | {"warnings": tuple(record["warnings"])}
     source = replace(source, **known)
     first, stop = record["usable"]
@@ -162,16 +175,42 @@ def write_look(folder: Folder, name: str, reel: Reel) -> None:
 def read_look(folder: Folder, name: str, reel: Reel) -> Reel | None:
     if not folder.exists(name):
         return None
-    return with_looked(reel, pq.read_table(io.BytesIO(folder.read(name)), schema=LOOKED_SCHEMA))
+    try:
+        return with_looked(reel, pq.read_table(io.BytesIO(folder.read(name)), schema=LOOKED_SCHEMA))
+    except pa.ArrowInvalid:  # the machine stopped while it was written
+        return None
+
+
+def has_looks(folder: Folder) -> bool:
+    """Whether the folder holds results of pass 1."""
+    return bool(folder.subfolders("work/looks"))
 
 
 def remove_stale(folder: Folder, plan: Plan, used: set[str]) -> None:
-    """Removes parts of other settings, and parts of this plan that the table does not use: of removed films."""
-    for key in folder.subfolders("clips") - {plan.part_key}:
-        folder.remove(f"clips/{key}")
-    for name in folder.names(f"clips/{plan.part_key}"):
-        if f"clips/{plan.part_key}/{name}" not in used:
-            folder.remove(f"clips/{plan.part_key}/{name}")
+    """Removes parts of other settings, and parts of this plan that the table does not use: of removed films.
+
+    If a process reads the folder, or it is at a URL, where that cannot be known, they stay. The log names them.
+    """
+    stale = [f"clips/{key}" for key in folder.subfolders("clips") - {plan.part_key}]
+    own = (f"clips/{plan.part_key}/{name}" for name in folder.names(f"clips/{plan.part_key}"))
+    remove_unread(folder, [*stale, *(name for name in own if name not in used)])
+
+
+def remove_unread(folder: Folder, names: Sequence[str]) -> None:
+    """Removes files and folders that the table no longer names, unless a process may read them."""
+    if not names:
+        return
+    with without_readers(folder) as unread:
+        if unread:
+            for name in names:
+                folder.remove(name)
+            return
+    why = "a process reads the table" if folder.local is not None else "other machines may read them"
+    shown = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    logger.info(
+        "%s: files of an earlier run stay, because %s: %s; a later run removes them, or remove them yourself",
+        folder, why, shown,
+    )  # fmt: skip
 
 
 def main_reason(left_out: dict[str, int]) -> str | None:

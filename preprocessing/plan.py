@@ -77,8 +77,12 @@ class Plan:
 
     @property
     def provenance(self) -> str:
-        """Hash of everything that a clip's landmarks and head boxes depend on except the film: 16 hex digits."""
-        return _hash(self.look_key, GEOMETRY_VERSION)
+        """Hash of everything that a clip's landmarks, head boxes and pictures depend on except the film: 16 hex digits.
+
+        Clip ids contain it, so that what is computed from a clip and kept under its id is never that of other pictures.
+        """
+        rendered = (RENDER_VERSION,) if RENDER_VERSION > 1 else ()  # the first version was not part of it
+        return _hash(self.look_key, GEOMETRY_VERSION, *rendered)
 
     @property
     def part_key(self) -> str:
@@ -90,7 +94,8 @@ class Plan:
 
     def part_name(self, span: Span) -> str:
         """Path of the file with the clips of a reel, relative to the output folder."""
-        listed = _hash(span.source, span.speaker_x, span.speaker_y, span.person_picture)
+        person = (span.person_picture,) if span.person_key is None else (span.person_picture, span.person_key)
+        listed = _hash(span.source, span.speaker_x, span.speaker_y, *person)
         return f"clips/{self.part_key}/{span.source_hash}-{span.start_frame}-{listed[:8]}.parquet"
 
     def look_name(self, span: Span) -> str:

@@ -122,6 +122,18 @@ REASONS: dict[str, Reason] = {
         "Write both again with tccp synth.",
         "film",
     ),
+    "no_person_network": Reason(
+        "person cannot be compared",
+        "The manifest names the person to keep, and the weights of SFace, which compare faces, are missing.",
+        "tccp weights fetch sface, or leave the column person out; then repeat the run.",
+        "film",
+    ),
+    "bad_person": Reason(
+        "person picture unusable",
+        "The picture of the person to keep is missing, is not a picture, or does not show one face clearly.",
+        "Give a picture of the person's face, from the front and alone, then repeat the run.",
+        "film",
+    ),
     # Single frames. Where several of these apply to a frame, the last one counts: it came nearest to a clip.
     "before_video": Reason(
         "before the picture",

@@ -144,6 +144,8 @@ def _run(
     table = Summary(folder, listing.column("source").to_pylist(), entries, builder)
     table.check()
     clips = parts.write_index(folder, table.parts()) if table.any_clip() else 0
+    if clips:  # before the lips, whose workers read the table
+        parts.remove_stale(folder, plan, table.used)
     settings = plan.record()
     if lips is not None and clips:
         settings["lips"] = {"source": lips.settings.source, "hash": lips.hash}
@@ -159,7 +161,6 @@ def _run(
             write_page(report, path)
     if not clips:
         raise NoClipError(_no_clip(report.sources))
-    parts.remove_stale(folder, plan, table.used)
     return report
 
 
@@ -185,12 +186,15 @@ def _no_clip(sources: Sequence[SourceReport]) -> str:
 
 @contextmanager
 def _no_empty_folder(folder: Folder) -> Iterator[None]:
-    """Removes a folder that this run made, after an error, unless there is work in it that the next run can use."""
+    """Removes a folder that this run made, after an error, unless there is work in it that the next run can use.
+
+    That is, results of pass 1, which takes most of the time, or clips.
+    """
     existed = folder.exists()
     try:
         yield
     except BaseException as error:
-        idle = isinstance(error, NoClipError) or not folder.subfolders("clips")
-        if idle and not existed and not folder.exists(REPORT):
+        clips = not isinstance(error, NoClipError) and bool(folder.subfolders("clips"))
+        if not (clips or parts.has_looks(folder)) and not existed and not folder.exists(REPORT):
             folder.remove("")
         raise

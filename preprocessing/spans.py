@@ -27,7 +27,8 @@ SPAN_SCHEMA = pa.schema(
         ("warnings", pa.list_(pa.string())),
         ("speaker_x", pa.float32()),  # a point on the speaker, if the manifest gives one; source pixels
         ("speaker_y", pa.float32()),
-        ("person_picture", pa.string()),  # path of a picture of the requested person
+        ("person_picture", pa.string()),  # path or URL of a picture of the requested person
+        ("person_key", pa.string()),  # changes with that picture
         ("reason", pa.string()),  # null: not set aside
         ("message", pa.string()),
         ("track", pa.int32()),  # one person in one shot; number within the reel
@@ -68,6 +69,7 @@ class Span:
     speaker_x: float | None = None
     speaker_y: float | None = None
     person_picture: str | None = None
+    person_key: str | None = None
     reason: str | None = None
     message: str | None = None
     track: int | None = None

@@ -7,6 +7,7 @@ the steps directly; Ray Data runs them as pools of actors.
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -26,7 +27,10 @@ from preprocessing.spans import Span, spans_from_table
 from tccp.clips.clip_table import Clip, clips_to_table
 from tccp.files import Folder, redacted, storage_retries
 from tccp.media import MediaError
+from tccp.media.remote import version_of
 from tccp.media.sandbox import Decoder
+
+logger = logging.getLogger("tccp.preprocessing")
 
 OnFrame = Callable[[], object]
 
@@ -69,6 +73,12 @@ class FindReels(_Step):
             yield Reel(source, order)
             return
         folder, known, name = self.folder, [], None
+        if source.person_picture is not None and self.plan.backend != "truth":
+            try:
+                source = replace(source, person_key=self._person_key(source.person_picture))
+            except MediaError as error:
+                yield Reel(source.set_aside(error.reason, f"{redacted(source.path)}: {error.problem}"), order)
+                return
         if folder is not None:
             try:
                 name = parts.film_name(source.path, self.plan)
@@ -88,6 +98,16 @@ class FindReels(_Step):
                 yield reel
         if folder is not None and name is not None and all(reel.span.reason is None for reel in found):
             parts.write_film(folder, name, found)
+
+    def _person_key(self, picture: str) -> str:
+        """The version of a row's picture of the person. Raises MediaError if the row cannot be served."""
+        if "sface" not in self.plan.weights:
+            text = "its row names a person, and the weights of SFace are missing: tccp weights fetch sface, or leave "
+            raise MediaError(redacted(picture), "no_person_network", f"{text}person out")
+        try:
+            return version_of(picture)[0]
+        except MediaError as error:
+            raise MediaError(redacted(picture), "bad_person", f"its person picture {error}") from None
 
 
 class Look(_Step):
@@ -152,24 +172,29 @@ class CutClips(_Step):
             yield pa.Table.from_pylist([row], schema=RESULT_SCHEMA)
 
     def _result(self, reel: Reel) -> dict[str, object]:
-        span = reel.span
+        span, selection = reel.span, None
+        times = dict(reel.times_s)
+        if span.reason is None and not reel.done:
+            started = time.monotonic()
+            try:
+                selection = select(reel, self.plan, self._networks)
+            except MediaError as error:  # of the row's person picture: nothing is kept, so that a better one is used
+                span = span.set_aside(error.reason, f"{redacted(span.path)}: {error.problem}")
+            times["select"] = time.monotonic() - started
         row: dict[str, object] = {"order": reel.order, "start_frame": span.start_frame, "frames": span.num_frames}
         row["share"] = reel.share
-        times = dict(reel.times_s)
         if span.reason is not None:
             record = record_of(span)
             record.add_left_out(span)
             return row | {"part": None, "record": record.to_json(), "times_s": json.dumps(times), "done": False}
         name = self.plan.part_name(span)
-        if not reel.done:
+        if selection is not None:
             assert self.folder is not None
             started = time.monotonic()
-            selection = select(reel, self.plan, self._networks)
-            times["select"] = time.monotonic() - started
             record = record_of(span)
             record.samples = selection.samples
             parts.write_part(self.folder, name, self._rows(selection.spans), record)
-            times["render"] = time.monotonic() - started - times["select"]
+            times["render"] = time.monotonic() - started
         return row | {"part": name, "record": None, "times_s": json.dumps(times), "done": reel.done}
 
     def _rows(self, spans: list[Span]) -> Iterator[Clip | Span]:
@@ -185,7 +210,11 @@ class ClipRows(CutClips):
         for reel in reels_from_table(batch):
             if reel.span.reason is not None:
                 continue
-            selection = select(reel, self.plan, self._networks)
+            try:
+                selection = select(reel, self.plan, self._networks)
+            except MediaError as error:  # of the row's person picture
+                logger.warning("%s: %s", redacted(reel.span.path), error.problem)
+                continue
             kept = [span for span in selection.spans if span.reason is None]
             for row in render_clips(kept, self.plan.picture_px, self.decoder, self.plan.bounds, self.on_frame):
                 if isinstance(row, Clip):

@@ -237,9 +237,11 @@ def _roundtable(settings: Settings, storage: Folder) -> str:
     from preprocessing.plan import make_plan
     from preprocessing.run import preprocess
     from tccp.clips.clip_table import INDEX
-    from tccp.roundtable import write_clips
+    from tccp.roundtable import FILMS_VERSION, write_clips
 
-    films, table = Folder(storage.path("roundtable/films")), storage.path(f"roundtable/clips-{settings.picture_px}")
+    plan = make_plan(settings.picture_px, "truth")
+    films = Folder(storage.path(f"roundtable/films-{FILMS_VERSION}"))
+    table = storage.path(f"roundtable/clips-{FILMS_VERSION}-{plan.part_key}")
     if Folder(table).exists(INDEX):
         return table
     if sum(name.endswith(".mp4") for name in films.names()) < FILMS:
@@ -247,7 +249,7 @@ def _roundtable(settings: Settings, storage: Folder) -> str:
             task = bar.add_task("drawing scenes", total=FILMS * round(SECONDS * FPS))
             write_clips(folder, FILMS, SECONDS, SEED, progress=lambda name, done, total: bar.advance(task))
             films.upload(Path(folder), "")
-    preprocess([str(films)], table, make_plan(settings.picture_px, "truth"), on_ray=True)
+    preprocess([str(films)], table, plan, on_ray=True)
     return table
 
 

@@ -5,8 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
-from multiprocessing.context import ForkServerContext
+import traceback
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import BaseContext, ForkServerContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 
 def forking_context(module: str) -> ForkServerContext:
@@ -17,6 +22,84 @@ def forking_context(module: str) -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([module])
     return context
+
+
+def in_processes(
+    context: BaseContext,
+    jobs: int,
+    work: Callable[..., object],
+    calls: Sequence[tuple[Any, ...]],
+    start: Callable[..., object],
+    start_arguments: tuple[Any, ...] = (),
+) -> None:
+    """Calls `work(*call)` for each of the calls, up to `jobs` at a time, each in a process of its own.
+
+    start: called first in every process, with `start_arguments`. The first error ends the other processes, at once, and
+    is raised here; an interruption ends them, too. No other child of this process is touched.
+    Raises RuntimeError if a process ends without a result: because it was killed, or memory ran out.
+    """
+    waiting = list(calls)
+    running: dict[Connection, BaseProcess] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                receiver, sender = context.Pipe(duplex=False)
+                process = context.Process(  # type: ignore[attr-defined]
+                    target=_run, args=(sender, work, waiting.pop(0), start, start_arguments), daemon=False
+                )
+                process.start()
+                sender.close()  # else the end of the process would not end the pipe
+                running[receiver] = process
+            for receiver in wait(list(running)):
+                process = running[receiver]  # type: ignore[index]
+                error = _result_of(receiver, process)  # type: ignore[arg-type]
+                del running[receiver]  # type: ignore[arg-type]
+                if error is not None:
+                    raise error
+    finally:
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            process.join(_END_S)
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+
+_END_S = 10.0
+"""How long a process may take to end before it is killed."""
+
+
+def _run(
+    sender: Connection,
+    work: Callable[..., object],
+    call: tuple[Any, ...],
+    start: Callable[..., object],
+    start_arguments: tuple[Any, ...],
+) -> None:
+    try:
+        start(*start_arguments)
+        work(*call)
+        error = None
+    except Exception as caught:
+        caught.add_note("in another process:\n" + traceback.format_exc())  # its traceback does not travel
+        error = caught
+    try:
+        sender.send(error)
+    except Exception:  # an error that cannot be pickled
+        sender.send(RuntimeError("".join(traceback.format_exception(error))))
+
+
+def _result_of(receiver: Connection, process: BaseProcess) -> BaseException | None:
+    try:
+        error: BaseException | None = receiver.recv()
+    except EOFError:
+        process.join()
+        return RuntimeError(f"a process ended with status {process.exitcode} and without a result: did memory run out?")
+    finally:
+        receiver.close()
+    process.join()
+    return error
 
 
 def end_with_parent() -> None:

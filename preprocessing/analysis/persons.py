@@ -19,7 +19,7 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from preprocessing.analysis.chips import CHEEKS, Chip, chip_frames, lab, read_chip, values_at
 from preprocessing.analysis.quality import blur
 from preprocessing.reels import CHIP_PX, Track, chip_box
-from tccp.errors import TccpError
+from tccp.errors import DamagedData, TccpError
 from tccp.faces import Face, FaceBackend
 from tccp.landmarks import head_pose, normalise
 
@@ -72,13 +72,17 @@ class FaceEmbedder:
         """Mean embedding of the chips of these frames, as a unit vector."""
         return self._mean([read_chip(track, frame, None) for frame in frames])
 
-    def embed_reference(self, path: str | Path, backend: FaceBackend) -> Float32[np.ndarray, " d"]:
+    def embed_reference(
+        self, path: str | Path, backend: FaceBackend, name: str | None = None
+    ) -> Float32[np.ndarray, " d"]:
         """Embedding of the face in a reference picture of the requested person, a unit vector.
 
-        If there are several faces, the largest is used. Raises TccpError if the file does not exist or is not a
-        picture, if it shows no face, or if the largest face is not clearly the largest.
+        If there are several faces, the largest is used. name: of the picture in messages, by default its path.
+        Raises DamagedData if the file does not exist or is not a picture, if it shows no face, or if the largest face
+        is not clearly the largest; TccpError if the backend gives no landmarks.
         """
-        picture = _read_picture(Path(path))
+        name = name or str(path)
+        picture = _read_picture(Path(path), name)
         found = backend.detect(picture)
         faces = [face for face in found if face.landmarks_px is not None]
         if found and not faces:
@@ -86,11 +90,11 @@ class FaceEmbedder:
                 f"face backend {backend.name} gives no landmarks, which a reference picture needs: choose mediapipe"
             )
         if not faces:
-            raise TccpError(f"{path}: no face was found; give a picture of the person's face, from the front")
+            raise DamagedData(f"{name}: no face was found; give a picture of the person's face, from the front")
         faces.sort(key=lambda face: -face.side)
         if len(faces) > 1 and faces[0].side < _CLEARLY_LARGER * faces[1].side:
-            raise TccpError(
-                f"{path}: {len(faces)} faces of about the same size; give a picture of the person alone, or crop it"
+            raise DamagedData(
+                f"{name}: {len(faces)} faces of about the same size; give a picture of the person alone, or crop it"
             )
         return self.embed(*_as_chip(picture, faces[0]))
 
@@ -121,14 +125,14 @@ def _as_chip(picture: UInt8[np.ndarray, "h w 3"], face: Face) -> tuple[np.ndarra
     return np.asarray(square, np.uint8), (points - corner - 0.5).astype(np.float32)
 
 
-def _read_picture(path: Path) -> UInt8[np.ndarray, "h w 3"]:
+def _read_picture(path: Path, name: str) -> UInt8[np.ndarray, "h w 3"]:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise TccpError(f"person picture {path}: {error.strerror}; give a picture of the person") from None
+        raise DamagedData(f"person picture {name}: {error.strerror}; give a picture of the person") from None
     picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
     if picture is None:
-        raise TccpError(f"person picture {path} is not a picture that can be read; give a JPEG or PNG file")
+        raise DamagedData(f"person picture {name} is not a picture that can be read; give a JPEG or PNG file")
     return np.ascontiguousarray(picture[..., ::-1])
 
 

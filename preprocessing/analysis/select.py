@@ -26,8 +26,12 @@ from preprocessing.report.record import TrackSample
 from preprocessing.spans import Span
 from tccp.clips.clip_table import AUDIO_CONTEXT_FRAMES, audio_context_start
 from tccp.config import FPS, SAMPLES_PER_FRAME
+from tccp.errors import DamagedData
+from tccp.files import redacted
 from tccp.headbox import head_boxes
 from tccp.landmarks import smooth
+from tccp.media import MediaError
+from tccp.media.remote import local_copy
 from tccp.sequences import true_runs
 
 SAMPLE_TRACKS = 4
@@ -61,7 +65,7 @@ class Networks:
         return self._load("syncnet")
 
     def references(self, pictures: Sequence[str]) -> list[Float32[np.ndarray, " d"]]:
-        """Embeddings of the faces in pictures of the requested person."""
+        """Embeddings of the faces in pictures (paths or URLs) of the requested person. Raises DamagedData."""
         embedder = self.embedder
         if embedder is None:
             return []  # `persons.matches` raises the error
@@ -70,7 +74,9 @@ class Networks:
             detector = detector_of(self._plan)
             assert detector is not None
             with contextlib.closing(detector):
-                self._references |= {picture: embedder.embed_reference(picture, detector) for picture in missing}
+                for picture in missing:
+                    with local_copy(picture) as path:
+                        self._references[picture] = embedder.embed_reference(path, detector, redacted(picture))
         return [self._references[picture] for picture in pictures]
 
     @property
@@ -87,7 +93,10 @@ class Selection:
 
 
 def select(reel: Reel, plan: Plan, networks: Networks) -> Selection:
-    """The clips of a reel, and the reasons of all other frames."""
+    """The clips of a reel, and the reasons of all other frames.
+
+    Raises MediaError `bad_person` if the source's own picture of the requested person cannot be used.
+    """
     if reel.span.reason is not None:
         return Selection([reel.span], [])
     assert reel.faces is not None and reel.sound is not None, "select needs a reel whose faces have been detected"
@@ -245,7 +254,13 @@ class _TrackSelection:
             pictures = (own,)
         if not pictures:
             return [True] * len(self.tracks)
-        return persons.matches(self.tracks, self.networks.references(pictures), self.networks.embedder)
+        try:
+            references = self.networks.references(pictures)
+        except DamagedData as error:
+            if own is None:
+                raise
+            raise MediaError(redacted(own), "bad_person", str(error)) from None
+        return persons.matches(self.tracks, references, self.networks.embedder)
 
     def _kept_stretches(self) -> list[Stretch]:
         """The stretches in which a person speaks. Adds the reasons of the other stretches to the outcome."""

@@ -31,14 +31,12 @@ from tccp.inference.pipeline import generate_film
 from tccp.inference.pipeline_folder import TOY_WEIGHTS, read_settings
 from tccp.media import VideoWriter, mark_generated, read_frames
 from tccp.progress import progress
-from tccp.roundtable import Truth, identity_path, read_truth, write_clips
+from tccp.roundtable import FILMS_VERSION, Truth, identity_path, read_truth, write_clips
 from tccp.training.recipe import Trainer
 
 TRAINING_FILMS, TRAINING_SECONDS, TRAINING_SEED = 72, 3.0, 1
 SCENE_SECONDS, SCENE_SEED = 4.0, 20_001
 """Films of different seeds share no people, rooms or voices."""
-DRAWING_VERSION = 2
-"""Raise it when RoundTable's drawing changes, so that films in a storage are drawn again."""
 SETTINGS = (
     "autoencoder.max_steps=2200",
     "training.max_steps=500",
@@ -75,9 +73,7 @@ def run_demo(out: Path, storage: Path, train: bool = False, fresh: bool = False,
         root, weights = storage / "demo", TOY_WEIGHTS
     settings = read_settings(weights)
 
-    (scene,) = _footage(root / f"scene-{DRAWING_VERSION}-{SCENE_SECONDS:g}s", 1, SCENE_SECONDS, SCENE_SEED).glob(
-        "*.mp4"
-    )
+    (scene,) = _footage(root / f"scene-{FILMS_VERSION}-{SCENE_SECONDS:g}s", 1, SCENE_SECONDS, SCENE_SEED).glob("*.mp4")
     truth = read_truth(scene)
     frames: list[GeneratedFrame] = []
     request = FilmRequest(
@@ -121,11 +117,12 @@ def _training_root(storage: Path, fresh: bool) -> Path:
 def _train(root: Path, device: str, started: float, seconds: dict[str, float]) -> Path:
     """Trains the demo's weights in minutes and returns their folder. Adds the time of each part to `seconds`."""
     settings = load_settings("toy", SETTINGS)
-    films = _footage(root / f"footage-{DRAWING_VERSION}", TRAINING_FILMS, TRAINING_SECONDS, TRAINING_SEED)
+    films = _footage(root / f"footage-{FILMS_VERSION}", TRAINING_FILMS, TRAINING_SECONDS, TRAINING_SEED)
     seconds["footage"] = _lap(started, seconds)
-    clips = root / f"clips-{DRAWING_VERSION}"
+    plan = make_plan(settings.picture_px, "truth")
+    clips = root / f"clips-{FILMS_VERSION}-{plan.part_key}"
     if not (clips / INDEX).exists():
-        preprocess([films], clips, make_plan(settings.picture_px, "truth"))
+        preprocess([films], clips, plan)
     seconds["preprocess"] = _lap(started, seconds)
     trainer = Trainer(clips, root / "weights", settings, root, resume=True, device=device)
     trainer.train_missing(jobs=min(2, os.cpu_count() or 1) if device == "cpu" else 1)

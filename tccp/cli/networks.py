@@ -102,15 +102,15 @@ def export(
     networks.
 
     Args:
-        weights: pipeline folder.
+        weights: pipeline folder; `toy` for the packaged one.
         out: folder to copy to. Existing components of the same name are replaced.
         components: components to copy (default: those of two-stage generation).
         half: store weights in half precision, at half the size.
     """
     from tccp.inference.pipeline_folder import export as export_components
-    from tccp.inference.pipeline_folder import read_manifest
+    from tccp.inference.pipeline_folder import read_manifest, weights_folder
 
-    copied = export_components(weights, out, components, half=half, sampling=flat(set))
+    copied = export_components(weights_folder(weights), out, components, half=half, sampling=flat(set))
     files = [path for path in out.rglob("*") if path.is_file()]
     size_mb = sum(path.stat().st_size for path in files) / 1e6
     emit(

@@ -31,7 +31,7 @@ from tccp.clips.clip import (
     stored_box_of,
 )
 from tccp.errors import DamagedData, StorageError, TccpError
-from tccp.files import AccessError, Folder, atomic_path, is_storage_failure
+from tccp.files import AccessError, Folder, Reading, atomic_path, is_storage_failure
 
 __all__ = [
     "AUDIO_CONTEXT_FRAMES",
@@ -260,7 +260,8 @@ class ClipTable:
     """Random access to a clip table: a folder with an index and parts, or one Parquet file (`clips.parquet`).
 
     Keeps only the ids and the most recently used clips (`keep`) in memory. The folder may be a path or a URL. Use it
-    from one thread: two threads that read one Parquet file can deadlock.
+    from one thread: two threads that read one Parquet file can deadlock. Until it is closed, preprocessing removes no
+    files of a table on this machine, not even those that a newer index no longer names.
     Raises TccpError if the table is missing, is not a clip table or has an unreadable version; KeyError for an unknown
     id.
     """
@@ -278,6 +279,7 @@ class ClipTable:
         self._files: OrderedDict[str, pq.ParquetFile] = OrderedDict()
         self._cache: OrderedDict[str, Clip] = OrderedDict()
         self._keep = keep
+        self._reading = Reading(folder)  # before the index is read: then nobody removes what it names
         try:
             self._read_index(name)
         except (TccpError, StorageError):
@@ -378,6 +380,7 @@ class ClipTable:
         for file in self._files.values():
             file.close(force=True)
         self._files.clear()
+        self._reading.close()
 
     def __enter__(self) -> ClipTable:
         return self

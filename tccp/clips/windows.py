@@ -21,6 +21,10 @@ from tccp.errors import TccpError
 from tccp.media import mel as audio
 from tccp.seeds import rng_seed
 
+VIEW_VERSION = 1
+"""Increased when `view` gives another view of a clip, and no other version in VIEW_VERSIONS says so."""
+VIEW_VERSIONS = {"view": VIEW_VERSION, "drawing": landmarks.DRAWING_VERSION, "mel": audio.MEL_VERSION}
+"""Versions of the code that makes a view. Caches of what is computed from views are keyed by them."""
 _INT16_FULL_SCALE = 32768.0
 
 

@@ -26,6 +26,8 @@ from tccp.models.mvcontrolnet import MVControlNet
 from tccp.models.variants import FIRST_OF
 
 FRAMES = HELD_OUT_FRAMES
+LAST_WINDOW = 5
+"""Of the windows of a chain whose PSNR is measured; the first one is the other."""
 FRAME_STEP = 9
 """First-frame networks generate every ninth frame of a clip."""
 SAMPLE_FILM = "sample.mp4"
@@ -34,8 +36,9 @@ Figures = dict[str, float]
 
 
 def validation_clips(settings: Settings, count: int) -> list[EvaluationClip]:
-    """The first of the benchmark's held-out clips."""
-    return [make_clip(seed, FRAMES, settings) for seed in clip_seeds("held_out", count)]
+    """The first of the benchmark's held-out clips, longer if LAST_WINDOW windows need it."""
+    frames = max(FRAMES, new_frames(LAST_WINDOW, settings.window).stop)
+    return [make_clip(seed, frames, settings) for seed in clip_seeds("held_out", count)]
 
 
 def validate_network(
@@ -132,11 +135,23 @@ def _face_sequence(pipeline: Components, clips: list[EvaluationClip]) -> tuple[F
     faces = [shard.decode(clip_latents, "face") for clip_latents in latents]
     pairs = list(zip(faces, clips, strict=True))
     windows = {
-        name: float(np.mean([psnr(generated[part], clip.faces[part]) for generated, clip in pairs]))
-        for name, part in (("psnr_window_1", slice(1, 8)), ("psnr_window_5", slice(-7, None)))
+        f"psnr_window_{number}": float(np.mean([psnr(generated[part], clip.faces[part]) for generated, clip in pairs]))
+        for number in (1, LAST_WINDOW)
+        for part in [new_frames(number, pipeline.settings.window)]
     }
     corr = [correlation(read_faces(probe, generated).opening, clip.truth.mouth_opening) for generated, clip in pairs]
-    return {"mouth_corr_face": float(np.mean(corr)), **windows, "score": windows["psnr_window_5"]}, faces[0]
+    return {"mouth_corr_face": float(np.mean(corr)), **windows, "score": windows[f"psnr_window_{LAST_WINDOW}"]}, faces[
+        0
+    ]
+
+
+def new_frames(number: int, window: int) -> slice:
+    """The frames of a clip that are new in window `number` = 1, 2, ... of `window` frames.
+
+    The first frame of a window is the last one of the window before; that of window 1 is of the first-frame network.
+    """
+    new = max(window - 1, 1)
+    return slice(1 + (number - 1) * new, 1 + number * new)
 
 
 def _models(pipeline: Components) -> Models:

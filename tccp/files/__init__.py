@@ -3,6 +3,7 @@
 from tccp.files.atomic import atomic_folder, atomic_path, sync, sync_tree, write_atomic
 from tccp.files.cache import cache_folder, kept_folder, make_room, remote_copy
 from tccp.files.folder import Folder, check_shared
+from tccp.files.in_use import Reading, without_readers
 from tccp.files.retry import (
     HTTP_TRANSIENT,
     AccessError,
@@ -17,6 +18,7 @@ __all__ = [
     "HTTP_TRANSIENT",
     "AccessError",
     "Folder",
+    "Reading",
     "atomic_folder",
     "atomic_path",
     "bare",
@@ -36,5 +38,6 @@ __all__ = [
     "sync",
     "sync_tree",
     "translated_errors",
+    "without_readers",
     "write_atomic",
 ]

@@ -7,7 +7,7 @@ A box is (x0, y0, x1, y1) in the continuous coordinates of `tccp.landmarks`: pix
 
 from tccp.headbox.boxes import CENTER, SIDE, head_boxes, jitter, steady_boxes
 from tccp.headbox.crops import LETTERBOX_FILL, SceneFit, crop, from_crop, to_crop
-from tccp.headbox.masks import MASK_FILL, crop_box_from_mask, mask_from_box, mask_scene, surround
+from tccp.headbox.masks import MASK_FILL, SURROUND_VERSION, crop_box_from_mask, mask_from_box, mask_scene, surround
 from tccp.headbox.pasting import FEATHER, paste
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "LETTERBOX_FILL",
     "MASK_FILL",
     "SIDE",
+    "SURROUND_VERSION",
     "SceneFit",
     "crop",
     "crop_box_from_mask",

@@ -7,6 +7,8 @@ from jaxtyping import Bool, Float, Float32, UInt8
 
 from tccp.errors import TccpError
 
+SURROUND_VERSION = 1
+"""Increased when `surround` gives another picture: cached latents are keyed by it."""
 MASK_FILL = 127
 """Grey value of masked pixels in every masked scene, in training and in generation."""
 

@@ -5,7 +5,7 @@ x = 0, its top edge y = 0, and pixel (column i, row j) covers [i, i + 1) x [j, j
 divided by the picture's side. Left and right are those of the picture, not of the person.
 """
 
-from tccp.landmarks.drawing import LAYERS, draw, stroke_px
+from tccp.landmarks.drawing import DRAWING_VERSION, LAYERS, draw, stroke_px
 from tccp.landmarks.geometry import (
     GROUPS,
     MEAN_FACE,
@@ -24,6 +24,7 @@ from tccp.landmarks.geometry import (
 from tccp.landmarks.reading import read
 
 __all__ = [
+    "DRAWING_VERSION",
     "GROUPS",
     "LAYERS",
     "MEAN_FACE",

@@ -15,6 +15,8 @@ from jaxtyping import Float, UInt8
 from tccp.errors import TccpError
 from tccp.landmarks.geometry import GROUPS
 
+DRAWING_VERSION = 1
+"""Increased when the same points give another picture: cached latents are keyed by it."""
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("left_brow", "right_brow", "bridge", "outer_lip"),
     ("left_eye", "right_eye", "nostrils", "inner_lip"),

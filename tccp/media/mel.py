@@ -17,6 +17,8 @@ from jaxtyping import Float, Float32, Float64, Integer
 from tccp.config import FPS, SAMPLE_RATE_HZ
 from tccp.errors import TccpError
 
+MEL_VERSION = 1
+"""Increased when the same sound gives another mel: what is computed from mels and kept is keyed by it."""
 MEL_BANDS = 80
 MEL_COLUMNS_PER_S = 80
 WINDOW_COLUMNS = 16  # 0.2 s of sound around one frame, for the networks and Wav2Lip

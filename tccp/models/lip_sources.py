@@ -20,18 +20,22 @@ from torch import Tensor, nn
 from tccp.config import LipSettings
 from tccp.errors import TccpError
 from tccp.headbox import CENTER, SIDE
-from tccp.media.mel import Sound, mel_windows, wav2lip_windows
+from tccp.media.mel import MEL_VERSION, Sound, mel_windows, wav2lip_windows
 from tccp.models.autoencoder import to_bytes, to_model
 from tccp.models.liplet import Liplet, identity_picture
 from tccp.models.wav2lip import SIZE_PX as WAV2LIP_PX
 from tccp.models.wav2lip import Wav2Lip, load_wav2lip
 
+LIPS_VERSION = 1
+"""Increased when a source gives other pictures for the same mel, identity picture and weights."""
 _FACE_BOX = np.array([-0.85, -0.55, 0.85, 1.45])  # in MEAN_FACE's coordinates: jaw to jaw, forehead to below the chin
 _BATCH = 32  # frames per evaluation, so that memory use does not grow with the length of the sound
 
 
 class LipSource(ABC):
-    """Generates lip pictures of `size_px`. `hash` identifies the kind of source, its weights and the picture size."""
+    """Generates lip pictures of `size_px`. `hash` identifies the kind of source, its weights, the picture size, and the
+    versions of the code that makes its inputs: rendered lips are keyed by it.
+    """
 
     name: str
 
@@ -39,7 +43,7 @@ class LipSource(ABC):
         self.network = network.eval().to(device)
         self.device = torch.device(device)
         self.size_px = size_px
-        key = f"{self.name} {weights_hash(network)} {size_px}"
+        key = f"{self.name} {weights_hash(network)} {size_px} {LIPS_VERSION} {MEL_VERSION}"
         self.hash = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
 
     @abstractmethod

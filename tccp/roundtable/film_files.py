@@ -19,6 +19,8 @@ from tccp.media import VideoWriter
 from tccp.roundtable.world import RoundTableClip, Truth, synthesise
 
 TRUTH_SUFFIX, IDENTITY_SUFFIX = ".truth.npz", ".identity.png"
+FILMS_VERSION = 2
+"""Increased when the same seed gives another film: films that are kept in a storage are keyed by it."""
 _SCALARS = {"seed": int, "person_seed": int, "width": int, "height": int, "kind": str, "lag_s": float}
 
 

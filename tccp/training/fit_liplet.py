@@ -22,6 +22,8 @@ from tccp.seeds import rng_seed
 from tccp.training.loop import NonFiniteLoss
 from tccp.training.set_aside import say_set_aside
 
+LIPLET_VERSION = 1
+"""Increased when the same clips and settings give another network: trained Liplets are keyed by it."""
 MAX_SAMPLES = 16_384
 """Most frames held in memory (0.5 GB at 96 px); of longer footage, every n-th frame is used."""
 TINT = 0.25

@@ -7,6 +7,7 @@ window reads only its own frames, so memory use does not grow with the data set.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,10 +22,11 @@ from torch import Tensor
 from tccp.clips.clip_table import Clip, ClipTable
 from tccp.clips.lip_table import LIPS
 from tccp.clips.order import PlannedWindow, WindowId, window_ids
-from tccp.clips.windows import view
+from tccp.clips.windows import VIEW_VERSIONS, view
 from tccp.config import Settings
 from tccp.errors import DamagedData
 from tccp.files import Folder
+from tccp.headbox import SURROUND_VERSION
 from tccp.inference.conditioning import CONDITION_FIELDS, control_kinds, picture_of, training_conditions, zero_if_hidden
 from tccp.inference.encoding import Encoder
 from tccp.models.autoencoder import PictureAutoencoder, to_model
@@ -139,7 +141,10 @@ def encode_columns(
 
 
 class LatentCache:
-    """Latents in `<root>/latents/<hash>/` and lips in `<root>/lips/`; the hash covers everything latents depend on."""
+    """Latents in `<root>/latents/<hash>/` and lips in `<root>/lips/`; the hash covers everything they depend on.
+
+    That is, weights, settings, and the versions of the code that draws, masks, and computes mels.
+    """
 
     def __init__(
         self,
@@ -158,7 +163,11 @@ class LatentCache:
         beside = Folder(table.folder.path(LIPS))
         self.lips = LipTable(root.path(LIPS), lips, also=[beside]) if lips else None
         self.kinds = files_needed(names, settings)
-        key = f"{weights_hash(autoencoder)} {settings.headbox.model_dump_json()} {settings.picture_px} {settings.seed}"
+        versions = {**VIEW_VERSIONS, "surround": SURROUND_VERSION}
+        key = (
+            f"{weights_hash(autoencoder)} {settings.headbox.model_dump_json()} {settings.picture_px} {settings.seed} "
+            f"{json.dumps(versions)}"
+        )
         self.windows_set_aside = 0
         self._ids: dict[int, list[WindowId]] = {}
         self.folder = Folder(root.path(f"latents/{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}"))

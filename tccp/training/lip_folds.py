@@ -28,10 +28,11 @@ from tccp.errors import DamagedData, TccpError
 from tccp.files import Folder, atomic_folder, write_atomic
 from tccp.inference.pipeline_folder import has_component, read_manifest, verified
 from tccp.inference.pipeline_source import pipeline_folder
+from tccp.media.mel import MEL_VERSION
 from tccp.models.lip_sources import LipletSource, LipSource, load_liplet, open_lip_source
 from tccp.progress import progress
 from tccp.seeds import rng_seed
-from tccp.training.fit_liplet import collect_samples, train_liplet
+from tccp.training.fit_liplet import LIPLET_VERSION, collect_samples, train_liplet
 from tccp.training.set_aside import readable, say_set_aside
 
 logger = logging.getLogger("tccp.training")
@@ -240,7 +241,7 @@ def _one_source(settings: LipSettings, folder: Path, device: str | torch.device)
 
 def liplet_folder(data_hash: str | None, seed: int | None, settings: LipSettings) -> str:
     """Folder in a storage for the liplets that are cross-fitted on a clip table."""
-    key = f"{data_hash} {seed} {settings.model_dump_json()}"
+    key = f"{data_hash} {seed} {settings.model_dump_json()} {LIPLET_VERSION} {MEL_VERSION}"
     return f"{LIPS}/{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}"
 
 

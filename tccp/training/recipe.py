@@ -5,12 +5,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
-import multiprocessing
 import os
 import platform
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +28,7 @@ from tccp.inference.pipeline_folder import (
 )
 from tccp.models.autoencoder import PictureAutoencoder
 from tccp.models.variants import FIRST_OF, TWO_STAGE, VARIANTS
-from tccp.processes import end_with_parent, forking_context
+from tccp.processes import end_with_parent, forking_context, in_processes
 from tccp.progress import ProgressHandler, progress_handler, set_progress_handler
 from tccp.training.fit_autoencoder import train_autoencoder
 from tccp.training.fit_variant import needs_first, train_variant
@@ -284,18 +282,9 @@ def _history(run: RunFolder) -> dict[str, Any]:
 
 
 def _in_processes(jobs: int, work: Callable[..., None], calls: Sequence[tuple[Any, ...]]) -> None:
+    """Calls `work` in up to `jobs` processes at a time. An error ends them: only steps since checkpoints are lost."""
     threads = max(1, torch.get_num_threads() // jobs)
-    context = forking_context(__name__)
-    with ProcessPoolExecutor(min(jobs, len(calls)), context, _start_process, (threads, progress_handler())) as pool:
-        running = [pool.submit(work, *arguments) for arguments in calls]
-        try:
-            for future in as_completed(running):
-                future.result()
-        except BaseException:
-            for child in multiprocessing.active_children():  # loses only the steps since the last checkpoint
-                child.terminate()
-            pool.shutdown(cancel_futures=True)
-            raise
+    in_processes(forking_context(__name__), jobs, work, calls, _start_process, (threads, progress_handler()))
 
 
 def _start_process(threads: int, handler: ProgressHandler | None) -> None:

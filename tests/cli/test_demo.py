@@ -94,6 +94,9 @@ def test_export_on_the_command_line(tmp_path: Path) -> None:
     done = json.loads(exported.stdout)
     assert done["components"] == ["autoencoder", "lips"]
     assert 0 < done["megabytes"] < 20
+    by_name = command("export", "toy", tmp_path / "toy", "--components", "lips", "--json")
+    assert by_name.returncode == 0, by_name.stderr
+    assert (tmp_path / "toy" / "lips" / "config.json").read_bytes() == (TOY_WEIGHTS / "lips/config.json").read_bytes()
     refused = command("export", TOY_WEIGHTS, tmp_path / "out", "--components", "lip")
     assert refused.returncode == 2
     assert refused.stderr.count("\n") == 1

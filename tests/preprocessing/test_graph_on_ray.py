@@ -24,6 +24,7 @@ from tccp import roundtable
 from tccp.clips.clip_table import ClipTable
 from tccp.clips.order import shuffled
 from tccp.clips.windows import windows
+from tccp.cluster import CLUSTER_MAX
 from tccp.config import load_settings, toy
 from tccp.errors import TccpError
 from tccp.models.autoencoder import PictureAutoencoder
@@ -136,6 +137,19 @@ def test_ray_gives_the_same_table_and_lips_as_one_process(
     assert "render" not in {step.name for step in again.steps}
     preprocess([footage], tmp_path / "here", plan, lips=liplets)
     assert lip_files(out) == lip_files(tmp_path / "here") != {}
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_an_output_of_one_machine_is_refused_where_machines_may_be_added(
+    ray_with_two_cpus: Any, footage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cluster has one machine now. Those that its autoscaler adds would write to folders of their own."""
+    monkeypatch.setenv(CLUSTER_MAX, "CPU=64")
+    plan = make_plan(TOY.picture_px, "truth", **SHORT)
+    with pytest.raises(TccpError, match=r"output .* is a folder of one machine, and the cluster .* can grow to, 2"):
+        preprocess([footage], tmp_path / "out", plan, workers=2)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.cluster

@@ -19,10 +19,13 @@ from preprocessing.analysis import persons
 from preprocessing.analysis.chips import read_chip
 from preprocessing.analysis.face_tracks import part_of
 from preprocessing.analysis.persons import SAME_PERSON_COSINE, FaceEmbedder
+from preprocessing.plan import make_plan
 from preprocessing.reels import Track
+from preprocessing.report.record import RunReport
+from preprocessing.run import preprocess
 from tccp import faces, roundtable
 from tccp.errors import TccpError
-from tccp.media import read_frames
+from tccp.media import VideoWriter, read_frames
 
 FRAMES = 41
 
@@ -273,6 +276,53 @@ def test_reference_picture_uses_the_clearly_largest_face(
     meant = embedder.embed_reference(tmp_path / "both.png", backend)
     alone = embedder.embed_reference(picture_of("grid_bbaf2n.mpg"), backend)
     assert float(meant @ alone) > 0.95
+
+
+@pytest.fixture
+def rows_with_persons(shared_clips: Path, tmp_path: Path) -> Path:
+    """A manifest of three short films: one row asks for a person in a file that is no picture, one in none at all."""
+    rows = ["path,person"]
+    for name, person in (("bbaf2n", "text.png"), ("brbk7n", "absent.png"), ("lwbsza", "")):
+        film = tmp_path / f"{name}.mp4"
+        with VideoWriter(film, 360, 288, audio_from=np.full(24 * 640, 0.1, np.float32)) as writer:
+            for picture in itertools.islice(read_frames(shared_clips / f"grid_{name}.mpg"), 24):
+                writer.write(picture)
+        rows.append(f"{film.name},{person}")
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "films.csv").write_text("\n".join(rows) + "\n")
+    return tmp_path / "films.csv"
+
+
+@pytest.mark.slow
+def test_a_row_whose_person_cannot_be_compared_costs_that_row_only(
+    rows_with_persons: Path, shared_weights: Path, picture_of: PictureOf, tmp_path: Path
+) -> None:
+    weights, out = tmp_path / "weights", tmp_path / "out"
+    weights.mkdir()
+    (weights / "face_landmarker.task").symlink_to(shared_weights / "face_landmarker.task")
+
+    def run() -> RunReport:
+        return preprocess([rows_with_persons], out, make_plan(32, "mediapipe", weights, speakers="main"))
+
+    report = run()
+    assert [source.reason for source in report.sources] == ["no_person_network", "no_person_network", None]
+    assert report.clips == 1 and report.reasons["no_person_network"] == 2
+    assert "tccp weights fetch sface" in str(report.sources[0].message)
+
+    write_network(weights / "face_recognition_sface_2021dec.onnx", np.zeros(128))
+    report = run()
+    assert [source.reason for source in report.sources] == ["bad_person", "bad_person", None]
+    assert report.clips == 1 and report.sources[0].left_out == {"bad_person": 24}
+    assert all(str(source.message).count("\n") == 0 for source in report.sources)
+    assert "bbaf2n.mp4: " in str(report.sources[0].message) and "not a picture" in str(report.sources[0].message)
+    assert "absent.png: there is no such file" in str(report.sources[1].message)
+
+    # A picture in their places: what was refused is not kept.
+    for name in ("text.png", "absent.png"):
+        (tmp_path / name).write_bytes(picture_of("grid_bbaf2n.mpg").read_bytes())
+    (rows_with_persons.parent / "absent.png").write_bytes((tmp_path / "text.png").read_bytes())
+    report = run()
+    assert report.sources[0].reason is None and report.clips >= 2
 
 
 def test_invalid_model_file_is_refused(tmp_path: Path) -> None:

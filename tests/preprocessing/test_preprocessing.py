@@ -29,7 +29,7 @@ from preprocessing.plan import Plan, make_plan
 from preprocessing.reels import Faces, FilmSound, Reel, reels_from_table, reels_to_table
 from preprocessing.render import render_clips
 from preprocessing.report.record import RunReport
-from preprocessing.run import preprocess
+from preprocessing.run import NoClipError, _no_empty_folder, preprocess
 from preprocessing.sources import find_reels as probe
 from preprocessing.sources.find_reels import probe_source, reel_edges
 from preprocessing.sources.listing import list_sources
@@ -40,6 +40,7 @@ from tccp.clips.clip_table import ClipTable, decode_still
 from tccp.clips.windows import view
 from tccp.config import FPS, SAMPLES_PER_FRAME, toy
 from tccp.errors import TccpError
+from tccp.files import Folder, Reading, without_readers
 from tccp.media.sandbox import Decoder
 
 TOY = toy()
@@ -368,6 +369,86 @@ def test_rerun_skips_unchanged_sources_and_processes_changed_ones(footage: Path,
     assert len(list(out.glob("clips/*"))) == 1  # parts made with the old settings are deleted
 
 
+@pytest.mark.parametrize(
+    ("made", "error"),
+    [
+        (None, TccpError("the disk is full")),
+        ("work/looks/a/b", TccpError("the disk is full")),
+        ("work/looks/a/b", NoClipError("no face")),
+        ("work/looks/a/b", KeyboardInterrupt()),
+        ("clips/a/b", TccpError("the disk is full")),
+    ],
+)
+def test_a_run_that_fails_early_keeps_the_results_of_pass_1(
+    tmp_path: Path, made: str | None, error: BaseException
+) -> None:
+    folder = Folder(tmp_path / "out")
+
+    def run() -> None:
+        with _no_empty_folder(folder):
+            folder.write(made or "work/films/a", b"")
+            raise error
+
+    with pytest.raises(type(error)):
+        run()
+    assert folder.exists() == folder.exists(made or "work/films/a") == (made is not None)
+
+
+def test_a_table_that_is_read_keeps_its_files_until_it_is_closed(
+    footage: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Preprocessing the same folder with other settings, and with fewer films, writes a new index beside them."""
+    films, out = tmp_path / "films", tmp_path / "out"
+    shutil.copytree(footage, films)
+    preprocess([films], out, truth_plan())
+    before = rows_of(out)
+    with caplog.at_level("INFO", "tccp.preprocessing"), ClipTable(out, keep=0) as reader, ClipTable(out) as closed:
+        closed.close()
+        preprocess([films], out, truth_plan(max_clip_s=2.0))
+        assert "files of an earlier run stay, because a process reads the table: clips/" in caplog.text
+        assert reader.rows(reader.ids).to_pylist() == before
+        assert {row["num_frames"] for row in rows_of(out)} == {40, 50}
+        (films / "roundtable_2_0000.mp4").unlink()
+        preprocess([films], out, truth_plan())
+        assert reader.rows(reader.ids).to_pylist() == before
+    preprocess([films], out, truth_plan())
+    assert len(list(out.glob("clips/*"))) == len(list(out.glob("clips/*/*"))) == 1
+    assert len(rows_of(out)) == 2
+
+
+def test_readers_of_a_folder_are_known_until_they_close_or_are_forgotten(tmp_path: Path) -> None:
+    def is_free(folder: Folder) -> bool:
+        with without_readers(folder) as free:
+            return free
+
+    folder = Folder(tmp_path)
+    one, other = Reading(folder), Reading(folder)
+    assert not is_free(folder)
+    one.close()
+    one.close()
+    assert not is_free(folder)
+    del other
+    assert is_free(folder)
+    for nowhere in (Folder("memory://tccp-tests/readers"), Folder(tmp_path / "absent")):
+        Reading(nowhere).close()
+        assert not is_free(nowhere), "what cannot be known is not removed"
+
+
+def test_damaged_records_of_a_run_are_made_again_and_damaged_clips_are_named(footage: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    film = footage / "roundtable_2_0000.mp4"
+    preprocess([film], out, truth_plan())
+    for record in (out / "work" / "films").iterdir():
+        record.write_text('{"reels": [')
+    preprocess([film], out, truth_plan())
+    (part,) = out.glob("clips/*/*.parquet")
+    part.write_bytes(part.read_bytes()[:1000])
+    with pytest.raises(TccpError, match=r"\.parquet is damaged .*: remove it, and give the same command again"):
+        preprocess([film], out, truth_plan())
+    part.unlink()
+    assert preprocess([film], out, truth_plan()).clips == 1
+
+
 def test_clip_ids_depend_on_clip_content(footage: Path, run: tuple[Path, RunReport], tmp_path: Path) -> None:
     preprocess([footage], tmp_path / "b", make_plan(TOY.picture_px, "truth", max_clip_s=2.0))
     before, after = ({row["clip_id"]: row for row in rows_of(out)} for out in (run[0], tmp_path / "b"))
@@ -567,6 +648,7 @@ def test_a_film_without_a_face_gives_no_clip(shared_weights: Path, tmp_path: Pat
             writer.write(wall)
     with pytest.raises(TccpError, match=r"wall\.mp4: no face was found"):
         preprocess([film], tmp_path / "out", make_plan(TOY.picture_px, "mediapipe", shared_weights))
+    assert len(list((tmp_path / "out").glob("work/looks/*/*.parquet"))) == 1, "the next run looks at no film again"
 
 
 def test_film_without_index_gives_the_same_faces_in_one_reel_or_three(

@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import time
+from multiprocessing import active_children, get_context
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from tccp.errors import TccpError
 from tccp.inference.components import load_components
 from tccp.inference.pipeline_folder import MANIFEST
 from tccp.models.variants import TWO_STAGE
+from tccp.processes import in_processes
 from tccp.roundtable import write_clips
 from tccp.training.recipe import Trainer, recipe
 
@@ -171,6 +174,49 @@ def test_training_processes_end_with_the_process_that_started_them(tmp_path):
         parent.wait()
     for mark in marks:
         _until(lambda mark=mark: not _runs(int(mark.read_text())))
+
+
+def test_an_error_ends_the_other_processes_at_once_and_no_other_child(tmp_path):
+    context = get_context("fork")
+    sibling = context.Process(target=time.sleep, args=(300,))  # of another part of the same program
+    sibling.start()
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
+    started = time.monotonic()
+    try:
+        calls = [(tmp_path / "one", True), (tmp_path / "two", False), (tmp_path / "three", False)]
+        with pytest.raises(TccpError, match="the loss is nan"):
+            in_processes(context, 2, _wait_or_fail, calls, int)
+        assert not _runs(int((tmp_path / "two").read_text()))
+        assert not (tmp_path / "three").exists()
+        assert sibling.is_alive() and other.poll() is None
+        assert time.monotonic() - started < 30
+    finally:
+        sibling.terminate()
+        sibling.join()
+        other.kill()
+        other.wait()
+
+
+def _wait_or_fail(path, fails):
+    path.write_text(str(os.getpid()))
+    while fails and not path.with_name("two").exists():
+        time.sleep(0.01)
+    if fails:
+        raise TccpError("the loss is nan")
+    time.sleep(300)
+
+
+def test_a_training_process_that_is_killed_is_an_error():
+    context = get_context("fork")
+    with pytest.raises(RuntimeError, match=r"a process ended with status -9 and without a result"):
+        in_processes(context, 2, os.kill, [(0, 0)], lambda: os.kill(os.getpid(), 9))
+    with pytest.raises(TccpError, match="jobs is 0"):
+        in_processes(context, 1, _refuse, [("jobs is 0",)], int)
+    assert not active_children()
+
+
+def _refuse(message):
+    raise TccpError(message)
 
 
 def _until(condition, seconds=60):

@@ -91,6 +91,8 @@ def check_request(request: Request) -> None:
 def check_fit(request: Request, allocation: Allocation) -> None:
     """Raises TccpError if the request does not fit this cluster. Ray must be running."""
     check_shared("storage", request.storage, num_nodes())
+    if request.control_from is not None:  # the ranks read it
+        check_shared("--control-from", request.control_from, num_nodes())
     for name in request.components:
         if name == AUTOENCODER and request.pretrained_autoencoder is None:
             deepspeed_config(autoencoder_training(request.settings), allocation.parallel, allocation.workers, 1)
