@@ -50,10 +50,10 @@ def in_processes(
                 process.start()
                 sender.close()  # else the end of the process would not end the pipe
                 running[receiver] = process
-            for receiver in wait(list(running)):
-                process = running[receiver]  # type: ignore[index]
-                error = _result_of(receiver, process)  # type: ignore[arg-type]
-                del running[receiver]  # type: ignore[arg-type]
+            ready = wait(list(running))
+            for receiver in [one for one in running if one in ready]:
+                error = _result_of(receiver, running[receiver])
+                del running[receiver]
                 if error is not None:
                     raise error
     finally:

@@ -132,17 +132,36 @@ def _given_up(what: str, reason: str, attempts: int, seconds: float) -> StorageE
 def translated_errors(what: str) -> Iterator[None]:
     """For accesses that cannot be repeated: errors as `retried` raises them, after one attempt.
 
-    Only OSErrors of a failed or full disk are translated, because the block may also do other things.
+    Only failures of the disk, or a full one, are translated, because the block may also do other things. torch and
+    safetensors wrap them into errors of their own.
     """
     try:
         yield
-    except OSError as error:
-        final, reason = _sorted(error, what)
-        if error.errno in FULL and final is not None:
+    except Exception as error:
+        failure = _os_error_in(error)
+        if failure is None:
+            raise
+        final, reason = _sorted(failure, what)
+        if failure.errno in FULL and final is not None:
             raise final from error
-        if error.errno not in _FAILED_DISK:
+        if failure.errno not in _FAILED_DISK:
             raise
         raise _given_up(what, reason, 1, 0.0) from error
+
+
+def _os_error_in(error: BaseException | None) -> OSError | None:
+    """The failed write that made torch (by its context) or safetensors (by its text) raise an error; or the error."""
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        if isinstance(error, OSError):
+            return error
+        if isinstance(error, TccpError | StorageError):
+            return None  # it says already what is the matter
+        if type(error).__name__ == "SafetensorError" and (found := re.search(r"\(os error (\d+)\)", str(error))):
+            return OSError(int(found[1]), os.strerror(int(found[1])))
+        seen.append(error)
+        error = error.__context__
+    return None
 
 
 def is_storage_failure(error: BaseException) -> bool:

@@ -350,8 +350,8 @@ def verified(folder: Path, name: str) -> Path:
         raise TccpError(f"{folder} has no {name} (it has {have}): train it with `tccp train {name} --weights {folder}`")
     files = manifest["components"][name]["files"]
     for relative in files:
-        path = PurePosixPath(relative)
-        if path.suffix not in _SUFFIXES or path.is_absolute() or ".." in path.parts:
+        named = PurePosixPath(relative)
+        if named.suffix not in _SUFFIXES or named.is_absolute() or ".." in named.parts:
             raise TccpError(
                 f"{folder / MANIFEST} names {relative!r} among the files of {name}: a component has only "
                 f"{' and '.join(_SUFFIXES)} files below its own folder; do not use this pipeline"

@@ -87,6 +87,12 @@ def _finite(norm: float) -> float:
     return norm
 
 
+def save_tensors(state: dict[str, Any], path: Path) -> None:
+    """`torch.save` into a file that Python opened: torch's own error would not say that the disk is full."""
+    with path.open("wb") as file:
+        torch.save(state, file)
+
+
 class TorchEngine:
     """Plain torch in one process."""
 
@@ -124,7 +130,7 @@ class TorchEngine:
             "optimizer": self.optimizer.state_dict(),
             "micro_steps": self.micro_steps,
         }
-        torch.save(state, folder / OPTIMISER_FILE)
+        save_tensors(state, folder / OPTIMISER_FILE)
 
     def load(self, folder: Path) -> None:
         # To the CPU first: the checkpoint may have been written on a GPU that this machine lacks.

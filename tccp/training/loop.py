@@ -23,7 +23,7 @@ from tccp.errors import TccpError
 from tccp.progress import progress
 from tccp.seeds import rng_seed
 from tccp.training.checkpoint_files import EMA_FILE, PROGRESS_FILE
-from tccp.training.engine import Engine
+from tccp.training.engine import Engine, save_tensors
 from tccp.training.run_folder import Run, TransientRun
 
 
@@ -136,7 +136,7 @@ def fit(
                 with run.saving(step + 1, {"loss": loss, **measured}) as folder:
                     engine.save(folder)
                     if run.rank == 0:
-                        torch.save({**ema.state_dict(), "shadow_params": weights}, folder / EMA_FILE)
+                        save_tensors({**ema.state_dict(), "shadow_params": weights}, folder / EMA_FILE)
                         record = {"steps": step + 1, "seconds": time.monotonic() - started}
                         (folder / PROGRESS_FILE).write_text(json.dumps(record) + "\n")
     return FitResult(losses, time.monotonic() - started, len(losses))

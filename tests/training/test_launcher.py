@@ -300,6 +300,39 @@ def test_a_second_driver_continues_after_the_first_was_killed_with_its_ray(
 
 
 @pytest.mark.soak
+def test_a_second_driver_takes_the_checkpoint_before_a_damaged_one_and_a_lower_rate(
+    data: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """As after a loss of power: a file of the newest checkpoint is cut short, and Ray's record names it."""
+    clips, untrained = data
+    log, run = tmp_path / "log", run_folder(tmp_path / "storage", "landmark_first")
+    options = ["--variants", "landmark_first", "--autoencoder", str(untrained)]
+    arguments = command("stage1", clips, tmp_path / "storage", *options)
+    process = trainings.start(arguments, log)
+    assert trainings.wait_for(run, 8, process), log.read_text()
+    trainings.kill_driver(process)
+    record = json.loads((run / "checkpoint_manager_snapshot.json").read_text())
+    newest = run / record["latest_checkpoint_result"]["checkpoint_dir_name"]
+    (cut,) = newest.rglob("zero_pp_rank_1_*optim_states.pt")
+    os.truncate(cut, cut.stat().st_size // 2)
+    done = committed(run)
+    lower = [*arguments, "--resume"]
+    lower[lower.index("--data") : lower.index("--data")] = ["training.learning_rate=1e-6"]
+    assert trainings.ended(trainings.start(lower, log)) == 0, log.read_text()
+    assert f"{newest} is damaged ({cut.relative_to(newest)} has" in log.read_text()
+    done -= trainings.EVERY
+    plain = trainings.plain_trace("landmark_first", clips, untrained, tmp_path / "plain")
+    found = trace(run)
+    assert_same_trace(found[: done + 1], plain[: done + 1])
+    assert len(found) == trainings.STEPS
+    (change,) = json.loads((run.parent / "run.json").read_text())["changes"]
+    assert (change["component"], change["at_step"]) == ("landmark_first", done)
+    provenance = read_manifest(run.parent / "pipeline")["components"]["landmark_first"]["provenance"]
+    assert provenance["changes"] == [change]
+    assert change["settings"]["training.learning_rate"]["is"] == 1e-6
+
+
+@pytest.mark.soak
 @pytest.mark.parametrize("comes_back", [True, False])
 def test_a_storage_that_is_away_for_longer_than_its_retries_costs_an_attempt(
     data: tuple[Path, Path], tmp_path: Path, comes_back: bool

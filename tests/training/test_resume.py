@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import os
+import resource
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,8 @@ from torch import nn
 from tccp.config import Settings, TrainingSettings, load_settings
 from tccp.errors import TccpError
 from tccp.files import Folder, atomic_folder, atomic_path
+from tccp.inference.pipeline_folder import save_component
+from tccp.models.liplet import Liplet
 from tccp.training.checkpoint_files import write_contents
 from tccp.training.engine import OPTIMISER_FILE, TorchEngine
 from tccp.training.fit_autoencoder import fit_autoencoder
@@ -240,6 +243,34 @@ def test_the_umask_is_followed_and_never_changed(tmp_path: Path, monkeypatch: py
     assert modes == [0o640, 0o640, 0o750]
 
 
+@pytest.mark.parametrize("what", ["checkpoint", "component"])
+def test_a_full_disk_is_one_line_and_leaves_no_part(
+    whole: tuple[RunFolder, FitResult], tmp_path: Path, what: str
+) -> None:
+    """A limit of the size of files stands for the disk. torch and safetensors raise errors of their own."""
+    shutil.copytree(whole[0].path, tmp_path / "run")
+    network = Liplet(16, 4)
+
+    def write() -> None:
+        if what == "checkpoint":
+            with RunFolder(tmp_path / "run").saving(8, {}) as folder:
+                TorchEngine(network, settings_of().training).save(folder)
+        else:
+            save_component(tmp_path / "pipeline", "lips", settings_of(), network.save_pretrained, {})
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
+    try:
+        with pytest.raises(TccpError, match="the disk is full; make room or choose another folder") as error:
+            write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(error.value)
+    assert RunFolder(tmp_path / "run").latest() == 6
+    folders = {"checkpoint": tmp_path / "run" / "checkpoints", "component": tmp_path / "pipeline"}
+    assert not [path for path in folders[what].iterdir() if path.name.startswith(".") or "8" in path.name]
+
+
 # Checkpoints of a cluster
 
 
@@ -298,8 +329,6 @@ def test_sizes_of_a_checkpoint_at_a_url_are_compared() -> None:
 
 
 def test_damaged_liplets_are_trained_anew(tmp_path: Path) -> None:
-    from tccp.models.liplet import Liplet
-
     Liplet(16, 4).save_pretrained(tmp_path / "fold_0")
     assert _is_complete(tmp_path / "fold_0") and not _is_complete(tmp_path / "fold_1")
     truncate(next((tmp_path / "fold_0").glob("*.safetensors")))

@@ -43,7 +43,7 @@ from tccp.progress import progress
 from tccp.training.fit_autoencoder import fit_latent_statistics, pretrained_autoencoder
 from tccp.training.fit_variant import needs_first
 from tccp.training.latent_cache import LatentCache
-from tccp.training.launcher.checkpoint_record import newest_step
+from tccp.training.launcher.checkpoint_record import newest_step, remove_unfinished
 from tccp.training.launcher.encode import ClipEncoder, encoded
 from tccp.training.launcher.job import AUTOENCODER, Allocation, ComponentJob, Latents
 from tccp.training.launcher.rank import EXPORT, Validate
@@ -231,6 +231,7 @@ class _Launch:
     def _job(self, name: str, **more: Any) -> ComponentJob:
         run = Folder(self.folder.path(name))
         if run.exists(SETTINGS_FILE):
+            remove_unfinished(run)  # before the step is noted at which a change begins
             take_settings(run, self.folder, self.settings, name, newest_step(run))
         else:
             run.write(SETTINGS_FILE, settings_to_json(self.settings).encode())
