@@ -22,8 +22,9 @@ from tccp.media.sandbox import Limits
 Backend = Literal["mediapipe", "fan", "truth"]
 Speakers = Literal["active", "main"]
 
-LOOK_VERSION = 2
-"""Increased when pass 1 (`preprocessing.analysis.look`) finds other faces, cuts or chips in the same film."""
+LOOK_VERSION = 3
+"""Increased when pass 1 (`preprocessing.analysis.look`) finds other faces, cuts or chips in the same film, and when
+`tccp.media` gives other pictures, times or sound of it."""
 SELECT_VERSION = 2
 """Increased when the same faces and sound give other clips."""
 RENDER_VERSION = 1
