@@ -106,9 +106,9 @@ def _check(clip: Clip, settings: Settings) -> None:
             f"clip {clip.clip_id} was preprocessed at picture_px={clip.picture_px}, these settings have "
             f"{settings.picture_px}: preprocess again with the same preset"
         )
-    if jitter_reach(settings.headbox) > STORED_MARGIN:
+    if (reach := jitter_reach(settings.headbox)) > STORED_MARGIN:
         raise TccpError(
-            f"headbox jitter reaches {jitter_reach(settings.headbox):.2f} head boxes, stored pictures {STORED_MARGIN}: "
+            f"headbox jitter reaches {reach:.12g} head boxes, stored pictures {STORED_MARGIN}: "
             f"lower headbox.jitter_center or headbox.jitter_size"
         )
 

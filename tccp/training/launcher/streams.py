@@ -20,9 +20,12 @@ from tccp.training.window_files import SET_ASIDE, PictureBatch
 
 def _check(columns: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> None:
     for name, values in expected.items():
-        if not np.array_equal(columns[name], values):
+        given = columns[name]
+        if not np.array_equal(given, values):
+            first = int(np.argmin(given == values)) if given.shape == values.shape else 0
             raise RuntimeError(
-                f"Ray Data gave {name} {columns[name].tolist()[:4]}... where the plan has {values.tolist()[:4]}..."
+                f"Ray Data gave {len(given)} windows, the plan has {len(values)}; from window {first} on, their {name} "
+                f"is {given.tolist()[first : first + 4]} where the plan has {values.tolist()[first : first + 4]}"
             )
 
 
