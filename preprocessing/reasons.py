@@ -125,7 +125,7 @@ REASONS: dict[str, Reason] = {
     "no_person_network": Reason(
         "person cannot be compared",
         "The manifest names the person to keep, and the weights of SFace, which compare faces, are missing.",
-        "tccp weights fetch sface, or leave the column person out; then repeat the run.",
+        "Give tccp weights fetch sface, or leave the column person out; then repeat the run.",
         "film",
     ),
     "bad_person": Reason(

@@ -19,6 +19,7 @@ from preprocessing import parts
 from preprocessing.graph import in_this_process, on_ray_data, render_lips
 from preprocessing.lip_step import LipWork, remove_stale_lips
 from preprocessing.plan import Plan
+from preprocessing.reasons import FRAME_REASONS
 from preprocessing.report.estimate import Estimate, SampleResult, SourceSize, choose_sample, estimate
 from preprocessing.report.page import write_page
 from preprocessing.report.record import ReportBuilder, RunReport, SourceReport, StepTime
@@ -31,11 +32,20 @@ from tccp.errors import TccpError
 from tccp.files import Folder, is_url, storage_retries
 from tccp.progress import progress
 
+_WITH_FACES = {*FRAME_REASONS} - {"before_video", "after_audio", "no_face"}
+"""Reasons for leaving out frames in which there is a face."""
 REPORT, PAGE = "report.json", "report.html"
 
 
 class NoClipError(TccpError):
-    """None of the sources gave a clip."""
+    """None of the sources gave a clip.
+
+    found_faces: whether pass 1 found faces, so that a run with other settings may give clips and uses its results.
+    """
+
+    def __init__(self, message: str, found_faces: bool = False):
+        super().__init__(message)
+        self.found_faces = found_faces
 
 
 def preprocess(
@@ -160,7 +170,8 @@ def _run(
         with folder.writing(PAGE) as path:
             write_page(report, path)
     if not clips:
-        raise NoClipError(_no_clip(report.sources))
+        reasons = {reason for source in report.sources for reason in source.left_out}
+        raise NoClipError(_no_clip(report.sources), bool(reasons & _WITH_FACES))
     return report
 
 
@@ -194,7 +205,10 @@ def _no_empty_folder(folder: Folder) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        clips = not isinstance(error, NoClipError) and bool(folder.subfolders("clips"))
-        if not (clips or parts.has_looks(folder)) and not existed and not folder.exists(REPORT):
+        if isinstance(error, NoClipError):
+            useful = error.found_faces and parts.has_looks(folder)
+        else:
+            useful = parts.has_looks(folder) or bool(folder.subfolders("clips"))
+        if not useful and not existed and not folder.exists(REPORT):
             folder.remove("")
         raise
