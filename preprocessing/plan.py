@@ -25,7 +25,7 @@ Speakers = Literal["active", "main"]
 LOOK_VERSION = 3
 """Increased when pass 1 (`preprocessing.analysis.look`) finds other faces, cuts or chips in the same film, and when
 `tccp.media` gives other pictures, times or sound of it."""
-SELECT_VERSION = 2
+SELECT_VERSION = 3
 """Increased when the same faces and sound give other clips."""
 RENDER_VERSION = 1
 """Increased when the same clips give other rows."""

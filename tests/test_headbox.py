@@ -156,6 +156,87 @@ def test_a_single_frame_has_a_box():
     assert headbox.head_boxes((MEAN_FACE[:, :2] * 30 + 100)[None]).shape == (1, 4)
 
 
+# ---- size
+
+
+def zoomed(points: np.ndarray, factor: float) -> np.ndarray:
+    """The points of a shot in which the camera zooms towards a point of the picture, between two still parts."""
+    frames = len(points)
+    zoom = factor ** np.interp(np.arange(frames), (0.2 * frames, 0.8 * frames), (0, 1))
+    return (points - (300, 200)) * zoom[:, None, None] + (300, 200)
+
+
+def relative_sides(boxes: np.ndarray, points: np.ndarray, factor: float) -> np.ndarray:
+    """Sides of the boxes of a zoomed shot, in units of those that the shot without the zoom has."""
+    unzoomed = headbox.head_boxes(points)
+    growth = zoomed(np.array([[[301.0, 200.0]]] * len(points)), factor)[:, 0, 0] - 300
+    return (boxes[:, 2] - boxes[:, 0]) / (unzoomed[0, 2] - unzoomed[0, 0]) / growth
+
+
+@pytest.mark.parametrize("factor", [2.0, 0.5, 1.3])
+def test_box_follows_a_zoom(factor):
+    """One size per shot would be off by 41 % at the ends of a zoom by a factor of 2."""
+    rng = np.random.default_rng(7)
+    shots = [talking_shot(rng, 150)[0] for _ in range(8)] + [synthesise(seed, 5).landmarks_px for seed in range(8)]
+    for points in shots:
+        boxes = headbox.head_boxes(zoomed(points, factor))
+        assert np.abs(relative_sides(boxes, points, factor) - 1).max() < 0.1
+        np.testing.assert_array_equal(boxes, np.rint(boxes))
+        side = boxes[:, 2] - boxes[:, 0]
+        np.testing.assert_array_equal(side, boxes[:, 3] - boxes[:, 1])
+        assert np.abs(np.diff(side)).max() <= 0.03 * side.max()
+        # It also stays on the head: the eyes are where they are without the zoom.
+        eyes = (zoomed(points, factor)[:, 36:48].mean(1) - boxes[:, :2]) / side[:, None]
+        unzoomed = headbox.head_boxes(points)
+        before = (points[:, 36:48].mean(1) - unzoomed[:, :2]) / (unzoomed[:, 2:] - unzoomed[:, :2])
+        assert np.abs(eyes - before).max() < 0.12
+
+
+def test_box_grows_while_a_person_walks_to_the_camera():
+    """Ten seconds, from far away to three times the size, with two gaps."""
+    points, _, _ = talking_shot(np.random.default_rng(11), 250)
+    centre = points.mean((0, 1))
+    growth = np.linspace(1, 3, 250)
+    near = (points - centre) * growth[:, None, None] + centre
+    near[60:72] = near[150:160] = np.nan
+    side = np.ptp(headbox.head_boxes(near)[:, ::2], axis=1)
+    still = np.ptp(headbox.head_boxes(points)[0, ::2])
+    assert np.abs(side / (still * growth) - 1).max() < 0.08
+
+
+def test_size_does_not_follow_the_mouth_nods_or_turns():
+    """Each of them alone, slow or fast, on a face that is not the mean face."""
+    rng, time = np.random.default_rng(5), np.arange(200) / 25
+    for period_s in (0.3, 1, 4, 16):
+        wave = np.sin(2 * np.pi * time / period_s)
+        for yaw, pitch, opening in ((55, 0, 0), (0, 25, 0), (0, 0, 0.5), (50, 15, 0.4)):
+            face = MEAN_FACE * (1 + rng.normal(0, 0.05, 3))
+            shapes = np.repeat(face[None], len(time), 0)
+            shapes[:, [65, 66, 67, 55, 56, 57, 58, 59], 1] += opening * np.abs(wave)[:, None]
+            shapes[:, 5:12, 1] += 0.7 * opening * np.abs(wave)[:, None]
+            pivot = np.array([0, 0.4, 0.75])
+            turned = np.einsum("fij,fpj->fpi", rotation(yaw * wave, pitch * wave), shapes - pivot)[..., :2]
+            boxes = headbox.head_boxes(turned * 60 + 300)
+            assert len(np.unique(boxes[:, 2] - boxes[:, 0])) == 1
+
+
+def test_boxes_of_a_zoom_predict_yaw_and_mouth_no_better_than_the_mean():
+    rng = np.random.default_rng(0)
+    shots = [talking_shot(rng) for _ in range(40)]
+    boxes = [headbox.head_boxes(zoomed(points, rng.choice([0.5, 0.7, 1.5, 2]))) for points, _, _ in shots]
+    assert all(len(np.unique(clip[:, 2] - clip[:, 0])) > 5 for clip in boxes)
+    yaw, opening = [shot[1] for shot in shots], [shot[2] for shot in shots]
+    assert probe_gain(boxes, yaw) < 0.05
+    assert probe_gain(boxes, [np.abs(y) for y in yaw]) < 0.05
+    assert probe_gain(boxes, opening) < 0.05
+
+
+def test_a_few_wrong_sizes_do_not_move_the_box():
+    sizes = np.full(100, 50.0)
+    sizes[[0, 3, 99]], sizes[40:50], sizes[70:80] = 150, 90, np.nan
+    np.testing.assert_array_equal(headbox.steady_size(sizes), np.full(100, 50.0))
+
+
 # ---- jitter
 
 

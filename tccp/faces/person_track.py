@@ -9,7 +9,7 @@ from jaxtyping import Float32
 
 from tccp.errors import TccpError
 from tccp.faces.face import Face, iou
-from tccp.headbox import steady_boxes
+from tccp.headbox import steady_boxes, steady_size
 
 _MIN_IOU = 0.2
 
@@ -73,6 +73,8 @@ def _similarity(last: Face, face: Face, gap: int) -> float:
 
 LBP_SIDE, LBP_DROP = 2.0, 0.02
 """Head box relative to a box of the cascade: ratio of sides; downward offset of the centre in sides (test_faces)."""
+_BOX_SIZE_CHANGE = 0.25
+"""Least change of size that counts (`steady_size`). The cascade's boxes grow in steps of 20 %."""
 
 
 def head_boxes_from_faces(person: Sequence[Face | None]) -> Float32[np.ndarray, "f 4"]:
@@ -80,12 +82,12 @@ def head_boxes_from_faces(person: Sequence[Face | None]) -> Float32[np.ndarray, 
 
     Raises TccpError if there is no face in any frame.
     """
-    sides = [face.side for face in person if face is not None]
-    if not sides:
+    sides = np.array([np.nan if face is None else face.side for face in person])
+    if not np.isfinite(sides).any():
         raise TccpError(f"no face in any of the {len(person)} frames of the shot: head boxes need at least one")
-    side = float(np.median(sides))
+    side = steady_size(sides, _BOX_SIZE_CHANGE)
     centers = np.full((len(person), 2), np.nan)
     for number, face in enumerate(person):
         if face is not None:
-            centers[number] = face.center + np.array([0, LBP_DROP * side])
+            centers[number] = face.center + np.array([0, LBP_DROP * side[number]])
     return steady_boxes(centers, LBP_SIDE * side)

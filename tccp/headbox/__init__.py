@@ -5,7 +5,7 @@ A box is (x0, y0, x1, y1) in the continuous coordinates of `tccp.landmarks`: pix
 (`crop_box_from_mask` inverts `mask_from_box`), and pasting at native size does not resample.
 """
 
-from tccp.headbox.boxes import CENTER, SIDE, head_boxes, jitter, steady_boxes
+from tccp.headbox.boxes import CENTER, SIDE, SIZE_CHANGE, head_boxes, jitter, steady_boxes, steady_size
 from tccp.headbox.crops import LETTERBOX_FILL, SceneFit, crop, from_crop, to_crop
 from tccp.headbox.masks import MASK_FILL, SURROUND_VERSION, crop_box_from_mask, mask_from_box, mask_scene, surround
 from tccp.headbox.pasting import FEATHER, paste
@@ -16,6 +16,7 @@ __all__ = [
     "LETTERBOX_FILL",
     "MASK_FILL",
     "SIDE",
+    "SIZE_CHANGE",
     "SURROUND_VERSION",
     "SceneFit",
     "crop",
@@ -27,6 +28,7 @@ __all__ = [
     "mask_scene",
     "paste",
     "steady_boxes",
+    "steady_size",
     "surround",
     "to_crop",
 ]

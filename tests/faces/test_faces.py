@@ -101,6 +101,21 @@ def test_head_boxes_from_faces_are_steady_and_bridge_gaps():
         faces.head_boxes_from_faces([None, None])
 
 
+def test_head_boxes_from_faces_follow_a_zoom():
+    """Also if the detector's sizes are noisy and come in steps of 20 %, as the cascade's."""
+    rng = np.random.default_rng(0)
+    zoom = 2 ** np.interp(np.arange(150), (30, 120), (0, 1))
+    person: list[Face | None] = []
+    for size in 60 * zoom * (1 + rng.normal(0, 0.05, 150)):
+        side = 1.2 ** round(float(np.log(size) / np.log(1.2)))
+        person.append(face(300 - side / 2, 300 - side / 2, side))
+    boxes = faces.head_boxes_from_faces(person)
+    sides = boxes[:, 2] - boxes[:, 0]
+    assert np.abs(sides / (faces.LBP_SIDE * 60 * zoom) - 1).max() < 0.15
+    assert np.abs((boxes[:, :2] + boxes[:, 2:]) / 2 - 300).max() < 0.05 * sides.min()
+    assert np.abs(np.diff(sides)).max() <= 0.03 * sides.max()
+
+
 # ---- weights and names
 
 
