@@ -27,7 +27,7 @@ LOOK_VERSION = 3
 `tccp.media` gives other pictures, times or sound of it."""
 SELECT_VERSION = 3
 """Increased when the same faces and sound give other clips."""
-RENDER_VERSION = 1
+RENDER_VERSION = 2
 """Increased when the same clips give other rows."""
 
 REEL_S = 60.0

@@ -206,6 +206,20 @@ REASONS: dict[str, Reason] = {
         "face",
         message="something covers the mouth",
     ),
+    "bridged": Reason(
+        "face often lost",
+        "The detector lost the face in too many frames, so that landmarks there would be guesses.",
+        "Look at such a track below; another --backend may find the face, or raise --max-bridged.",
+        "face",
+        message="the face is lost in too many frames",
+    ),
+    "no_context": Reason(
+        "no scene visible",
+        "The head box covers nearly the whole picture, so that nothing of the scene is visible around it.",
+        "Give the film before it was cropped to the face, or lower --min-visible.",
+        "face",
+        message="the head covers nearly the whole picture; give film that shows more of the scene",
+    ),
     "too_dark": Reason(
         "too dark",
         "The face is nearly black.",

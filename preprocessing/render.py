@@ -9,13 +9,13 @@ import cv2
 import numpy as np
 from jaxtyping import Float32, UInt8
 
-from preprocessing.analysis.quality import QualityBounds, blur, brightness, face_px, median_yaw_deg
+from preprocessing.analysis.quality import QualityBounds, blur, bridged_share, brightness, face_px, median_yaw_deg
 from preprocessing.reasons import set_aside
 from preprocessing.spans import Span
 from tccp.clips.clip_table import STORED_MARGIN, Clip, Quality, clip_id_of, encode_still, stored_box_of
 from tccp.config import FPS
 from tccp.files import redacted
-from tccp.headbox import SceneFit, crop, to_crop
+from tccp.headbox import SceneFit, crop, to_crop, visible_share
 from tccp.media import MediaError
 from tccp.media.remote import local_copy
 from tccp.media.sandbox import Decoder
@@ -76,7 +76,7 @@ def _render(
         frame, picture = next(frames)
         assert frame == span.start_frame + i
         scene.append(encode_still(fit.fit(picture), lossless=True))
-        face.append(encode_still(crop(picture, stored_box[i], face_side_px)))
+        face.append(encode_still(crop(picture, stored_box[i], face_side_px, repeat_edge=True)))
         if i % _QUALITY_EVERY == 0:
             pixels = _face_pixels(picture, span.head_box[i], span.landmarks_px[i])
             blurs.append(blur(pixels))
@@ -118,6 +118,8 @@ def _render(
             speaking_score=span.speaking_score,
             occlusion=span.occlusion,
             jitter=span.jitter,
+            bridged=bridged_share(span.confidence),
+            visible=float(visible_share(span.head_box, span.width, span.height).mean()),
         ),
     )
 

@@ -388,11 +388,36 @@ def test_crop_averages_and_does_not_alias():
         assert np.abs(picture.astype(float) - 127.5).max() < 32
 
 
-def test_crop_beyond_the_border_repeats_the_edge():
+def test_crop_marks_what_lies_beyond_the_border():
     frame = gradient(100, 100)
-    picture = headbox.crop(frame, np.array([-32, 20, 32, 84], np.float32), 64)
-    np.testing.assert_array_equal(picture[:, :32], np.repeat(frame[20:84, :1], 32, 1))
+    box = np.array([-32, 20, 32, 84], np.float32)
+    picture, repeated = headbox.crop(frame, box, 64), headbox.crop(frame, box, 64, repeat_edge=True)
     np.testing.assert_array_equal(picture[:, 32:], frame[20:84, :32])
+    np.testing.assert_array_equal(repeated[:, 32:], frame[20:84, :32])
+    assert (picture[:, :32] == headbox.OUTSIDE_FILL).all()
+    np.testing.assert_array_equal(repeated[:, :32], np.repeat(frame[20:84, :1], 32, 1))
+    np.testing.assert_array_equal(headbox.inside_picture(box, 100, 100), [0.5, 0, 1, 1])
+
+
+@given(st.integers(-80, 120), st.integers(-80, 120), st.integers(8, 160))
+def test_exactly_the_pixels_of_the_picture_are_shown(x, y, side):
+    """At native size, for boxes inside, across borders and corners, larger than the picture, and outside it."""
+    width, height = 90, 70
+    frame = np.random.default_rng(0).integers(128, 256, (height, width, 3), np.uint8)
+    box = np.array([x, y, x + side, y + side], np.float32)
+    picture = headbox.crop(frame, box, side)
+    columns, rows = np.arange(x, x + side), np.arange(y, y + side)
+    shown = ((rows >= 0) & (rows < height))[:, None] & ((columns >= 0) & (columns < width))
+    assert (picture[~shown] == headbox.OUTSIDE_FILL).all()
+    expected = frame[rows.clip(0, height - 1)][:, columns.clip(0, width - 1)]
+    np.testing.assert_array_equal(picture[shown], expected[shown])
+    x0, y0, x1, y1 = headbox.inside_picture(box, width, height) * side
+    assert (x1 - x0) * (y1 - y0) == pytest.approx(shown.sum(), abs=1e-3 * side**2)
+
+
+def test_visible_share_of_a_picture():
+    boxes = np.array([[10, 10, 60, 60], [-20, -20, 30, 30], [-50, -50, 250, 250], [200, 0, 300, 100]], np.float32)
+    np.testing.assert_allclose(headbox.visible_share(boxes, 200, 100), [7 / 8, 1 - 0.045, 0, 1], atol=1e-6)
 
 
 @given(st.floats(-50, 50), st.floats(-50, 50), st.floats(1, 200))

@@ -15,6 +15,7 @@ from preprocessing.reels import Track
 from tccp.errors import TccpError
 from tccp.landmarks import head_pose, yaw_deg
 from tccp.landmarks.geometry import RIGID
+from tccp.sequences import true_runs
 
 
 def blur(picture: UInt8[np.ndarray, "h w 3"]) -> float:
@@ -42,6 +43,27 @@ def face_px(landmarks_px: Float32[np.ndarray, "f 68 2"]) -> float:
 def median_yaw_deg(landmarks_px: Float32[np.ndarray, "f 68 2"]) -> float:
     """Median head yaw of a clip, sign as in `tccp.landmarks.yaw_deg`."""
     return float(np.median(yaw_deg(landmarks_px)))
+
+
+# ---- Bridged frames
+
+
+def bridged_share(confidence: Float32[np.ndarray, " f"]) -> float:
+    """The share of frames without a detected face, whose landmarks are interpolated over a gap."""
+    return float(np.mean(confidence == 0))
+
+
+def with_few_bridged(confidence: Float32[np.ndarray, " f"], bound: float | None) -> list[tuple[int, int]]:
+    """The parts [first, stop) in which at most the share `bound` of the frames is bridged.
+
+    A part with more is cut at its longest gap, which is left out, until this holds for each part.
+    """
+    if bound is None or not len(confidence) or bridged_share(confidence) <= bound:
+        return [(0, len(confidence))] if len(confidence) else []
+    gaps = list(true_runs(confidence == 0))
+    first, stop = max(gaps, key=lambda gap: gap[1] - gap[0])
+    after = [(stop + one, stop + other) for one, other in with_few_bridged(confidence[stop:], bound)]
+    return with_few_bridged(confidence[:first], bound) + after
 
 
 # ---- Occlusion
@@ -218,6 +240,8 @@ class QualityBounds:
     max_yaw_deg: float | int | None = 60.0  # median over the clip; RoundTable's speakers turn by up to 60
     max_occlusion: float | int | None = 0.3  # in any frame
     max_jitter: float | int | None = 0.05
+    max_bridged: float | int | None = 0.25  # share of the clip's frames
+    min_visible: float | int | None = 0.05  # share of the picture outside the head box
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -228,7 +252,8 @@ class QualityBounds:
     def reason(self, values: Mapping[str, float | int | None]) -> str | None:
         """The reason code of the first violated bound; None if there is none.
 
-        values: any of face_px, blur, brightness, yaw_deg, occlusion, jitter; None or NaN means not measured.
+        values: any of face_px, blur, brightness, yaw_deg, occlusion, jitter, bridged and visible; None or NaN means not
+        measured.
         Raises KeyError for other names.
         """
         checks = {
@@ -238,6 +263,8 @@ class QualityBounds:
             "yaw_deg": (("too_turned", None, self.max_yaw_deg),),
             "occlusion": (("occluded", None, self.max_occlusion),),
             "jitter": (("jittery", None, self.max_jitter),),
+            "bridged": (("bridged", None, self.max_bridged),),
+            "visible": (("no_context", self.min_visible, None),),
         }
         if unknown := values.keys() - checks.keys():
             raise KeyError(f"no bound for {', '.join(sorted(unknown))}: choose from {', '.join(checks)}")

@@ -28,7 +28,7 @@ from tccp.clips.clip_table import AUDIO_CONTEXT_FRAMES, audio_context_start
 from tccp.config import FPS, SAMPLES_PER_FRAME
 from tccp.errors import DamagedData
 from tccp.files import redacted
-from tccp.headbox import head_boxes
+from tccp.headbox import head_boxes, visible_share
 from tccp.landmarks import smooth
 from tccp.media import MediaError
 from tccp.media.remote import local_copy
@@ -177,12 +177,21 @@ def _cut(span: Span, sightings: Sequence[Sighting], plan: Plan, outcome: _Outcom
     """
     frames = 0
     for part in cut_clips(span, sightings, plan.max_clip_s, plan.min_clip_s):
-        if part.reason is None:
+        reason = part.reason or _bound_reason(part, plan)
+        if reason is None:
             outcome.keep(_with_sound(part, reel, shift))
             frames += part.num_frames
         else:
-            outcome.reject(part.start_frame, part.stop_frame, part.reason)
+            outcome.reject(part.start_frame, part.stop_frame, reason)
     return frames
+
+
+def _bound_reason(clip: Span, plan: Plan) -> str | None:
+    """The reason of the first violated bound on figures of a whole clip; None if there is none."""
+    assert clip.confidence is not None and clip.head_box is not None
+    assert clip.width is not None and clip.height is not None
+    visible = float(visible_share(clip.head_box, clip.width, clip.height).mean())
+    return plan.bounds.reason({"bridged": quality.bridged_share(clip.confidence), "visible": visible})
 
 
 def _with_sound(clip: Span, reel: Reel, shift: int) -> Span:
@@ -330,7 +339,16 @@ class _TrackSelection:
         uncovered = _is_uncovered(occlusion, self._bounds.max_occlusion)
         for first, end in true_runs(~uncovered):
             self.outcome.reject(start + first, start + end, "occluded")
-        return [(start + first, start + end) for first, end in true_runs(uncovered)]
+        good = []
+        for first, end in true_runs(uncovered):
+            parts = quality.with_few_bridged(part.confidence[first:end], self._bounds.max_bridged)
+            good += [(start + first + one, start + first + other) for one, other in parts]
+            kept = np.zeros(end - first, bool)
+            for one, other in parts:
+                kept[one:other] = True
+            for one, other in true_runs(~kept):
+                self.outcome.reject(start + first + one, start + first + other, "bridged")
+        return good
 
     def _annotated(
         self, track: Track, box: Float32[np.ndarray, "f 4"], start: int, stop: int, offset: sync.Offset

@@ -29,6 +29,8 @@ _TILE_PX, _TILE_TEXT_PX, _TILE_COLUMNS = 256, 76, 2
 _CAPTION_PX, _MEL_PX, _LINE_PX = 26, 160, 22
 _GROUND, _INK, _SOFT = (22, 24, 27), (235, 235, 235), (160, 168, 176)
 _BOX, _POINT, _CURSOR, _OFFSET, _MOUTH = (255, 190, 40), (80, 255, 120), (255, 255, 255), (255, 120, 60), (80, 255, 120)
+_BRIDGED = _OFFSET  # frames whose landmarks are interpolated over a gap
+_BRIDGED_PX = 6
 _VIEW_FRAMES = FPS  # frames that are decoded at once
 _MAX_SHEET_CLIPS = 100  # a larger sheet would be too large to view
 
@@ -170,9 +172,10 @@ def preview(table: ClipTable, clip_id: str, out: str | Path) -> Clip:
     """Writes an MP4 of one clip with its sound; returns the clip. clip_id: an id, or the unique beginning of one.
 
     Side by side: the scene with head box and points, the masked scene that networks receive, the face with its 68
-    points, the landmark picture. Below: the mel spectrogram with the mouth's opening and a cursor, and figures. Sound
-    and mouth opening should rise together. If an a/v offset was measured and not corrected, a dashed line marks the
-    sound that belongs to the picture. Raises TccpError as `find_clip`, or if the file cannot be written.
+    points, the landmark picture. Below: the mel spectrogram with the mouth's opening and a cursor, and figures. Frames
+    whose landmarks are interpolated over a gap are marked in orange. Sound and mouth opening should rise together. If
+    an a/v offset was measured and not corrected, a dashed line marks the sound that belongs to the picture. Raises
+    TccpError as `find_clip`, or if the file cannot be written.
     """
     clip = table[find_clip(table, clip_id)]
     width = 4 * PANEL_PX
@@ -218,7 +221,8 @@ def _scene_panel(clip: Clip, frame: int, size_px: int, with_points: bool = False
     fit = headbox.SceneFit(clip.source_width, clip.source_height, size_px)
     x0, y0, x1, y1 = np.rint(fit.boxes(clip.head_box[frame : frame + 1])[0]).astype(int).tolist()
     if with_points:
-        _paint_points(picture, fit.points(headbox.from_crop(clip.landmarks[frame], clip.head_box[frame])), 1)
+        points = fit.points(headbox.from_crop(clip.landmarks[frame], clip.head_box[frame]))
+        _paint_points(picture, points, 1, _point_colour(clip, frame))
     cv2.rectangle(picture, (x0, y0), (x1 - 1, y1 - 1), _BOX, 2, cv2.LINE_AA)
     return picture
 
@@ -229,19 +233,31 @@ def _face_panel(clip: Clip, frame: int, size_px: int) -> Picture:
     stored, box = clip.stored_box[frame], clip.head_box[frame]
     scale = still.shape[0] / (stored[2] - stored[0])
     inside = ((box - np.tile(stored[:2], 2)) * scale).astype(np.float32)
-    picture = headbox.crop(still, inside, size_px)
-    _paint_points(picture, clip.landmarks[frame] * size_px, 2)
-    if clip.landmark_confidence[frame] == 0:
-        _paint_text(picture, "bridged", 8, size_px - 10, _OFFSET)
+    in_film = headbox.inside_picture(box, clip.source_width, clip.source_height)
+    picture = headbox.mark_outside(headbox.crop(still, inside, size_px, repeat_edge=True), in_film)
+    _paint_points(picture, clip.landmarks[frame] * size_px, 2, _point_colour(clip, frame))
+    if _is_bridged(clip, frame):
+        _paint_text(picture, "bridged", 8, size_px - 10, _BRIDGED)
     return picture
 
 
-def _paint_points(picture: Picture, points: Float32[np.ndarray, "68 2"], radius: int) -> None:
+def _is_bridged(clip: Clip, frame: int) -> bool:
+    """Whether a frame's landmarks are interpolated over a gap."""
+    return bool(clip.landmark_confidence[frame] == 0)
+
+
+def _point_colour(clip: Clip, frame: int) -> tuple[int, int, int]:
+    return _BRIDGED if _is_bridged(clip, frame) else _POINT
+
+
+def _paint_points(
+    picture: Picture, points: Float32[np.ndarray, "68 2"], radius: int, colour: tuple[int, int, int]
+) -> None:
     for x, y in points:
         if math.isfinite(x) and math.isfinite(y):
             center = round(float(x)), round(float(y))
             cv2.circle(picture, center, radius + 1, (0, 0, 0), -1, cv2.LINE_AA)
-            cv2.circle(picture, center, radius, _POINT, -1, cv2.LINE_AA)
+            cv2.circle(picture, center, radius, colour, -1, cv2.LINE_AA)
 
 
 def _resized(picture: Picture, size_px: int) -> Picture:
@@ -267,6 +283,9 @@ def _sound_strip(clip: Clip, width: int) -> Picture:
         line = np.rint(np.stack([x, y], 1)[known]).astype(np.int32)
         for thickness, colour in ((4, (0, 0, 0)), (2, _MOUTH)):
             cv2.polylines(strip, [line], False, colour, thickness, cv2.LINE_AA)
+    bridged = clip.landmark_confidence == 0
+    at = np.minimum(np.arange(width) * clip.num_frames // width, clip.num_frames - 1)
+    strip[-_BRIDGED_PX:, bridged[at]] = _BRIDGED
     strip[:26, :250] = _GROUND
     _paint_text(strip, "mel, and the mouth's opening", 8, 18, _SOFT)
     return strip
@@ -287,6 +306,8 @@ def _lines(clip: Clip, frame: int) -> list[tuple[str, tuple[int, int, int]]]:
     at_s = clip.start_s + frame / FPS
     where = f"frame {frame + 1}/{clip.num_frames}   {at_s:.2f} s of {clip.source}"
     confidence = f"landmarks {clip.landmark_confidence[frame]:.2f}"
+    if _is_bridged(clip, frame):
+        confidence = "landmarks bridged"
     return [
         (f"{clip.clip_id}   {where}   {confidence}", _INK),
         (_offset_text(clip.quality), _INK),

@@ -226,6 +226,8 @@ _BINS = {
     "brightness": _Bins("", 0, 1, 100),
     "occlusion": _Bins("", 0, 1, 100),
     "jitter": _Bins("", 0, 0.1, 400),
+    "bridged": _Bins("", 0, 1, 100),
+    "visible": _Bins("", 0, 1, 100),
     "av_offset_ms": _Bins("ms", -620, 620, 31),  # one frame per bin, whole frames at the centres
     "sync_confidence": _Bins("", 0, 15, 300),
     "speaking_score": _Bins("", 0, 1, 100),

@@ -37,6 +37,8 @@ _MEASURES = {
     "brightness": ("Brightness", "of the face: 0 black, 1 white"),
     "occlusion": ("Mouth covered", "0 visible, 1 covered; highest value in the clip"),
     "jitter": ("Jitter of the landmarks", "before smoothing, in distances of the outer eye corners"),
+    "bridged": ("Frames without a detected face", "share of the clip's frames, whose landmarks are interpolated"),
+    "visible": ("Visible scene", "share of the picture outside the head box"),
     "av_offset_ms": ("Offset of the sound", "positive: the film's sound comes late"),
     "sync_confidence": ("Confidence of that offset", "higher is more certain"),
     "speaking_score": ("Speaks", "share of the frames with a voice in which this mouth moves"),

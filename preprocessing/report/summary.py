@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -14,6 +15,7 @@ from preprocessing.parts import ReelRecord
 from preprocessing.report.record import ClipFigures, ReportBuilder, RunReport, SourceReport
 from preprocessing.steps import result_record
 from tccp.files import Folder
+from tccp.headbox import LITTLE_VISIBLE
 
 
 class Summary:
@@ -22,6 +24,7 @@ class Summary:
     def __init__(self, folder: Folder, names: Sequence[str], entries: Sequence[dict], builder: ReportBuilder) -> None:
         self._folder, self._names, self._entries, self._builder = folder, names, entries, builder
         self._sources: dict[int, list[ReelRecord]] = {}
+        self._visible: dict[int, list[float]] = {}  # of the clips of each source
         self._first: dict[str, int] = {}  # content hash to the order of the first source that has it
         self.used: set[str] = set()
         self.clip_frames: dict[str, int] = {}
@@ -54,7 +57,10 @@ class Summary:
                     self._builder.add(sample)
                 for clip in table.to_pylist():
                     self.clip_frames[clip["clip_id"]] = clip["num_frames"]
-                    self._builder.add(ClipFigures(clip["num_frames"], parts.quality_of(clip)))
+                    quality = parts.quality_of(clip)
+                    self._builder.add(ClipFigures(clip["num_frames"], quality))
+                    if quality.visible is not None:
+                        self._visible.setdefault(order, []).append(quality.visible)
                 yield row["part"], table
 
     def report(
@@ -63,11 +69,24 @@ class Summary:
         if not self._sources:
             for _ in self.parts():
                 pass
-        for records in self._sources.values():
-            self._builder.add(_source_report(records))
+        for order, records in self._sources.items():
+            source = _source_report(records)
+            warning = _little_visible(self._visible.get(order, ()))
+            self._builder.add(source if warning is None else replace(source, warnings=[*source.warnings, warning]))
         unit = 1 if sys.platform == "darwin" else 1024
         peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return self._builder.finish(settings, started, seconds, workers, peak, storage_retries)
+
+
+def _little_visible(shares: Sequence[float]) -> str | None:
+    """A warning if the head covers most of the picture in some of a source's clips."""
+    few = [share for share in shares if share < LITTLE_VISIBLE]
+    if not few:
+        return None
+    return (
+        f"in {len(few)} of {len(shares)} clips the head box leaves less than {LITTLE_VISIBLE:.0%} of the picture "
+        f"visible (least: {min(few):.1%}), so networks see little of the scene"
+    )
 
 
 def _as_duplicate(record: ReelRecord, first: str) -> ReelRecord:

@@ -92,6 +92,8 @@ def preprocess(
     min_clip_s: float = 0.64,
     speakers: Literal["active", "main"] = "active",
     person: tuple[Path, ...] = (),
+    max_bridged: float = 0.25,
+    min_visible: float = 0.05,
     lips: Path | None = None,
     workers: int | None = None,
     ray: bool = False,
@@ -117,6 +119,9 @@ def preprocess(
         speakers: active: keep people who are seen to speak; main: keep in each shot the person who is visible longest,
             whether they speak or not.
         person: pictures of the one person to keep; needs SFace (tccp weights fetch sface).
+        max_bridged: largest share of a clip's frames in which the detector did not find the face, 0 to 1.
+        min_visible: smallest share of the picture that the head box leaves visible, 0 to 1; with less, networks see
+            nothing of the scene.
         lips: also compute the lip references of all clips, in OUT/lips, with this Wav2Lip checkpoint (--set
             lips.source=wav2lip) or folder of cross-fitted Liplets. Training computes the references that are missing.
         workers: processes that analyse films (default: only this one). Several workers run on Ray, on the cluster that
@@ -126,6 +131,7 @@ def preprocess(
         sample: with --dry-run, number of films to measure.
         price_per_cpu_hour: with --dry-run, price for the estimate of the cost.
     """
+    from preprocessing.analysis.quality import QualityBounds
     from preprocessing.lip_step import lip_work
     from preprocessing.plan import make_plan
     from preprocessing.run import dry_run as estimate
@@ -133,7 +139,8 @@ def preprocess(
 
     settings = settings_of(preset, set)
     pictures = tuple(str(path) for path in person)
-    plan = make_plan(settings.picture_px, backend, weights, max_clip_s, min_clip_s, speakers, pictures)
+    bounds = None if backend == "truth" else QualityBounds(max_bridged=max_bridged, min_visible=min_visible)
+    plan = make_plan(settings.picture_px, backend, weights, max_clip_s, min_clip_s, speakers, pictures, bounds)
     if dry_run:
         found = estimate([source], plan, workers or 1, sample, price_per_cpu_hour)
         print(found.to_json() if json else found.to_text())

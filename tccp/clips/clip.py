@@ -33,6 +33,8 @@ class Quality:
     speaking_score: float | None = None
     occlusion: float | None = None
     jitter: float | None = None
+    bridged: float | None = None
+    visible: float | None = None
 
 
 @dataclass(frozen=True, eq=False)

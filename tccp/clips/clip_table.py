@@ -57,7 +57,7 @@ __all__ = [
     "write_table",
 ]
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 JPEG_QUALITY = 95
 
 _VERSION_KEY = b"tccp.clip.schema_version"
@@ -97,13 +97,16 @@ SCHEMA = pa.schema(
         ("speaking_score", pa.float32()),  # share of the clip in which voice and mouth movement agree, 0..1
         ("occlusion", pa.float32()),  # 0 free .. 1 mouth covered, the maximum over the clip
         ("jitter", pa.float32()),  # of the detected landmarks, in eye distances
+        ("bridged", pa.float32()),  # share of frames whose landmarks are interpolated, 0..1
+        ("visible", pa.float32()),  # share of the film's picture outside the head box, 0..1, mean over the clip
     ],
     metadata={_VERSION_KEY: str(SCHEMA_VERSION)},
 )
 
 
-_SINCE_2 = {"person", "av_corrected", "speaking_score", "occlusion", "jitter"}
-"""Columns that tables of version 1 lack. They are read as null."""
+_SINCE = {2: {"person", "av_corrected", "speaking_score", "occlusion", "jitter"}, 3: {"bridged", "visible"}}
+"""Columns that tables of older versions lack. They are read as null."""
+_OPTIONAL = set().union(*_SINCE.values())
 
 
 _QUALITY = [field.name for field in fields(Quality)]
@@ -150,7 +153,7 @@ def clip_from_row(table: pa.Table, row: int = 0) -> Clip:
     check_schema(table.schema, "this table")
     values: dict = {}
     for name in SCHEMA.names:
-        if name in _SINCE_2 and name not in table.column_names:
+        if name in _OPTIONAL and name not in table.column_names:
             values[name] = None
             continue
         cell = table.column(name)[row]
@@ -167,28 +170,31 @@ def clip_from_row(table: pa.Table, row: int = 0) -> Clip:
     return Clip(quality=Quality(**{name: values.pop(name) for name in _QUALITY}), **values)
 
 
-_READABLE = (1, SCHEMA_VERSION)
+_READABLE = tuple(range(1, SCHEMA_VERSION + 1))
 
 
 def check_schema(schema: pa.Schema, where: str) -> None:
     """Raises TccpError with the reason if this code cannot read clip tables of this `schema`.
 
-    Tables of version 1 are read with null in the missing columns. The version is in the file's metadata. For a table
-    that lost its metadata (Ray Data blocks), this function checks the columns, and `clip_from_row` checks
+    Tables of older versions are read with null in the missing columns. The version is in the file's metadata. For a
+    table that lost its metadata (Ray Data blocks), this function checks the columns, and `clip_from_row` checks
     `schema_version` of each row.
     """
     version = (schema.metadata or {}).get(_VERSION_KEY)
     if version is not None and version not in [str(number).encode() for number in _READABLE]:
         raise TccpError(_other_version(where, version.decode(errors="replace")))
     missing = [name for name in SCHEMA.names if name not in schema.names]
-    if version == b"1" or set(missing) >= _SINCE_2:
-        missing = [name for name in missing if name not in _SINCE_2]
+    for older in _READABLE:
+        names = set().union(*(_SINCE[newer] for newer in _SINCE if newer > older))
+        if version == str(older).encode() or (version is None and set(missing) >= names):
+            missing = [name for name in missing if name not in names]
+            break
     if missing:
         raise TccpError(f"{where} is not a clip table: it has no column {missing[0]}; make one with `tccp preprocess`")
 
 
 def _other_version(where: str, version: object) -> str:
-    readable = " and ".join(map(str, _READABLE))
+    readable = f"{', '.join(map(str, _READABLE[:-1]))} and {_READABLE[-1]}"
     return f"{where} has clip schema version {version}, this code reads {readable}: preprocess the footage again"
 
 
@@ -366,9 +372,11 @@ class ClipTable:
         """
         if self.folder.exists(INDEX):
             with self.folder.open(INDEX) as file:
-                index = pq.read_table(file, columns=["clip_id", *(name for name in names if name != "clip_id")])
+                index = pq.read_table(file)
             if index.column("clip_id").to_pylist() == self.ids:
-                return {name: index.column(name).to_pylist() for name in names}
+                absent = [None] * len(self.ids)
+                there = set(index.column_names)
+                return {name: index.column(name).to_pylist() if name in there else absent for name in names}
         columns: dict[str, list] = {name: [] for name in names}
         for clip_id in self.ids:
             row = self.rows([clip_id])
@@ -391,5 +399,5 @@ class ClipTable:
 
 def _check_version(schema: pa.Schema, where: str) -> None:
     version = (schema.metadata or {}).get(_VERSION_KEY, b"none")
-    if version != str(SCHEMA_VERSION).encode():
+    if version not in [str(number).encode() for number in _READABLE]:
         raise TccpError(_other_version(where, version.decode(errors="replace")))

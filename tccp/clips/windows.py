@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Float32, UInt8
+from jaxtyping import Bool, Float32, UInt8
 
 from tccp import headbox, landmarks
 from tccp.clips.clip_table import STORED_MARGIN, Clip, clip_from_row, decode_still
@@ -21,19 +21,22 @@ from tccp.errors import TccpError
 from tccp.media import mel as audio
 from tccp.seeds import rng_seed
 
-VIEW_VERSION = 1
+VIEW_VERSION = 2
 """Increased when `view` gives another view of a clip, and no other version in VIEW_VERSIONS says so."""
 VIEW_VERSIONS = {"view": VIEW_VERSION, "drawing": landmarks.DRAWING_VERSION, "mel": audio.MEL_VERSION}
 """Versions of the code that makes a view. Caches of what is computed from views are keyed by them."""
 _INT16_FULL_SCALE = 32768.0
+_FRAME_FIELDS = ("face", "landmark_pictures", "masked_scene", "landmarks", "mask_box", "known", "inside", "mel")
 
 
 @dataclass(frozen=True, eq=False)
 class ClipView:
     """Consecutive frames of a clip in one jittered view; `s` = picture_px, pictures are uint8 RGB.
 
-    landmarks: positions in `face`, 0..1. mask_box: the jittered head box, in pixels of the fitted scene;
-    `masked_scene` is masked there. mel: the networks' audio window of each frame.
+    landmarks: positions in `face`, 0..1. known: whether they were detected, not interpolated over a gap. inside: the
+    part of `face` that is in the film's picture (`headbox.inside_picture`); the rest is filled. mask_box: the jittered
+    head box, in pixels of the fitted scene; `masked_scene` is masked there. mel: the networks' audio window of each
+    frame.
     """
 
     face: UInt8[np.ndarray, "f s s 3"]
@@ -43,6 +46,8 @@ class ClipView:
     mel: Float32[np.ndarray, "f 80 16"]
     identity: UInt8[np.ndarray, "s s 3"]
     mask_box: Float32[np.ndarray, "f 4"]
+    known: Bool[np.ndarray, "f"]
+    inside: Float32[np.ndarray, "f 4"]
 
 
 def view(
@@ -73,10 +78,11 @@ def view(
     fit = headbox.SceneFit(clip.source_width, clip.source_height, size)
     mask_box = fit.boxes(boxes)
     scenes = headbox.mask_scene(np.stack([decode_still(still) for still in clip.scene[frames]]), mask_box)
+    inside = np.stack([headbox.inside_picture(box, clip.source_width, clip.source_height) for box in boxes])
     faces = [
-        headbox.crop(picture, _inside(box, stored, picture.shape[0]), size)
-        for picture, box, stored in zip(
-            map(decode_still, clip.face[frames]), boxes, clip.stored_box[frames], strict=True
+        headbox.mark_outside(headbox.crop(picture, _in_still(box, stored, picture.shape[0]), size, True), within)
+        for picture, box, stored, within in zip(
+            map(decode_still, clip.face[frames]), boxes, clip.stored_box[frames], inside, strict=True
         )
     ]
     points, face, person = _rescale(clip.landmarks[frames], head_boxes, boxes), np.stack(faces), decode_still(identity)
@@ -84,6 +90,7 @@ def view(
         points = (points[:, landmarks.MIRROR] * (-1, 1) + (1, 0)).astype(np.float32)
         face, scenes, person = (np.ascontiguousarray(picture[..., ::-1, :]) for picture in (face, scenes, person))
         mask_box = np.stack([size - mask_box[:, 2], mask_box[:, 1], size - mask_box[:, 0], mask_box[:, 3]], axis=1)
+        inside = np.stack([1 - inside[:, 2], inside[:, 1], 1 - inside[:, 0], inside[:, 3]], axis=1)
     return ClipView(
         face=face,
         landmark_pictures=landmarks.draw(points, size),
@@ -92,6 +99,8 @@ def view(
         mel=_mel(clip, start_frame, stop - start_frame),
         identity=person,
         mask_box=mask_box,
+        known=clip.landmark_confidence[frames] > 0,
+        inside=inside,
     )
 
 
@@ -118,7 +127,9 @@ def jitter_reach(settings: HeadBoxSettings) -> float:
     return 1 + settings.jitter_size + 2 * settings.jitter_center
 
 
-def _inside(box: Float32[np.ndarray, "4"], stored: Float32[np.ndarray, "4"], side_px: int) -> Float32[np.ndarray, "4"]:
+def _in_still(
+    box: Float32[np.ndarray, "4"], stored: Float32[np.ndarray, "4"], side_px: int
+) -> Float32[np.ndarray, "4"]:
     """Converts a box in source pixels to pixels of the still of box `stored`, which is `side_px` wide."""
     origin = np.tile(stored[:2], 2)
     return ((box - origin) * (side_px / (stored[2] - stored[0]))).astype(np.float32)
@@ -154,9 +165,10 @@ def windows(
     """Training windows of a batch of clip rows: every window of every clip, once for each jittered view.
 
     Columns for n windows of f = `window` frames, s = picture_px: face, landmark_pictures, masked_scene uint8
-    (n f s s 3); landmarks float32 (n f 68 2); mask_box float32 (n f 4), in pixels of the scene; mel float32
-    (n f 80 16); identity uint8 (n s s 3); clip_hash int64 (n); start_frame and jitter int32 (n), jitter -1 for None;
-    and lips uint8 (n f l l 3), l = lips.size_px, if the rows have a column `lips`. The shapes are fixed even if n is 0.
+    (n f s s 3); landmarks float32 (n f 68 2); mask_box float32 (n f 4), in pixels of the scene; known bool (n f) and
+    inside float32 (n f 4), as in `ClipView`; mel float32 (n f 80 16); identity uint8 (n s s 3); clip_hash int64 (n);
+    start_frame and jitter int32 (n), jitter -1 for None; and lips uint8 (n f l l 3), l = lips.size_px, if the rows have
+    a column `lips`. The shapes are fixed even if n is 0.
     A pure function, which Ray Data calls with `map_batches(windows, fn_kwargs=..., batch_format="pyarrow")`.
     """
     size = settings.picture_px
@@ -167,6 +179,8 @@ def windows(
         "masked_scene": pictures,
         "landmarks": ((window, 68, 2), np.float32),
         "mask_box": ((window, 4), np.float32),
+        "known": ((window,), np.bool_),
+        "inside": ((window, 4), np.float32),
         "mel": ((window, 80, 16), np.float32),
         "identity": ((size, size, 3), np.uint8),
         "clip_hash": ((), np.int64),
@@ -190,7 +204,7 @@ def windows(
             for start in starts:
                 if lips is not None:
                     columns["lips"].append(lips[start : start + window])
-                for name in ("face", "landmark_pictures", "masked_scene", "landmarks", "mask_box", "mel"):
+                for name in _FRAME_FIELDS:
                     columns[name].append(getattr(whole, name)[start : start + window])
                 columns["identity"].append(whole.identity)
                 columns["clip_hash"].append(clip_hash(clip.clip_id))

@@ -83,6 +83,7 @@ def window_loss(
     conditions: Conditions,
     control_latents: Float[Tensor, "b c2 f h w"] | None,
     initial: Float[Tensor, "b c h w"] | None = None,
+    weight: Float[Tensor, "b f h w"] | None = None,
 ) -> Float[Tensor, " b"]:
     """Mean squared prediction error, one value per window (Eq. 6).
 
@@ -90,6 +91,7 @@ def window_loss(
     t: diffusion time per window, 0..T-1.
     initial: the clean first frame that the window continues (Eq. 8). It gets no noise and time 0, and the loss leaves
         it out. None for windows that start from noise only (the first-frame variants).
+    weight: of each latent in the mean, at least 0; None: all count alike. A window without weight has the loss 0.
     """
     num_frames = latents.shape[2]
     times = t[:, None].expand(-1, num_frames)
@@ -100,4 +102,9 @@ def window_loss(
         noisy = torch.cat([initial.unsqueeze(2), noisy[:, :, 1:]], dim=2)
     predicted = model(noisy, times, conditions, control_latents)
     start = 0 if initial is None else 1
-    return ((predicted[:, :, start:] - target[:, :, start:]) ** 2).mean(dim=(1, 2, 3, 4))
+    error = (predicted[:, :, start:] - target[:, :, start:]) ** 2
+    if weight is None:
+        return error.mean(dim=(1, 2, 3, 4))
+    counted = weight[:, start:]
+    total = counted.sum(dim=(1, 2, 3))
+    return (error.mean(dim=1) * counted).sum(dim=(1, 2, 3)) / torch.where(total > 0, total, 1)

@@ -6,7 +6,18 @@ A box is (x0, y0, x1, y1) in the continuous coordinates of `tccp.landmarks`: pix
 """
 
 from tccp.headbox.boxes import CENTER, SIDE, SIZE_CHANGE, head_boxes, jitter, steady_boxes, steady_size
-from tccp.headbox.crops import LETTERBOX_FILL, SceneFit, crop, from_crop, to_crop
+from tccp.headbox.crops import (
+    LETTERBOX_FILL,
+    LITTLE_VISIBLE,
+    OUTSIDE_FILL,
+    SceneFit,
+    crop,
+    from_crop,
+    inside_picture,
+    mark_outside,
+    to_crop,
+    visible_share,
+)
 from tccp.headbox.masks import MASK_FILL, SURROUND_VERSION, crop_box_from_mask, mask_from_box, mask_scene, surround
 from tccp.headbox.pasting import FEATHER, paste
 
@@ -14,7 +25,9 @@ __all__ = [
     "CENTER",
     "FEATHER",
     "LETTERBOX_FILL",
+    "LITTLE_VISIBLE",
     "MASK_FILL",
+    "OUTSIDE_FILL",
     "SIDE",
     "SIZE_CHANGE",
     "SURROUND_VERSION",
@@ -23,7 +36,9 @@ __all__ = [
     "crop_box_from_mask",
     "from_crop",
     "head_boxes",
+    "inside_picture",
     "jitter",
+    "mark_outside",
     "mask_from_box",
     "mask_scene",
     "paste",
@@ -31,4 +46,5 @@ __all__ = [
     "steady_size",
     "surround",
     "to_crop",
+    "visible_share",
 ]

@@ -9,10 +9,12 @@ import numpy as np
 from jaxtyping import Float, Float32, UInt8
 
 from tccp.errors import TccpError
-from tccp.headbox.masks import touched
+from tccp.headbox.masks import MASK_FILL, touched
 
 LETTERBOX_FILL = 0
 """Value of the bars beside a fitted scene. Black, so that networks can distinguish bars from the mask."""
+OUTSIDE_FILL = MASK_FILL
+"""Value of a crop's pixels beyond the picture's border, where nothing is known. Losses leave them out."""
 
 
 @dataclass(frozen=True)
@@ -85,11 +87,40 @@ def resample(
     return out if oversample == 1 else cv2.resize(out, size, interpolation=cv2.INTER_AREA)
 
 
-def crop(
-    frame: UInt8[np.ndarray, "h w 3"], box: Float[np.ndarray, "4"], size_px: int
-) -> UInt8[np.ndarray, "{size_px} {size_px} 3"]:
-    """The content of the box as a square picture. Beyond the frame's border, its edge pixels are repeated.
+def inside_picture(box: Float[np.ndarray, "4"], width: int, height: int) -> Float32[np.ndarray, "4"]:
+    """The part of a box that lies in a picture of this size: x0 y0 x1 y1 in crop coordinates, each within 0..1.
 
+    0 0 1 1 for a box inside the picture. x0 = x1 or y0 = y1 for a box outside it.
+    """
+    corners = np.array([[0, 0], [width, height]], np.float64)
+    return np.clip(to_crop(corners, box.astype(np.float64)), 0, 1).reshape(4)
+
+
+def mark_outside(picture: UInt8[np.ndarray, "s s 3"], inside: Float32[np.ndarray, "4"]) -> UInt8[np.ndarray, "s s 3"]:
+    """The crop with OUTSIDE_FILL in the pixels whose centres are not in `inside` (`inside_picture`)."""
+    if (inside == (0, 0, 1, 1)).all():
+        return picture
+    centers = (np.arange(len(picture)) + 0.5) / len(picture)
+    columns, rows = ((inside[axis] < centers) & (centers < inside[axis + 2]) for axis in (0, 1))
+    return np.where((rows[:, None] & columns)[..., None], picture, np.uint8(OUTSIDE_FILL))
+
+
+LITTLE_VISIBLE = 0.15
+"""Share of a picture outside the head box below which users are warned: networks see little of the scene."""
+
+
+def visible_share(boxes: Float[np.ndarray, "f 4"], width: int, height: int) -> Float32[np.ndarray, "f"]:
+    """The share of a picture of this size that each head box leaves visible: 1 is all of it, 0 nothing."""
+    sides = np.minimum(boxes[:, 2:], (width, height)) - np.maximum(boxes[:, :2], 0)
+    return (1 - np.maximum(sides, 0).prod(1) / (width * height)).astype(np.float32)
+
+
+def crop(
+    frame: UInt8[np.ndarray, "h w 3"], box: Float[np.ndarray, "4"], size_px: int, repeat_edge: bool = False
+) -> UInt8[np.ndarray, "{size_px} {size_px} 3"]:
+    """The content of the box as a square picture. Pixels beyond the frame's border are OUTSIDE_FILL.
+
+    repeat_edge: repeat the frame's edge there instead, so that the picture can be cropped again up to the border.
     Raises TccpError for a box without area.
     """
     x0, y0, x1, y1 = touched(box)
@@ -100,4 +131,5 @@ def crop(
     origin = (float(box[0]) - left, float(box[1]) - top)
     step = (float(box[2] - box[0]) / size_px, float(box[3] - box[1]) / size_px)
     picture = resample(part, origin, step, (size_px, size_px))
-    return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
+    rounded = np.clip(np.rint(picture), 0, 255).astype(np.uint8)
+    return rounded if repeat_edge else mark_outside(rounded, inside_picture(box, width, height))

@@ -42,6 +42,10 @@ CONDITION_FIELDS: dict[ConditionKind, str] = {"audio": "mel", "identity": "ident
 field of a clip: they come from the lip table."""
 
 
+LOSS_FIELDS = ("known", "inside")
+"""Fields of `ClipView` and columns of training windows that decide which parts of a target count in the loss."""
+
+
 # Which pictures
 
 

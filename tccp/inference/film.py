@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tccp import faces
+import numpy as np
+
+from tccp import faces, headbox
 from tccp.config import Settings, Solver, override
 from tccp.errors import TccpError
 from tccp.inference.components import Components
@@ -175,6 +177,7 @@ def film_frames(components: Components, inputs: FilmInputs, tasks: Tasks) -> Ite
         open_detector=lambda: _detector(request),
     )
     track = _find_head(inputs, tasks)
+    _warn_of_little_context(inputs, track)
     generator = Generator(
         components,
         inputs.audio,
@@ -302,6 +305,20 @@ def _find_head(inputs: FilmInputs, tasks: Tasks) -> HeadTrack:
     if track.cuts is not None:
         return track
     return dataclasses.replace(track, cuts=_cuts(inputs, scene, num_frames, on_frame))
+
+
+def _warn_of_little_context(inputs: FilmInputs, track: HeadTrack) -> None:
+    """Warns if the head boxes cover nearly the whole picture: the networks then see nothing of the scene."""
+    boxes = track.boxes[: inputs.num_frames]
+    boxes = boxes[np.isfinite(boxes).all(1)]
+    if not len(boxes):
+        return
+    visible = float(headbox.visible_share(boxes, inputs.scene.width, inputs.scene.height).mean())
+    if visible < headbox.LITTLE_VISIBLE:
+        inputs.warn(
+            f"{inputs.scene.path}: the head box leaves {visible:.1%} of the picture visible, so the networks see "
+            "little of the scene; use a film that shows more of it"
+        )
 
 
 def _cuts(

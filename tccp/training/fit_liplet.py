@@ -43,13 +43,19 @@ class LipletSamples:
 
 
 def mouths_of(clip: Clip, frames: Sequence[int], size_px: int) -> list[UInt8[np.ndarray, "s s 3"] | None]:
-    """Canonical mouth pictures of a clip's frames; None where landmarks are missing or the head is turned away."""
+    """Canonical mouth pictures of a clip's frames.
+
+    None where landmarks are missing or bridge a gap, the mouth is beyond the picture's border, or the head is turned
+    away.
+    """
     head, stored = clip.head_box, clip.stored_box
     pictures = []
     for frame in frames:
         source_px = head[frame, :2] + clip.landmarks[frame] * (head[frame, 2:] - head[frame, :2])
         in_stored = (source_px - stored[frame, :2]) / (stored[frame, 2:] - stored[frame, :2])
-        known = clip.landmark_confidence[frame] > 0
+        mouth = source_px[48:]
+        in_picture = bool(((mouth >= 0) & (mouth <= (clip.source_width, clip.source_height))).all())
+        known = clip.landmark_confidence[frame] > 0 and in_picture
         pictures.append(mouth_picture(decode_still(clip.face[frame]), in_stored, size_px) if known else None)
     return pictures
 

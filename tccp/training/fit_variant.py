@@ -113,10 +113,11 @@ class WindowLoss(nn.Module):
         conditions: Conditions,
         control: Float[Tensor, "b c2 f h w"],
         initial: Float[Tensor, "b c h w"] | None,
+        weight: Float[Tensor, "b f h w"] | None = None,
     ) -> Float[Tensor, " b"]:
         """`window_loss` in the training precision."""
         with arithmetic(self.precision, latents.device.type):
-            return window_loss(self.network, self.schedule, latents, noise, t, conditions, control, initial)
+            return window_loss(self.network, self.schedule, latents, noise, t, conditions, control, initial, weight)
 
 
 class VariantLoss:
@@ -184,6 +185,7 @@ class VariantLoss:
         conditions = batch.only(self.row.conditions_with(self.settings.lips.source)).conditions
         sampled = self.noise.get(planned, tuple(batch.latents.shape[1:]), following)
         initial = self._initial(batch, sampled, planned).to(self.device) if self.row.continues else None
+        weight = batch.target_weight(self.row.generates)
         return self.forward(
             batch.latents.to(self.device),
             sampled.noise.to(self.device),
@@ -191,6 +193,7 @@ class VariantLoss:
             conditions.drop(sampled.dropped).to(self.device),
             batch.control.to(self.device),
             initial,
+            None if weight is None else weight.to(self.device),
         )
 
     def _initial(

@@ -15,7 +15,7 @@ from typing import Protocol, get_args, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from safetensors.numpy import save
 from torch import Tensor
 
@@ -27,7 +27,14 @@ from tccp.config import Settings
 from tccp.errors import DamagedData
 from tccp.files import Folder
 from tccp.headbox import SURROUND_VERSION
-from tccp.inference.conditioning import CONDITION_FIELDS, control_kinds, picture_of, training_conditions, zero_if_hidden
+from tccp.inference.conditioning import (
+    CONDITION_FIELDS,
+    LOSS_FIELDS,
+    control_kinds,
+    picture_of,
+    training_conditions,
+    zero_if_hidden,
+)
 from tccp.inference.encoding import Encoder
 from tccp.models.autoencoder import PictureAutoencoder, to_model
 from tccp.models.conditions import Conditions
@@ -41,11 +48,16 @@ from tccp.training.window_files import SET_ASIDE, FileKind, LatentFiles, files_n
 
 @dataclass(frozen=True)
 class TrainingBatch:
-    """Windows ready for the loss: normalised latents, control latents and conditions."""
+    """Windows ready for the loss: normalised latents, control latents and conditions.
+
+    known, inside: as in `tccp.clips.windows.ClipView`; None: all frames are known and inside their pictures.
+    """
 
     latents: Float[Tensor, "b c f h w"]
     control: Float[Tensor, "b c2 f h w"]
     conditions: Conditions
+    known: Bool[Tensor, "b f"] | None = None
+    inside: Float[Tensor, "b f 4"] | None = None
 
     def only(self, kinds: Sequence[ConditionKind]) -> TrainingBatch:
         """This batch with only these kinds of conditions."""
@@ -60,11 +72,36 @@ class TrainingBatch:
             for name in get_args(ConditionKind)
             if name not in ONE_PER_WINDOW and (value := getattr(conditions, name)) is not None
         }
-        return TrainingBatch(self.latents[:, :, :1], self.control[:, :, :1], replace(conditions, **first))
+        known, inside = (None if value is None else value[:, :1] for value in (self.known, self.inside))
+        latents, control = self.latents[:, :, :1], self.control[:, :, :1]
+        return TrainingBatch(latents, control, replace(conditions, **first), known, inside)
+
+    def target_weight(self, generates: PictureKind) -> Float[Tensor, "b f h w"] | None:
+        """The weight of each latent of the target in the loss, 0..1; None if all of them count fully.
+
+        Frames whose landmarks are interpolated over a gap do not count: their landmarks were not seen, and a face with
+        other landmarks teaches the wrong relation. Of a face, only the part inside the film's picture counts.
+        """
+        height, width = self.latents.shape[-2:]
+        weight = torch.ones(self.latents.shape[0], self.latents.shape[2], height, width)
+        if self.known is not None:
+            weight = weight * self.known[..., None, None]
+        if self.inside is not None and generates == "face":
+            columns = _covered(self.inside[..., 0::2], width)[..., None, :]
+            weight = weight * columns * _covered(self.inside[..., 1::2], height)[..., :, None]
+        return None if bool((weight == 1).all()) else weight
 
     def __getitem__(self, rows: Sequence[int]) -> TrainingBatch:
         selected = {name: None if value is None else value[rows] for name, value in vars(self.conditions).items()}
-        return TrainingBatch(self.latents[rows], self.control[rows], Conditions(**selected))
+        known, inside = (None if value is None else value[rows] for value in (self.known, self.inside))
+        return TrainingBatch(self.latents[rows], self.control[rows], Conditions(**selected), known, inside)
+
+
+def _covered(span: Float[Tensor, "b f 2"], cells: int) -> Float[Tensor, "b f cells"]:
+    """The share of each of `cells` equal parts of 0..1 that lies between the two numbers."""
+    edges = span.clamp(0, 1)[..., None] * cells
+    first = torch.arange(cells)
+    return (edges[..., 1, :].minimum(first + 1) - edges[..., 0, :].maximum(first)).clamp(0, 1)
 
 
 @runtime_checkable
@@ -95,7 +132,8 @@ class Unplanned(Protocol):
 def encode_clip(
     clip: Clip, settings: Settings, jitter: int, seed: int, autoencoder: PictureAutoencoder, kinds: Iterable[FileKind]
 ) -> dict[FileKind, dict[str, np.ndarray]]:
-    """Encodes one jittered view of a clip: latents `f c h w` in half precision, mel `f 80 16`, identity `s s 3`.
+    """Encodes one jittered view of a clip: latents `f c h w` in half precision, and the inputs: mel `f 80 16`, identity
+    `s s 3`, LOSS_FIELDS.
 
     kinds: the files to compute.
     """
@@ -105,7 +143,7 @@ def encode_clip(
     for kind in kinds:
         if kind == "inputs":
             names = [field for condition, field in CONDITION_FIELDS.items() if condition != "lips"]
-            files[kind] = {name: np.ascontiguousarray(fields[name]) for name in names}
+            files[kind] = {name: np.ascontiguousarray(fields[name]) for name in (*names, *LOSS_FIELDS)}
             continue
         latents = encoder.encode(picture_of(kind, fields), kind).half().cpu().numpy()
         files[kind] = {"latents": np.ascontiguousarray(latents)}  # C order: safetensors writes the memory unchanged
@@ -121,7 +159,8 @@ def to_batch(columns: Mapping[str, np.ndarray]) -> TrainingBatch:
     conditions = {name: _tensor(columns[name]) for name in get_args(ConditionKind) if name in columns}
     conditions = {name: to_model(value) if value.dtype == torch.uint8 else value for name, value in conditions.items()}
     latents, control = (_tensor(columns[name]).float().transpose(1, 2).contiguous() for name in ("latents", "control"))
-    return TrainingBatch(latents, control, Conditions(**conditions))
+    known, inside = (_tensor(columns[name]) for name in LOSS_FIELDS)
+    return TrainingBatch(latents, control, Conditions(**conditions), known, inside)
 
 
 def encode_columns(

@@ -22,7 +22,14 @@ from tccp.clips.windows import mirrored, view
 from tccp.config import Settings, TrainingSettings, VariantName
 from tccp.errors import DamagedData
 from tccp.files import Folder, retried
-from tccp.inference.conditioning import CONDITION_FIELDS, control_kinds, picture_of, training_pictures, zero_if_hidden
+from tccp.inference.conditioning import (
+    CONDITION_FIELDS,
+    LOSS_FIELDS,
+    control_kinds,
+    picture_of,
+    training_pictures,
+    zero_if_hidden,
+)
 from tccp.models.variants import ONE_PER_WINDOW, VARIANTS, ConditionKind, PictureKind, Variant
 from tccp.seeds import rng_seed
 from tccp.training.set_aside import read_or_other
@@ -33,7 +40,7 @@ FRAMES_PER_CLIP = 4
 """Frames that a step takes from each clip, so that it decodes fewer clips for the same number of pictures."""
 
 FileKind = Literal["inputs", "face", "landmark", "scene", "surround"]
-"""The latent cache has one file per clip, jittered view and kind: `inputs` (mel and identity), and latents."""
+"""The latent cache has one file per clip, jittered view and kind: `inputs` (conditions, LOSS_FIELDS), and latents."""
 
 
 def files_needed(names: Iterable[str], settings: Settings) -> tuple[FileKind, ...]:
@@ -129,7 +136,7 @@ class LatentFiles(_WindowFiles):
     def window(
         self, planned: PlannedWindow, row: Variant, num_frames: int, kinds: Sequence[ConditionKind]
     ) -> dict[str, np.ndarray]:
-        """A window: latents float16 `f c h w`, control float16 `f c2 h w`, and conditions as stored.
+        """A window: latents float16 `f c h w`, control float16 `f c2 h w`, conditions and LOSS_FIELDS as stored.
 
         Raises DamagedData if a file is damaged or missing, as it is for clips that could not be encoded.
         """
@@ -145,6 +152,7 @@ class LatentFiles(_WindowFiles):
             "control": np.concatenate(control, axis=1),
         }
         with self._open(clip_id, jitter, "inputs") as file:
+            parts |= {name: np.asarray(file.get_slice(name)[frames]) for name in LOSS_FIELDS}
             for kind in (kind for kind in kinds if kind != "lips"):
                 values = file.get_slice(CONDITION_FIELDS[kind])
                 parts[kind] = values[:] if kind in ONE_PER_WINDOW else values[frames]
@@ -196,6 +204,7 @@ class PictureFiles(_WindowFiles):
         jitter = self._jitter(planned)
         cut = view(self.clips[clip_id], self.settings, jitter, self.settings.seed, start, num_frames)
         parts = training_pictures(row, self.settings, vars(cut))
+        parts |= {name: getattr(cut, name) for name in LOSS_FIELDS}
         for kind in (kind for kind in kinds if kind != "lips"):
             parts[kind] = getattr(cut, CONDITION_FIELDS[kind])
         if "lips" in kinds:

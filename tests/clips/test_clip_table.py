@@ -122,7 +122,7 @@ def test_tables_of_another_version_or_kind_are_refused(tmp_path: Path) -> None:
     twice = tmp_path / "twice.parquet"
     write_table([make_clip(), make_clip()], twice)
     for name, message in (
-        ("newer", "schema version 99, this code reads 1 and 2: preprocess"),
+        ("newer", "schema version 99, this code reads 1, 2 and 3: preprocess"),
         ("part", "no column audio"),
         ("grouped", "one row per row group"),
         ("text", "not a readable clip table"),
@@ -188,8 +188,30 @@ def test_stored_boxes_share_the_head_boxes_centre():
     np.testing.assert_allclose(stored[:, 2] - stored[:, 0], 40 * clips.STORED_MARGIN)
 
 
+@pytest.mark.parametrize("keeps_metadata", [True, False])
+def test_version_2_tables_are_read_with_missing_columns_as_null(tmp_path: Path, keeps_metadata: bool) -> None:
+    """A folder with an index, and rows that lost the file's metadata."""
+    table = clips_to_table([make_clip(0)]).drop_columns(["bridged", "visible"])
+    versions = pa.array([2], pa.int32())
+    table = table.set_column(table.column_names.index("schema_version"), "schema_version", versions)
+    old = table.replace_schema_metadata({b"tccp.clip.schema_version": b"2"} if keeps_metadata else None)
+    clip = clip_from_row(old)
+    assert (clip.quality.visible, clip.quality.bridged, clip.quality.blur) == (None, None, 0.25)
+    with pytest.raises(TccpError, match="no column jitter"):
+        clip_from_row(old.drop_columns(["jitter"]))
+    if not keeps_metadata:
+        return
+    pq.write_table(old, tmp_path / "part.parquet", row_group_size=1)
+    names = [name for name in clips.INDEX_SCHEMA.names if name in old.column_names]
+    index = old.select(names).append_column("part", pa.array(["part.parquet"])).append_column("row", pa.array([0]))
+    pq.write_table(index, tmp_path / clips.INDEX)
+    with ClipTable(tmp_path) as opened:
+        assert opened.values(["visible", "blur"]) == {"visible": [None], "blur": [0.25]}
+        assert opened[clip.clip_id].quality == clip.quality
+
+
 def test_version_1_tables_are_read_with_missing_columns_as_null(tmp_path: Path) -> None:
-    new = ("person", "av_corrected", "speaking_score", "occlusion", "jitter")
+    new = ("person", "av_corrected", "speaking_score", "occlusion", "jitter", "bridged", "visible")
     table = clips_to_table([make_clip(0)]).drop_columns(list(new))
     versions = pa.array([1], pa.int32())
     table = table.set_column(table.column_names.index("schema_version"), "schema_version", versions)

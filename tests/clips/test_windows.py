@@ -177,6 +177,30 @@ def test_mel_at_the_ends_of_a_clip_matches_the_whole_film():
         np.testing.assert_allclose(view(clip, TOY, 0, 0).mel, whole[first : first + length], atol=1e-4)
 
 
+def test_view_marks_what_is_bridged_and_what_lies_beyond_the_picture():
+    """The head is cut by the picture's left border: that part of the face is filled, also in mirrored views."""
+    clip = dotted_clip(num_frames=4)
+    shift = np.array([-110, 0, -110, 0], np.float32)
+    confidence = np.array([1, 0, 0, 0.4], np.float32)
+    clip = dataclasses.replace(
+        clip, head_box=clip.head_box + shift, stored_box=clip.stored_box + shift, landmark_confidence=confidence
+    )
+    plain = view(clip, TOY, None, 0)
+    assert plain.known.tolist() == [True, False, False, True]
+    np.testing.assert_allclose(plain.inside, [[(30 - i) / 96, 0, 1, 1] for i in range(4)], atol=1e-6)
+    whole = view(CLIP, TOY, None, 0, num_frames=4)
+    columns = np.arange(SIZE) + 0.5
+    for i in range(4):
+        beyond = columns < (30 - i) / 96 * SIZE
+        assert (plain.face[i][:, beyond] == headbox.OUTSIDE_FILL).all()
+        np.testing.assert_array_equal(plain.face[i][:, ~beyond], whole.face[i][:, ~beyond])
+    assert (whole.inside == (0, 0, 1, 1)).all()
+    mirroring = override(toy(), {"headbox.mirror": True})
+    mirrored, not_mirrored = view(clip, mirroring, 1, 0), view(clip, TOY, 1, 0)
+    np.testing.assert_array_equal(mirrored.face, not_mirrored.face[:, :, ::-1])
+    np.testing.assert_allclose(mirrored.inside[:, 2], 1 - not_mirrored.inside[:, 0], atol=1e-6)
+
+
 def test_views_with_mismatched_settings_are_refused():
     with pytest.raises(TccpError, match="picture_px=64, these settings have 128: preprocess again"):
         view(CLIP, TOY.model_copy(update={"picture_px": 128}), 0, 0)
@@ -197,7 +221,7 @@ def test_windows_are_slices_of_views_with_fixed_shapes():
     assert columns["face"].shape == (12, 8, SIZE, SIZE, 3) and columns["identity"].shape == (12, SIZE, SIZE, 3)
     assert columns["mel"].shape == (12, 8, 80, 16) and columns["landmarks"].shape == (12, 8, 68, 2)
     seen = view(dotted_clip(1, 16), TOY, 2, 5, start_frame=8, num_frames=8)
-    for name in ("face", "landmark_pictures", "masked_scene", "landmarks", "mel"):
+    for name in ("face", "landmark_pictures", "masked_scene", "landmarks", "mel", "known", "inside"):
         np.testing.assert_array_equal(columns[name][-1], getattr(seen, name))
     assert len(set(columns["clip_hash"].tolist())) == 2
     none = windows(batch.slice(0, 0), TOY, window=8, stride=7)

@@ -78,6 +78,35 @@ def test_loss_does_not_depend_on_the_output_for_the_first_frame(first_frame_chan
     assert seen["t"].tolist() == [[0, 10, 10, 10], [0, 700, 700, 700]]
 
 
+def test_loss_leaves_out_what_has_no_weight():
+    """Equal to the plain mean over the latents of weight 1, whatever the others are; 0 if there are none."""
+    settings = tiny()
+    model = MVControlNet.from_settings(settings, "face_sequence").eval()
+    schedule = NoiseSchedule.from_settings(settings.diffusion)
+    latents, _, conditions, control = inputs(settings, VARIANTS["face_sequence"])
+    noise, t, initial = torch.randn_like(latents), torch.tensor([10, 700]), torch.randn_like(latents[:, :, 0])
+    weight = torch.ones(2, *latents.shape[2:])
+    weight[0, 2] = 0
+    weight[0, 3, :, :2] = 0
+    weight[1] = 0
+    shape = latents[:, :, 1:].shape
+    seen = {}
+
+    def hook(module, args, output):
+        seen["error"] = (output - schedule.target(latents, noise, t[:, None].expand(-1, latents.shape[2]))) ** 2
+
+    handle = model.register_forward_hook(hook)
+    with torch.no_grad():
+        found = window_loss(model, schedule, latents, noise, t, conditions, control, initial, weight)
+        plain = window_loss(model, schedule, latents, noise, t, conditions, control, initial)
+        ones = window_loss(model, schedule, latents, noise, t, conditions, control, initial, torch.ones_like(weight))
+    handle.remove()
+    counted = (weight[:, None].expand(latents.shape) == 1)[:, :, 1:].expand(shape)
+    torch.testing.assert_close(found[0], seen["error"][:, :, 1:][0][counted[0]].mean())
+    assert found[1] == 0
+    torch.testing.assert_close(ones, plain)
+
+
 def test_loss_counts_every_frame_without_an_initial_frame():
     settings = tiny()
     model = MVControlNet.from_settings(settings, "landmark_first").eval()

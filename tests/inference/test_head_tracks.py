@@ -172,6 +172,14 @@ def test_cuts_are_detected_if_only_a_box_is_given(film: Path, weights: Path, sho
     assert not np.array_equal(found[6].picture, no_cut[6].picture)
 
 
+def test_little_context_gives_a_warning_with_the_share(film: Path, weights: Path, short_sound: Path, tmp_path: Path):
+    result, _ = generated(film, weights, tmp_path / "a.mp4", audio=short_sound, box="2,-20,126,104", steps=1)
+    (warning,) = result.warnings
+    assert "the head box leaves 3.1% of the picture visible" in warning and str(film) in warning
+    result, _ = generated(film, weights, tmp_path / "b.mp4", audio=short_sound, box="40,20,80,60", steps=1)
+    assert not result.warnings
+
+
 # Detectors
 
 

@@ -230,6 +230,25 @@ def test_uncorrected_av_offset_is_drawn_beside_the_cursor(measured: ClipTable, t
     assert not near(before, np.array([255, 120, 60])).any()
 
 
+def test_bridged_frames_are_marked(table: ClipTable, tmp_path: Path) -> None:
+    """In the frame itself and, along the sound, where they are."""
+    clip = next(iter(table))
+    confidence = np.ones(clip.num_frames, np.float32)
+    confidence[6:12] = 0
+    write_table([dataclasses.replace(clip, landmark_confidence=confidence)], tmp_path / "clips.parquet")
+    with ClipTable(tmp_path) as opened:
+        preview(opened, clip.clip_id, tmp_path / "clip.mp4")
+    orange = np.array([255, 120, 60])
+    frames = list(media.read_frames(tmp_path / "clip.mp4"))
+    top = inspecting._CAPTION_PX
+    face = np.s_[top : top + PANEL_PX, 2 * PANEL_PX : 3 * PANEL_PX]
+    detected = [near(frame[face], np.array([80, 255, 120])).sum() for frame in frames]
+    assert min(detected[:6] + detected[12:]) > 100 and max(detected[6:12]) == 0
+    row = near(strip_of(tmp_path / "clip.mp4", 0)[-3], orange)
+    found = np.flatnonzero(row) / len(row) * clip.num_frames
+    assert found.min() == pytest.approx(6, abs=0.2) and found.max() == pytest.approx(12, abs=0.2)
+
+
 def test_av_offset_caption() -> None:
     quality = Quality(0.5, 80.0, 0.5, 0.0)
     caption = inspecting._offset_text

@@ -329,8 +329,8 @@ def test_every_reason_code_has_an_explanation() -> None:
     listed = re.sub(r"\s+", " ", str(MediaError.__doc__)).split("tccp.media uses")[1].replace(" and ", " ")
     ascending_rank = [
         *("before_video", "after_audio", "no_face", "not_speaking", "several_speak", "other_person", "too_turned"),
-        *("too_small", "jittery", "occluded", "too_dark", "too_bright", "too_blurred", "too_short", "no_identity"),
-        "identity",
+        *("too_small", "jittery", "occluded", "bridged", "no_context", "too_dark", "too_bright", "too_blurred"),
+        *("too_short", "no_identity", "identity"),
     ]
     assert ascending_rank == FRAME_REASONS  # a frame with several reasons is counted under the last of them
     codes = {*re.findall(r"\w+", listed), *FRAME_REASONS, "bad_audio", "duplicate", "unsafe", "too_long_to_decode"}

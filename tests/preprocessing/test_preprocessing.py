@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from preprocessing.analysis.cut import cut_clips
 from preprocessing.analysis.face_tracks import find_tracks, part_of
 from preprocessing.analysis.identity import Sighting
-from preprocessing.analysis.quality import QualityBounds
+from preprocessing.analysis.quality import QualityBounds, bridged_share, with_few_bridged
 from preprocessing.analysis.select import Networks, select
 from preprocessing.graph import clip_rows
 from preprocessing.plan import Plan, make_plan
@@ -225,6 +225,73 @@ def test_cut_ends_every_track_and_two_people_get_two_tracks() -> None:
     assert find_tracks(a_reel(some_faces([510, 511, 512]))) == []  # three frames are a false detection
 
 
+@given(st.lists(st.booleans(), max_size=60), st.floats(0, 1))
+def test_parts_with_few_bridged_frames(bridged: list[bool], bound: float) -> None:
+    """Each part keeps the bound, only bridged frames are left out, and nothing is if the whole keeps the bound."""
+    confidence = (~np.array(bridged, bool)).astype(np.float32)
+    parts = with_few_bridged(confidence, bound)
+    kept = np.zeros(len(bridged), bool)
+    for first, stop in parts:
+        assert first < stop and bridged_share(confidence[first:stop]) <= bound
+        kept[first:stop] = True
+    assert all(one[1] < other[0] for one, other in itertools.pairwise(parts))
+    assert kept[confidence > 0].all()
+    if len(bridged) and np.mean(bridged) <= bound:
+        assert parts == [(0, len(bridged))]
+    assert with_few_bridged(confidence, None) == ([(0, len(bridged))] if bridged else [])
+
+
+def selected_from(landmarks: np.ndarray, seen: np.ndarray, width: int, height: int, **bounds: Any) -> list[Span]:
+    """What `select` gives for a film of one person whose face is detected in the frames `seen`."""
+    frames = np.flatnonzero(seen).astype(np.int32)
+    points = landmarks[frames].astype(np.float32)
+    box = np.concatenate([points.min(1), points.max(1)], 1)
+    faces = Faces(frames, box, points, np.ones(len(frames), np.float32), {})
+    span = Span("film.mp4", "film.mp4", "ab", width, height, 0, len(seen))
+    sound = FilmSound(np.zeros(len(seen) * SAMPLES_PER_FRAME, np.int16), 0)
+    reel = Reel(span, 0, (0, len(seen)), sound, faces=faces)
+    plan = Plan(TOY.picture_px, "mediapipe", "key", speakers="main", bounds=QualityBounds(**bounds))
+    return select(reel, plan, Networks(plan)).spans
+
+
+def test_share_of_bridged_frames_is_bounded_and_counted() -> None:
+    """In the second half of the film, 12 of 16 frames bridge gaps: without a bound, that half of the clips is guessed.
+
+    The long gaps are left out; what is between them is too short for a clip.
+    """
+    points = roundtable.synthesise(3, 8.0).landmarks_px
+    seen = np.ones(200, bool)
+    for start in range(100, 196, 16):
+        seen[start : start + 12] = False
+    free = [span for span in selected_from(points, seen, 256, 192, max_bridged=None) if span.reason is None]
+    assert max(bridged_share(span.confidence) for span in free if span.confidence is not None) > 0.7
+    spans = selected_from(points, seen, 256, 192)
+    clips = [span for span in spans if span.reason is None]
+    assert covered(spans) == list(range(200))
+    assert sum(span.num_frames for span in clips) >= 96
+    for clip in clips:
+        assert clip.confidence is not None and bridged_share(clip.confidence) <= 0.25
+    left_out = {span.reason for span in spans if span.reason is not None}
+    assert "bridged" in left_out and left_out <= {"bridged", "too_short", "identity"}
+    some = [span for span in selected_from(points, seen, 256, 192, max_bridged=0.0) if span.reason is None]
+    assert some and all(np.all(span.confidence > 0) for span in some if span.confidence is not None)
+
+
+def test_films_in_which_the_head_covers_the_picture_are_left_out() -> None:
+    clip = roundtable.synthesise(3, 4.0)
+    box = clip.head_box
+    low = box[:, :2].min(0)
+    points, seen = clip.landmarks_px - low, np.ones(len(box), bool)
+    width, height = (int(size) for size in (box[:, 2:].max(0) - low))
+    close = selected_from(points, seen, width, height)
+    assert {span.reason for span in close} == {"no_context"}
+    assert close[0].message is not None and "covers nearly the whole picture" in close[0].message
+    kept = selected_from(points, seen, width, height, min_visible=None)
+    assert {span.reason for span in kept} == {None}
+    wide = selected_from(clip.landmarks_px, seen, 256, 192)
+    assert {span.reason for span in wide} == {None}
+
+
 # Cutting, identity
 
 
@@ -306,6 +373,9 @@ def test_rows_match_the_film_frames_audio_and_truth(table: ClipTable, footage: P
         part = slice(clip.start_frame, clip.start_frame + clip.num_frames)
         frames = list(media.read_frames(path, clip.start_frame, clip.num_frames))
         np.testing.assert_array_equal(clip.head_box, truth.head_box[part])
+        masks = [headbox.mask_from_box(box, clip.source_height, clip.source_width) for box in clip.head_box]
+        assert clip.quality.visible == pytest.approx(1 - np.mean(masks), abs=1e-6)
+        assert clip.quality.bridged == 0
         fit = headbox.SceneFit(clip.source_width, clip.source_height, TOY.picture_px)
         seen = view(clip, TOY, None, 0)
         for i in (0, 17, clip.num_frames - 1):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 import trainings
 
 from tccp.clips.clip_table import ClipTable
+from tccp.clips.order import PlannedWindow
 from tccp.clips.windows import windows
 from tccp.config import load_settings, override
 from tccp.errors import TccpError
@@ -22,7 +24,8 @@ from tccp.files import Folder
 from tccp.inference.conditioning import training_conditions
 from tccp.models.autoencoder import PictureAutoencoder
 from tccp.models.variants import VARIANTS
-from tccp.training.latent_cache import LatentCache, encode_columns, to_batch
+from tccp.training.fit_variant import VariantLoss, new_network
+from tccp.training.latent_cache import LatentCache, TrainingBatch, encode_columns, to_batch
 from tccp.training.launcher import ingest
 from tccp.training.launcher.film_order import RECORD, FilmOrder
 from tccp.training.launcher.ingest import PictureReader, WindowReader
@@ -99,6 +102,51 @@ def test_latents_encoded_in_the_step_equal_those_encoded_ahead(cache: LatentCach
             assert found[key].dtype == values.dtype
             np.testing.assert_allclose(found[key].astype(float), values.astype(float), rtol=0, atol=4e-3, err_msg=key)
         assert to_batch(found).latents.shape == to_batch(expected).latents.shape
+
+
+@pytest.mark.parametrize("name", ["face_sequence", "landmark_sequence"])
+def test_bridged_frames_and_what_lies_beyond_the_picture_do_not_count_in_the_loss(
+    cache: LatentCache, name: Any
+) -> None:
+    """The loss of a real batch does not change with the targets there, and changes with the others."""
+    row = VARIANTS[name]
+    losses = VariantLoss(new_network(name, SETTINGS).eval(), name, SETTINGS, cache)
+    planned = training_order(cache.lengths, name, SETTINGS).step(0, 2)
+    batch = cache.batch(planned, row, row.num_frames(SETTINGS.window))
+    assert batch.target_weight(row.generates) is None  # nothing is bridged, and no box leaves the picture
+    assert batch.known is not None and batch.inside is not None
+    known, inside = batch.known.clone(), batch.inside.clone()
+    known[0, 1], inside[1, :, 0] = False, 0.5
+    marked = dataclasses.replace(batch, known=known, inside=inside)
+    weight = marked.target_weight(row.generates)
+    assert weight is not None
+    half = batch.latents.shape[-1] // 2
+    assert (weight[0, 1] == 0).all() and (weight[0, [0, 2]] == 1).all()
+    assert (weight[1, :, :, :half] == (0 if row.generates == "face" else 1)).all()
+    assert (weight[1, :, :, half:] == 1).all()
+    ones = dataclasses.replace(batch, known=None, inside=None)
+    assert torch.equal(losses.loss(planned, ones), losses.loss(planned, batch))
+
+    def target(change: torch.Tensor) -> torch.Tensor:
+        return _error_with(losses, planned, marked, change)
+
+    nothing = torch.zeros_like(batch.latents)
+    unseen, seen = nothing.clone(), nothing.clone()
+    unseen[(weight == 0)[:, None].expand_as(unseen)] = 5
+    seen[:, :, -1, :, -1] = 5
+    assert torch.equal(target(nothing), target(unseen))
+    assert (target(nothing) != target(seen)).all()
+
+
+def _error_with(
+    losses: VariantLoss, planned: Sequence[PlannedWindow], batch: TrainingBatch, change: torch.Tensor
+) -> torch.Tensor:
+    """The loss if the network's output is changed by so much."""
+    handle = losses.module.network.register_forward_hook(lambda module, args, output: output + change)
+    with torch.no_grad():
+        found = losses.loss(planned, batch)
+    handle.remove()
+    return found
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])

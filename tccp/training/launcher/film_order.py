@@ -20,7 +20,7 @@ from tccp.clips.order import shuffled
 from tccp.config import Settings, VariantName
 from tccp.errors import TccpError
 from tccp.files import Folder
-from tccp.inference.conditioning import CONDITION_FIELDS, training_conditions, training_pictures
+from tccp.inference.conditioning import CONDITION_FIELDS, LOSS_FIELDS, training_conditions, training_pictures
 from tccp.models.variants import VARIANTS
 
 SHUFFLE_WINDOWS = 512
@@ -107,6 +107,7 @@ class FilmOrder:
             "start": np.array([row["start_frame"] for row in rows], np.int32),
             "epoch": np.array([epoch for epoch, _ in share], np.int32),
         }
+        columns |= {name: np.stack([row[name] for row in rows]) for name in LOSS_FIELDS}
         for kind in self.kinds:
             columns[kind] = np.stack([row[CONDITION_FIELDS[kind]] for row in rows])
         return columns
