@@ -2,7 +2,10 @@
 
 A person *talks* in a frame if there is a voice and their mouth moves. Where several people talk at once, the voice is
 assigned to the mouth whose movement matches the sound (`preprocessing.analysis.voice_activity.articulation`), or, if
-that is not clear, to no person. The result is a list of stretches: sentences with their pauses, not single frames.
+that is not clear, to no person. A person who talks alone is the speaker, unless the movement of their mouth does not
+match the sound over several seconds: then the voice belongs to someone who is not seen (off screen, or in profile,
+which detectors of frontal faces miss). The result is a list of stretches: sentences with their pauses, not single
+frames.
 """
 
 from __future__ import annotations
@@ -56,6 +59,17 @@ _BLOCK = 5  # frames that are decided together
 # falls with the square root of time.
 _SYNC_NOISE_S = 3.0
 SYNC_MARGIN, SYNC_FLOOR = 0.5, 0.3
+# A mouth does not belong to the voice if the sum falls short of HEARD_SYNC by more than HEARD_NOISE, the latter over
+# 3 s. In real people, the lowest 5 % of the sums with the own sound were 0.1 over 3 s, 0.25 over 5 s and 0.35 over
+# 10 s; of the sums with other sound, half were below 0.1, nine tenths below 0.5, 0.4 and 0.3. Pauses are included: the
+# mouth rests in them.
+HEARD_SYNC, HEARD_NOISE = 0.5, 0.35
+_LEAST_HEARD = 2 * FPS
+_HEARD_WINDOW = 10 * FPS  # frames around each decision
+_HEARD_SLOW_FRAMES = 25.0  # in place of _SLOW_FRAMES
+_HEARD_SMOOTH = FPS  # frames to either side over which decisions are averaged
+_FILM_LAGS = range(-8, 9)  # frames by which the sound of the whole film may be late
+_FILM_LAG_MARGIN = 0.45  # by which the match must be better than without that offset, over 3 s
 _WEAK_SHARE = 0.35  # of the other mouth's motion: a listener's smile
 _SHORT_DOUBT_FRAMES = 15
 
@@ -120,7 +134,8 @@ def speaking_stretches(
     `articulation`, mouth movement is compared with `voice`, which decides little. scores: Light-ASD's scores, one per
     frame, by track number; for other tracks the landmarks decide whether the mouth moves. choose: a point in pixels;
     the person whose face covers it is the speaker, even when silent. A track without landmarks and scores counts as
-    talking wherever there is a voice.
+    talking wherever there is a voice. A person without scores who talks alone for two seconds or more is the speaker
+    only where their mouth follows `articulation`.
     """
     if not tracks:
         return []
@@ -162,13 +177,15 @@ class _Scene:
         self.voice[first_frame - self.origin :][: len(voice)] = voice >= VOICE
         features = np.repeat(voice[:, None], 2, 1) if articulation is None else articulation
         self.sound_features = np.full((length, 2), np.nan)
-        self.sound_features[first_frame - self.origin :][: len(voice)] = _without_slow_changes(
-            smooth_over_time(features.astype(np.float64), 1.0)
-        )
+        self.slow_sound = np.full((length, 2), np.nan)  # with slower changes, like `slow_mouth`
+        smoothed, part = smooth_over_time(features.astype(np.float64), 1.0), slice(first_frame - self.origin, None)
+        self.sound_features[part][: len(voice)] = _without_slow_changes(smoothed)
+        self.slow_sound[part][: len(voice)] = _without_slow_changes(smoothed, _HEARD_SLOW_FRAMES)
         self.present = np.zeros((len(tracks), length), bool)
         self.talks = np.zeros((len(tracks), length), bool)
         self.motion = np.full((len(tracks), length), np.nan)
         self.mouth = np.full((len(tracks), length, 2), np.nan)
+        self.slow_mouth = np.full((len(tracks), length, 2), np.nan)
         for row, track in enumerate(tracks):
             part = slice(track.start_frame - self.origin, track.stop_frame - self.origin)
             self.present[row, part] = True
@@ -177,11 +194,15 @@ class _Scene:
             moves = np.ones(track.num_frames, bool)
             if known.any():
                 self.mouth[row, part] = _without_slow_changes(_mouth(points))
+                self.slow_mouth[row, part] = _without_slow_changes(_mouth(points), _HEARD_SLOW_FRAMES)
                 self.motion[row, part] = mouth_motion(track.landmarks)
                 moves = self.motion[row, part] >= MOVES
             if track.number in scores:
                 moves = hysteresis(_mean_around(scores[track.number].astype(np.float64), 2), ASD_STOPS, ASD_TALKS)
             self.talks[row, part] = moves & self.voice[part]
+        self.judged = np.array(
+            [articulation is not None and track.number not in (scores or {}) for track in tracks], bool
+        )
         self.unclear = np.zeros_like(self.talks)
         self.speaker = self._speakers()
 
@@ -194,6 +215,7 @@ class _Scene:
         """
         count: Int64[np.ndarray, " f"] = self.talks.sum(0)
         speaker = np.where(count == 1, self.talks.argmax(0), -1)
+        speaker[self._unheard(speaker)] = -1
         for first, stop in true_runs(count > 1):
             for start in range(first, stop, _BLOCK):
                 block = slice(start, min(start + _BLOCK, stop))
@@ -209,6 +231,52 @@ class _Scene:
             if stop - first <= _SHORT_DOUBT_FRAMES and len(before) and len(after) and before[-1] == after[0]:
                 speaker[first:stop], self.unclear[:, first:stop] = before[-1], False
         return speaker
+
+    def _unheard(self, alone: Int64[np.ndarray, " f"]) -> Bool[np.ndarray, " f"]:
+        """The frames in which the person who talks alone is not the one who is heard.
+
+        alone: the row of the person who talks alone in each frame, -1 for none.
+        """
+        unheard = np.zeros(len(alone), bool)
+        usable = np.isfinite(self.slow_mouth).all(2) & np.isfinite(self.slow_sound).all(1)
+        own = {int(row): np.flatnonzero((alone == row) & usable[row]) for row in np.flatnonzero(self.judged)}
+        own = {row: frames for row, frames in own.items() if len(frames) >= _LEAST_HEARD}
+        if not own:
+            return unheard
+        others = self.talks.sum(0) - self.talks > 0
+        # The frames around, with pauses, in which no other person on screen talks.
+        free = {row: np.flatnonzero(usable[row] & ~others[row]) for row in own}
+        lag = self._film_lag(own)
+        for row, frames in own.items():
+            fits = np.ones(len(frames))
+            for first in range(0, len(frames), _BLOCK):
+                low = int(np.searchsorted(free[row], frames[first])) - _HEARD_WINDOW // 2
+                low = max(min(low, len(free[row]) - _HEARD_WINDOW), 0)
+                around = free[row][low : low + _HEARD_WINDOW]
+                if len(around) >= _LEAST_HEARD:
+                    least = HEARD_SYNC - HEARD_NOISE * np.sqrt(_SYNC_NOISE_S * FPS / len(around))
+                    fits[first : first + _BLOCK] = self._slow_sync(row, around, lag) >= least
+            unheard[frames[_mean_around(fits, _HEARD_SMOOTH) < 0.5]] = True
+        return unheard
+
+    def _slow_sync(self, row: int, window: Int64[np.ndarray, " w"], lag: int) -> float:
+        lags = range(lag + _SYNC_LAGS.start, lag + _SYNC_LAGS.stop)
+        return _best_match(self.slow_mouth[row], self.slow_sound, window, lags)
+
+    def _film_lag(self, own: Mapping[int, Int64[np.ndarray, " _"]]) -> int:
+        """The frames by which the film's sound is late, judged by all people who talk alone; 0 unless it is clear."""
+        total = sum(map(len, own.values()))
+        matches = {
+            lag: sum(
+                _best_match(self.slow_mouth[row], self.slow_sound, frames, range(lag, lag + 1)) * len(frames)
+                for row, frames in own.items()
+            )
+            / total
+            for lag in _FILM_LAGS
+        }
+        best = max(matches, key=lambda lag: (matches[lag], -abs(lag)))
+        near = max(matches[lag] for lag in _SYNC_LAGS)
+        return best if matches[best] >= near + _FILM_LAG_MARGIN * np.sqrt(_SYNC_NOISE_S * FPS / total) else 0
 
     def _winner(self, rivals: Int64[np.ndarray, " k"], frame: int) -> int | None:
         """The row whose mouth matches the sound around a frame; None if that is not clear."""
@@ -228,14 +296,7 @@ class _Scene:
         return int(rivals[strongest]) if others_weak and strongest == best else None
 
     def _sync(self, row: int, window: Int64[np.ndarray, " w"]) -> float:
-        """How well a mouth follows the sound: the correlations of opening and width, added, at the best lag."""
-        best = -2.0
-        for lag in _SYNC_LAGS:
-            sound = self.sound_features[np.clip(window + lag, 0, len(self.sound_features) - 1)]
-            sound = np.where(np.isfinite(sound), sound, 0)
-            both = [correlation(self.mouth[row, window, i], sound[:, i]) for i in (0, 1)]
-            best = max(best, float(np.nansum(both)))
-        return best
+        return _best_match(self.mouth[row], self.sound_features, window, _SYNC_LAGS)
 
     # ---- from frames to stretches
 
@@ -352,6 +413,19 @@ class _Scene:
         return cores
 
 
+def _best_match(
+    mouth: Float64[np.ndarray, "f 2"], sound: Float64[np.ndarray, "f 2"], window: Int64[np.ndarray, " w"], lags: range
+) -> float:
+    """How well a mouth follows the sound: the correlations of opening and width, added, at the best lag."""
+    best = -2.0
+    for lag in lags:
+        heard = sound[np.clip(window + lag, 0, len(sound) - 1)]
+        heard = np.where(np.isfinite(heard), heard, 0)
+        both = [correlation(mouth[window, i], heard[:, i]) for i in (0, 1)]
+        best = max(best, float(np.nansum(both)))
+    return best
+
+
 # ---- mouths
 
 
@@ -401,5 +475,7 @@ def _mean_around(values: Float64[np.ndarray, " f"], reach: int) -> Float64[np.nd
     return np.where(number > 0, (total[high] - total[low]) / np.maximum(number, 1), np.nan)
 
 
-def _without_slow_changes(series: Float64[np.ndarray, "f 2"]) -> Float64[np.ndarray, "f 2"]:
-    return series - smooth_over_time(series, _SLOW_FRAMES)
+def _without_slow_changes(
+    series: Float64[np.ndarray, "f 2"], slow_frames: float = _SLOW_FRAMES
+) -> Float64[np.ndarray, "f 2"]:
+    return series - smooth_over_time(series, slow_frames)

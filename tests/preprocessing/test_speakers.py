@@ -346,6 +346,35 @@ def test_roundtable_talkers_are_kept_and_bystanders_and_decoys_are_not():
     assert clear >= 0.85 * scenes  # the rest are undecided
 
 
+def _kept_alone(landmarks: np.ndarray, samples: np.ndarray) -> np.ndarray:
+    """For each frame, whether the voice is given to the only visible person. Landmarks have a detector's noise."""
+    noise = np.random.default_rng(0).normal(0, 0.3, landmarks.shape)
+    sound, frames = FilmSound(_pcm(samples), 0), len(landmarks)
+    track = _track(0, (landmarks + noise).astype(np.float32))
+    voice, heard = voice_activity(sound, 0, frames), articulation(sound, 0, frames)
+    stretches = speaking_stretches([track], voice, 0, articulation=heard)
+    _check_cover([track], stretches)
+    kept = np.zeros(frames, bool)
+    for first, stop in _kept(stretches, 0):
+        kept[first:stop] = True
+    return kept
+
+
+def test_voice_of_a_hidden_talker_belongs_to_nobody():
+    """A person who moves the mouth is seen, another is heard. Without the comparison, all frames are the visible's."""
+    one, other = (synthesise(seed, 12.0, width=640, height=480) for seed in (1, 2))
+    assert min(_kept_alone(clip.landmarks_px, clip.audio).mean() for clip in (one, other)) > 0.98
+    late = _kept_alone(one.landmarks_px, np.roll(one.audio, 5 * SAMPLES_PER_FRAME))
+    assert late.mean() > 0.95  # also if the film's sound is late
+    voices = [np.roll(clip.audio, seconds * 16000) for clip in (one, other) for seconds in (3, 5, 7, 9)]
+    hidden = [_kept_alone(clip.landmarks_px, voice).mean() for clip in (one, other) for voice in voices]
+    assert np.mean(hidden) < 0.25 and np.median(hidden) == 0
+    # The visible person speaks for twelve seconds, then someone off screen while the mouth goes on moving.
+    shown, heard = np.concatenate([one.landmarks_px, other.landmarks_px]), np.concatenate([one.audio, voices[1]])
+    kept, half = _kept_alone(shown, heard), one.num_frames
+    assert kept[: half - 2 * FPS].mean() > 0.95 and kept[half + 4 * FPS :].mean() < 0.1
+
+
 # ---- voice
 
 
