@@ -134,8 +134,8 @@ def speaking_stretches(
     `articulation`, mouth movement is compared with `voice`, which decides little. scores: Light-ASD's scores, one per
     frame, by track number; for other tracks the landmarks decide whether the mouth moves. choose: a point in pixels;
     the person whose face covers it is the speaker, even when silent. A track without landmarks and scores counts as
-    talking wherever there is a voice. A person without scores who talks alone for two seconds or more is the speaker
-    only where their mouth follows `articulation`.
+    talking wherever there is a voice. A person who talks alone for two seconds or more is the speaker only where
+    their mouth follows `articulation`: Light-ASD scores a moving mouth as high with another person's sound.
     """
     if not tracks:
         return []
@@ -200,9 +200,7 @@ class _Scene:
             if track.number in scores:
                 moves = hysteresis(_mean_around(scores[track.number].astype(np.float64), 2), ASD_STOPS, ASD_TALKS)
             self.talks[row, part] = moves & self.voice[part]
-        self.judged = np.array(
-            [articulation is not None and track.number not in (scores or {}) for track in tracks], bool
-        )
+        self.compares = articulation is not None
         self.unclear = np.zeros_like(self.talks)
         self.speaker = self._speakers()
 
@@ -239,9 +237,9 @@ class _Scene:
         """
         unheard = np.zeros(len(alone), bool)
         usable = np.isfinite(self.slow_mouth).all(2) & np.isfinite(self.slow_sound).all(1)
-        own = {int(row): np.flatnonzero((alone == row) & usable[row]) for row in np.flatnonzero(self.judged)}
+        own = {row: np.flatnonzero((alone == row) & usable[row]) for row in range(len(self.tracks))}
         own = {row: frames for row, frames in own.items() if len(frames) >= _LEAST_HEARD}
-        if not own:
+        if not own or not self.compares:
             return unheard
         others = self.talks.sum(0) - self.talks > 0
         # The frames around, with pauses, in which no other person on screen talks.
