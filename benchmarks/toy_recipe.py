@@ -21,7 +21,8 @@ from tccp.config import Settings, VariantName, override
 from tccp.evaluation.benchmark_clips import EvaluationClip, clip_seeds, make_clip
 from tccp.evaluation.validation import validate_network, with_network
 from tccp.files import atomic_path
-from tccp.inference.pipeline_folder import load_network, read_settings
+from tccp.inference.manifest import read_settings
+from tccp.inference.pipeline_folder import load_network
 from tccp.models.variants import FIRST_OF
 from tccp.training.fit_variant import train_variant
 from tccp.training.recipe import Trainer

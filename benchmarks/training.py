@@ -187,7 +187,8 @@ def prepare(arguments: argparse.Namespace, place: Path) -> None:
     from preprocessing.run import preprocess
     from tccp.clips.clip_table import INDEX
     from tccp.config import load_settings
-    from tccp.inference.pipeline_folder import MANIFEST, write_untrained
+    from tccp.inference.manifest import MANIFEST
+    from tccp.inference.pipeline_folder import write_untrained
     from tccp.roundtable import write_clips
 
     settings = load_settings(arguments.preset, overrides(arguments))

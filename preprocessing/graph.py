@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from preprocessing.frame_progress import FrameProgress
 from preprocessing.lip_step import AddLips, LipWork, RenderLips
 from preprocessing.plan import Plan
 from preprocessing.steps import ClipRows, CutClips, FindReels, Look, OnFrame, Work
@@ -30,9 +31,16 @@ from tccp.files import Folder, check_shared
 # In this process
 
 
-def in_this_process(listing: pa.Table, work: Work, on_frame: OnFrame = lambda: None) -> Iterator[dict[str, Any]]:
-    """Rows of RESULT_SCHEMA, one reel after the other, without Ray."""
-    yield from _chained(listing, work, CutClips, on_frame, lambda table: table.to_pylist())
+def in_this_process(listing: pa.Table, work: Work, frames: FrameProgress | None = None) -> Iterator[dict[str, Any]]:
+    """Rows of RESULT_SCHEMA, one reel after the other, without Ray. frames: is told of every reel and frame."""
+    on_frame = (lambda: None) if frames is None else frames.on_frame
+    on_reel = (lambda reel: None) if frames is None else (lambda reel: _begin(frames, reel))
+    yield from _chained(listing, work, CutClips, on_frame, lambda table: table.to_pylist(), on_reel)
+
+
+def _begin(frames: FrameProgress, reel: pa.Table) -> None:
+    order, num_frames, share = (reel.column(name)[0].as_py() for name in ("order", "num_frames", "share"))
+    frames.begin(order, num_frames, share)
 
 
 def clip_rows(listing: pa.Table, plan: Plan) -> Iterator[pa.Table]:
@@ -41,12 +49,18 @@ def clip_rows(listing: pa.Table, plan: Plan) -> Iterator[pa.Table]:
 
 
 def _chained(
-    listing: pa.Table, work: Work, last: type[CutClips], on_frame: OnFrame, out: Callable[[pa.Table], list]
+    listing: pa.Table,
+    work: Work,
+    last: type[CutClips],
+    on_frame: OnFrame,
+    out: Callable[[pa.Table], list],
+    on_reel: Callable[[pa.Table], object] = lambda reel: None,
 ) -> Iterator[Any]:
     find, look, cut = FindReels(work), Look(work, on_frame), last(work, on_frame)
     try:
         for row in range(listing.num_rows):
             for reel in find(listing.slice(row, 1)):
+                on_reel(reel)
                 for looked in look(reel):
                     for done in cut(looked):
                         yield from out(done)

@@ -11,6 +11,7 @@ import base64
 import io
 import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -191,7 +192,8 @@ def remove_stale(folder: Folder, plan: Plan, used: set[str]) -> None:
 
     If a process reads the folder, or it is at a URL, where that cannot be known, they stay. The log names them.
     """
-    stale = [f"clips/{key}" for key in folder.subfolders("clips") - {plan.part_key}]
+    keys = filter(re.compile("[0-9a-f]{16}").fullmatch, folder.subfolders("clips"))  # others are the user's
+    stale = [f"clips/{key}" for key in keys if key != plan.part_key]
     own = (f"clips/{plan.part_key}/{name}" for name in folder.names(f"clips/{plan.part_key}"))
     remove_unread(folder, [*stale, *(name for name in own if name not in used)])
 

@@ -137,6 +137,7 @@ def make_plan(
     Raises TccpError for impossible clip lengths, for an unknown backend, and if the backend's weights are missing.
     """
     clip_frames(min_clip_s, max_clip_s)
+    person_key = _hash(*[_content(path) for path in person_pictures]) if person_pictures else ""
     found: dict[str, Path] = {}
     if backend == "truth":
         key, bounds = "truth", bounds or NO_BOUNDS
@@ -165,7 +166,7 @@ def make_plan(
         weight_hashes=hashes,
         speakers=speakers,
         person_pictures=person_pictures,
-        person_key=_hash(*[_content(path) for path in person_pictures]) if person_pictures else "",
+        person_key=person_key,
         max_clip_s=float(max_clip_s),
         min_clip_s=float(min_clip_s),
         bounds=bounds or QualityBounds(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import posixpath
 import shutil
 import tempfile
 import time
@@ -16,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 
 from preprocessing import parts
+from preprocessing.frame_progress import FrameProgress
 from preprocessing.graph import in_this_process, on_ray_data, render_lips
 from preprocessing.lip_step import LipWork, remove_stale_lips
 from preprocessing.plan import Plan
@@ -24,17 +26,23 @@ from preprocessing.report.estimate import Estimate, SampleResult, SourceSize, ch
 from preprocessing.report.page import write_page
 from preprocessing.report.record import ReportBuilder, RunReport, SourceReport, StepTime
 from preprocessing.report.summary import Summary
+from preprocessing.sources.finding import MANIFEST_SUFFIXES
 from preprocessing.sources.listing import list_sources
 from preprocessing.steps import Work, result_record
+from tccp.clips.clip_table import INDEX
+from tccp.clips.lip_table import LIPS
 from tccp.cluster import ray_cluster, worker_errors
 from tccp.config import FPS
 from tccp.errors import TccpError
-from tccp.files import Folder, is_url, storage_retries
+from tccp.files import Folder, bare, check_outputs, check_writable_folder, is_url, storage_retries
 from tccp.progress import progress
+from tccp.roundtable.film_files import TRUTH_SUFFIX
 
 _WITH_FACES = {*FRAME_REASONS} - {"before_video", "after_audio", "no_face"}
 """Reasons for leaving out frames in which there is a face."""
 REPORT, PAGE = "report.json", "report.html"
+_OUTPUTS = (INDEX, REPORT, PAGE, "clips", "work", LIPS)
+"""Everything that a run writes or removes in its output folder."""
 
 
 class NoClipError(TccpError):
@@ -72,10 +80,32 @@ def preprocess(
         raise TccpError(f"workers {workers}: give at least 1")
     listing = list_sources(sources)
     folder = Folder(out if is_url(out) else Path(out).absolute())
+    _check_outputs(folder, sources, listing, plan, lips)
     with _no_empty_folder(folder):
         on_ray = on_ray or (workers or 1) > 1
         with _ray(workers) if on_ray else nullcontext():
             return _run(listing, folder, plan, workers, on_ray, lips)
+
+
+def _check_outputs(
+    folder: Folder, sources: Sequence[str | Path], listing: pa.Table, plan: Plan, lips: LipWork | None
+) -> None:
+    """Raises TccpError if the run would overwrite or remove a file that it reads, or cannot write to the folder."""
+    films: list[str] = listing.column("path").to_pylist()
+    truths = [posixpath.splitext(film)[0] + TRUTH_SUFFIX for film in films] if plan.backend == "truth" else []
+    check_outputs(
+        {"OUT": [folder.path(name) for name in _OUTPUTS]},
+        {
+            "SOURCE": [source for source in sources if bare(str(source)).lower().endswith(MANIFEST_SUFFIXES)],
+            "the film": films,
+            "the truth file": truths,
+            "--person": [*plan.person_pictures, *filter(None, listing.column("person_picture").to_pylist())],
+            "--weights": plan.weights.values(),
+            "--lips": None if lips is None else lips.weights,
+        },
+    )
+    if folder.local is not None:
+        check_writable_folder("OUT", folder.local)
 
 
 def _ray(workers: int | None) -> AbstractContextManager[None]:
@@ -99,21 +129,23 @@ def dry_run(
     measured = []
     chosen = choose_sample(films, sample)
     with progress() as bar, tempfile.TemporaryDirectory(prefix="tccp-dry-run-") as folder:
-        task = bar.add_task("measuring films", total=len(chosen))
+        sizes = {rows[film.source][0]: film.file_bytes or 0 for film in chosen}
+        frames = FrameProgress(bar, "measuring frames", sizes)
         for film in chosen:
             number, row = rows[film.source]
             out = Path(folder) / str(number)
-            measured.append(_measured(film.source, row["bytes"], listing.slice(number, 1), Work(plan, str(out))))
+            work = Work(plan, str(out))
+            measured.append(_measured(film.source, row["bytes"], listing.slice(number, 1), work, frames))
             shutil.rmtree(out, ignore_errors=True)
-            bar.advance(task)
     return estimate(measured, films, workers, price_per_cpu_hour)
 
 
-def _measured(source: str, file_bytes: int, row: pa.Table, work: Work) -> SampleResult:
+def _measured(source: str, file_bytes: int, row: pa.Table, work: Work, reported: FrameProgress) -> SampleResult:
     wall, before = time.monotonic(), os.times()
     cpu_s: dict[str, float] = {}
     frames = frames_in_clips = 0
-    for result in in_this_process(row, work):
+    for result in in_this_process(row, work, reported):
+        reported.end(result)
         for name, seconds in json.loads(result["times_s"]).items():
             cpu_s[name] = cpu_s.get(name, 0.0) + seconds
         record, _ = result_record(Folder(work.out or ""), result)
@@ -140,16 +172,14 @@ def _run(
     clock, retries = time.monotonic(), storage_retries()
     work = Work(plan, str(folder))
     builder, entries = ReportBuilder(), []
-    sizes = [max(size, 1) / 1e6 for size in listing.column("bytes").to_pylist()]
     with progress() as bar, worker_errors():
-        task = bar.add_task("preprocessing, MB of film", total=round(sum(sizes), 3))
-        results = on_ray_data(listing, work, workers) if on_ray else in_this_process(listing, work)
+        frames = FrameProgress(bar, "preprocessing frames", dict(enumerate(listing.column("bytes").to_pylist())))
+        results = on_ray_data(listing, work, workers) if on_ray else in_this_process(listing, work, frames)
         for row in results:
             entries.append(row)
             for name, seconds in json.loads(row["times_s"]).items():
                 builder.add(StepTime(name, seconds, 1, row["frames"]))
-            bar.update(task, advance=sizes[row["order"]] * row["share"])
-        bar.update(task, completed=round(sum(sizes), 3))
+            frames.end(row)
     entries.sort(key=lambda row: (row["order"], row["start_frame"]))
     table = Summary(folder, listing.column("source").to_pylist(), entries, builder)
     table.check()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_format
 import os
 import shlex
 import sys
@@ -32,9 +31,10 @@ from tccp.cli.options import (
 )
 from tccp.config import FPS, DeepSpeedSettings, Settings, VariantName, storage_root
 from tccp.errors import TccpError
-from tccp.files import Folder, is_url
+from tccp.files import Folder, check_outputs, is_url
 from tccp.models.variants import FIRST_OF, VARIANTS, variant
 from tccp.progress import progress
+from tccp.strict_json import parse_json
 
 Stage = Literal["autoencoder", "stage1", "stage2"]
 DEFAULT: dict[Stage, tuple[str, ...]] = {
@@ -119,7 +119,7 @@ def train(
         mlflow: address of an MLflow server, or none (default: a database in the storage, on one machine).
         register: name to register the pipeline under in MLflow at the end, with the alias `newest`.
     """
-    from tccp.inference.pipeline_folder import TOY_WEIGHTS
+    from tccp.inference.manifest import TOY_WEIGHTS
     from tccp.training.launcher.launch import launch
     from tccp.training.launcher.request import Request
 
@@ -128,6 +128,18 @@ def train(
     settings = settings_of(preset, set, max_steps)
     given_storage = storage or os.environ.get("TCCP_STORAGE")
     root = Folder(given_storage if given_storage and is_url(given_storage) else storage_root(given_storage).absolute())
+    run_name = name or f"{stage}-{preset}"
+    check_outputs(
+        {"--name": root.path(f"runs/{run_name}")},
+        {
+            "--data": data,
+            "--stream": stream,
+            "--autoencoder": autoencoder,
+            "--control-from": control_from,
+            "--lip-weights": lip_weights,
+            "--deepspeed": deepspeed,
+        },
+    )
     sources = {"stage1": stage1, "autoencoder": autoencoder}
     pretrained = None
     if autoencoder is not None and (Path(autoencoder) / "config.json").is_file():
@@ -141,7 +153,7 @@ def train(
         table=None if stream else partial(_roundtable, settings, root) if data is None else lambda: data,
         films=_films(stream, backend, settings) if stream else None,
         storage=root,
-        name=name or f"{stage}-{preset}",
+        name=run_name,
         resume=resume,
         workers=workers,
         device=device,
@@ -176,7 +188,7 @@ def validate(job: Any, step: int, network: Any, folder: Path) -> dict[str, float
     """Implements `tccp.training.launcher.rank.Validate`. Other processes than the one that validates also load this
     module, so the imports are local."""
     from tccp.evaluation.validation import validate_network, validation_clips, with_network
-    from tccp.inference.pipeline_folder import has_component
+    from tccp.inference.manifest import has_component
 
     with job.pipeline.as_local() as folder_here:
         if job.component in FIRST_OF and not has_component(folder_here, FIRST_OF[job.component]):
@@ -189,7 +201,7 @@ def _parallel(zero_stage: int | None, offload: str, config: Path | None) -> Deep
     values: dict[str, Any] = {"zero_stage": zero_stage, "offload": offload}
     if config is not None:
         try:
-            values["config"] = json_format.loads(config.read_text())
+            values["config"] = parse_json(config.read_bytes())
         except (OSError, ValueError) as error:
             raise TccpError(f"--deepspeed {config}: {error}; give a JSON file of DeepSpeed settings") from None
     try:

@@ -22,7 +22,7 @@ import trainings
 
 import tccp
 from tccp.files import Folder
-from tccp.inference.pipeline_folder import MANIFEST, read_manifest
+from tccp.inference.manifest import MANIFEST, read_manifest
 from tccp.models.variants import TWO_STAGE
 from tccp.roundtable import identity_path
 

@@ -149,7 +149,14 @@ def test_general_override_applies_to_variants_without_their_own_override(items: 
     [
         ("tiny", [], ["'tiny'", "paper", "toy"]),
         ("toy", ["training.max_step=5"], ["'training.max_step'", "did you mean training.max_steps?"]),
-        ("toy", ["zzz=5"], ["'zzz'", "known keys are", "training.max_steps"]),
+        ("toy", ["zzz=5"], ["'zzz'", "tccp/config/settings.py lists all settings"]),
+        ("toy", ["max_steps=5"], ["'max_steps'; did you mean autoencoder.max_steps or training.max_steps?"]),
+        ("toy", ["lips.steps=5"], ["'lips.steps'; did you mean"]),
+        ("toy", ["temperature=1"], ["did you mean sampling.temperature?"]),
+        ("toy", ["training.learning_rate=1e400"], ["training.learning_rate", "finite"]),
+        ("toy", ["seed=" + "[" * 100_000], ["seed", "integer"]),
+        ("toy", ["picture_px=" + "9" * 300], ["picture_px", "4096"]),
+        ("toy", ["training.max_steps=1" + "0" * 30], ["training.max_steps", "1000000000"]),
         ("toy", ["training.max_steps.more=5"], ["'training.max_steps.more'"]),
         ("toy", ["training.max_steps"], ["'training.max_steps'", "key=value"]),
         ("toy", ["training.max_steps=0"], ["training.max_steps", "greater than 0", "given: 0"]),
@@ -248,7 +255,7 @@ def test_git_commit_reports_the_commit_and_local_changes(tmp_path: Path, monkeyp
     package.mkdir()
     source = Path(config.__file__).parent
     shutil.copytree(source, package / "config", ignore=shutil.ignore_patterns("__pycache__"))
-    for module in ("__init__.py", "errors.py"):
+    for module in ("__init__.py", "errors.py", "strict_json.py"):
         shutil.copy(source.parent / module, package)
     print_commit = [sys.executable, "-c", "import tccp.config; print(tccp.config.git_commit())"]
     assert output_of(print_commit, tmp_path) == "unknown"

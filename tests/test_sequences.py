@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tccp.progress import duration_text
 from tccp.sequences import correlation, true_runs
 
 
@@ -64,3 +65,9 @@ def test_correlation_is_undefined_without_variation_or_samples() -> None:
     assert correlation(rising, rising.astype(np.float32)) == pytest.approx(1)
     assert math.isnan(correlation(rising, np.ones(5))) and math.isnan(correlation(np.zeros(5), rising))
     assert math.isnan(correlation(rising[:2], rising[:2])) and math.isnan(correlation(rising[:0], rising[:0]))
+
+
+def test_durations_are_given_in_the_unit_that_people_would_use() -> None:
+    texts = {0: "0 s", 0.004: "0.004 s", 3.14: "3.1 s", 15: "15 s", 119: "119 s", 120: "2 min", 255: "4.2 min"}
+    texts |= {7100: "118 min", 7200: "2 h", 12_345: "3.4 h", 3e6: "833 h"}
+    assert {seconds: duration_text(seconds) for seconds in texts} == texts

@@ -16,8 +16,8 @@ import numpy as np
 from tccp.config import override, toy
 from tccp.inference.film import FilmRequest, FilmResult
 from tccp.inference.frames import GeneratedFrame
+from tccp.inference.manifest import MANIFEST
 from tccp.inference.pipeline import Pipeline, generate_film
-from tccp.inference.pipeline_folder import MANIFEST
 from tccp.media import VideoWriter, read_frames
 from tccp.roundtable import identity_path
 

@@ -14,9 +14,10 @@ from preprocessing.reasons import set_aside
 from preprocessing.spans import Span
 from tccp.config import FPS
 from tccp.errors import TccpError
+from tccp.faces import MIN_STRETCH_FRAMES
 
 _RESERVED_FRAMES = 4  # kept out of the clip for its identity picture, where a span is too short for two clips
-MIN_CLIP_S = 0.64
+MIN_CLIP_S = MIN_STRETCH_FRAMES / FPS
 
 
 def cut_clips(

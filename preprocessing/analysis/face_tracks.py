@@ -9,14 +9,8 @@ import numpy as np
 from jaxtyping import Float32
 
 from preprocessing.reels import Faces, Reel, Track
-from tccp.config import FPS
-from tccp.faces import Face, link
+from tccp.faces import MAX_BRIDGED_FRAMES, MIN_SEEN_FRAMES, Face, link
 from tccp.sequences import true_runs
-
-MAX_BRIDGED_FRAMES = FPS // 2
-"""Longest gap without a face that is bridged, just under half a second; longer gaps end the track."""
-MIN_TRACK_FRAMES = 5
-"""Shorter tracks are mostly false detections, and too short for a clip in any case."""
 
 
 def find_tracks(reel: Reel) -> list[Track]:
@@ -34,7 +28,7 @@ def find_tracks(reel: Reel) -> list[Track]:
             seen[[reel.faces.frame[i] - start for i in person]] = True
             for first, end in true_runs(seen, MAX_BRIDGED_FRAMES):
                 indices = [i for i in person if first <= reel.faces.frame[i] - start < end]
-                if len(indices) >= MIN_TRACK_FRAMES:
+                if len(indices) >= MIN_SEEN_FRAMES:
                     found.append(_track(reel.faces, indices, shot))
         for track in sorted(found, key=lambda track: (track.start_frame, -track.num_frames, track.box[0].tolist())):
             tracks.append(numbered(track, len(tracks)))

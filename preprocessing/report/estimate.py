@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ from jaxtyping import Float64
 from scipy.special import ndtri, stdtrit
 
 from tccp.errors import TccpError
+from tccp.progress import duration_text
 
 COVERAGE = 0.8
 """Share of samples whose range contains the true value, if all films vary like those of the sample."""
@@ -75,23 +76,27 @@ class Estimate:
 
     def to_text(self) -> str:
         """A table for the terminal, with notes below it."""
-        rows = [
-            ("film in, hours", self.film_h, 1.0),
-            ("clips out, hours", self.clip_h, 1.0),
-            ("storage, GB", self.storage_bytes, 1e9),
-            ("CPU hours", self.cpu_h, 1.0),
-            *((f"  {step}", hours, 1.0) for step, hours in self.cpu_h_by_step.items()),
-            (f"wall-clock hours, {self.workers} worker{'s' * (self.workers != 1)}", self.wall_h, 1.0),
+        rows: list[tuple[str, Range, Callable[[float], str]]] = [
+            ("film in", self.film_h, _hours),
+            ("clips out", self.clip_h, _hours),
+            ("storage, GB", self.storage_bytes, lambda value: _figure(value / 1e9)),
+            ("CPU time", self.cpu_h, _hours),
+            *((f"  {step}", hours, _hours) for step, hours in self.cpu_h_by_step.items()),
+            (f"wall-clock time, {self.workers} worker{'s' * (self.workers != 1)}", self.wall_h, _hours),
         ]
         if self.cost is not None:
-            rows.append(("cost", self.cost, 1.0))
+            rows.append(("cost", self.cost, _figure))
         width = max(len(name) for name, _, _ in rows)
         lines = [f"{'':{width}}  {'estimate':>10}  {f'{self.coverage:.0%} range':>23}"]
-        for name, value, unit in rows:
-            low, high = (None if bound is None else bound / unit for bound in (value.low, value.high))
-            between = "unknown" if low is None or high is None else f"{_figure(low)} to {_figure(high)}"
-            lines.append(f"{name:{width}}  {_figure(value.estimate / unit):>10}  {between:>23}")
+        for name, value, text in rows:
+            known = value.low is not None and value.high is not None
+            between = f"{text(value.low)} to {text(value.high)}" if known else "unknown"  # type: ignore[arg-type]
+            lines.append(f"{name:{width}}  {text(value.estimate):>10}  {between:>23}")
         return "\n".join([*lines, *self.notes])
+
+
+def _hours(value: float) -> str:
+    return duration_text(value * 3600)
 
 
 def _figure(value: float) -> str:

@@ -20,9 +20,10 @@ from tccp.clips.clip_table import SCHEMA, Clip, ClipTable, Quality, decode_still
 from tccp.clips.windows import clip_sound, view
 from tccp.config import FPS, HeadBoxSettings, Settings, toy
 from tccp.errors import TccpError
-from tccp.files import atomic_path
+from tccp.files import atomic_path, check_outputs, check_writable
 from tccp.media import VideoWriter
 from tccp.media import mel as audio
+from tccp.progress import duration_text
 
 PANEL_PX = 320
 _TILE_PX, _TILE_TEXT_PX, _TILE_COLUMNS = 256, 76, 2
@@ -87,7 +88,7 @@ def statistics_text(figures: dict[str, Any]) -> str:
     sizes = figures["source_sizes"]
     shown = ", ".join(sizes[:6]) + (f" and {len(sizes) - 6} more" if len(sizes) > 6 else "")
     lines = [
-        f"{clips:,} clips, {figures['hours']:.3g} hours, from {figures['sources']:,} sources",
+        f"{clips:,} clips, {duration_text(figures['hours'] * 3600)}, from {figures['sources']:,} sources",
         f"schema version {versions}; {figures['av_corrected']:,} clips with their a/v offset corrected",
         f"pictures of {pictures} px; films of {shown}",
         "",
@@ -138,6 +139,7 @@ def sheet(table: ClipTable, out: str | Path, count: int = 24) -> int:
         raise TccpError(f"a sheet of {count} clips: give 1 to {_MAX_SHEET_CLIPS}")
     if not len(table):
         raise TccpError("the table has no clips: preprocess more footage")
+    _check_out(table, out)
     rows_shown = sorted(set(np.linspace(0, len(table) - 1, min(count, len(table))).round().astype(int).tolist()))
     tiles = [_tile(table[table.ids[row]]) for row in rows_shown]
     columns = min(_TILE_COLUMNS, len(tiles))
@@ -148,6 +150,11 @@ def sheet(table: ClipTable, out: str | Path, count: int = 24) -> int:
     with atomic_path(Path(out)) as temporary:
         temporary.write_bytes(data.tobytes())
     return len(rows_shown)
+
+
+def _check_out(table: ClipTable, out: str | Path) -> None:
+    check_outputs({"--out": out}, {"TABLE": table.places})
+    check_writable("--out", Path(out))
 
 
 def _tile(clip: Clip) -> Picture:
@@ -177,6 +184,7 @@ def preview(table: ClipTable, clip_id: str, out: str | Path) -> Clip:
     an a/v offset was measured and not corrected, a dashed line marks the sound that belongs to the picture. Raises
     TccpError as `find_clip`, or if the file cannot be written.
     """
+    _check_out(table, out)
     clip = table[find_clip(table, clip_id)]
     width = 4 * PANEL_PX
     strip = _sound_strip(clip, width)

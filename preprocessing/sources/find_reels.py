@@ -53,9 +53,18 @@ def _reels(source: Span, order: int, plan: Plan, decoder: Decoder, path: Path) -
         for first, stop in reel_edges(info.num_frames, plan.reel_s, info.seeks):
             low = max(first - SOUND_MARGIN_FRAMES, 0)
             samples = sound.samples[low * SAMPLES_PER_FRAME : (stop + SOUND_MARGIN_FRAMES) * SAMPLES_PER_FRAME]
-            span = replace(source.cut(first, stop), warnings=(*info.notes, *sound.warnings))
+            warnings = (*info.notes, *sound.warnings, *_about_speaker(source))
+            span = replace(source.cut(first, stop), warnings=warnings)
             share = (stop - first) / max(info.num_frames, 1)
             yield Reel(span, order, usable, FilmSound(to_pcm(samples), low), share=share)
+
+
+def _about_speaker(source: Span) -> list[str]:
+    """A warning if the manifest's point on the speaker is outside the picture, where no face is."""
+    x, y, width, height = source.speaker_x, source.speaker_y, source.width or 0, source.height or 0
+    if x is None or y is None or (x < width and y < height):
+        return []
+    return [f"the manifest's speaker point {x:g}, {y:g} is outside the picture of {width}x{height} pixels"]
 
 
 def reel_edges(num_frames: int, reel_s: float, seeks: bool) -> list[tuple[int, int]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import json
 import math
 import os
 import posixpath
@@ -20,6 +19,7 @@ import pyarrow as pa
 
 from tccp.errors import TccpError
 from tccp.files import bare, is_http, is_url, local_path, open_filesystem, redacted, retried
+from tccp.strict_json import parse_json
 
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ts", ".webm")
 """Files in a folder with these endings are sources; a file that is given itself may have any name."""
@@ -272,7 +272,7 @@ def _json_rows(title: str, data: bytes) -> _Rows:
         if not line.strip():
             continue
         try:
-            row = json.loads(line.decode("utf-8-sig"))
+            row = parse_json(line.decode("utf-8-sig"))
         except ValueError as error:
             raise TccpError(f"{title}, line {i}: is not valid JSON: {str(error).splitlines()[0]}") from None
         if not isinstance(row, dict):

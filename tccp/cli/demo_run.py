@@ -24,11 +24,11 @@ from tccp.config import FPS, Settings, git_commit, load_settings, settings_to_js
 from tccp.errors import TccpError
 from tccp.evaluation.benchmark_clips import true_points as true_points_of
 from tccp.evaluation.figures import correlation, psnr
-from tccp.files import atomic_path
+from tccp.files import atomic_path, check_outputs, check_writable, check_writable_folder
 from tccp.inference.film import FilmRequest, FilmResult
 from tccp.inference.frames import GeneratedFrame
+from tccp.inference.manifest import TOY_WEIGHTS, pipeline_files, read_settings
 from tccp.inference.pipeline import generate_film
-from tccp.inference.pipeline_folder import TOY_WEIGHTS, read_settings
 from tccp.media import VideoWriter, mark_generated, read_frames
 from tccp.progress import progress
 from tccp.roundtable import FILMS_VERSION, Truth, identity_path, read_truth, write_clips
@@ -47,6 +47,8 @@ SETTINGS = (
     "variant_overrides.face_first.training.max_steps=450",
 )
 """The toy preset with fewer steps, so that a demo with training takes about twelve minutes on two cores."""
+FILES = ("demo.mp4", "demo.png", "demo.webp", "demo.json", "generated.mp4", "landmarks.jsonl")
+"""What a demo writes to its folder."""
 SHEET_COLUMNS = 8
 _SCALE = 2
 _LABEL_PX = 22
@@ -61,10 +63,13 @@ def run_demo(out: Path, storage: Path, train: bool = False, fresh: bool = False,
     Returns the content of demo.json. Raises TccpError if `out` or `storage` is not writable.
     """
     started = time.monotonic()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TccpError(f"--out {out}: cannot create this folder ({error.strerror}); choose another one") from None
+    files = [out / name for name in FILES]
+    check_outputs({"--out": files}, {"--storage": storage / "demo", "--weights": pipeline_files(TOY_WEIGHTS)})
+    check_writable_folder("--out", out)
+    for path in files:
+        check_writable("--out", path)
+    check_writable_folder("--storage", storage)
+    out.mkdir(parents=True, exist_ok=True)
     seconds: dict[str, float] = {}
     if train:
         root = _training_root(storage, fresh)

@@ -131,14 +131,18 @@ def preprocess(
         sample: with --dry-run, number of films to measure.
         price_per_cpu_hour: with --dry-run, price for the estimate of the cost.
     """
+    from preprocessing.analysis.cut import clip_frames
     from preprocessing.analysis.quality import QualityBounds
+
+    settings = settings_of(preset, set)
+    pictures = tuple(str(path) for path in person)
+    clip_frames(min_clip_s, max_clip_s)
+    _check_preprocess(source, None if dry_run else out, backend, weights, workers)
     from preprocessing.lip_step import lip_work
     from preprocessing.plan import make_plan
     from preprocessing.run import dry_run as estimate
     from preprocessing.run import preprocess as run
 
-    settings = settings_of(preset, set)
-    pictures = tuple(str(path) for path in person)
     bounds = None if backend == "truth" else QualityBounds(max_bridged=max_bridged, min_visible=min_visible)
     plan = make_plan(settings.picture_px, backend, weights, max_clip_s, min_clip_s, speakers, pictures, bounds)
     if dry_run:
@@ -154,6 +158,24 @@ def preprocess(
             lines.append(f"set aside: {item.message} [{item.reason}]")
     lines.append(f"look at {out}/report.html")
     emit(json, {"out": out, **report.to_dict(pictures=False)}, "\n".join(lines))
+
+
+def _check_preprocess(source: str, out: str | None, backend: str, weights: Path | None, workers: int | None) -> None:
+    """Raises TccpError for what can be seen before the detector and Ray are loaded, which takes seconds."""
+    from preprocessing.sources.finding import find_sources
+    from tccp import faces
+    from tccp.files import check_writable_folder, is_url
+
+    if workers is not None and workers < 1:
+        raise TccpError(f"workers {workers}: give at least 1")
+    if not is_url(source):
+        films = find_sources([source]).column("path").to_pylist()
+        if len(films) == 1 and not is_url(films[0]) and not Path(films[0]).exists():
+            raise TccpError(f"{films[0]}: there is no such file; check the path")
+    if out is not None and not is_url(out):
+        check_writable_folder("OUT", Path(out))
+    if backend != "truth":
+        faces.check_backend(backend, weights)
 
 
 def inspect(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from tccp.cli.options import Device, Json, Storage, device_of, emit
+from tccp.cli.options import Device, Json, Storage, check_device, device_of, emit
 from tccp.config import storage_root
+from tccp.files import check_writable_folder
+from tccp.progress import progress
 
 
 def generate(
@@ -37,6 +41,7 @@ def generate(
     redraw: bool = False,
     color_match: bool = True,
     lossless: bool = False,
+    exact_size: bool = False,
     lip_weights: Path | None = None,
     device: Device = "auto",
     json: Json = False,
@@ -69,11 +74,13 @@ def generate(
         redraw: read the points of stage 1's pictures, and draw new landmark pictures from them for stage 2.
         color_match: match the colour of the generated head to the pixels around the mask.
         lossless: keep every pixel outside the mask equal to the decoded scene.
+        exact_size: keep an odd width or height, which browsers and phones do not show. Default: add one row or column.
         lip_weights: the published Wav2Lip checkpoint, for pipelines trained with lips.source=wav2lip.
     """
-    from tccp.inference.film import FilmRequest
-    from tccp.inference.pipeline import generate_film
+    from tccp.inference.coverage import Coverage
+    from tccp.inference.film import FilmInputs, FilmRequest
 
+    check_device(device)
     request = FilmRequest(
         scene=scene,
         audio=audio,
@@ -100,11 +107,21 @@ def generate(
         redraw=redraw,
         color_match=color_match,
         lossless=lossless,
+        exact_size=exact_size,
         lip_weights=lip_weights,
-        device=device_of(device),
     )
-    result = generate_film(request)
-    text = f"{result.out}: {result.frames} frames, {result.passed_through} passed through, {result.seconds:.1f} s"
+    with ExitStack() as opened:
+        with progress() as bar:
+            bar.add_task("checking the inputs")
+            inputs = opened.enter_context(FilmInputs(request))
+        with progress() as bar:
+            bar.add_task("loading torch")  # after the checks, because it takes seconds
+            from tccp.inference.pipeline import generate_film
+
+            request = dataclasses.replace(request, device=device_of(device))
+        result = generate_film(request, inputs=inputs)
+    shown = Coverage(result.frames, result.reasons)
+    text = f"{result.out}: {shown.text()}, {result.seconds:.1f} s"
     emit(json, result.to_json(), text)
 
 
@@ -123,7 +140,12 @@ def demo(
         train: first train small weights, which takes about twelve minutes on two cores, and use them.
         fresh: with --train, train again even if the storage has the demo's weights.
     """
-    from tccp.cli.demo_run import run_demo
+    check_device(device)
+    check_writable_folder("--out", out)
+    check_writable_folder("--storage", storage_root(storage))
+    with progress() as bar:
+        bar.add_task("loading torch")  # after the checks, because it takes seconds
+        from tccp.cli.demo_run import run_demo
 
     record = run_demo(out, storage_root(storage), train=train, fresh=fresh, device=device_of(device))
     emit(json, record, f"look at {out / 'demo.mp4'} and {out / 'demo.png'}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -18,13 +19,18 @@ from tccp.cli.options import (
     Preset,
     Resume,
     Storage,
+    check_device,
     device_of,
     emit,
     flat,
+    note,
     settings_of,
+    unshortened,
 )
 from tccp.config import storage_root
 from tccp.errors import TccpError
+from tccp.files import check_outputs, check_writable, check_writable_folder
+from tccp.progress import progress
 
 
 def train(
@@ -36,6 +42,7 @@ def train(
     set: Overrides = (),
     max_steps: MaxSteps = None,
     resume: Resume = False,
+    restart: bool = False,
     autoencoder: Path | None = None,
     lip_weights: LipWeights = None,
     control_from: Path | None = None,
@@ -54,13 +61,32 @@ def train(
         autoencoder: folder of a pre-trained diffusers AutoencoderKL, used instead of training one.
         control_from: pipeline folder to copy the video branches from. With --set training.freeze_video_branch=true only
             the control branches are trained.
+        restart: remove interrupted runs of these components, and train them from the beginning.
         jobs: number of components to train at the same time. Each has its own process and an equal share of the cores.
     """
-    from tccp.training.recipe import Trainer
+    check_device(device)
+    from tccp.inference.manifest import check_settings
+    from tccp.training.request_checks import check_training, missing_components
 
     if not components or ("all" in components and len(components) > 1):
         raise TccpError("name components, or all, not both: tccp train --help lists them")
-    settings = settings_of(preset, set, max_steps)
+    if resume and restart:
+        raise TccpError("--resume continues a run and --restart removes it: give one of them")
+    given, settings = components, settings_of(preset, set, max_steps)
+    root = storage_root(storage)
+    if "all" in components:
+        check_settings(weights, settings)
+        components = missing_components(weights, settings)
+        if not components and not resume:
+            _trained(json, weights, ())
+            return
+    check_training(data, weights, settings, root, components, jobs, autoencoder, lip_weights, control_from)
+    if text := unshortened(components, set, max_steps, settings):
+        note(text)
+    with progress() as bar:
+        bar.add_task("loading torch")  # after the checks, because it takes seconds
+        from tccp.training.recipe import Trainer
+
     taken = {"autoencoder": autoencoder, "lip-weights": lip_weights, "control-from": control_from}
     options = [item for name, path in taken.items() if path for item in (f"--{name}", path.resolve().name)]
     options += ["--set", *flat(set)] if set else []
@@ -69,18 +95,22 @@ def train(
         data,
         weights,
         settings,
-        storage_root(storage),
+        root,
         resume=resume,
+        restart=restart,
         device=device_of(device),
         pretrained_autoencoder=autoencoder,
         lip_weights=lip_weights,
         control_from=control_from,
-        command=shlex.join(["tccp", "train", *components, "--preset", preset, *options]),
+        command=shlex.join(["tccp", "train", *given, "--preset", preset, *options]),
     )
-    if "all" in components:
-        components = trainer.train_missing(jobs)
-    else:
-        trainer.train(components, jobs)
+    if "all" in given:
+        components = trainer.missing()
+    trainer.train(components, jobs)
+    _trained(json, weights, components)
+
+
+def _trained(json: bool, weights: Path, components: Sequence[str]) -> None:
     emit(
         json,
         {"weights": str(weights), "trained": list(components)},
@@ -107,8 +137,13 @@ def export(
         components: components to copy (default: those of two-stage generation).
         half: store weights in half precision, at half the size.
     """
+    from tccp.inference.manifest import check_sampling, pipeline_files, read_manifest, weights_folder
+
+    check_sampling(flat(set))
+    names = read_manifest(weights_folder(weights))["components"]
+    check_outputs({"OUT": pipeline_files(out)}, {"WEIGHTS": pipeline_files(weights, names)})
+    check_writable_folder("OUT", out)
     from tccp.inference.pipeline_folder import export as export_components
-    from tccp.inference.pipeline_folder import read_manifest, weights_folder
 
     copied = export_components(weights_folder(weights), out, components, half=half, sampling=flat(set))
     files = [path for path in out.rglob("*") if path.is_file()]
@@ -161,9 +196,19 @@ def evaluate(
     """
     import dataclasses
 
-    from tccp.evaluation.runner import FULL, QUICK, evaluate_roundtable
+    from tccp.inference.manifest import read_settings, weights_folder
+
+    check_device(device)
+    for option, number, least in (("--clips", clips, 2), ("--jobs", jobs, 1)):
+        if number is not None and number < least:
+            raise TccpError(f"{option} {number} is too small: give at least {least}")
+    read_settings(weights_folder(weights))
+    if sheet is not None:
+        check_writable("--sheet", sheet)
+    with progress() as bar:
+        bar.add_task("loading torch")  # after the checks, because it takes seconds
+        from tccp.evaluation.runner import FULL, QUICK, evaluate_roundtable
     from tccp.evaluation.score_table import text_table
-    from tccp.inference.pipeline_folder import weights_folder
 
     place = device_of(device)
     extent = QUICK if quick else FULL

@@ -7,7 +7,7 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,7 +32,7 @@ MaxSteps = Annotated[
     int | None,
     tyro.conf.arg(
         help="optimiser steps of each network, instead of the preset's; short for --set training.max_steps=N "
-        "autoencoder.max_steps=N"
+        "autoencoder.max_steps=N lips.liplet_steps=N"
     ),
 ]
 Backend = Annotated[
@@ -73,8 +73,29 @@ def settings_of(preset: str, overrides: tuple[tuple[str, ...], ...] = (), max_st
     """
     given = flat(overrides)
     if max_steps is not None:
-        given += [f"training.max_steps={max_steps}", f"autoencoder.max_steps={max_steps}"]
+        given += [f"{key}={max_steps}" for key in ("training.max_steps", *_OWN_STEPS.values())]
     return load_settings(preset, given)
+
+
+_OWN_STEPS = {"autoencoder": "autoencoder.max_steps", "lips": "lips.liplet_steps"}
+"""Components that have a setting of their own for the number of steps."""
+
+
+def unshortened(
+    components: Iterable[str], overrides: tuple[tuple[str, ...], ...], max_steps: int | None, settings: Settings
+) -> str | None:
+    """Says which of these components `--set training.max_steps` does not apply to, and how to change them, too."""
+    given = {item.partition("=")[0].strip() for item in flat(overrides)}
+    if "training.max_steps" not in given or max_steps is not None:
+        return None
+    steps = {"autoencoder": settings.autoencoder.max_steps, "lips": settings.lips.liplet_steps}
+    own = {name: key for name, key in _OWN_STEPS.items() if name in components and key not in given}
+    if settings.lips.source != "liplet":
+        own.pop("lips", None)
+    if not own:
+        return None
+    kept = " and ".join(f"{name} trains {steps[name]:,} steps ({key})" for name, key in own.items())
+    return f"training.max_steps is of the networks only: {kept}; --max-steps N applies to every component"
 
 
 def emit(as_json: bool, record: dict[str, Any], text: str) -> None:
@@ -87,14 +108,20 @@ def note(text: str) -> None:
     print(f"tccp: {text}", file=sys.stderr)
 
 
+def check_device(name: str) -> None:
+    """Raises TccpError as `device_of`. Imports torch, which takes seconds, only if the name is that of a GPU."""
+    if name not in ("auto", "cpu"):
+        device_of(name)
+
+
 def device_of(name: str) -> str:
     """The torch device for --device. Raises TccpError for other names and for a GPU that is not there."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise TccpError(f"--device {name}: give auto, cpu, cuda or cuda:N")
     import torch
 
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise TccpError(f"--device {name}: give auto, cpu, cuda or cuda:N")
     found = torch.cuda.device_count()
     if name != "cpu" and int(name.partition(":")[2] or 0) >= found:
         raise TccpError(

@@ -31,7 +31,7 @@ from tccp.clips.clip import (
     stored_box_of,
 )
 from tccp.errors import DamagedData, StorageError, TccpError
-from tccp.files import AccessError, Folder, Reading, atomic_path, is_storage_failure
+from tccp.files import AccessError, Folder, Reading, atomic_path, is_storage_failure, redacted
 
 __all__ = [
     "AUDIO_CONTEXT_FRAMES",
@@ -281,6 +281,7 @@ class ClipTable:
             name = INDEX
         else:
             name = "clips.parquet"
+        self._names = (INDEX, "clips", "lips") if name == INDEX else (name,)
         self.folder = folder
         self._files: OrderedDict[str, pq.ParquetFile] = OrderedDict()
         self._cache: OrderedDict[str, Clip] = OrderedDict()
@@ -291,6 +292,11 @@ class ClipTable:
         except (TccpError, StorageError):
             self.close()
             raise
+
+    @property
+    def places(self) -> list[str]:
+        """What the table consists of: its file, or the index and the folders of parts and lips."""
+        return [self.folder.path(name) for name in self._names]
 
     def _read_index(self, name: str) -> None:
         folder, index = self.folder, self._opened(name)
@@ -315,13 +321,21 @@ class ClipTable:
         if len(self._location) != len(self.ids):
             raise TccpError(f"{folder.path(name)} has the same clip_id in several rows: preprocess the footage again")
 
+    def _absent(self, name: str) -> str:
+        make = "give the folder that `tccp preprocess` writes"
+        if name != self._names[0]:
+            return f"the clip table {self.folder} lacks {name}: preprocess the footage again"
+        there = self.folder.exists()
+        problem = f"it holds neither {INDEX} nor {name}" if there else "there is no such folder or file"
+        return f"no clip table at {redacted(str(self.folder))}: {problem}; {make}"
+
     def _opened(self, name: str) -> pq.ParquetFile:
         if name not in self._files:
             try:
                 local = self.folder.local
                 self._files[name] = pq.ParquetFile(self.folder.open(name) if local is None else local / name)
             except FileNotFoundError:
-                raise TccpError(f"no clip table at {self.folder.path(name)}: make one with `tccp preprocess`") from None
+                raise TccpError(self._absent(name)) from None
             except (pa.ArrowInvalid, OSError) as error:
                 if is_storage_failure(error):
                     raise StorageError(f"cannot read {self.folder.path(name)}: {str(error).splitlines()[0]}") from None

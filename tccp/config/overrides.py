@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tccp.config.presets import PRESETS
 from tccp.config.settings import Settings, override, validated
 from tccp.errors import TccpError
+from tccp.strict_json import parse_json
 
 
 def load_settings(preset: str = "toy", overrides: Sequence[str] = ()) -> Settings:
@@ -31,8 +31,8 @@ def changed(settings: Settings, overrides: Sequence[str]) -> Settings:
         if not equals:
             raise TccpError(f"override {item!r} does not have the form key=value, e.g. training.max_steps=100")
         try:
-            values[key.strip()] = json.loads(text)
-        except json.JSONDecodeError:
+            values[key.strip()] = parse_json(text)
+        except ValueError:
             values[key.strip()] = text
     given = {inner for key, value in values.items() for inner in (key, *_inner_keys(key, value))}
     kept = {
@@ -53,6 +53,7 @@ def settings_to_json(settings: Settings) -> str:
 def settings_from_json(text: str) -> Settings:
     """Inverse of `settings_to_json`. Raises TccpError for unknown keys and invalid values."""
     try:
-        return validated(json.loads(text))
-    except json.JSONDecodeError as error:
+        tree = parse_json(text)
+    except ValueError as error:
         raise TccpError(f"settings are not JSON: {error}") from None
+    return validated(tree)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, model_validator
 
 from tccp.errors import TccpError
 
@@ -25,6 +25,7 @@ Solver = Literal["ddpm", "ddim", "dpmpp"]
 LipSource = Literal["wav2lip", "liplet", "none"]
 
 
+Count = Annotated[int, Field(gt=0, le=10**9)]
 _Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -37,7 +38,7 @@ class HeadBoxSettings(_Frozen):
 
     jitter_center: NonNegativeFloat = 0.05  # bound of a uniform sample, one per jittered view of a clip
     jitter_size: NonNegativeFloat = 0.08
-    draws: PositiveInt = 2  # number of jittered views per clip in the latent cache
+    draws: Count = 2  # number of jittered views per clip in the latent cache
     mirror: bool = False  # every second view is mirrored, for twice as many scenes (not in the paper)
 
 
@@ -46,16 +47,16 @@ class AutoencoderSettings(_Frozen):
     kl-f16."""
 
     downsampling: Literal[4, 8, 16, 32] = 16
-    latent_channels: PositiveInt = 16
-    patch: PositiveInt = 1  # folds patch x patch pixels into channels before the first convolution
-    block_channels: tuple[PositiveInt, ...] = (128, 128, 256, 256, 512)
-    layers_per_block: PositiveInt = 2
-    norm_groups: PositiveInt = 32
+    latent_channels: Count = 16
+    patch: Count = 1  # folds patch x patch pixels into channels before the first convolution
+    block_channels: tuple[Count, ...] = (128, 128, 256, 256, 512)
+    layers_per_block: Count = 2
+    norm_groups: Count = 32
     mid_attention: bool = True
     kl_weight: NonNegativeFloat = 1e-6
     precision: Literal["fp32", "bf16"] = "fp32"  # of arithmetic in training; weights and encoding use fp32
-    batch_size: PositiveInt = 16
-    max_steps: PositiveInt = 200_000
+    batch_size: Count = 16
+    max_steps: Count = 200_000
     learning_rate: PositiveFloat = 1e-4
 
     @model_validator(mode="after")
@@ -72,24 +73,24 @@ class AutoencoderSettings(_Frozen):
 class NetworkSettings(_Frozen):
     """MVControlNet, from Table 3."""
 
-    base_channels: PositiveInt = 128
-    channel_multipliers: tuple[PositiveInt, ...] = (1, 2, 4)
-    blocks_per_scale: PositiveInt = 2
-    attention_head_dim: PositiveInt = 64
-    condition_dim: PositiveInt = 128
-    time_embedding_dim: PositiveInt = 128
+    base_channels: Count = 128
+    channel_multipliers: tuple[Count, ...] = (1, 2, 4)
+    blocks_per_scale: Count = 2
+    attention_head_dim: Count = 64
+    condition_dim: Count = 128
+    time_embedding_dim: Count = 128
     dropout: float = Field(0.1, ge=0, lt=1)
-    norm_groups: PositiveInt = 32
+    norm_groups: Count = 32
     pooled_conditions: bool = False  # adds pooled condition tokens to the time embedding (not in the paper)
     first_frame_channels: bool = False  # repeats the clean first frame in the channels of all frames (not in the paper)
-    control_embedding: tuple[PositiveInt, ...] = ()  # channels of additional convolutions for control latents
+    control_embedding: tuple[Count, ...] = ()  # channels of additional convolutions for control latents
     gradient_checkpointing: bool = False
 
 
 class DiffusionSettings(_Frozen):
     """The forward process. T and the linear schedule are from Table 3. The end points are our choice, as in DDPM."""
 
-    num_train_timesteps: PositiveInt = 1000
+    num_train_timesteps: Count = 1000
     beta_start: float = Field(1e-4, gt=0, lt=1)
     beta_end: float = Field(0.02, gt=0, lt=1)
     prediction: Literal["epsilon", "v"] = "epsilon"
@@ -109,9 +110,9 @@ class DiffusionSettings(_Frozen):
 
 
 class TrainingSettings(_Frozen):
-    batch_size: PositiveInt = 192  # windows per optimiser step, over all workers
-    accumulation: PositiveInt = 1  # micro-batches per optimiser step; divides batch_size
-    max_steps: PositiveInt = 150_000
+    batch_size: Count = 192  # windows per optimiser step, over all workers
+    accumulation: Count = 1  # micro-batches per optimiser step; divides batch_size
+    max_steps: Count = 150_000
     learning_rate: PositiveFloat = 2e-4
     schedule: Literal["constant", "linear"] = "constant"  # linear: down to zero at max_steps
     warmup_steps: int = Field(0, ge=0)
@@ -125,8 +126,8 @@ class TrainingSettings(_Frozen):
     initial_frame_noise: NonNegativeFloat = 0.0  # standard deviation, in latent units, of noise on the clean frame
     precision: Literal["fp32", "bf16"] = "fp32"  # of arithmetic in training; weights and sampling use fp32
     freeze_video_branch: bool = False
-    checkpoint_every: PositiveInt = 1000
-    log_every: PositiveInt = 10
+    checkpoint_every: Count = 1000
+    log_every: Count = 10
 
     @model_validator(mode="after")
     def _accumulation_divides(self) -> TrainingSettings:
@@ -160,7 +161,7 @@ class DeepSpeedSettings(_Frozen):
 
 class SamplingSettings(_Frozen):
     solver: Solver = "ddpm"
-    steps: PositiveInt = 1000
+    steps: Count = 1000
     temperature: NonNegativeFloat = 1.0  # factor of all noise; below 1, samples are closer to the most likely ones
     guidance_scale: PositiveFloat = 1.0  # 1: no guidance; above 1: stronger influence of the conditions
     redraw_landmarks: bool = False  # for stage 2, read the points of stage 1's pictures and draw new pictures
@@ -170,10 +171,10 @@ class LipSettings(_Frozen):
     """The lip reference. Training and generation use the same audio-driven source."""
 
     source: LipSource = "wav2lip"
-    size_px: PositiveInt = 96  # of Wav2Lip
-    liplet_channels: PositiveInt = 32
-    liplet_steps: PositiveInt = 2000
-    liplet_batch_size: PositiveInt = 64
+    size_px: Count = 96  # of Wav2Lip
+    liplet_channels: Count = 32
+    liplet_steps: Count = 2000
+    liplet_batch_size: Count = 64
     liplet_learning_rate: PositiveFloat = 1e-3
 
 
@@ -182,8 +183,8 @@ class Settings(_Frozen):
 
     preset: PresetName = "paper"
     seed: int = Field(0, ge=0)
-    window: PositiveInt = 8  # frames per window of the sequence variants
-    picture_px: PositiveInt = 256  # side of face crops, landmark pictures and fitted scenes
+    window: int = Field(8, gt=0, le=1024)  # frames per window of the sequence variants
+    picture_px: int = Field(256, gt=0, le=4096)  # side of face crops, landmark pictures and fitted scenes
     context: Literal["scene", "none"] = "scene"  # none: the networks do not see the scene (ablation)
     surround: bool = False  # networks that generate faces see the colours around the head box (not in the paper)
     headbox: HeadBoxSettings = HeadBoxSettings()
@@ -231,10 +232,22 @@ def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     return keys
 
 
+def _similar(key: str, known: list[str]) -> list[str]:
+    """Up to three known keys that look like `key`, or whose last part does."""
+    if same := difflib.get_close_matches(key, known, n=1, cutoff=0.92):
+        return same
+    leaf = key.rpartition(".")[2]
+    close = difflib.get_close_matches(key, known, n=3, cutoff=0.7)
+    leaves = {name: name.rpartition(".")[2] for name in known}
+    near = [leaf, *difflib.get_close_matches(leaf, sorted(set(leaves.values())), n=3, cutoff=0.75)]
+    alike = [name for one in near for name in known if leaves[name] == one]
+    return list(dict.fromkeys([*alike, *close, *(name for name in known if leaves[name].startswith(leaf))]))[:3]
+
+
 def override(settings: Settings, values: Mapping[str, Any]) -> Settings:
     """Replaces dotted keys in `settings` and validates the result.
 
-    Raises TccpError that names an unknown key and the most similar known one, or the invalid value.
+    Raises TccpError that names an unknown key and similar known ones, or the invalid value.
     """
     known = _known_keys(type(settings))
     tree = settings.model_dump()
@@ -242,9 +255,10 @@ def override(settings: Settings, values: Mapping[str, Any]) -> Settings:
         if key == "preset":
             raise TccpError(f"setting preset cannot be overridden (given: {value}): choose one with --preset")
         if key not in known and not key.startswith("variant_overrides."):
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else f"; known keys are {', '.join(known)}"
-            raise TccpError(f"unknown setting {key!r}{hint}")
+            near = _similar(key, known)
+            named = " or ".join(filter(None, [", ".join(near[:-1]), *near[-1:]]))
+            hint = f"did you mean {named}?" if near else "tccp/config/settings.py lists all settings"
+            raise TccpError(f"unknown setting {key!r}; {hint}")
         *path, leaf = key.split(".", 2) if key.startswith("variant_overrides.") else key.split(".")
         node = functools.reduce(lambda node, part: node.setdefault(part, {}), path, tree)
         node[leaf] = {**node[leaf], **value} if isinstance(value, dict) and isinstance(node.get(leaf), dict) else value

@@ -27,14 +27,8 @@ from tccp.evaluation.face_probe import FaceProbe, load_probe, read_faces
 from tccp.evaluation.figures import ClipOutput
 from tccp.inference.components import Components, load_components
 from tccp.inference.conditioning import LandmarkReader, control_kinds, landmark_pictures, lip_pictures, picture_of
-from tccp.inference.pipeline_folder import (
-    MANIFEST,
-    check_network,
-    has_component,
-    load_network,
-    read_settings,
-    same_component,
-)
+from tccp.inference.manifest import MANIFEST, has_component, read_settings
+from tccp.inference.pipeline_folder import check_network, load_network, same_component
 from tccp.models.variants import FIRST_OF, TWO_STAGE, VARIANTS, ControlKind, PictureKind
 from tccp.seeds import rng_seed
 

@@ -35,10 +35,10 @@ from tccp.evaluation.benchmark_clips import (
 )
 from tccp.evaluation.face_probe import CANDIDATES, top1
 from tccp.evaluation.figures import Drift, corr_loss, frechet_distance
-from tccp.evaluation.methods import Models
+from tccp.evaluation.methods import ABLATIONS, Models
 from tccp.evaluation.predictors import fit_cues
 from tccp.evaluation.score_table import POOLED_RESAMPLES, RESAMPLES, TARGETS, Pooled, compare, summarise
-from tccp.evaluation.sheet import check_writable, choose_clips, write_sheet
+from tccp.evaluation.sheet import choose_clips, write_sheet
 from tccp.evaluation.worker import (
     DRIFT_WINDOWS,
     HeldOutResult,
@@ -49,7 +49,8 @@ from tccp.evaluation.worker import (
     held_out_work,
     reference_work,
 )
-from tccp.inference.pipeline_folder import read_manifest, read_settings
+from tccp.files import check_outputs, check_writable
+from tccp.inference.manifest import pipeline_files, read_manifest, read_settings
 from tccp.models.variants import VARIANTS
 from tccp.processes import end_with_parent, forking_context
 from tccp.progress import progress
@@ -99,7 +100,10 @@ def evaluate_roundtable(
     if jobs < 1:
         raise TccpError(f"--jobs {jobs} is too small: give at least 1")
     if sheet is not None:
-        check_writable(sheet)
+        kept = [] if ablations is None else [pipeline_files(ablations / name) for name in ABLATIONS]
+        read = {"--weights": pipeline_files(weights), "--ablations": itertools.chain.from_iterable(kept)}
+        check_outputs({"--sheet": sheet}, read)
+        check_writable("--sheet", sheet)
     if absent := [name for name in ("skimage", "sklearn") if importlib.util.find_spec(name) is None]:
         raise TccpError(f"{absent[0]} is not installed: pip install -c constraints.txt -e '.[evaluate]'")
     started, commit = time.monotonic(), git_commit()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +11,9 @@ import numpy as np
 from jaxtyping import UInt8
 
 from tccp import headbox, landmarks
-from tccp.errors import TccpError
 from tccp.evaluation.benchmark_clips import EvaluationClip
 from tccp.evaluation.figures import ClipOutput
+from tccp.files import atomic_path
 
 CLIPS, COLUMNS = 5, 8
 _CELL_PX, _LABEL_PX = 120, 20
@@ -64,21 +63,10 @@ def render_sheet(clips: Sequence[SheetClip]) -> UInt8[np.ndarray, "h w 3"]:
     return np.concatenate([_block(clip) for clip in clips])
 
 
-def check_writable(path: Path) -> None:
-    """Raises TccpError if `path` cannot be written. Called before the evaluation, so that no work is lost."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise TccpError(f"cannot write --sheet {path}: {error.strerror}; choose another place") from None
-    if path.is_dir():
-        raise TccpError(f"--sheet {path} is a folder: give the name of a PNG file")
-
-
 def write_sheet(path: Path, clips: Sequence[SheetClip]) -> None:
-    """Writes the sheet as PNG."""
-    path.write_bytes(cv2.imencode(".png", render_sheet(clips)[..., ::-1])[1].tobytes())
+    """Writes the sheet as PNG. The file appears when it is complete."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(cv2.imencode(".png", render_sheet(clips)[..., ::-1])[1].tobytes())
 
 
 def _block(clip: SheetClip) -> UInt8[np.ndarray, "h w 3"]:

@@ -4,6 +4,7 @@ from tccp.files.atomic import atomic_folder, atomic_path, sync, sync_tree, write
 from tccp.files.cache import cache_folder, kept_folder, make_room, remote_copy
 from tccp.files.folder import Folder, check_shared
 from tccp.files.in_use import Reading, without_readers
+from tccp.files.outputs import check_outputs, check_writable, check_writable_folder
 from tccp.files.retry import (
     HTTP_TRANSIENT,
     AccessError,
@@ -23,7 +24,10 @@ __all__ = [
     "atomic_path",
     "bare",
     "cache_folder",
+    "check_outputs",
     "check_shared",
+    "check_writable",
+    "check_writable_folder",
     "is_http",
     "is_storage_failure",
     "is_url",

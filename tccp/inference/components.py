@@ -14,7 +14,8 @@ from tccp.diffusion.sampling import Stage
 from tccp.diffusion.schedule import NoiseSchedule
 from tccp.errors import TccpError
 from tccp.inference.encoding import Encoder
-from tccp.inference.pipeline_folder import check_network, load_network, read_settings, verified
+from tccp.inference.manifest import read_settings
+from tccp.inference.pipeline_folder import check_network, load_network, verified
 from tccp.models.autoencoder import PictureAutoencoder
 from tccp.models.lip_sources import LipSource, open_lip_source
 from tccp.models.mvcontrolnet import MVControlNet

@@ -1,28 +1,31 @@
-"""Generates one film: checks the inputs, finds the head, generates the frames and writes the film."""
+"""The request for one film: its inputs are opened and checked, and the head is found. Neither needs torch.
+
+torch takes seconds to import; so what is wrong with a request is said before.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from jaxtyping import UInt8
 
 from tccp import faces, headbox
-from tccp.config import Settings, Solver, override
+from tccp.config import PRESETS, Settings, Solver, override
 from tccp.errors import TccpError
-from tccp.inference.components import Components
+from tccp.files import check_outputs, check_writable, local_path
+from tccp.inference.coverage import coverage
 from tccp.inference.frames import GeneratedFrame
-from tccp.inference.generation import Generator, variants_needed
 from tccp.inference.head_tracks import (
     HeadTrack,
     Point,
+    check_mask,
     find_cuts,
     track_from_boxes,
     track_from_detector,
@@ -30,12 +33,15 @@ from tccp.inference.head_tracks import (
     track_from_truth,
 )
 from tccp.inference.identity_crop import identity_candidates, identity_head
-from tccp.inference.landmark_file import LandmarkFile, landmark_writer
-from tccp.inference.scene import Extend, scene_frames, scene_indices
-from tccp.media import AudioTrack, MediaError, MediaInfo, VideoWriter, mark_generated, open_audio, probe
+from tccp.inference.landmark_file import LandmarkFile
+from tccp.inference.manifest import has_component, pipeline_files, read_manifest, read_settings, weights_folder
+from tccp.inference.pipeline_source import is_remote
+from tccp.inference.scene import Extend, scene_indices
+from tccp.media import AudioTrack, MediaError, MediaInfo, open_audio, probe
 from tccp.media.mel import check_audio
-from tccp.models.variants import VariantName
-from tccp.progress import ProgressHandler, Tasks, progress
+from tccp.models.variants import TWO_STAGE, VariantName
+from tccp.progress import Tasks
+from tccp.roundtable import truth_path
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +66,7 @@ class FilmRequest:
     one_stage: use the one-stage networks. landmarks, save_landmarks: landmark files to generate from, or to write.
     redraw: read landmarks from stage 1's pictures and draw them again for stage 2. color_match: match the head's
     colours to the ring around the mask. lossless: write a lossless film, which keeps every pixel outside the mask.
+    exact_size: keep an odd width or height, which few players show; otherwise one row or column is added.
     lip_weights: the published Wav2Lip checkpoint. device: cpu, cuda or cuda:N.
     """
 
@@ -88,6 +95,7 @@ class FilmRequest:
     redraw: bool = False
     color_match: bool = True
     lossless: bool = False
+    exact_size: bool = False
     lip_weights: Path | None = None
     device: str = "cpu"
 
@@ -100,16 +108,19 @@ class FilmRequest:
 
     @property
     def variants(self) -> tuple[VariantName, ...]:
-        """The networks that the request needs."""
-        return variants_needed(self.one_stage, from_landmarks=self.landmarks is not None)
+        """The networks that the request needs. With given landmarks, stage 1 does not run."""
+        if self.one_stage:
+            return ("one_stage_first", "one_stage_sequence")
+        return ("face_first", "face_sequence") if self.landmarks is not None else TWO_STAGE
 
 
 @dataclass(frozen=True)
 class FilmResult:
     """A written film and its statistics.
 
-    frames = generated + passed_through, where passed_through counts frames without the person. seconds: wall-clock
-    time, including loading and checks.
+    frames = generated + passed_through, where passed_through counts frames that show the scene unchanged. reasons:
+    how many of these for each reason of `tccp.inference.coverage.REASONS`. seconds: wall-clock time, including loading
+    and checks.
     """
 
     out: Path
@@ -118,6 +129,7 @@ class FilmResult:
     passed_through: int
     seconds: float
     warnings: tuple[str, ...]
+    reasons: dict[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "out": str(self.out), "warnings": list(self.warnings)}
@@ -129,8 +141,10 @@ class FilmInputs:
     Opening checks everything that can be checked without the networks; raises TccpError or MediaError.
     """
 
-    def __init__(self, request: FilmRequest):
+    def __init__(self, request: FilmRequest, loaded: bool = False):
+        """loaded: the networks are loaded already, so that it does not matter where their weights are."""
         self.request = request
+        self.loaded = loaded
         self.warnings: list[str] = []
         self._open = ExitStack()
 
@@ -141,19 +155,26 @@ class FilmInputs:
         if not self.scene.has_video:
             message = "the file has no pictures; --scene needs a film with a video track"
             raise MediaError(request.scene, "no_video", message)
+        _check_person(request, self.scene)
         self.candidates = identity_candidates(request.identity)
         with ExitStack() as opened:
             self.landmarks = opened.enter_context(
                 LandmarkFile(request.landmarks) if request.landmarks else nullcontext()
             )
+            if self.landmarks is not None:
+                self.landmarks.check()
             self.audio: AudioTrack = opened.enter_context(open_audio(request.audio))
             self.num_frames = self.audio.num_frames  # of the generated film, at 25 fps
-            for text in self.scene.notes:
+            for text in (*self.scene.notes, *_padding(self.scene, request)):
                 self.warn(f"{request.scene}: {text}")
             for text in (*self.audio.notes, *check_audio(self.audio)):
                 self.warn(f"{request.audio}: {text}")
             # Raises TccpError if the scene is too short.
             scene_indices(self.scene.num_frames, self.num_frames, request.extend, request.scene)
+            self.track = _given_track(request, self.scene)
+            _check_detector(self)
+            if not self.loaded:
+                _check_weights(request)
             self._open = opened.pop_all()
         return self
 
@@ -165,110 +186,102 @@ class FilmInputs:
         logger.warning("%s", text)
 
 
-def film_frames(components: Components, inputs: FilmInputs, tasks: Tasks) -> Iterator[GeneratedFrame]:
-    """Yields the frames of the film in order, as windows finish. Raises TccpError if no head or face is found."""
+def _padding(scene: MediaInfo, request: FilmRequest) -> list[str]:
+    """Says that the written film gets a row or column more than the scene."""
+    width, height = scene.width + scene.width % 2, scene.height + scene.height % 2
+    if (width, height) == (scene.width, scene.height) or request.lossless or request.exact_size:
+        return []
+    return [f"the film is written as {width}x{height}, because few players show odd sizes; --exact-size keeps it"]
+
+
+def _given_track(request: FilmRequest, scene: MediaInfo) -> HeadTrack | None:
+    """The head track of --truth or --box; None for others, of which --mask is checked as far as its first frame."""
+    if request.truth:
+        return track_from_truth(scene)
+    if request.box is not None:
+        return track_from_boxes(scene, request.box)
+    if request.mask is not None:
+        check_mask(scene, request.mask)
+    return None
+
+
+def _check_detector(inputs: FilmInputs) -> None:
+    """Raises TccpError if a detector is needed and its weights or package are missing, or the identity box is wrong."""
     request = inputs.request
-    components = dataclasses.replace(components, settings=_with_sampling(components.settings, request))
-    identity = identity_head(
-        request.identity,
-        inputs.candidates,
-        box=request.identity_box,
-        truth=request.truth,
-        open_detector=lambda: _detector(request),
-    )
-    track = _find_head(inputs, tasks)
-    _warn_of_little_context(inputs, track)
-    generator = Generator(
-        components,
-        inputs.audio,
-        identity,
-        request.seed,
-        one_stage=request.one_stage,
-        landmark_points=inputs.landmarks,
-        redraw=request.redraw or None,
-        color_match=request.color_match,
-    )
-    task = tasks.add_task("generating", total=inputs.num_frames)
-    scene = scene_frames(request.scene, inputs.scene, track, inputs.num_frames, request.extend)
-    for frame in generator.frames(scene):
-        yield frame
-        tasks.advance(task)
+    if request.identity_box is not None or request.truth:
+        identity_of(inputs)
+    if (request.mask is None and inputs.track is None) or (request.identity_box is None and not request.truth):
+        faces.check_backend(request.detector, request.detector_weights)
 
 
-def write_film(
-    request: FilmRequest,
-    load: Callable[[FilmRequest], Components],
-    on_frame: OnFrame = lambda frame: None,
-    on_progress: ProgressHandler | None = None,
-) -> FilmResult:
-    """Generates a film and writes it. `request.out` appears only when the film is complete.
+def _check_weights(request: FilmRequest) -> None:
+    """Raises TccpError for weights on this machine that lack a component or do not fit the request.
 
-    load: loads the components; called after the inputs are checked. on_frame: called with every finished frame.
-    Raises TccpError or MediaError for inputs that cannot be used, before generation where possible.
+    The manifest says it; the files are compared with it when they are loaded.
     """
-    started = time.monotonic()
-    if request.out is None:
-        raise TccpError("the request has no output file: give out (a name that ends in .mp4)")
-    with FilmInputs(request) as inputs, progress(on_progress) as tasks:
-        film = VideoWriter(
-            request.out,
-            inputs.scene.width,
-            inputs.scene.height,
-            inputs.audio,
-            lossless=request.lossless,
-            metadata=mark_generated(seed=str(request.seed), weights=Path(request.weights).absolute().name),
+    if is_remote(request.weights):
+        return  # they are copied first
+    folder = weights_folder(Path(local_path(str(request.weights))))
+    settings = read_settings(folder)
+    if request.preset is not None and settings.preset != request.preset:
+        raise TccpError(
+            f"{folder} holds weights of preset {settings.preset!r}, not {request.preset!r}: "
+            f"give the weights of {request.preset!r}, or --preset {settings.preset}"
         )
-        frames = film_frames(load(request), inputs, tasks)
-        first = next(frames)  # by now, every input is checked; create the folder only then
-        request.out.parent.mkdir(parents=True, exist_ok=True)
-        generated = 0
-        with film, landmark_writer(request.save_landmarks) as save:
-            frame: GeneratedFrame | None = first
-            while frame is not None:
-                film.write(frame.picture)
-                save(frame)
-                on_frame(frame)
-                generated += frame.face is not None
-                frame = next(frames, None)
-    seconds = round(time.monotonic() - started, 2)
-    passed_through = inputs.num_frames - generated
-    return FilmResult(request.out, inputs.num_frames, generated, passed_through, seconds, tuple(inputs.warnings))
+    for name in request.variants:
+        if not has_component(folder, name):
+            have = ", ".join(read_manifest(folder)["components"]) or "nothing"
+            raise TccpError(
+                f"{folder} has no {name} (it has {have}): train it with `tccp train {name} --weights {folder}`"
+            )
+    with_sampling(settings, request)
 
 
 def _check_options(request: FilmRequest) -> None:
-    """Refuses contradicting options, and outputs that cannot be written."""
+    """Refuses contradicting options, outputs that would overwrite a file in use, and those that cannot be written."""
     if sum((request.mask is not None, request.box is not None, request.truth)) > 1:
         raise TccpError("--mask, --box and --truth all give the head's position: give only one of them")
+    if request.person is not None and (request.mask is not None or request.box is not None or request.truth):
+        raise TccpError("--person chooses among faces that a detector finds: give it without --mask, --box and --truth")
+    if request.preset is not None and request.preset not in PRESETS:
+        raise TccpError(f"unknown preset {request.preset!r}: choose one of {', '.join(PRESETS)}")
     if request.one_stage and (request.landmarks or request.save_landmarks or request.redraw):
         raise TccpError("--one-stage has no landmarks: leave out --landmarks, --save-landmarks and --redraw")
-    track_file = Path(request.box) if request.box else None
-    inputs = [request.scene, request.audio, request.identity, request.mask, request.landmarks, track_file]
     outputs = {"--out": request.out, "--save-landmarks": request.save_landmarks}
+    check_outputs(outputs, _inputs(request))
     for option, path in outputs.items():
-        if path is None:
-            continue
-        _check_writable(path, option)
-        if path.exists() and any(one and one.exists() and one.samefile(path) for one in inputs):
-            raise TccpError(f"{option} {path} is one of the inputs, which it would overwrite: give another name")
-    if request.out and request.save_landmarks and request.out.absolute() == request.save_landmarks.absolute():
-        raise TccpError(f"--out and --save-landmarks are both {request.out}: give two names")
+        if path is not None:
+            check_writable(option, path)
 
 
-def _check_writable(path: Path, option: str) -> None:
-    """Raises TccpError if a file cannot be created at `path`. Leaves nothing behind."""
-    if path.is_dir():
-        raise TccpError(f"{option} {path} is a folder: give the name of a file")
-    try:
-        folder = next(folder for folder in path.absolute().parents if folder.exists())
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise TccpError(
-            f"cannot write {option} {path}: {error.strerror} ({folder}); give a folder that can be written"
-        ) from None
+def _check_person(request: FilmRequest, scene: MediaInfo) -> None:
+    """Raises TccpError for a point that is not in the picture: the nearest person would be taken without a word."""
+    if request.person is not None:
+        x, y = request.person
+        if not (0 <= x < scene.width and 0 <= y < scene.height):  # also if they are NaN
+            raise TccpError(
+                f"--person {x:g} {y:g} is not in the picture: give x from 0 to {scene.width - 1} and y from 0 to "
+                f"{scene.height - 1}, in pixels of {request.scene}"
+            )
 
 
-def _with_sampling(settings: Settings, request: FilmRequest) -> Settings:
+def _inputs(request: FilmRequest) -> dict[str, Path | list[Path] | None]:
+    """All files that the request reads, by option."""
+    return {
+        "--scene": request.scene,
+        "--audio": request.audio,
+        "--identity": request.identity,
+        "--mask": request.mask,
+        "--box": Path(request.box) if request.box else None,
+        "--landmarks": request.landmarks,
+        "--truth": [truth_path(request.scene), truth_path(request.identity)] if request.truth else None,
+        "--detector-weights": request.detector_weights,
+        "--lip-weights": request.lip_weights,
+        "--weights": pipeline_files(request.weights),
+    }
+
+
+def with_sampling(settings: Settings, request: FilmRequest) -> Settings:
     """The pipeline's settings with the sampling options of the request, which also override those of variants."""
     names = ("solver", "steps", "guidance_scale", "temperature")
     given = {name: getattr(request, name) for name in names}
@@ -283,12 +296,33 @@ def _with_sampling(settings: Settings, request: FilmRequest) -> Settings:
     return settings
 
 
-def _find_head(inputs: FilmInputs, tasks: Tasks) -> HeadTrack:
-    """Finds the head and the cuts in the part of the scene that the film shows."""
+def identity_of(inputs: FilmInputs) -> UInt8[np.ndarray, "h w 3"]:
+    """The head of the identity file, found with a detector if need be. Raises TccpError if there is none."""
+    request = inputs.request
+    return identity_head(
+        request.identity,
+        inputs.candidates,
+        box=request.identity_box,
+        truth=request.truth,
+        open_detector=lambda: _detector(request),
+    )
+
+
+def find_head(inputs: FilmInputs, tasks: Tasks) -> HeadTrack:
+    """Finds the head and the cuts in the part of the scene that the film shows, and warns of frames without it.
+
+    Raises TccpError if none of the film's frames has it.
+    """
+    track = _found_head(inputs, tasks)
+    _check_coverage(inputs, track)
+    return track
+
+
+def _found_head(inputs: FilmInputs, tasks: Tasks) -> HeadTrack:
     request, scene = inputs.request, inputs.scene
     num_frames = min(inputs.num_frames, scene.num_frames)
-    if request.truth:
-        return track_from_truth(scene)
+    if inputs.track is not None and inputs.track.cuts is not None:
+        return inputs.track
     task = tasks.add_task("looking for the head", total=num_frames)
 
     def on_frame() -> None:
@@ -297,13 +331,10 @@ def _find_head(inputs: FilmInputs, tasks: Tasks) -> HeadTrack:
     if request.mask is None and request.box is None:
         with _detector(request) as backend:
             return track_from_detector(scene, backend, request.person, num_frames, on_frame)
-    if request.mask is not None:
+    track = inputs.track
+    if track is None:
+        assert request.mask is not None
         track = track_from_mask(scene, request.mask, num_frames)
-    else:
-        assert request.box is not None
-        track = track_from_boxes(scene, request.box)
-    if track.cuts is not None:
-        return track
     return dataclasses.replace(track, cuts=_cuts(inputs, scene, num_frames, on_frame))
 
 
@@ -319,6 +350,20 @@ def _warn_of_little_context(inputs: FilmInputs, track: HeadTrack) -> None:
             f"{inputs.scene.path}: the head box leaves {visible:.1%} of the picture visible, so the networks see "
             "little of the scene; use a film that shows more of it"
         )
+
+
+def _check_coverage(inputs: FilmInputs, track: HeadTrack) -> None:
+    """Warns of frames that are passed through. Raises TccpError if all of them are."""
+    request, scene = inputs.request, inputs.scene
+    shown = coverage(track, scene_indices(scene.num_frames, inputs.num_frames, request.extend, request.scene))
+    if not shown.generated:
+        raise TccpError(
+            f"{request.scene}: {shown.text()}, so there is nothing to generate: give the head's position in these "
+            "frames, or another part of the film"
+        )
+    if shown.generated < shown.frames:
+        inputs.warn(f"{request.scene}: {shown.text()}")
+    _warn_of_little_context(inputs, track)
 
 
 def _cuts(

@@ -61,14 +61,6 @@ class _LandmarkWindow:
     confidence: Float32[np.ndarray, " f"]
 
 
-def variants_needed(one_stage: bool, from_landmarks: bool) -> tuple[VariantName, ...]:
-    """The networks that generation uses. from_landmarks: landmarks are given, so stage 1 does not run."""
-    if one_stage:
-        return ("one_stage_first", "one_stage_sequence")
-    faces: tuple[VariantName, ...] = ("face_first", "face_sequence")
-    return faces if from_landmarks else ("landmark_first", "landmark_sequence", *faces)
-
-
 class Generator:
     """Generates one person's head for one sound. The same inputs and seed give the same frames."""
 
@@ -108,7 +100,7 @@ class Generator:
                 yield from self._chain(frames)
             else:
                 for frame in frames:
-                    yield GeneratedFrame(frame.index, frame.picture)
+                    yield GeneratedFrame(frame.index, frame.picture, reason=frame.reason)
 
     def _chain(self, frames: Iterator[SceneFrame]) -> Iterator[GeneratedFrame]:
         first = next(frames)

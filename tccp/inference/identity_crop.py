@@ -17,6 +17,7 @@ from tccp.media import MediaError, probe, read_frames
 from tccp.roundtable import read_truth
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+_LEAST_HEAD_PX = 16
 _CANDIDATES = 16  # frames of an identity film to search for faces
 
 Candidates = dict[int, UInt8[np.ndarray, "_ _ 3"]]
@@ -53,12 +54,29 @@ def identity_head(
     truth: bool,
     open_detector: Callable[[], AbstractContextManager[faces.FaceBackend]],
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """The head crop of the candidate that shows the largest face.
+    """The head crop of the candidate that shows the largest face, of at least 16x16 pixels.
 
     path: the identity file, for messages and its truth file. box: `x0,y0,x1,y1` in pixels of the middle candidate, or
     `whole` if it shows only the head. truth: use a picture as it is, and take the box of a film from its truth file.
-    Raises TccpError if no face is found or the box is outside the picture.
+    Raises TccpError if no face is found, the box is outside the picture, or the head is too small to be recognised.
     """
+    head = _head(path, candidates, box, truth, open_detector)
+    height, width = head.shape[:2]
+    if min(width, height) < _LEAST_HEAD_PX:
+        raise TccpError(
+            f"{path}: the head is {width}x{height} pixels, too few to show a person; give a picture in which the head "
+            f"has at least {_LEAST_HEAD_PX} pixels on each side"
+        )
+    return head
+
+
+def _head(
+    path: Path,
+    candidates: Candidates,
+    box: str | None,
+    truth: bool,
+    open_detector: Callable[[], AbstractContextManager[faces.FaceBackend]],
+) -> UInt8[np.ndarray, "h w 3"]:
     frame, middle = list(candidates.items())[len(candidates) // 2]
     if box == "whole":
         return middle

@@ -16,6 +16,9 @@ from tccp.errors import TccpError
 from tccp.files import atomic_path
 from tccp.inference.conditioning import LANDMARK_DIGITS, rounded
 from tccp.inference.frames import GeneratedFrame
+from tccp.strict_json import parse_json
+
+_FARTHEST = 2.0  # from the corner of the head box, in its sides: an edited point may lie outside
 
 
 class LandmarkFile:
@@ -29,12 +32,13 @@ class LandmarkFile:
 
     def __init__(self, path: Path):
         self.path = path
+        self._line = 1  # the one read last
         try:
             self._file: IO[str] = path.open(encoding="utf-8")
         except OSError as error:
             raise self._refused(error.strerror or str(error)) from None
         try:
-            header = json.loads(self._file.readline())
+            header = parse_json(self._file.readline())
             if not isinstance(header, dict) or header.get("tccp") != "landmarks":
                 raise ValueError("its first line is not a landmark header")
         except (OSError, ValueError) as error:
@@ -51,27 +55,33 @@ class LandmarkFile:
 
         Raises TccpError for an invalid line, and if the file has no such frame.
         """
-        try:
-            for line in self._file:
-                record = json.loads(line)
-                if record["frame"] != frame:
-                    continue
-                confidence = float(record.get("confidence", 1.0))
-                if record["points"] is None:
-                    return np.full((68, 2), np.nan, np.float32), confidence
-                points = np.array(record["points"], np.float32)
-                if points.shape != (68, 2) or not np.isfinite(points).all():
-                    raise ValueError(f"68 finite pairs of numbers are needed, not an array of {points.shape}")
+        for number, points, confidence in self._rows():
+            if number == frame:
                 return points, confidence
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise TccpError(
-                f"{self.path}: a line at or before frame {frame} is not as `--save-landmarks` writes it "
-                f"({type(error).__name__}: {error}); correct it"
-            ) from None
         raise TccpError(
             f"{self.path} has no landmarks for frame {frame}: it must hold every frame with a head, in order; "
             "use the same scene, sound and head box"
         )
+
+    def check(self) -> None:
+        """Reads the file once. Raises TccpError for its first invalid line."""
+        start = self._file.tell()
+        for _ in self._rows():
+            pass
+        self._file.seek(start)
+        self._line = 1
+
+    def _rows(self) -> Iterator[tuple[int, Float32[np.ndarray, "68 2"], float]]:
+        """Frame number, points and confidence of the following lines."""
+        while line := self._file.readline():
+            self._line += 1
+            try:
+                yield _row(line)
+            except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+                raise TccpError(
+                    f"{self.path}, line {self._line}: is not as `--save-landmarks` writes it "
+                    f"({type(error).__name__}: {error}); correct it"
+                ) from None
 
     def close(self) -> None:
         self._file.close()
@@ -81,6 +91,23 @@ class LandmarkFile:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _row(line: str) -> tuple[int, Float32[np.ndarray, "68 2"], float]:
+    record = parse_json(line)
+    frame, confidence = record["frame"], float(record.get("confidence", 1.0))
+    if isinstance(frame, bool) or not isinstance(frame, int) or frame < 0:
+        raise ValueError(f"frame {frame!r:.40} is not a number of a frame")
+    if not 0 <= confidence <= 1:
+        raise ValueError(f"confidence {confidence:g} is outside 0..1")
+    if record["points"] is None:
+        return frame, np.full((68, 2), np.nan, np.float32), confidence
+    points = np.array(record["points"], np.float64)
+    if points.shape != (68, 2) or not np.isfinite(points).all():
+        raise ValueError(f"68 finite pairs of numbers are needed, not an array of {points.shape}")
+    if np.abs(points).max() > _FARTHEST:
+        raise ValueError(f"a point at {points.flat[np.abs(points).argmax()]:g}: give points in 0..1 of the head box")
+    return frame, points.astype(np.float32), confidence
 
 
 @contextmanager

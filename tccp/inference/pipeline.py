@@ -20,7 +20,8 @@ import torch
 
 from tccp.errors import TccpError
 from tccp.inference.components import Components, load_components
-from tccp.inference.film import FilmInputs, FilmRequest, FilmResult, OnFrame, film_frames, write_film
+from tccp.inference.film import FilmInputs, FilmRequest, FilmResult, OnFrame
+from tccp.inference.film_generation import film_frames, write_film
 from tccp.inference.frames import GeneratedFrame
 from tccp.inference.pipeline_folder import check_network, load_network
 from tccp.inference.pipeline_source import component_names, pipeline_folder
@@ -100,7 +101,7 @@ class Pipeline(Components):
                 "and options of the written film to tccp.generate_film"
             )
         request = FilmRequest(Path(scene), Path(audio), Path(identity), **options)
-        with FilmInputs(request) as inputs, progress(on_progress) as tasks:
+        with FilmInputs(request, loaded=True) as inputs, progress(on_progress) as tasks:
             yield from film_frames(self.with_networks(request.variants), inputs, tasks)
 
     def with_networks(self, names: Iterable[VariantName]) -> Pipeline:
@@ -123,11 +124,13 @@ def generate_film(
     pipeline: Pipeline | None = None,
     on_frame: OnFrame = lambda frame: None,
     on_progress: ProgressHandler | None = None,
+    inputs: FilmInputs | None = None,
 ) -> FilmResult:
     """Generates the film of a request and writes it, with the sound, to `request.out`.
 
     pipeline: a loaded pipeline; None: `request.weights` is loaded after the inputs are checked. on_frame: called with
-    every finished frame. on_progress: called with `ProgressEvent`s; None: the process's handler.
+    every finished frame. on_progress: called with `ProgressEvent`s; None: the process's handler. inputs: those of the
+    request, if they are open already.
     `request.out` appears only when the film is complete. The film is marked as generated.
     Raises TccpError or MediaError for inputs that cannot be used, before generation where possible.
     """
@@ -145,7 +148,7 @@ def generate_film(
 
     if pipeline is not None:
         request = dataclasses.replace(request, weights=pipeline.source)
-    return write_film(request, load, on_frame, on_progress)
+    return write_film(request, load, on_frame, on_progress, inputs, loaded=pipeline is not None)
 
 
 def _device(given: str | torch.device) -> torch.device:

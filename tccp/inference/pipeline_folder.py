@@ -16,7 +16,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,137 +26,35 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from tccp.config import Settings, VariantName, changed, git_commit, settings_from_json
+from tccp.config import Settings, VariantName, changed, git_commit
 from tccp.errors import TccpError
-from tccp.files import atomic_path, sync, sync_tree, translated_errors
+from tccp.files import atomic_path, check_outputs, check_writable_folder, sync, sync_tree, translated_errors
+from tccp.inference.manifest import (
+    FORMAT,
+    MANIFEST,
+    check_sampling,
+    check_settings,
+    default_components,
+    pipeline_files,
+    read_manifest,
+    read_settings,
+)
 from tccp.models.autoencoder import PictureAutoencoder
 from tccp.models.lip_sources import LipletSource
 from tccp.models.liplet import Liplet
 from tccp.models.mvcontrolnet import MVControlNet
-from tccp.models.variants import TWO_STAGE, VARIANTS
+from tccp.models.variants import VARIANTS
 
 logger = logging.getLogger("tccp.inference")
 
-FORMAT = 1
-MANIFEST = "manifest.json"
 _SUFFIXES = (".json", ".safetensors")
 _UNFINISHED, _REPLACED = ".new-", ".replaced"
 """In the names of hidden folders: components that are being written; former ones, until the manifest changes."""
-TOY_WEIGHTS = Path(__file__).parent.parent / "toy"
-"""The packaged pipeline, trained on RoundTable by `make toy-weights`."""
-SHARED_SETTINGS = (
-    "preset",
-    "window",
-    "picture_px",
-    "context",
-    "surround",
-    "autoencoder",
-    "network",
-    "diffusion",
-    "lips",
-    "variant_overrides",
-)
-"""Settings that all components of a pipeline share: they determine shapes, latents, or the prediction target."""
-PER_COMPONENT_SETTINGS = {
-    "autoencoder": ("kl_weight", "precision", "batch_size", "max_steps", "learning_rate"),
-    "lips": ("liplet_steps", "liplet_batch_size", "liplet_learning_rate"),
-    "network": ("dropout", "gradient_checkpointing"),
-}
-"""Exceptions within SHARED_SETTINGS: they affect only how a component is trained, so components may differ."""
-
-
-def weights_folder(option: Path) -> Path:
-    """The folder for a value of `--weights`: `toy` is the packaged pipeline unless a folder of that name exists."""
-    return TOY_WEIGHTS if option == Path("toy") and not option.exists() else option
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Reads the manifest. Raises TccpError if it is missing, unreadable, damaged or of another format."""
-    path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise TccpError(
-            f"no pipeline at {folder} ({MANIFEST} is missing): train one with `tccp train all --weights {folder}`"
-        ) from None
-    except OSError as error:
-        raise TccpError(f"{path} cannot be read ({error.strerror}): give the folder of a pipeline") from None
-    except ValueError as error:
-        raise TccpError(f"{path} is damaged ({error}): copy the pipeline folder again") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        found = manifest.get("format") if isinstance(manifest, dict) else None
-        raise TccpError(f"{path} is of pipeline format {found}; this version reads {FORMAT}: export the weights again")
-    components = manifest.get("components")
-    if not isinstance(manifest.get("settings"), dict) or not _valid_components(components):
-        raise TccpError(f"{path} is damaged (settings or components are malformed): copy the folder again")
-    return manifest
-
-
-def _valid_components(components: object) -> bool:
-    return isinstance(components, dict) and all(
-        isinstance(component, dict)
-        and isinstance(component.get("files"), dict)
-        and all(isinstance(digest, str) for digest in component["files"].values())
-        for component in components.values()
-    )
-
-
-def read_settings(folder: Path) -> Settings:
-    """Reads the settings of a pipeline. Raises TccpError, which names the manifest, if they are invalid."""
-    try:
-        return settings_from_json(json.dumps(read_manifest(folder)["settings"]))
-    except TccpError as error:
-        if str(folder) in str(error):
-            raise
-        raise TccpError(f"{folder / MANIFEST}: {error}; copy the folder again") from None
-
-
-def _shared_settings(settings: Settings) -> dict[str, Any]:
-    """The values of SHARED_SETTINGS, without PER_COMPONENT_SETTINGS; `variant_overrides` is filtered alike."""
-    values = {name: json.loads(settings.model_dump_json(include={name}))[name] for name in SHARED_SETTINGS}
-    for name, keys in PER_COMPONENT_SETTINGS.items():
-        for key in keys:
-            del values[name][key]
-    values["variant_overrides"] = {
-        variant: shared
-        for variant, overrides in values["variant_overrides"].items()
-        if (shared := {key: value for key, value in overrides.items() if _is_shared(*key.split(".", 1))})
-    }
-    return values
-
-
-def _is_shared(name: str, key: str = "") -> bool:
-    return name in SHARED_SETTINGS and key not in PER_COMPONENT_SETTINGS.get(name, ())
-
-
-def check_settings(folder: Path, settings: Settings) -> None:
-    """Raises TccpError if an existing pipeline has other shared settings; it names the first that differs.
-
-    Does nothing if `folder` holds no pipeline.
-    """
-    if not (folder / MANIFEST).exists():
-        return
-    stored = _shared_settings(read_settings(folder))
-    for name, value in _shared_settings(settings).items():
-        if stored[name] != value:
-            key, there, here = _first_difference(name, stored[name], value)
-            raise TccpError(
-                f"{folder} holds weights of other settings: {key} is {json.dumps(there)} there and "
-                f"{json.dumps(here)} here; use that preset or another --weights folder"
-            )
-
-
-def _first_difference(name: str, there: Any, here: Any) -> tuple[str, Any, Any]:
-    if isinstance(there, dict) and isinstance(here, dict):
-        for key in [*there, *(key for key in here if key not in there)]:
-            if there.get(key) != here.get(key):
-                return _first_difference(f"{name}.{key}", there.get(key), here.get(key))
-    return name, there, here
 
 
 def _remove_origin(config: Path) -> None:
@@ -282,16 +179,14 @@ def export(
     Raises TccpError if a component is missing or damaged, if `sampling` changes any other setting, or if `out` has
     other shared settings.
     """
-    for item in sampling:
-        if not re.match(r"(variant_overrides\.\w+\.)?sampling\.", item):
-            raise TccpError(
-                f"--set {item}: only sampling.* can be changed, because training has fixed the other settings"
-            )
+    check_sampling(sampling)
     settings = changed(read_settings(folder), sampling)
     if names is None:
-        names = ("autoencoder", *(() if settings.lips.source == "none" else ("lips",)), *TWO_STAGE)
+        names = default_components(settings)
     names = tuple(names)
     components = read_manifest(folder)["components"]
+    check_outputs({"OUT": pipeline_files(out, names)}, {"WEIGHTS": pipeline_files(folder, components)})
+    check_writable_folder("OUT", out)
     for name in names:
         source = verified(folder, name)
 
@@ -374,11 +269,6 @@ def _remedy(folder: Path, name: str) -> str:
     if (folder / f".{name}{_REPLACED}").exists():
         return f"its replacement was interrupted; give the command that trained {name} again, with --resume"
     return f"copy it again or retrain {name}"
-
-
-def has_component(folder: Path, name: str) -> bool:
-    """Whether the manifest lists the component. Raises TccpError if the manifest is damaged."""
-    return (folder / MANIFEST).exists() and name in read_manifest(folder)["components"]
 
 
 def load_network(

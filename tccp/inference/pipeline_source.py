@@ -15,7 +15,7 @@ from typing import Any
 
 from tccp.errors import TccpError
 from tccp.files import HTTP_TRANSIENT, Folder, is_url, kept_folder, make_room, retried
-from tccp.inference.pipeline_folder import MANIFEST, TOY_WEIGHTS, read_manifest, read_settings
+from tccp.inference.manifest import MANIFEST, TOY_WEIGHTS, read_manifest, read_settings
 from tccp.models.variants import VariantName
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -24,6 +24,15 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 def component_names(variants: Iterable[VariantName], own_lips: bool = True) -> list[str]:
     """The components that generation with these networks loads. own_lips: include the pipeline's lip weights."""
     return ["autoencoder", *(["lips"] if own_lips else []), *variants]
+
+
+def is_remote(source: str | Path) -> bool:
+    """Whether a pipeline is copied from elsewhere: a URL of another machine, or a repository on the Hub."""
+    if is_url(source):
+        return Folder(str(source)).local is None
+    place = Path(source)
+    named = isinstance(source, str) and _HUB_ID.fullmatch(source) and not place.parent.exists()
+    return bool(named) and not place.exists()
 
 
 def pipeline_folder(source: str | Path, components: Iterable[str], revision: str | None = None) -> Path:
@@ -47,7 +56,7 @@ def pipeline_folder(source: str | Path, components: Iterable[str], revision: str
         return local
     if text == "toy":
         return TOY_WEIGHTS
-    if isinstance(source, str) and _HUB_ID.fullmatch(text) and not local.parent.exists():
+    if is_remote(source):
         return _from_hub(text, components, revision)
     return local  # `read_manifest` reports the missing folder
 

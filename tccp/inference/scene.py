@@ -74,4 +74,4 @@ def scene_frames(
     # A cut lies between the same two frames when they are played backwards.
     starts = [True, *(a != b and max(a, b) in cuts for a, b in pairwise(indices))]
     for i, picture in enumerate(_scene_pictures(path, indices)):
-        yield SceneFrame(i, picture, track.box(indices[i]), starts[i])
+        yield SceneFrame(i, picture, track.box(indices[i]), starts[i], track.reason(indices[i]))

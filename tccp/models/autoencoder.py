@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tccp.config import AutoencoderSettings
 from tccp.errors import TccpError
 from tccp.models.variants import PICTURE_KINDS, PictureKind
+from tccp.strict_json import parse_json
 
 STATISTICS_FILE = "latent_statistics.json"
 INITIAL_LOG_VARIANCE = -6.0
@@ -152,8 +153,14 @@ class PictureAutoencoder(nn.Module):
             raise TccpError(f"{folder} is not a diffusers AutoencoderKL folder: {str(error).splitlines()[0]}") from None
         path = folder / STATISTICS_FILE
         if path.exists():
-            statistics = json.loads(path.read_text())
-            for row, kind in enumerate(PICTURE_KINDS):
-                autoencoder.mean[row] = torch.tensor(statistics[kind]["mean"])
-                autoencoder.std[row] = torch.tensor(statistics[kind]["std"])
+            try:
+                statistics = parse_json(path.read_bytes())
+                for row, kind in enumerate(PICTURE_KINDS):
+                    autoencoder.mean[row] = torch.tensor(statistics[kind]["mean"], dtype=torch.float32)
+                    autoencoder.std[row] = torch.tensor(statistics[kind]["std"], dtype=torch.float32)
+            except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+                reason = str(error).splitlines()[0]
+                raise TccpError(
+                    f"{path} is damaged ({type(error).__name__}: {reason}): copy the folder again"
+                ) from None
         return autoencoder

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import zlib
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -21,6 +22,10 @@ from tccp.roundtable.world import RoundTableClip, Truth, synthesise
 TRUTH_SUFFIX, IDENTITY_SUFFIX = ".truth.npz", ".identity.png"
 FILMS_VERSION = 2
 """Increased when the same seed gives another film: films that are kept in a storage are keyed by it."""
+UNREADABLE = (OSError, ValueError, EOFError, OverflowError, MemoryError, BadZipFile, zlib.error)
+"""Errors of NumPy for damaged `.npz` files."""
+_MOST_PX = 100_000
+_PER_FRAME = ("landmarks_px", "head_box", "yaw_deg", "mouth_opening", "mouth_width", "addressee", "others_box")
 _SCALARS = {"seed": int, "person_seed": int, "width": int, "height": int, "kind": str, "lag_s": float}
 
 
@@ -44,7 +49,8 @@ def write_clips(
     Raises TccpError if numbers are out of range or `out` cannot be written to.
     """
     if clips < 1 or (people is not None and people < 1):
-        raise TccpError(f"{clips} clips of {people} people: give at least 1 of each")
+        spoken = "" if people is None else f" of {people} people"
+        raise TccpError(f"{clips} clips{spoken}: give at least 1{' of each' if spoken else ''}")
     if seed < 0:
         raise TccpError(f"seed {seed}: give an integer of at least 0")
     if not (math.isfinite(seconds) and round(seconds * FPS) >= 1):
@@ -127,9 +133,28 @@ def read_truth(path: str | Path) -> Truth:
                 else stored[field.name]
                 for field in fields(Truth)
             }
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-        raise TccpError(f"{source}: not a RoundTable truth file ({error}): write it again with `tccp synth`") from None
-    return Truth(**values)
+        truth = Truth(**values)
+        _check_truth(truth)
+    except (*UNREADABLE, KeyError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise TccpError(f"{source}: not a RoundTable truth file ({reason}): write it again with `tccp synth`") from None
+    return truth
+
+
+def _check_truth(truth: Truth) -> None:
+    """Raises ValueError unless all arrays have a row per frame, and positions are possible."""
+    frames = {name: len(getattr(truth, name)) for name in _PER_FRAME}
+    if len(set(frames.values())) != 1 or not truth.num_frames:
+        raise ValueError(f"its arrays have {min(frames.values())} to {max(frames.values())} frames")
+    if truth.landmarks_px.shape[1:] != (68, 2) or truth.head_box.shape[1:] != (4,):
+        raise ValueError("landmarks or head boxes have another shape")
+    if not (1 <= truth.width <= _MOST_PX and 1 <= truth.height <= _MOST_PX):
+        raise ValueError(f"a picture of {truth.width}x{truth.height} pixels")
+    for positions in (truth.landmarks_px, truth.head_box):
+        if not (np.abs(positions) < _MOST_PX).all():  # also where they are NaN
+            raise ValueError("a position is not a number of pixels")
+    if not (truth.head_box[:, 2:] > truth.head_box[:, :2]).all():
+        raise ValueError("a head box is empty")
 
 
 def read_identity(path: str | Path) -> UInt8[np.ndarray, "s s 3"]:

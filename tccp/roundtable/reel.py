@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 from jaxtyping import Float32, Int8, Int32, Int64, UInt8
@@ -20,6 +19,7 @@ from tccp.config import FPS, SAMPLES_PER_FRAME
 from tccp.errors import TccpError
 from tccp.files import atomic_path
 from tccp.media import VideoWriter
+from tccp.roundtable.film_files import UNREADABLE
 from tccp.roundtable.world import RoundTableClip, synthesise
 
 OWN_SOUND, SILENCE, OTHER_SOUND = 0, 1, 2
@@ -227,6 +227,6 @@ def read_reel_truth(film: str | Path) -> ReelTruth:
     try:
         with np.load(source, allow_pickle=False) as stored:
             values = {field.name: stored[field.name] for field in fields(ReelTruth)}
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+    except (*UNREADABLE, KeyError) as error:
         raise TccpError(f"{source}: not the truth of a reel ({error}): write the reel again") from None
     return ReelTruth(**{name: int(value) if value.ndim == 0 else value for name, value in values.items()})  # type: ignore[arg-type]

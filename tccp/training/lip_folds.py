@@ -26,12 +26,14 @@ from tccp.clips.windows import clip_sound
 from tccp.config import LipSettings, Settings
 from tccp.errors import DamagedData, TccpError
 from tccp.files import Folder, atomic_folder, write_atomic
-from tccp.inference.pipeline_folder import has_component, read_manifest, verified
+from tccp.inference.manifest import has_component, read_manifest
+from tccp.inference.pipeline_folder import verified
 from tccp.inference.pipeline_source import pipeline_folder
 from tccp.media.mel import MEL_VERSION
 from tccp.models.lip_sources import LipletSource, LipSource, load_liplet, open_lip_source
 from tccp.progress import progress
 from tccp.seeds import rng_seed
+from tccp.strict_json import parse_json
 from tccp.training.fit_liplet import LIPLET_VERSION, collect_samples, train_liplet
 from tccp.training.set_aside import readable, say_set_aside
 
@@ -191,13 +193,11 @@ def open_lip_sources(
     if settings.source != "liplet":
         source = open_lip_source(settings, weights, device)
         return None if source is None else LipSources((source,))
-    if weights is None or not (weights / FOLDS_RECORD).is_file():
+    if weights is None:
+        raise TccpError("lips.source=liplet needs the folder of cross-fitted liplets: train them first")
+    if not (weights / FOLDS_RECORD).is_file():
         raise TccpError(f"{weights} holds no cross-fitted liplets ({FOLDS_RECORD} is missing): train them first")
-    record = json.loads((weights / FOLDS_RECORD).read_text())
-    if record.get("version") != _RECORD_VERSION:
-        raise TccpError(
-            f"{weights / FOLDS_RECORD}: version {record.get('version')}, this is {_RECORD_VERSION}; train them again"
-        )
+    record = _read_record(weights / FOLDS_RECORD)
     networks = [load_liplet(weights / f"fold_{fold}") for fold in range(FOLDS)]
     for fold, network in enumerate(networks):
         if network.config.size_px != settings.size_px:
@@ -209,6 +209,24 @@ def open_lip_sources(
     for clip_id, source_hash in record["sources"].items():
         source_folds.setdefault(source_hash, set()).add(record["folds"][clip_id])
     return LipSources(tuple(LipletSource(network, device) for network in networks), record["folds"], source_folds)
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    """The record of cross-fitted networks. Raises TccpError if it is damaged or of another version."""
+    try:
+        record = dict(parse_json(path.read_bytes()))
+        if record.get("version") != _RECORD_VERSION:
+            version = f"{record.get('version')!r:.40}"
+            raise TccpError(f"{path}: version {version}, this is {_RECORD_VERSION}; train them again")
+        folds, sources = record["folds"], record["sources"]
+        whole = folds.keys() == sources.keys() and all(fold in range(FOLDS) for fold in folds.values())
+        if not whole or not all(isinstance(source, str) for source in sources.values()):
+            raise ValueError("folds and sources do not fit each other")
+    except TccpError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TccpError(f"{path} is damaged ({type(error).__name__}: {error}): copy it again") from None
+    return record
 
 
 @dataclass(frozen=True)

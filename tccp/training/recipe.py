@@ -7,7 +7,7 @@ import itertools
 import logging
 import os
 import platform
-import tempfile
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,27 +18,20 @@ from tccp.clips.clip_table import ClipTable
 from tccp.config import Settings, VariantName
 from tccp.errors import TccpError
 from tccp.files import Folder
-from tccp.inference.pipeline_folder import (
-    check_settings,
-    has_component,
-    load_network,
-    restore_replaced,
-    save_component,
-    verified,
-)
+from tccp.inference.manifest import check_settings, default_components, has_component
+from tccp.inference.pipeline_folder import load_network, restore_replaced, save_component, verified
 from tccp.models.autoencoder import PictureAutoencoder
-from tccp.models.variants import FIRST_OF, TWO_STAGE, VARIANTS
+from tccp.models.variants import FIRST_OF, VARIANTS
 from tccp.processes import end_with_parent, forking_context, in_processes
 from tccp.progress import ProgressHandler, progress_handler, set_progress_handler
 from tccp.training.fit_autoencoder import train_autoencoder
 from tccp.training.fit_variant import needs_first, train_variant
 from tccp.training.latent_cache import LatentCache
 from tccp.training.lip_folds import LipSources, lip_place, liplet_folder, open_lip_sources, train_liplets_once
+from tccp.training.request_checks import check_training
 from tccp.training.run_folder import RunFolder
 
 logger = logging.getLogger("tccp.training")
-
-COMPONENTS: tuple[str, ...] = ("autoencoder", "lips", *VARIANTS)
 
 
 def recipe(settings: Settings, names: Sequence[str] | None = None) -> tuple[tuple[str, ...], ...]:
@@ -48,7 +41,7 @@ def recipe(settings: Settings, names: Sequence[str] | None = None) -> tuple[tupl
     names: components to train; by default those of the paper's pipeline, with lips if the settings use them.
     """
     if names is None:
-        names = ("autoencoder", *(("lips",) if settings.lips.source != "none" else ()), *TWO_STAGE)
+        names = default_components(settings)
     sequences = tuple(name for name in names if name in FIRST_OF)
     firsts = tuple(name for name in names if name in VARIANTS and name not in FIRST_OF)
     others = tuple(name for name in names if name not in VARIANTS)
@@ -68,15 +61,17 @@ class Trainer:
         storage: Path,
         *,
         resume: bool = False,
+        restart: bool = False,
         device: str = "cpu",
         pretrained_autoencoder: Path | None = None,
         lip_weights: Path | None = None,
         control_from: Path | None = None,
         command: str | None = None,
     ):
-        """control_from: a pipeline folder whose video branches the networks start from.
+        """restart: remove interrupted runs of the components that are trained, and begin anew.
 
-        See MVControlNet.start_control_from. command: the user's command line, for the provenance.
+        control_from: a pipeline folder whose video branches the networks start from (MVControlNet.start_control_from).
+        command: the user's command line, for the provenance.
         """
         self.arguments: dict[str, Any] = {
             "data": data,
@@ -90,6 +85,8 @@ class Trainer:
             "control_from": control_from,
             "command": command,
         }
+        if resume and restart:
+            raise TccpError("--resume continues a run and --restart removes it: give one of them")
         restore_replaced(weights)
         check_settings(weights, settings)
         self.table = ClipTable(data, keep=64)
@@ -97,6 +94,7 @@ class Trainer:
         self.settings = settings
         self.storage = storage
         self.resume = resume
+        self.restart = restart
         self.device = device
         self.pretrained_autoencoder = pretrained_autoencoder
         self.lip_weights = lip_weights
@@ -116,6 +114,9 @@ class Trainer:
             raise TccpError(f"jobs is {jobs}: give at least 1")
         names = tuple(dict.fromkeys(names))
         self._check(names)
+        if self.restart:
+            for name in names:
+                shutil.rmtree(self._run_path(name), ignore_errors=True)
         for group in recipe(self.settings, names):
             if jobs > 1 and any(name in VARIANTS for name in group):
                 self.cache_for(group)  # trains the liplets once, before the processes that read them start
@@ -128,20 +129,21 @@ class Trainer:
 
     def _check(self, names: Sequence[str]) -> None:
         """Raises TccpError for errors that would otherwise stop the training hours later."""
+        check_training(
+            self.arguments["data"],
+            self.weights,
+            self.settings,
+            self.storage,
+            names,
+            autoencoder=self.pretrained_autoencoder,
+            lip_weights=self.lip_weights,
+            control_from=self.control_from,
+        )
         for name in names:
-            if name not in COMPONENTS:
-                raise TccpError(f"unknown component {name!r}: give one of {', '.join(COMPONENTS)}, or all")
-            RunFolder.check(self._run_path(name), self.settings, name, resume=self.resume)
+            if not self.restart:
+                RunFolder.check(self._run_path(name), self.settings, name, resume=self.resume)
             if self.control_from and name in VARIANTS:
                 verified(self.control_from, name)
-        try:
-            self.weights.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.weights):
-                pass
-        except OSError as error:
-            raise TccpError(
-                f"cannot write {self.weights}: {error.strerror}; give a folder that can be written"
-            ) from None
         source = self.settings.lips.source
         needs_lips = any("lips" in VARIANTS[name].conditions_with(source) for name in VARIANTS if name in names)
         if source == "wav2lip" and needs_lips and not has_component(self.weights, "lips"):

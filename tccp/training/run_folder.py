@@ -119,9 +119,11 @@ class RunFolder:
         """Whether the folder holds a run. Raises TccpError as `open`, and changes nothing."""
         if not (path / SETTINGS_FILE).exists():
             return False
+        changes_since(stored_settings(Folder(path)), settings, component, str(path), WAYS_ON)
         if not resume:
-            raise TccpError(f"{path} holds a run already: give --resume to continue it, or other --weights")
-        changes_since(stored_settings(Folder(path)), settings, component, str(path))
+            raise TccpError(
+                f"{path} holds a run already: give --resume to continue it, or --restart to remove it and begin anew"
+            )
         return True
 
     @property
@@ -235,10 +237,21 @@ _NOT_OF_AUTOENCODER = ("variant_overrides", "window", "context", "surround", "ne
 _OWN_OF_AUTOENCODER = ("batch_size", "max_steps", "learning_rate", "accumulation")
 
 
-def changes_since(then: Settings, now: Settings, component: str, place: str) -> dict[str, dict[str, Any]]:
+WAYS_ON = "give --resume with the old values to continue it, or --restart to remove it and begin anew"
+"""The advice of `tccp train` if a run was started with other settings."""
+
+
+def changes_since(
+    then: Settings,
+    now: Settings,
+    component: str,
+    place: str,
+    ways_on: str = "resume with the old values, or start another run",
+) -> dict[str, dict[str, Any]]:
     """The changed settings among RESUMED_WITH: `was` and `is` by key.
 
-    Raises TccpError naming all others that have changed and that the training of the component depends on.
+    Raises TccpError naming all others that have changed and that the training of the component depends on; its message
+    ends with `ways_on`.
     """
     before, after = _deciding(then, component), _deciding(now, component)
     allowed = RESUMED_WITH["variant" if component in VARIANTS else "autoencoder"]
@@ -248,10 +261,7 @@ def changes_since(then: Settings, now: Settings, component: str, place: str) -> 
         values = ", ".join(
             f"{key} was {json.dumps(before.get(key))} and is {json.dumps(after.get(key))} now" for key in refused
         )
-        raise TccpError(
-            f"{place} was started with other settings ({SETTINGS_FILE} in it): {values}; resume with the old values, "
-            "or start another run"
-        )
+        raise TccpError(f"{place} was started with other settings ({SETTINGS_FILE} in it): {values}; {ways_on}")
     return {key: {"was": before.get(key), "is": after.get(key)} for key in different}
 
 

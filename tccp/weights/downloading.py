@@ -20,7 +20,7 @@ from typing import Any
 
 from tccp import __version__
 from tccp.errors import StorageError, TccpError
-from tccp.files import HTTP_TRANSIENT, retried
+from tccp.files import HTTP_TRANSIENT, check_outputs, retried
 from tccp.files.retry import first_line
 from tccp.weights.weight_files import default_folder, weights_key
 from tccp.weights.weight_table import Weight, entry
@@ -71,6 +71,7 @@ def fetch(which: str | Weight, url: str | None = None, to: Path | None = None) -
         return Fetched(weight.name, present, digest, weight.sha256 is not None, downloaded=False)
     target = folder / weight.file
     source = url or _source(weight)
+    check_outputs({"the file in --to": [target, _partial_path(target)]}, {"--url": url})
     with _partial(target) as part:
         _download(weight, source, part)
         part.seek(0)
@@ -91,10 +92,14 @@ def _source(weight: Weight) -> str:
     return f"{mirror.rstrip('/')}/{weight.file}" if mirror else weight.url
 
 
+def _partial_path(target: Path) -> Path:
+    return target.with_name(f".{target.name}.part")
+
+
 @contextmanager
 def _partial(target: Path) -> Iterator[BufferedRandom]:
     """Opens the partial file of `target` with the content of an earlier try, and removes it at the end if empty."""
-    path = target.with_name(f".{target.name}.part")
+    path = _partial_path(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a+b") as part:

@@ -33,12 +33,22 @@ def find(which: str | Weight, given: Path | None = None) -> Path:
         candidates = [given]
     found = next((path for path in candidates if path.is_file()), None)
     if found is None:
-        raise TccpError(
-            f"no {weight.label} weights at {candidates[0]}: fetch them with `tccp weights fetch {weight.name}`, "
-            f"put the file there, or name its folder in {FOLDER_VARIABLE}"
-            f"{f'; or {weight.alternative}' if weight.alternative else ''}"
-        )
+        raise TccpError(_absent(weight, candidates[0], given))
     return found
+
+
+def _absent(weight: Weight, path: Path, given: Path | None) -> str:
+    alternative = f"; or {weight.alternative}" if weight.alternative else ""
+    if given is None:
+        return (
+            f"no {weight.label} weights at {path}: fetch them with `tccp weights fetch {weight.name}`, put the file "
+            f"there, or name its folder in {FOLDER_VARIABLE}{alternative}"
+        )
+    where = f"{path}" if given.exists() else f"{path} ({given} does not exist)"
+    return (
+        f"no {weight.label} weights at {where}: give {weight.file} or its folder, which `tccp weights fetch "
+        f"{weight.name} --to FOLDER` writes, or leave the option out to use those of {default_folder()}{alternative}"
+    )
 
 
 def available(which: str | Weight, given: Path | None = None) -> Path | None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 from tiny import pictures, tccp, write_film
@@ -70,7 +71,9 @@ def arguments(film: Path, weights: Path, tmp_path: Path) -> Callable[..., list[s
             "device": "cpu",
         }
         options |= {name.replace("_", "-"): value for name, value in changes.items()}
+        person = options.pop("person", None)
         given = [f"--{name}={value}" for name, value in options.items() if value is not None and value is not True]
+        given += ["--person", *person.split()] if person else []
         return ["generate", *given, *(f"--{name}" for name, value in options.items() if value is True)]
 
     return build
@@ -118,6 +121,7 @@ def broken(film: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     nan = np.zeros(16000)
     nan[9000] = np.nan
     _float_wave(folder / "nan.wav", nan)
+    cv2.imwrite(str(folder / "tiny.png"), np.full((1, 1, 3), 90, np.uint8))
     (folder / "no_picture.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing more")
     return folder
 
@@ -273,12 +277,22 @@ def test_scene_or_identity_without_a_face_is_refused(
         ({"box": "10,10,90"}, ["--box 10,10,90", "four numbers"]),
         ({"box": "track.json"}, ["track.json", "neither a box nor a track file"]),
         ({"identity_box": "-90,0,-10,80"}, ["identity.png", "outside the picture"]),
+        ({"box": None, "person": "900 20"}, ["--person 900 20 is not in the picture", "x from 0 to 127", "0 to 95"]),
+        ({"box": None, "person": "nan 20"}, ["--person nan 20 is not in the picture"]),
+        ({"box": None, "person": "-1 20"}, ["--person -1 20 is not in the picture"]),
+        ({"person": "60 40"}, ["--person chooses among faces", "without --mask, --box and --truth"]),
+        ({"preset": "nosuch"}, ["unknown preset 'nosuch': choose one of paper, toy"]),
+        ({"identity_box": "10,10,12,12"}, ["identity.png", "the head is 2x2 pixels", "at least 16"]),
+        ({"identity": "@tiny.png"}, ["tiny.png", "the head is 1x1 pixels", "at least 16 pixels on each side"]),
         ({"landmarks": "points.jsonl"}, ["points.jsonl", "No such file", "--save-landmarks"]),
         ({"steps": 0}, ["sampling.steps", "0"]),
         ({"preset": "paper"}, ["weights of preset 'toy', not 'paper'", "--preset toy"]),
         ({"out": "out.avi"}, ["out.avi", ".mp4"]),
         ({"box": None, "truth": True, "scene": "@no_audio.mp4"}, ["no_audio.truth.npz", "no such truth file"]),
-        ({"box": None, "detector_weights": "nowhere"}, ["nowhere/face_landmarker.task", "TCCP_WEIGHTS", "lbp"]),
+        (
+            {"box": None, "detector_weights": "nowhere"},
+            ["nowhere/face_landmarker.task (nowhere does not exist)", "--to FOLDER", "leave the option out", "lbp"],
+        ),
     ],
 )
 def test_invalid_options_are_refused(
@@ -323,6 +337,38 @@ def test_unwritable_file_system_is_refused(
         main(["preprocess", str(film), "/proc/clips", "--backend", "truth"])
 
 
+HEADER = '{"tccp": "landmarks"}'
+POINTS = [[0.5, 0.5]] * 68
+LANDMARKS = {
+    "far": ({"frame": 0, "points": [[0.5, 1e30], *POINTS[1:]]}, r"line 2: .*a point at 1e\+30: give points in 0..1"),
+    "near": ({"frame": 0, "points": [[0.5, -2.1], *POINTS[1:]]}, "a point at -2.1"),
+    "few": ({"frame": 0, "points": POINTS[1:]}, "68 finite pairs"),
+    "unsure": ({"frame": 0, "points": POINTS, "confidence": 1e9}, r"confidence 1e\+09 is outside 0..1"),
+    "when": ({"frame": 1.5, "points": POINTS}, "frame 1.5 is not a number of a frame"),
+    "nan": ('{"frame": 0, "points": [[NaN, 0.5]]}', "NaN is not a number"),
+    "huge": ('{"frame": 0, "points": [[1e400, 0.5]]}', "1e400 is too large"),
+    "deep": ('{"frame": 0, "points": ' + "[" * 100_000, "levels deep"),
+}
+
+
+@pytest.mark.parametrize("name", LANDMARKS)
+def test_bad_landmarks_are_refused_before_anything_is_loaded(
+    broken: Path,
+    arguments: Callable[..., list[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+) -> None:
+    """The bad line is the last of the film, and there are no weights."""
+    line, message = LANDMARKS[name]
+    lines = [HEADER, line if isinstance(line, str) else json.dumps(line)]
+    (tmp_path / "points.jsonl").write_text("\n".join(lines))
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(arguments(landmarks=tmp_path / "points.jsonl", weights=tmp_path / "none"))
+    assert re.search(message, one_line(capsys.readouterr().err))
+
+
 # Weights
 
 
@@ -357,6 +403,11 @@ def _manifest_cut(folder: Path) -> str:
     path = folder / "manifest.json"
     path.write_text(path.read_text()[:200])
     return "is damaged"
+
+
+def _deep_manifest(folder: Path) -> str:
+    (folder / "manifest.json").write_text('{"format": 1, "settings": ' + "[" * 100_000)
+    return "is damaged (it is nested more than"
 
 
 def _missing(folder: Path) -> str:
@@ -407,6 +458,8 @@ DAMAGE: dict[str, Callable[[Path], str]] = {
     "a file": _a_file_instead,
     "no manifest": _no_manifest,
     "manifest cut": _manifest_cut,
+    "deep manifest": _deep_manifest,
+    "huge picture": _manifest(lambda m: m["settings"].update(picture_px=10**200), "less than or equal to 4096"),
     "other format": _manifest(lambda m: m.update(format=99), "pipeline format 99; this version reads 1"),
     "no settings": _manifest(lambda m: m.pop("settings"), "is damaged"),
     "no components": _manifest(lambda m: m.update(components=[]), "is damaged"),
@@ -448,7 +501,7 @@ def test_unusable_detector_weights_are_refused(
         main(arguments(box=None, detector_weights=path))
     with refused(capsys, tmp_path, str(path), "not a usable"):
         main(["preprocess", str(film), str(tmp_path / "clips"), "--weights", str(path)])
-    with refused(capsys, tmp_path, "face_landmarker.task", "TCCP_WEIGHTS"):
+    with refused(capsys, tmp_path, "nowhere/face_landmarker.task", "nowhere does not exist", "leave the option out"):
         main(["preprocess", str(film), str(tmp_path / "clips"), "--weights", str(tmp_path / "nowhere")])
 
 

@@ -14,7 +14,8 @@ from tiny import tccp as command
 
 from tccp.cli import demo_run as demo
 from tccp.cli.demo_run import run_demo
-from tccp.inference.pipeline_folder import TOY_WEIGHTS, read_manifest, read_settings, verified, weights_folder
+from tccp.inference.manifest import TOY_WEIGHTS, read_manifest, read_settings, weights_folder
+from tccp.inference.pipeline_folder import verified
 from tccp.media import probe, read_metadata
 from tccp.models.variants import TWO_STAGE
 

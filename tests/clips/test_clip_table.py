@@ -126,12 +126,24 @@ def test_tables_of_another_version_or_kind_are_refused(tmp_path: Path) -> None:
         ("part", "no column audio"),
         ("grouped", "one row per row group"),
         ("text", "not a readable clip table"),
-        ("absent", "no clip table at"),
+        ("absent", r"no clip table at .*absent\.parquet: there is no such folder or file; give the folder"),
         ("twice", "same clip_id"),
     ):
         with pytest.raises(TccpError, match=message) as caught:
             ClipTable(tmp_path / f"{name}.parquet")
         assert "\n" not in str(caught.value)
+
+
+def test_a_missing_table_is_named_by_the_folder_that_was_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    for folder, message in (
+        (".", r"^no clip table at \.: it holds neither index\.parquet nor clips\.parquet; give the folder"),
+        ("empty", "^no clip table at empty: it holds neither"),
+        ("nowhere", "^no clip table at nowhere: there is no such folder or file"),
+    ):
+        with pytest.raises(TccpError, match=message):
+            ClipTable(folder)
 
 
 def test_row_of_another_version_is_refused_even_without_metadata():

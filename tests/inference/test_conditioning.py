@@ -29,7 +29,8 @@ from tccp.inference.components import Components, load_components
 from tccp.inference.conditioning import LandmarkReader, rounded, training_conditions
 from tccp.inference.frames import SceneFrame
 from tccp.inference.generation import Generator
-from tccp.inference.pipeline_folder import TOY_WEIGHTS, write_untrained
+from tccp.inference.manifest import TOY_WEIGHTS
+from tccp.inference.pipeline_folder import write_untrained
 from tccp.media import open_audio, read_frames, write_audio_wav
 from tccp.media.mel import mel_windows
 from tccp.models.variants import VARIANTS

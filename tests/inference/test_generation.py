@@ -180,9 +180,36 @@ def test_frames_without_a_head_pass_through_untouched(film: Path, weights: Path,
     result, frames = generated(film, weights, tmp_path / "out.mp4", box=str(track))
     before, after = pictures(film), pictures(tmp_path / "out.mp4")
     assert (result.frames, result.generated, result.passed_through) == (25, 19, 6)
+    assert result.reasons == {"absent": 6}
+    assert [frame.reason for frame in frames] == [None] * 4 + ["absent"] * 6 + [None] * 15
+    assert result.warnings == (f"{film}: 19 of 25 frames generated; passed through 6 without the person",)
     assert np.array_equal(before[4:10], after[4:10])
     assert all(not np.array_equal(before[i], after[i]) for i in (3, 10))
     assert all(frame.points is None and frame.box is None for frame in frames[4:10])
+
+
+def test_reasons_of_frames_are_counted_on_the_film_that_is_made(film: Path, weights: Path, tmp_path: Path) -> None:
+    """The film plays the scene forth and back, and shows some of its frames twice."""
+    boxes = [frame.tolist() for frame in read_truth(film).head_box]
+    track = write_track(tmp_path / "track.json", [*[None] * 5, *boxes[5:22], None, None, boxes[24]], [])
+    (sound := tmp_path / "sound.wav")
+    write_audio_wav(sound, 0.1 * np.sin(np.arange(30 * 640) / 9))
+    out = tmp_path / "out.mp4"
+    result, _ = generated(film, weights, out, box=str(track), audio=sound, extend="pingpong", steps=1)
+    assert result.reasons == {"before": 5, "absent": 4}
+    assert result.frames == result.generated + result.passed_through == 30
+    text = "21 of 30 frames generated; passed through 5 before the person appears, 4 without the person"
+    assert result.warnings == (f"{film}: {text}",)
+
+
+def test_a_film_without_a_head_in_the_frames_that_are_shown_is_refused(
+    film: Path, weights: Path, tmp_path: Path
+) -> None:
+    track = write_track(tmp_path / "track.json", [*[None] * 20, *[[40, 20, 80, 60]] * 5], [])
+    write_audio_wav(tmp_path / "sound.wav", 0.1 * np.sin(np.arange(10 * 640) / 9))
+    with pytest.raises(TccpError, match=r"0 of 10 frames generated; .* 10 before the person appears, so"):
+        generated(film, weights, tmp_path / "out.mp4", box=str(track), audio=tmp_path / "sound.wav", steps=1)
+    assert not (tmp_path / "out.mp4").exists()
 
 
 @pytest.mark.parametrize("box", [None, "-20,10,40,70", "30.5,20.25,71,60", "100,70,140,110"])
@@ -467,7 +494,7 @@ def test_the_identity_can_be_cut_from_a_film_or_a_picture(
 
 def test_inputs_are_not_overwritten(film: Path, weights: Path, tmp_path: Path) -> None:
     before = film.read_bytes()
-    with pytest.raises(TccpError, match="one of the inputs"):
+    with pytest.raises(TccpError, match=r"--out .* is --scene"):
         generate_film(request_of(film, weights, film))
     assert film.read_bytes() == before
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tiny import generated, pictures, request_of, write_film, write_track
 from tccp import faces, headbox
 from tccp.errors import TccpError
 from tccp.inference.head_tracks import (
+    HeadTrack,
     find_cuts,
     square_box,
     track_from_boxes,
@@ -101,10 +103,15 @@ def test_any_box_becomes_the_smallest_whole_square_around_it(box: tuple[float, f
     [
         ("200,10,240,50", r"--box 200,10,240,50: box \[200.*outside the picture of 128x96"),
         ("-60,-60,-20,-20", "outside the picture"),
-        ("0.1,0.1,0.4,0.4", "no head box"),
-        ("50,50,20,80", "no head box"),
-        ("nan,1,20,20", "no head box"),
-        ("0,0,1e9,1e9", "no head box"),
+        (
+            "0.1,0.1,0.4,0.4",
+            r"no head box .*: it is 0.3x0.3 pixels; give pixels, not shares .* at least 2 on",
+        ),
+        ("50,50,20,80", "no head box .*: give x0,y0,x1,y1 in pixels with x0 < x1 and y0 < y1"),
+        ("50,50,80,50", "no head box .*: give .* with x0 < x1 and y0 < y1"),
+        ("nan,1,20,20", "no head box .*: give four finite numbers"),
+        ("0,0,1e9,1e9", r"no head box .*: it is 1e\+09x1e\+09 pixels; give at most 512 on each side"),
+        ("-1e308,0,1e308,9", "no head box .*: it is infx9 pixels; give at most 512"),
         ("1,2,3", "four numbers"),
         ("nowhere.json", "nowhere.json is neither a box nor a track file"),
     ],
@@ -123,6 +130,13 @@ def test_invalid_boxes_are_refused(film: Path, box: str, message: str) -> None:
         ({"boxes": [[500, 2, 540, 42]] * 25}, "frame 0: box .* outside"),
         ({"boxes": 5}, "neither a box nor a track file"),
         ({"boxes": [[1, 2, 40, 41]] * 25, "cuts": "x"}, "neither a box nor a track file"),
+        ({"boxes": [[1, 2, 40, 41]] * 25, "cuts": [3, 25]}, "cut 25 is not a frame of the film, 0 to 24"),
+        ({"boxes": [[1, 2, 40, 41]] * 25, "cuts": [-1]}, "cut -1 is not a frame"),
+        ({"boxes": [[1, 2, 40, 41]] * 25, "cuts": [2.5]}, "cut 2.5 is not a frame"),
+        ({"boxes": [[1, 2, 40, 41]] * 25, "cuts": [True]}, "cut True is not a frame"),
+        ({"boxes": [[1, 2, 40, 41]] * 25, "cuts": [10**200]}, "cut 10{30,} ?.*is not a frame"),
+        ({"boxes": [[1, 2, 10**290, 10**290]] * 25}, "frame 0: .* no head box"),
+        ({"boxes": {"0": [1, 2, 40, 41]}}, "boxes is not a list"),
         ([1], "neither a box nor a track file"),
     ],
 )
@@ -132,6 +146,25 @@ def test_errors_of_track_files_name_the_file(film: Path, tmp_path: Path, record:
     with pytest.raises(TccpError, match=message) as caught:
         track_from_boxes(probe(film), str(path))
     assert "track.json" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 100_000, "levels deep"),
+        ('{"boxes": [' + "[" * 100_000, "levels deep"),
+        ('{"boxes": [[1, 2, 1e400, 9]]}', "1e400 is too large"),
+        ('{"boxes": [null], "cuts": [1e400]}', "1e400 is too large"),
+        ('{"boxes": [[1, 2, NaN, 9]]}', "NaN is not a number"),
+        ('{"boxes": [[1, 2, ' + "9" * 5000 + ", 9]]}", "too large"),
+    ],
+)
+def test_hostile_track_files_are_refused_in_one_line(film: Path, tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "track.json"
+    path.write_text(text)
+    with pytest.raises(TccpError, match=message) as caught:
+        track_from_boxes(probe(film), str(path))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 
 def test_errors_of_masks_name_the_file(film: Path, tmp_path: Path) -> None:
@@ -217,6 +250,71 @@ def test_a_head_that_leaves_the_picture_is_no_error(tmp_path: Path) -> None:
     gone = [track.box(i) is None for i in range(60)]
     assert not gone[0] and gone[-1]
     assert gone == sorted(gone)
+    assert {track.reason(i) for i in range(60)} == {None, "left_picture"}
+
+
+def seen_in(tmp_path: Path, frames: Iterable[int], total: int = 75, cut: int | None = None) -> HeadTrack:
+    """The track of a face that is found in these frames of a film."""
+    shown = np.full((total, 48, 64, 3), 90, np.uint8)
+    if cut is not None:
+        shown[cut:] = (0, 200, 40)
+    scene = probe(write_film(tmp_path / "scene.mp4", shown))
+    there = set(frames)
+    return track_from_detector(scene, Known([[face_at(20, 12, 16)] if i in there else [] for i in range(total)]))
+
+
+@pytest.mark.parametrize(
+    ("frames", "found"),
+    [
+        ([30, 31], 2),  # a false detection
+        ([10, 20, 30, 40, 50], 5),  # false detections that gaps could be bridged between
+        (range(20, 35), 15),  # one frame too short
+        ([*range(4), *range(60, 64)], 8),
+    ],
+)
+def test_a_scene_without_a_person_for_long_enough_is_refused(tmp_path: Path, frames: Iterable[int], found: int) -> None:
+    message = rf"no face found in .* with known for long enough: there is one in {found} of 75 frames: .*--box"
+    with pytest.raises(TccpError, match=message):
+        seen_in(tmp_path, frames)
+
+
+def test_false_detections_get_no_box_and_move_no_other_box(tmp_path: Path) -> None:
+    steady = seen_in(tmp_path, range(20, 36))
+    track = seen_in(tmp_path, [0, 1, *range(20, 36), 60])
+    reasons = [track.reason(i) for i in range(75)]
+    expected = {0: "too_short", 2: "before", 19: "before", 20: None, 35: None, 36: "after", 60: "too_short"}
+    assert {i: reasons[i] for i in expected} == expected
+    assert [reason is None for reason in reasons] == [20 <= i < 36 for i in range(75)]
+    assert np.array_equal(track.boxes, steady.boxes, equal_nan=True)
+
+
+def test_a_short_shot_needs_the_person_in_half_of_its_frames(tmp_path: Path) -> None:
+    """Another rule would refuse every film of less than 0.64 s."""
+    track = seen_in(tmp_path, range(3, 12), total=40, cut=12)
+    assert track.cuts == frozenset({12})
+    assert [i for i in range(40) if track.box(i) is not None] == list(range(3, 12))
+
+
+def test_the_rule_of_presence() -> None:
+    """Gaps of up to 12 frames, at least 5 faces, in at least half of the frames, for at least 16 frames."""
+
+    def of(*runs: tuple[int, int], total: int = 100, share: float = 0.5) -> list[tuple[int, int]]:
+        seen = np.zeros(total, bool)
+        for start, stop in runs:
+            seen[start:stop] = True
+        return faces.stretches(seen, share)
+
+    assert of((10, 26)) == [(10, 26)]
+    assert of((10, 25)) == []
+    assert of((10, 30), (42, 60)) == [(10, 60)]
+    assert of((10, 30), (43, 60)) == [(10, 30), (43, 60)]
+    assert of((10, 30), (40, 44), share=0.75) == [(10, 30)]  # cut at the gap, the rest is too short
+    assert of((10, 14), (26, 30), (42, 58)) == [(10, 58)]  # the face is in 24 of 48 frames
+    assert of((10, 13), (25, 29), (41, 57)) == [(25, 57)]  # in 23 of 47, and in 20 of 32 after the first gap
+    assert of((0, 7), total=12) == [(0, 7)]
+    assert of((0, 5), total=12) == []
+    assert of((0, 4), total=4) == []
+    assert faces.stretches(np.ones(3, bool), 0.5, least_seen=3) == [(0, 3)]
 
 
 def test_the_requested_person_is_tracked(tmp_path: Path) -> None:

@@ -21,14 +21,11 @@ from tccp.config import FPS, override
 from tccp.errors import TccpError
 from tccp.files import Folder
 from tccp.inference.components import load_components
+from tccp.inference.manifest import check_settings, has_component, read_manifest, read_settings
 from tccp.inference.pipeline import Pipeline
 from tccp.inference.pipeline_folder import (
-    check_settings,
     export,
-    has_component,
     load_network,
-    read_manifest,
-    read_settings,
     restore_replaced,
     same_component,
     save_component,
@@ -296,16 +293,16 @@ def test_settings_of_a_variant_reach_its_stage(tmp_path: Path) -> None:
 
 
 def test_the_command_line_overrides_the_settings_of_variants(film: Path, tmp_path: Path) -> None:
-    from tccp.inference.film import _with_sampling
+    from tccp.inference.film import with_sampling
 
     own = override(tiny.SETTINGS, {"variant_overrides.face_sequence": {"sampling.steps": 5}})
     write_untrained(tmp_path, own, TWO_STAGE)
     pipeline = load_components(tmp_path)
     request = tiny.request_of(film, tmp_path, tmp_path / "out.mp4", steps=3)
-    overridden = dataclasses.replace(pipeline, settings=_with_sampling(pipeline.settings, request))
+    overridden = dataclasses.replace(pipeline, settings=with_sampling(pipeline.settings, request))
     assert overridden.stage("face_sequence").settings.steps == overridden.stage("landmark_sequence").settings.steps == 3
     unchanged = tiny.request_of(film, tmp_path, tmp_path / "x.mp4")
-    assert _with_sampling(pipeline.settings, unchanged) == pipeline.settings
+    assert with_sampling(pipeline.settings, unchanged) == pipeline.settings
 
 
 def test_a_pipeline_without_lips(film: Path, tmp_path: Path) -> None:

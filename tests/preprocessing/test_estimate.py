@@ -126,8 +126,8 @@ def test_estimate_as_json_and_as_a_text_table() -> None:
     assert estimate(films[:10], listed(films), workers=2, price_per_cpu_hour=0.04).to_json() == result.to_json()
     lines = result.to_text().splitlines()
     assert len({len(line) for line in lines}) == 1 and "80% range" in lines[0]
-    assert [line.split("  ")[0].strip() for line in lines[1:4]] == ["film in, hours", "clips out, hours", "storage, GB"]
-    assert "wall-clock hours, 2 workers" in result.to_text() and lines[-1].startswith("cost")
+    assert [line.split("  ")[0].strip() for line in lines[1:4]] == ["film in", "clips out", "storage, GB"]
+    assert "wall-clock time, 2 workers" in result.to_text() and lines[-1].startswith("cost")
 
 
 @given(st.lists(st.integers(0, 10**9), min_size=1, max_size=40), st.integers(1, 50), st.integers(0, 5), st.randoms())

@@ -334,6 +334,22 @@ def test_every_manifest_format_gives_the_same_table(tmp_path: Path, name: str) -
         ("m.jsonl", '{"path": "a.mp4"}\n\n{"path": 5}\n', "line 3: path is 5; it must be text"),
         ("m.jsonl", '{"path": "a.mp4", "speaker_x": true, "speaker_y": 1}\n', "line 1: speaker_x is True"),
         ("m.jsonl", '{"path": "a.mp4"}\n{"path": "b.mp4"\n', "line 2: is not valid JSON"),
+        ("m.jsonl", '{"path": ' + "[" * 100_000, "line 1: is not valid JSON: it is nested more than"),
+        (
+            "m.jsonl",
+            '{"path": "a.mp4", "speaker_x": 1e400, "speaker_y": 1}\n',
+            "1e400 is too large",
+        ),
+        (
+            "m.jsonl",
+            '{"path": "a.mp4", "speaker_x": NaN, "speaker_y": 1}\n',
+            "NaN is not a number in JSON",
+        ),
+        (
+            "m.jsonl",
+            '{"path": "a.mp4", "speaker_x": ' + "9" * 5000 + "}\n",
+            "99999... is too large",
+        ),
         ("m.jsonl", '["a.mp4"]\n', "line 1: is not a JSON object"),
         ("m.jsonl", '{"path": "a.mp4", "colour": "red"}\n', "line 1: unknown column 'colour'"),
         ("m.parquet", "no table", "is not a valid Parquet file"),

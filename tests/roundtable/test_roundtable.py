@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import subprocess
 import sys
@@ -30,6 +31,13 @@ from tccp.roundtable.head import Expression, landmarks_3d
 from tccp.roundtable.motion import drift, follow
 from tccp.roundtable.people import HAIR_STYLES
 from tccp.roundtable.voice import Voice, speak
+
+
+@pytest.fixture(scope="module")
+def short_film(tmp_path_factory):
+    """A film of ten frames."""
+    (path,) = write_clips(tmp_path_factory.mktemp("film"), 1, 0.4, width=128, height=96)
+    return path
 
 
 def same_truth(first: Truth, second: Truth) -> bool:
@@ -479,3 +487,43 @@ def test_identity_has_the_same_skin_and_another_background():
     assert skin_share(clip.identity) > 0.05
     assert skin_share(crop) > 0.05
     assert np.abs(clip.identity[:8].astype(int).mean(axis=(0, 1)) - crop[:8].mean(axis=(0, 1))).max() > 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"landmarks_px": np.full((10, 68, 2), 1e30, np.float32)}, "a position is not a number of pixels"),
+        ({"head_box": np.full((10, 4), np.nan, np.float32)}, "a position is not a number of pixels"),
+        ({"head_box": np.tile(np.array([9, 9, 9, 20], np.float32), (10, 1))}, "a head box is empty"),
+        ({"head_box": np.zeros((3, 4), np.float32)}, "frames|shape|check"),
+        ({"landmarks_px": np.zeros((10, 5, 2), np.float32)}, "shape|check"),
+        ({"width": np.array(10**9)}, "a picture of 1000000000x"),
+        ({"width": np.array(np.inf)}, "cannot convert float infinity"),
+        ({"kind": np.arange(3)}, "truth file"),
+    ],
+)
+def test_impossible_truth_is_refused_in_one_line(short_film, tmp_path, changes, reason):
+    with np.load(truth_path(short_film)) as stored:
+        values = dict(stored) | changes
+    np.savez(tmp_path / "film.truth.npz", **values)
+    with pytest.raises(TccpError, match=rf"film\.truth\.npz: not a RoundTable truth file .*({reason})") as caught:
+        read_truth(tmp_path / "film.mp4")
+    assert "\n" not in str(caught.value)
+
+
+def test_damaged_truth_is_refused(short_film, tmp_path):
+    """Every tenth byte in turn: the file's directory, its headers and its compressed data."""
+    whole = truth_path(short_film).read_bytes()
+    for place in range(0, len(whole), max(len(whole) // 60, 1)):
+        damaged = bytearray(whole)
+        damaged[place] ^= 0x5A
+        (tmp_path / "film.truth.npz").write_bytes(damaged)
+        with contextlib.suppress(TccpError):
+            read_truth(tmp_path / "film.mp4")
+
+
+def test_numbers_of_clips_and_people_are_named_as_given(tmp_path):
+    with pytest.raises(TccpError, match=r"^0 clips: give at least 1$"):
+        write_clips(tmp_path, 0, 1.0)
+    with pytest.raises(TccpError, match=r"^2 clips of 0 people: give at least 1 of each$"):
+        write_clips(tmp_path, 2, 1.0, people=0)

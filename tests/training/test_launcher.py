@@ -21,7 +21,7 @@ import trainings
 from object_storage import object_storage
 from trainings import ROOT, assert_same_trace, command, committed, run_folder, trace
 
-from tccp.inference.pipeline_folder import read_manifest
+from tccp.inference.manifest import read_manifest
 from tccp.roundtable import identity_path
 
 pytest_plugins = ["tiny_fixtures"]

@@ -17,7 +17,7 @@ from preprocessing.plan import make_plan
 from preprocessing.run import preprocess
 from tccp.errors import TccpError
 from tccp.inference.components import load_components
-from tccp.inference.pipeline_folder import MANIFEST
+from tccp.inference.manifest import MANIFEST, read_manifest
 from tccp.models.variants import TWO_STAGE
 from tccp.processes import in_processes
 from tccp.roundtable import write_clips
@@ -144,6 +144,23 @@ def test_unknown_components_and_weights_of_other_settings_are_refused(data, tmp_
         Trainer(data, tmp_path / "w", small(**SHORT, **{"network.base_channels": 48}), tmp_path / "storage")
     with pytest.raises(TccpError, match=r"holds weights of other settings: variant_overrides\.face_first"):
         Trainer(data, tmp_path / "w", small(**SHORT, **{"variant_overrides.face_first": wider}), tmp_path / "storage")
+
+
+def test_a_run_with_other_settings_names_them_all_and_both_ways_on(data, tmp_path):
+    folder = tmp_path / "storage"
+    Trainer(data, tmp_path / "w", small(**SHORT), folder).train(["autoencoder"])
+    changed = small(**SHORT | {"autoencoder.max_steps": 3, "training.ema_decay": 0.5})
+    for resume in (False, True):
+        with pytest.raises(TccpError) as caught:
+            Trainer(data, tmp_path / "w", changed, folder, resume=resume).train(["autoencoder"])
+        text = str(caught.value)
+        assert "autoencoder.max_steps was 2 and is 3 now" in text
+        assert "training.ema_decay was 0.9" in text and "and is 0.5 now" in text
+        assert "--resume with the old values" in text and "--restart" in text
+    Trainer(data, tmp_path / "w", changed, folder, restart=True).train(["autoencoder"])
+    assert read_manifest(tmp_path / "w")["components"]["autoencoder"]["provenance"]["steps"] == 3
+    with pytest.raises(TccpError, match="--resume continues a run and --restart removes it"):
+        Trainer(data, tmp_path / "w", changed, folder, resume=True, restart=True)
 
 
 _WAITING = """

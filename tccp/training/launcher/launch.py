@@ -28,15 +28,8 @@ from tccp.config import Settings, VariantName, settings_to_json
 from tccp.errors import TccpError
 from tccp.files import Folder, check_shared
 from tccp.inference.conditioning import training_conditions
-from tccp.inference.pipeline_folder import (
-    MANIFEST,
-    TOY_WEIGHTS,
-    check_settings,
-    export,
-    has_component,
-    restore_replaced,
-    save_component,
-)
+from tccp.inference.manifest import COMPONENTS, MANIFEST, TOY_WEIGHTS, check_settings, has_component
+from tccp.inference.pipeline_folder import export, restore_replaced, save_component
 from tccp.models.autoencoder import PictureAutoencoder
 from tccp.models.variants import FIRST_OF, VARIANTS
 from tccp.progress import progress
@@ -53,7 +46,7 @@ from tccp.training.launcher.sizing import allocate
 from tccp.training.launcher.tracked_run import run_id_of, start_tracking
 from tccp.training.launcher.worker_group import fit_on_cluster, repeat_after_outages
 from tccp.training.lip_folds import LipPlace, lip_place, liplet_folder, open_lip_sources, train_liplets_once
-from tccp.training.recipe import COMPONENTS, recipe
+from tccp.training.recipe import recipe
 from tccp.training.run_folder import SETTINGS_FILE, changes_of, run_record, take_settings
 from tccp.training.set_aside import say_set_aside
 from tccp.training.tracking import Tracker, tracking_place

@@ -11,12 +11,12 @@ from tccp.cluster import num_nodes
 from tccp.config import DeepSpeedSettings, Settings, VariantName
 from tccp.errors import TccpError
 from tccp.files import Folder, check_shared
+from tccp.inference.manifest import COMPONENTS
 from tccp.models.variants import VARIANTS
 from tccp.training.engine import deepspeed_config
 from tccp.training.fit_autoencoder import autoencoder_training
 from tccp.training.launcher.film_order import FilmWindows
 from tccp.training.launcher.job import AUTOENCODER, Allocation, Latents
-from tccp.training.recipe import COMPONENTS
 
 RUNS = "runs"
 RUN_RECORD = "run.json"

@@ -8,10 +8,10 @@ from pathlib import Path
 from tccp.clips.lip_table import LIPS
 from tccp.config import Settings
 from tccp.errors import TccpError
-from tccp.inference.pipeline_folder import MANIFEST, check_settings, has_component, read_manifest, same_component
+from tccp.inference.manifest import COMPONENTS, MANIFEST, check_settings, has_component, read_manifest
+from tccp.inference.pipeline_folder import same_component
 from tccp.models.variants import VARIANTS
 from tccp.training.launcher.job import AUTOENCODER
-from tccp.training.recipe import COMPONENTS
 
 
 def has_matching_settings(place: Path, settings: Settings) -> bool:

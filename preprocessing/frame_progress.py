@@ -1,0 +1,63 @@
+"""The progress of preprocessing in frames, of which the total is estimated until every film has been opened."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tccp.progress import Tasks
+
+FRAMES_PER_BYTE = 25 / 125_000
+"""Assumed until the first film is opened: a film of 1 Mbit/s."""
+
+
+class FrameProgress:
+    """Reports frames that are done. Both passes over a film count, so that half is left after the first.
+
+    sizes: bytes of the sources, by their number in the listing; 0 where they are unknown. A film that is not opened
+    yet is estimated to have as many frames per byte as those before it, or as many frames as their mean.
+    """
+
+    def __init__(self, tasks: Tasks, title: str, sizes: Mapping[int, int]) -> None:
+        self._tasks = tasks
+        self._sizes = dict(sizes)
+        self._frames: dict[int, float] = {}  # of opened sources
+        self._done = 0.0  # frames of finished reels
+        self._reel = 0.0  # frames of the reel that is being worked on
+        self._seen = 0
+        self._task = tasks.add_task(title, total=self._total())
+
+    def begin(self, order: int, frames: int, share: float) -> None:
+        """A reel begins: its source's number, its frames, and its share of the source's frames."""
+        self._frames[order] = frames / share if share else 0.0
+        self._reel, self._seen = float(frames), 0
+        self._report()
+
+    def on_frame(self) -> None:
+        """One pass is done with one frame of the reel."""
+        self._seen += 1
+        self._report()
+
+    def end(self, row: Mapping[str, Any]) -> None:
+        """A reel is done, with this row of `preprocessing.steps.RESULT_SCHEMA`."""
+        order, frames, share = row["order"], row["frames"], row["share"]
+        if frames and share:
+            self._frames[order] = frames / share
+        elif share >= 1:
+            self._frames[order] = 0.0  # it cannot be used
+        self._done += frames
+        self._reel, self._seen = 0.0, 0
+        self._report()
+
+    def _report(self) -> None:
+        part = min(self._seen / 2, self._reel)
+        done = self._done + part
+        self._tasks.update(self._task, completed=round(done), total=max(round(self._total()), round(done)))
+
+    def _total(self) -> float:
+        known_bytes = sum(self._sizes[order] for order in self._frames)
+        known = sum(self._frames.values())
+        per_byte = known / known_bytes if known and known_bytes else FRAMES_PER_BYTE
+        usual = known / len(self._frames) if known else 0.0
+        rest = [size for order, size in self._sizes.items() if order not in self._frames]
+        return known + sum(size * per_byte if size else usual for size in rest)
