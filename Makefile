@@ -33,6 +33,7 @@ soak: $(READY)  ## run the long tests, about an hour; continues after an interru
 	@$(PYTEST) -q -m soak
 	@$(ONE_THREAD) $(BIN)/python benchmarks/kills.py --trials 10 --out docs/soak/kills.json
 	@$(ONE_THREAD) $(BIN)/python benchmarks/mutated_media.py --count 300 --out docs/soak/mutated_media.json
+	@$(ONE_THREAD) $(BIN)/python benchmarks/hostile_child.py --count 10000 --out docs/soak/hostile_child.json
 	@$(ONE_THREAD) $(BIN)/python benchmarks/training_kills.py --kills 10 --out docs/soak/training_kills.json
 	@$(ONE_THREAD) $(BIN)/python benchmarks/storage_outages.py --out docs/soak/storage.json
 

@@ -1,4 +1,4 @@
-"""Checks for the system libraries that the wheels of cv2 and mediapipe need (with Debian's package names).
+"""Checks for the system libraries that cv2, mediapipe and the sandbox of decoders need (with Debian's package names).
 
 As root (in a container or CI) it installs missing ones with apt-get. Otherwise it prints one line that says what to
 install. It runs before any package is installed, so it uses only the standard library.
@@ -16,6 +16,7 @@ PACKAGES = {
     "libxcb.so.1": "libxcb1",
     "libEGL.so.1": "libegl1",
     "libGLESv2.so.2": "libgles2",
+    "libseccomp.so.2": "libseccomp2",
 }
 
 
@@ -35,7 +36,7 @@ def main() -> str | int:
         return 0
     names = " ".join(missing)
     if os.geteuid() == 0 and shutil.which("apt-get"):
-        print(f"Installing system libraries that cv2 and mediapipe need: {names}", file=sys.stderr)
+        print(f"Installing system libraries: {names}", file=sys.stderr)
         silence = subprocess.DEVNULL
         environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
         options = ["--quiet=2", "--option=Dpkg::Use-Pty=0"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import cv2
 import numpy as np
 from jaxtyping import Float32, UInt8
 
@@ -144,7 +143,7 @@ def _face_pixels(
 def _identity_stills(spans: Sequence[Span], path: Path, picture_px: int, decoder: Decoder) -> dict[_Key, bytes]:
     """The encoded identity pictures of the clips, by key (`_Key`)."""
     keys = sorted({key for span in spans for key in _identity_keys(span)}, key=repr)
-    stills: dict[_Key, bytes] = {key: _still_of_file(str(key[0]), picture_px) for key in keys if len(key) == 1}
+    stills: dict[_Key, bytes] = {key: _still_of_file(str(key[0]), picture_px, decoder) for key in keys if len(key) == 1}
     boxes: dict[int, list[_Key]] = {}
     for key in keys:
         if isinstance(key[0], int):
@@ -162,13 +161,13 @@ def _identity_keys(span: Span) -> list[_Key]:
     return [(frame, *map(float, box)) for frame, box in zip(span.identity_frames, span.identity_box, strict=True)]
 
 
-def _still_of_file(place: str, picture_px: int) -> bytes:
+def _still_of_file(place: str, picture_px: int, decoder: Decoder) -> bytes:
     """The identity picture at a path or URL."""
-    with local_copy(place) as path:
-        picture = cv2.imread(str(path), cv2.IMREAD_COLOR) if path.is_file() else None
-    if picture is None:
-        text = "is not a readable picture; restore it or make the footage again"
-        raise MediaError(redacted(place), "bad_identity", text)
-    height, width = picture.shape[:2]
-    rgb = np.asarray(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB), np.uint8)
-    return encode_still(crop(rgb, np.array([0, 0, width, height], np.float32), picture_px))
+    try:
+        with local_copy(place) as path:
+            pixels = decoder.picture(path).pixels
+    except MediaError as error:
+        text = f"the identity picture cannot be used: {error.problem}"
+        raise MediaError(redacted(place), "bad_identity", text) from None
+    height, width = pixels.shape[:2]
+    return encode_still(crop(pixels, np.array([0, 0, width, height], np.float32), picture_px))

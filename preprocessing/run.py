@@ -26,7 +26,7 @@ from preprocessing.report.estimate import Estimate, SampleResult, SourceSize, ch
 from preprocessing.report.page import write_page
 from preprocessing.report.record import ReportBuilder, RunReport, SourceReport, StepTime
 from preprocessing.report.summary import Summary
-from preprocessing.sources.finding import MANIFEST_SUFFIXES
+from preprocessing.sources.finding import MANIFEST_SUFFIXES, files_left_out
 from preprocessing.sources.listing import list_sources
 from preprocessing.steps import Work, result_record
 from tccp.clips.clip_table import INDEX
@@ -194,7 +194,7 @@ def _run(
     if on_ray:  # of the workers; in one process they are counted already
         retries += sum(row["storage_retries"] for row in entries)
     used = workers or (os.cpu_count() if on_ray else 1) or 1
-    report = table.report(settings, started, time.monotonic() - clock, used, retries)
+    report = table.report(settings, started, time.monotonic() - clock, used, retries, files_left_out(listing))
     if clips or listing.num_rows > 1:  # for a single film the error below is enough
         folder.write(REPORT, report.to_json(pictures=False).encode())
         with folder.writing(PAGE) as path:

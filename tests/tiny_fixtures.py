@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import tiny
 
 from tccp.inference.pipeline_folder import write_untrained
+from tccp.media.sandbox import Decoder
 from tccp.roundtable import write_clips
 
 
@@ -17,6 +19,12 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny") / "weights"
     write_untrained(folder, tiny.SETTINGS)
     return folder
+
+
+@pytest.fixture(scope="session")
+def decoder() -> Iterator[Decoder]:
+    with Decoder() as opened:
+        yield opened
 
 
 @pytest.fixture(scope="session")

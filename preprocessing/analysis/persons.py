@@ -7,6 +7,7 @@ often counted as two.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,18 @@ from preprocessing.analysis.quality import blur
 from preprocessing.reels import CHIP_PX, Track, chip_box
 from tccp.errors import DamagedData, TccpError
 from tccp.faces import Face, FaceBackend
+from tccp.files import redacted
 from tccp.landmarks import head_pose, normalise
+from tccp.media import MediaError
+from tccp.media.remote import local_copy
+from tccp.media.sandbox import Decoder
 
 SAME_PERSON_COSINE = 0.363
 """Least cosine similarity of two embeddings of one person: OpenCV's threshold for SFace."""
 
 # ---- SFace
+
+logger = logging.getLogger(__name__)
 
 _CHIPS_EMBEDDED = 5
 _CANDIDATES = 12  # number of most frontal chips; the sharpest of them are embedded
@@ -81,8 +88,8 @@ class FaceEmbedder:
         Raises DamagedData if the file does not exist or is not a picture, if it shows no face, or if the largest face
         is not clearly the largest; TccpError if the backend gives no landmarks.
         """
-        name = name or str(path)
-        picture = _read_picture(Path(path), name)
+        name = name or redacted(str(path))
+        picture = _read_picture(str(path), name)
         found = backend.detect(picture)
         faces = [face for face in found if face.landmarks_px is not None]
         if found and not faces:
@@ -125,15 +132,16 @@ def _as_chip(picture: UInt8[np.ndarray, "h w 3"], face: Face) -> tuple[np.ndarra
     return np.asarray(square, np.uint8), (points - corner - 0.5).astype(np.float32)
 
 
-def _read_picture(path: Path, name: str) -> UInt8[np.ndarray, "h w 3"]:
+def _read_picture(place: str, name: str) -> UInt8[np.ndarray, "h w 3"]:
+    """The picture at a path or URL, decoded in a child process."""
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DamagedData(f"person picture {name}: {error.strerror}; give a picture of the person") from None
-    picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
-    if picture is None:
-        raise DamagedData(f"person picture {name} is not a picture that can be read; give a JPEG or PNG file")
-    return np.ascontiguousarray(picture[..., ::-1])
+        with local_copy(place) as path, Decoder() as decoder:
+            still = decoder.picture(path)
+    except MediaError as error:
+        raise DamagedData(f"person picture {name}: {error.problem}") from None
+    for text in still.warnings:
+        logger.warning("person picture %s: %s", name, text)
+    return still.pixels
 
 
 def _most_frontal(track: Track, count: int) -> list[int]:

@@ -145,7 +145,8 @@ class Totals:
 class RunReport:
     """The report of a run. started: ISO 8601. seconds: wall-clock time. throughput: seconds of film per second.
 
-    storage_retries: how often an access to storage had to be repeated, in all processes.
+    storage_retries: how often an access to storage had to be repeated, in all processes. not_films: how many files in
+    the given folders are no films, by ending.
     """
 
     report_version: int
@@ -162,6 +163,7 @@ class RunReport:
     distributions: list[Histogram]
     tracks: list[TrackSample]
     storage_retries: int = 0
+    not_films: dict[str, int] = field(default_factory=dict)
 
     @property
     def clips(self) -> int:
@@ -277,6 +279,7 @@ class ReportBuilder:
         workers: int,
         peak_memory_bytes: int | None = None,
         storage_retries: int = 0,
+        not_films: Mapping[str, int] | None = None,
     ) -> RunReport:
         """The report. Sources are sorted by name; steps are in the order in which they were first added."""
         sources = sorted(self._sources, key=lambda item: (item.source, item.source_hash or ""))
@@ -296,6 +299,7 @@ class ReportBuilder:
             distributions=[histogram.result() for histogram in self._histograms.values()],
             tracks=[*self._kept.tracks(), *self._rejected.tracks()],
             storage_retries=storage_retries,
+            not_films=dict(not_films or {}),
         )
 
 

@@ -22,6 +22,7 @@ from preprocessing.report.formatting import (
     size,
 )
 from preprocessing.report.record import Histogram, RunReport, SourceReport, TrackSample
+from preprocessing.sources.listing import described
 from tccp.config import FPS
 
 MOST_FILMS = 2000
@@ -118,6 +119,8 @@ def films(report: RunReport) -> str:
             f"<p>Of {len(report.sources):,} films only those without a clip or with a warning are listed{rest}; "
             "all are in report.json.</p>"
         )
+    if report.not_films:
+        note += f"<p>{escaped(described(report.not_films))}.</p>"
     heads = [
         ("Film", ""),
         ("Length", ' class="n"'),

@@ -64,7 +64,13 @@ class Summary:
                 yield row["part"], table
 
     def report(
-        self, settings: Mapping[str, Any], started: str, seconds: float, workers: int, storage_retries: int = 0
+        self,
+        settings: Mapping[str, Any],
+        started: str,
+        seconds: float,
+        workers: int,
+        storage_retries: int = 0,
+        not_films: Mapping[str, int] | None = None,
     ) -> RunReport:
         if not self._sources:
             for _ in self.parts():
@@ -75,7 +81,7 @@ class Summary:
             self._builder.add(source if warning is None else replace(source, warnings=[*source.warnings, warning]))
         unit = 1 if sys.platform == "darwin" else 1024
         peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return self._builder.finish(settings, started, seconds, workers, peak, storage_retries)
+        return self._builder.finish(settings, started, seconds, workers, peak, storage_retries, not_films)
 
 
 def _little_visible(shares: Sequence[float]) -> str | None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import json
 import math
 import os
 import posixpath
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,16 @@ from tccp.errors import TccpError
 from tccp.files import bare, is_http, is_url, local_path, open_filesystem, redacted, retried
 from tccp.strict_json import parse_json
 
-VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ts", ".webm")
-"""Files in a folder with these endings are sources; a file that is given itself may have any name."""
+VIDEO_SUFFIXES = (
+    *(".mp4", ".m4v", ".mov", ".qt", ".3gp", ".3gpp", ".3g2", ".f4v", ".mj2"),  # MP4 and QuickTime
+    *(".mkv", ".mk3d", ".webm"),  # Matroska
+    *(".avi", ".divx"),
+    *(".mpg", ".mpeg", ".mpe", ".m2p", ".ps", ".vob", ".vro"),  # MPEG program streams
+    *(".ts", ".mts", ".m2ts", ".m2t", ".tp", ".trp"),  # MPEG transport streams
+    *(".flv", ".asf", ".wmv", ".ogv", ".ogm", ".ogx", ".mxf", ".nut", ".ivf"),
+)
+"""Endings of all containers that tccp.media reads. Files in a folder with these endings are sources; a file that is
+given itself may have any name."""
 MANIFEST_SUFFIXES = (".csv", ".parquet", ".jsonl", ".ndjson")
 MANIFEST_COLUMNS = ("path", "source", "speaker_x", "speaker_y", "person")
 SOURCE_SCHEMA = pa.schema(
@@ -34,6 +43,7 @@ SOURCE_SCHEMA = pa.schema(
         ("person_picture", pa.string()),  # path or URL of a picture of the requested person
     ]
 )
+_LEFT_OUT = b"left_out"  # in the metadata of the table
 _MAX_SPEAKER_PX = 100_000.0
 _Answer = TypeVar("_Answer")
 
@@ -62,12 +72,14 @@ def find_sources(given: Sequence[str | Path], base: Path | None = None) -> pa.Ta
     are extended by the folders above until they differ. A film that is given twice is listed once, at its first place,
     with the details of both.
     Hidden files and folders are left out: unfinished films of an interrupted writer have such names.
+    `files_left_out` tells which other files the folders contain.
     Raises TccpError if a folder or pattern contains no film, a manifest is invalid, an address refuses the access, or
     nothing is given; StorageError if an address cannot be reached.
     """
     films: dict[str, _Film] = {}
+    others: set[str] = set()
     for item in given:
-        for film in _films_of(local_path(str(item)), base):
+        for film in _films_of(local_path(str(item)), base, others):
             if is_url(film.path):
                 open_filesystem(film.path)  # sends no request; raises if the package for such addresses is missing
             key = film.path if is_url(film.path) else os.path.abspath(film.path)
@@ -81,32 +93,39 @@ def find_sources(given: Sequence[str | Path], base: Path | None = None) -> pa.Ta
         "speaker_y": [film.speaker and film.speaker[1] for film in films.values()],
         "person_picture": [film.person for film in films.values()],
     }
+    kinds = Counter(posixpath.splitext(bare(other))[1].lower() for other in others)
+    metadata = {_LEFT_OUT: json.dumps(dict(sorted(kinds.items())))}
     try:
-        return pa.table(columns, schema=SOURCE_SCHEMA)
+        return pa.table(columns, schema=SOURCE_SCHEMA).replace_schema_metadata(metadata)
     except UnicodeEncodeError as error:
         raise TccpError(f"{error.object!a}: the name is not UTF-8: rename the file") from None
 
 
-def _films_of(item: str, base: Path | None) -> list[_Film]:
-    """The films that one argument stands for."""
+def files_left_out(table: pa.Table) -> dict[str, int]:
+    """How many files in the folders and patterns of `find_sources` are no films, by ending ("": without one)."""
+    return json.loads((table.schema.metadata or {}).get(_LEFT_OUT, b"{}"))
+
+
+def _films_of(item: str, base: Path | None, others: set[str]) -> list[_Film]:
+    """The films that one argument stands for. Adds the other files of folders to `others`."""
     remote = is_url(item)
     if not remote:
         item = str((base or Path()) / os.path.expanduser(item))
     if item.endswith("/") if remote else os.path.isdir(item):
-        return _in_folder(item)
+        return _in_folder(item, others)
     root, pattern = _split_pattern(item)
     if pattern and not os.path.lexists(item):
-        return _matching(item, root, pattern)
+        return _matching(item, root, pattern, others)
     suffix = posixpath.splitext(bare(item))[1].lower()
     if suffix in MANIFEST_SUFFIXES:
         return _in_manifest(item)
     if remote and suffix not in VIDEO_SUFFIXES and _is_folder(item):
-        return _in_folder(item)
+        return _in_folder(item, others)
     return [_Film(item, posixpath.basename(bare(item)))]
 
 
-def _in_folder(folder: str) -> list[_Film]:
-    names = [name for name in _listed(folder, None) if _is_film(name, folder)]
+def _in_folder(folder: str, others: set[str]) -> list[_Film]:
+    names = _split_off(_listed(folder, None), folder, others)
     if not names:
         raise TccpError(
             f"{redacted(folder)} contains no film ({', '.join(VIDEO_SUFFIXES)}): give a folder with films, or films"
@@ -114,7 +133,7 @@ def _in_folder(folder: str) -> list[_Film]:
     return [_Film(_join(folder, name), bare(name, folder)) for name in names]
 
 
-def _matching(item: str, root: str, pattern: str) -> list[_Film]:
+def _matching(item: str, root: str, pattern: str, others: set[str]) -> list[_Film]:
     from fsspec.utils import glob_translate
 
     try:
@@ -125,7 +144,8 @@ def _matching(item: str, root: str, pattern: str) -> list[_Film]:
     depth = None if "**" in pattern.split("/") else pattern.count("/") + 1
     ending = posixpath.splitext(pattern)[1]
     wanted = ending and not _is_magic(ending, root)
-    names = [name for name in _listed(root, depth) if matches(name) and (wanted or _is_film(name, root))]
+    names = [name for name in _listed(root, depth) if matches(name)]
+    names = names if wanted else _split_off(names, root, others)
     if not names:
         raise TccpError(f"{redacted(item)} matches no film; check the pattern: `**/*.mp4` also looks into subfolders")
     films = []
@@ -133,6 +153,13 @@ def _matching(item: str, root: str, pattern: str) -> list[_Film]:
         path = _join(root, name)
         is_manifest = posixpath.splitext(bare(path))[1].lower() in MANIFEST_SUFFIXES
         films += _in_manifest(path) if is_manifest else [_Film(path, bare(name, root))]
+    return films
+
+
+def _split_off(names: Sequence[str], root: str, others: set[str]) -> list[str]:
+    """The names of films. Adds the paths of the other files to `others`."""
+    films = [name for name in names if _is_film(name, root)]
+    others.update(_join(root, name) for name in set(names).difference(films))
     return films
 
 

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
 
-from preprocessing.sources.finding import find_sources
+from preprocessing.sources.finding import files_left_out, find_sources
 from tccp.files import is_url
 from tccp.media import MediaError
 from tccp.media.remote import content_hash, version_of
+
+logger = logging.getLogger(__name__)
+_MOST_KINDS = 12  # named in one line
 
 
 def list_sources(given: Sequence[str | Path]) -> pa.Table:
     """The table of `find_sources` with columns for set-aside sources, `order`, and `bytes` (0 for URLs).
 
-    A film with the same content as an earlier one is set aside as `duplicate`.
+    A film with the same content as an earlier one is set aside as `duplicate`. Logs what folders hold besides films.
     """
     table = find_sources(given)
+    if others := files_left_out(table):
+        logger.info("%s", described(others))
     sizes: list[int] = []
     first_with: dict[object, int] = {}  # content to the number of the first source
     reasons: list[str | None] = []
@@ -44,6 +50,15 @@ def list_sources(given: Sequence[str | Path]) -> pa.Table:
     ):
         table = table.append_column(name, column)
     return table
+
+
+def described(left_out: Mapping[str, int]) -> str:
+    """One line about the files of `files_left_out`."""
+    kinds = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
+    listed = ", ".join(f"{count:,} {suffix or 'without an ending'}" for suffix, count in kinds[:_MOST_KINDS])
+    rest = sum(count for _, count in kinds[_MOST_KINDS:])
+    more = f", {rest:,} others" if rest else ""
+    return f"{sum(left_out.values()):,} files in the folders are no films and left out: {listed}{more}"
 
 
 def _size(path: str) -> int:

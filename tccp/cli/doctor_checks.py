@@ -52,6 +52,7 @@ def examine(storage: Path) -> list[dict[str, Any]]:
         path = available(weight) or available(weight, storage / "weights")
         absent = f"absent (needed for {weight.purpose}): tccp weights fetch {weight.name}"
         add(f"{weight.name} weights", path is not None, absent if path is None else str(path), required=False)
+    add("decoder's confinement", *_confinement(), required=False)
     add("storage", *_writable(storage))
     return checks
 
@@ -61,6 +62,20 @@ def _version(package: str) -> tuple[bool, str]:
         return True, importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return False, "not installed"
+
+
+def _confinement() -> tuple[bool, str]:
+    from tccp.media.sandbox import Decoder
+
+    always = "limits on memory and time, no core dumps, cannot write files"
+    with Decoder() as decoder:
+        missing = decoder.unconfined()
+    if missing is None:
+        return True, f"active (seccomp): no network, no new processes, no file but its input; {always}"
+    return (
+        False,
+        f"missing: network, processes and files ({missing}). Active: {always}. Decode only trusted files",
+    )
 
 
 def _writable(folder: Path) -> tuple[bool, str]:

@@ -37,8 +37,8 @@ from tccp.inference.landmark_file import LandmarkFile
 from tccp.inference.manifest import has_component, pipeline_files, read_manifest, read_settings, weights_folder
 from tccp.inference.pipeline_source import is_remote
 from tccp.inference.scene import Extend, scene_indices
-from tccp.media import AudioTrack, MediaError, MediaInfo, open_audio, probe
-from tccp.media.mel import check_audio
+from tccp.media import MediaError, MediaInfo
+from tccp.media.sandbox import Decoder
 from tccp.models.variants import TWO_STAGE, VariantName
 from tccp.progress import Tasks
 from tccp.roundtable import truth_path
@@ -138,6 +138,7 @@ class FilmResult:
 class FilmInputs:
     """The opened and checked inputs of a request. Use as a context manager.
 
+    decoder: reads all of them in a child process, because nobody vouches for these files.
     Opening checks everything that can be checked without the networks; raises TccpError or MediaError.
     """
 
@@ -151,32 +152,36 @@ class FilmInputs:
     def __enter__(self) -> FilmInputs:
         request = self.request
         _check_options(request)
-        self.scene = probe(request.scene)
+        with ExitStack() as opened:
+            self.decoder = opened.enter_context(Decoder())
+            self._check(request, opened)
+            self._open = opened.pop_all()
+        return self
+
+    def _check(self, request: FilmRequest, opened: ExitStack) -> None:
+        self.scene = self.decoder.probe(request.scene)
         if not self.scene.has_video:
             message = "the file has no pictures; --scene needs a film with a video track"
             raise MediaError(request.scene, "no_video", message)
         _check_person(request, self.scene)
-        self.candidates = identity_candidates(request.identity)
-        with ExitStack() as opened:
-            self.landmarks = opened.enter_context(
-                LandmarkFile(request.landmarks) if request.landmarks else nullcontext()
-            )
-            if self.landmarks is not None:
-                self.landmarks.check()
-            self.audio: AudioTrack = opened.enter_context(open_audio(request.audio))
-            self.num_frames = self.audio.num_frames  # of the generated film, at 25 fps
-            for text in (*self.scene.notes, *_padding(self.scene, request)):
-                self.warn(f"{request.scene}: {text}")
-            for text in (*self.audio.notes, *check_audio(self.audio)):
-                self.warn(f"{request.audio}: {text}")
-            # Raises TccpError if the scene is too short.
-            scene_indices(self.scene.num_frames, self.num_frames, request.extend, request.scene)
-            self.track = _given_track(request, self.scene)
-            _check_detector(self)
-            if not self.loaded:
-                _check_weights(request)
-            self._open = opened.pop_all()
-        return self
+        self.candidates = identity_candidates(request.identity, self.decoder)
+        for text in self.candidates.warnings:
+            self.warn(f"{request.identity}: {text}")
+        self.landmarks = opened.enter_context(LandmarkFile(request.landmarks) if request.landmarks else nullcontext())
+        if self.landmarks is not None:
+            self.landmarks.check()
+        self.audio = opened.enter_context(self.decoder.sound(request.audio))
+        self.num_frames = self.audio.num_frames  # of the generated film, at 25 fps
+        for text in (*self.scene.notes, *_padding(self.scene, request)):
+            self.warn(f"{request.scene}: {text}")
+        for text in self.audio.warnings:
+            self.warn(f"{request.audio}: {text}")
+        # Raises TccpError if the scene is too short.
+        scene_indices(self.scene.num_frames, self.num_frames, request.extend, request.scene)
+        self.track = _given_track(request, self.scene, self.decoder)
+        _check_detector(self)
+        if not self.loaded:
+            _check_weights(request)
 
     def __exit__(self, *exception: object) -> None:
         self._open.close()
@@ -194,14 +199,14 @@ def _padding(scene: MediaInfo, request: FilmRequest) -> list[str]:
     return [f"the film is written as {width}x{height}, because few players show odd sizes; --exact-size keeps it"]
 
 
-def _given_track(request: FilmRequest, scene: MediaInfo) -> HeadTrack | None:
+def _given_track(request: FilmRequest, scene: MediaInfo, decoder: Decoder) -> HeadTrack | None:
     """The head track of --truth or --box; None for others, of which --mask is checked as far as its first frame."""
     if request.truth:
         return track_from_truth(scene)
     if request.box is not None:
         return track_from_boxes(scene, request.box)
     if request.mask is not None:
-        check_mask(scene, request.mask)
+        check_mask(scene, request.mask, decoder)
     return None
 
 
@@ -330,11 +335,11 @@ def _found_head(inputs: FilmInputs, tasks: Tasks) -> HeadTrack:
 
     if request.mask is None and request.box is None:
         with _detector(request) as backend:
-            return track_from_detector(scene, backend, request.person, num_frames, on_frame)
+            return track_from_detector(scene, backend, inputs.decoder, request.person, num_frames, on_frame)
     track = inputs.track
     if track is None:
         assert request.mask is not None
-        track = track_from_mask(scene, request.mask, num_frames)
+        track = track_from_mask(scene, request.mask, inputs.decoder, num_frames)
     return dataclasses.replace(track, cuts=_cuts(inputs, scene, num_frames, on_frame))
 
 
@@ -371,7 +376,7 @@ def _cuts(
 ) -> frozenset[int] | None:
     """The cuts; None, with a warning, if the optional package that finds them is not installed."""
     try:
-        return find_cuts(scene, num_frames, on_frame)
+        return find_cuts(scene, inputs.decoder, num_frames, on_frame)
     except MediaError:
         raise
     except TccpError as error:

@@ -17,6 +17,7 @@ from tccp.inference.generation import Generator
 from tccp.inference.landmark_file import landmark_writer
 from tccp.inference.scene import scene_frames
 from tccp.media import VideoWriter, mark_generated
+from tccp.media.sandbox import Decoder
 from tccp.progress import ProgressHandler, Tasks, progress
 
 
@@ -37,7 +38,7 @@ def film_frames(components: Components, inputs: FilmInputs, tasks: Tasks) -> Ite
         color_match=request.color_match,
     )
     task = tasks.add_task("generating", total=inputs.num_frames)
-    scene = scene_frames(request.scene, inputs.scene, track, inputs.num_frames, request.extend)
+    scene = scene_frames(request.scene, inputs.scene, track, inputs.num_frames, request.extend, inputs.decoder)
     for frame in generator.frames(scene):
         yield frame
         tasks.advance(task)
@@ -63,12 +64,13 @@ def write_film(
     with ExitStack() as opened:
         if inputs is None:
             inputs = opened.enter_context(FilmInputs(request, loaded))
+        of_sound = opened.enter_context(Decoder())
         tasks = opened.enter_context(progress(on_progress))
         film = VideoWriter(
             request.out,
             inputs.scene.width,
             inputs.scene.height,
-            inputs.audio,
+            of_sound.film_sound(request.audio),  # a decoder of its own: the other one is busy with the scene
             lossless=request.lossless,
             exact_size=request.exact_size,
             metadata=mark_generated(seed=str(request.seed), weights=Path(request.weights).absolute().name),

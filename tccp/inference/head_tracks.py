@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -18,7 +18,8 @@ from jaxtyping import Bool, Float, Float32, UInt8
 from tccp import faces, headbox
 from tccp.config import FPS
 from tccp.errors import TccpError
-from tccp.media import MediaError, MediaInfo, probe, read_frames
+from tccp.media import MediaError, MediaInfo
+from tccp.media.sandbox import Decoder
 from tccp.media.shots import CONTEXT_FRAMES, CutFinder
 from tccp.roundtable import read_truth
 from tccp.strict_json import parse_json
@@ -135,7 +136,13 @@ def _box_problem(box: Float[np.ndarray, "4"], width: int, height: int) -> str | 
     return None
 
 
-def find_cuts(scene: MediaInfo, num_frames: int | None = None, on_frame: OnFrame = lambda: None) -> frozenset[int]:
+def _first_frames(film: MediaInfo, decoder: Decoder, most: int) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
+    return decoder.frames(film.path, num_frames=min(most, film.num_frames))
+
+
+def find_cuts(
+    scene: MediaInfo, decoder: Decoder, num_frames: int | None = None, on_frame: OnFrame = lambda: None
+) -> frozenset[int]:
     """The frames, except frame 0, at which a new shot begins.
 
     num_frames: search only this many frames (default: all) and the few that the last decisions need. on_frame: called
@@ -144,7 +151,7 @@ def find_cuts(scene: MediaInfo, num_frames: int | None = None, on_frame: OnFrame
     needed = scene.num_frames if num_frames is None else num_frames
     finder = CutFinder()
     cuts: set[int] = set()
-    for i, frame in enumerate(read_frames(scene.path, num_frames=min(needed + CONTEXT_FRAMES, scene.num_frames))):
+    for i, frame in enumerate(_first_frames(scene, decoder, needed + CONTEXT_FRAMES)):
         cuts.update(finder.add(frame))
         if i < needed:
             on_frame()
@@ -206,9 +213,9 @@ def track_from_truth(scene: MediaInfo) -> HeadTrack:
     return _check_track(HeadTrack(truth.head_box, frozenset()), scene, f"the truth of {scene.path}")
 
 
-def check_mask(scene: MediaInfo, path: Path) -> MediaInfo:
+def check_mask(scene: MediaInfo, path: Path, decoder: Decoder) -> MediaInfo:
     """Probes a mask film. Raises as `track_from_mask` does for everything except the pictures."""
-    info = probe(path)
+    info = decoder.probe(path)
     if not info.has_video:
         raise MediaError(path, "no_video", "the mask has no pictures; give a film that is bright at the head")
     if (info.width, info.height) != (scene.width, scene.height):
@@ -221,15 +228,15 @@ def check_mask(scene: MediaInfo, path: Path) -> MediaInfo:
     return info
 
 
-def track_from_mask(scene: MediaInfo, path: Path, num_frames: int | None = None) -> HeadTrack:
+def track_from_mask(scene: MediaInfo, path: Path, decoder: Decoder, num_frames: int | None = None) -> HeadTrack:
     """A track from a mask film of the scene's size, which is bright at the head. Frames without a mask have no box.
 
     num_frames: read only this many frames (default: all).
     Raises TccpError unless the mask film has the scene's size and length, MediaError if it has no video stream.
     """
-    info = check_mask(scene, path)
+    info = check_mask(scene, path, decoder)
     boxes = np.full((info.num_frames, 4), np.nan, np.float32)
-    for i, frame in enumerate(read_frames(path, num_frames=min(num_frames or info.num_frames, info.num_frames))):
+    for i, frame in enumerate(_first_frames(info, decoder, num_frames or info.num_frames)):
         box = headbox.crop_box_from_mask(_is_masked(frame))
         if box is not None:
             boxes[i] = box
@@ -243,6 +250,7 @@ def _is_masked(frame: UInt8[np.ndarray, "h w 3"]) -> Bool[np.ndarray, "h w"]:
 def track_from_detector(
     scene: MediaInfo,
     backend: faces.FaceBackend,
+    decoder: Decoder,
     choose: Point | None = None,
     num_frames: int | None = None,
     on_frame: OnFrame = lambda: None,
@@ -257,7 +265,7 @@ def track_from_detector(
     finder = CutFinder()
     detections: list[list[faces.Face]] = []
     cuts: set[int] = set()
-    for i, frame in enumerate(read_frames(scene.path, num_frames=min(needed + CONTEXT_FRAMES, scene.num_frames))):
+    for i, frame in enumerate(_first_frames(scene, decoder, needed + CONTEXT_FRAMES)):
         cuts.update(finder.add(frame))
         if i < needed:
             detections.append(backend.detect(frame))

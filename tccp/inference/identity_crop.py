@@ -4,46 +4,59 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
 from jaxtyping import Float, UInt8
 
 from tccp import faces, headbox
 from tccp.errors import TccpError
 from tccp.inference.head_tracks import square_box
-from tccp.media import MediaError, probe, read_frames
+from tccp.media import MediaError
+from tccp.media.sandbox import Decoder
+from tccp.media.still_pictures import PICTURE_FORMATS
 from tccp.roundtable import read_truth
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 _LEAST_HEAD_PX = 16
 _CANDIDATES = 16  # frames of an identity film to search for faces
 
-Candidates = dict[int, UInt8[np.ndarray, "_ _ 3"]]
-"""Pictures to search for the head, by frame number."""
 
+@dataclass(frozen=True)
+class Candidates:
+    """Pictures to search for the head, by frame number. is_film: whether they are frames of a film.
 
-def identity_candidates(path: Path) -> Candidates:
-    """The identity picture, or up to 16 evenly spaced frames of the identity film.
-
-    Raises TccpError or MediaError if the file is missing, unreadable or has no pictures.
+    warnings: about a still picture, such as that its file holds more pictures.
     """
-    if is_picture(path):
-        try:
-            data = np.frombuffer(path.read_bytes(), np.uint8)
-        except OSError as error:
-            raise TccpError(f"{path}: {error.strerror}; give a picture or a film of the person") from None
-        picture = cv2.imdecode(data, cv2.IMREAD_COLOR) if len(data) else None
-        if picture is None:
-            raise TccpError(f"{path} is not a readable picture: give PNG, JPEG, BMP or WebP, or a film")
-        return {0: np.asarray(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB), np.uint8)}
-    info = probe(path)
+
+    pictures: dict[int, UInt8[np.ndarray, "_ _ 3"]]
+    is_film: bool
+    warnings: tuple[str, ...] = ()
+
+
+def identity_candidates(path: Path, decoder: Decoder) -> Candidates:
+    """The identity picture, or up to 16 evenly spaced frames of the identity film. The content says which it is.
+
+    Raises MediaError if the file is missing, unreadable or has no pictures.
+    """
+    try:
+        still = decoder.picture(path)
+        return Candidates({0: still.pixels}, is_film=False, warnings=still.warnings)
+    except MediaError as error:
+        if error.reason != "not_picture":
+            raise
+    try:
+        info = decoder.probe(path)
+    except MediaError as error:
+        if error.reason != "not_media":
+            raise
+        text = f"this is no picture, and no video or audio file of a known format; give {PICTURE_FORMATS}, or a film"
+        raise MediaError(path, "not_media", text) from None
     if not info.has_video:
         raise MediaError(path, "no_video", "it has sound only; give a picture or a film of the person")
     count = min(_CANDIDATES, info.num_frames)
     wanted = [(2 * k + 1) * info.num_frames // (2 * count) for k in range(count)]
-    return {i: frame for i, frame in enumerate(read_frames(path, num_frames=wanted[-1] + 1)) if i in wanted}
+    return Candidates(dict(decoder.frames_at(path, wanted)), is_film=True)
 
 
 def identity_head(
@@ -77,7 +90,7 @@ def _head(
     truth: bool,
     open_detector: Callable[[], AbstractContextManager[faces.FaceBackend]],
 ) -> UInt8[np.ndarray, "h w 3"]:
-    frame, middle = list(candidates.items())[len(candidates) // 2]
+    frame, middle = list(candidates.pictures.items())[len(candidates.pictures) // 2]
     if box == "whole":
         return middle
     if box is not None:
@@ -88,11 +101,11 @@ def _head(
         height, width = middle.shape[:2]
         return _crop_native(middle, square_box(corners, width, height, f"--identity-box {box} of {path}"))
     if truth:
-        if is_picture(path):
+        if not candidates.is_film:
             return middle  # `tccp synth` writes head crops
         return _crop_native(middle, read_truth(path).head_box[frame])
     with open_detector() as detector:
-        found = [(face, picture) for picture in candidates.values() for face in detector.detect(picture)]
+        found = [(face, picture) for picture in candidates.pictures.values() for face in detector.detect(picture)]
         name = detector.name
     if not found:
         raise TccpError(
@@ -103,10 +116,6 @@ def _head(
     if face.landmarks_px is not None:
         return _crop_native(picture, headbox.head_boxes(face.landmarks_px[None])[0])
     return _crop_native(picture, faces.head_boxes_from_faces([face])[0])
-
-
-def is_picture(path: Path) -> bool:
-    return path.suffix.lower() in PICTURE_SUFFIXES
 
 
 def _crop_native(picture: UInt8[np.ndarray, "h w 3"], box: Float[np.ndarray, "4"]) -> UInt8[np.ndarray, "s s 3"]:

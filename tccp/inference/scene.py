@@ -14,7 +14,8 @@ from tccp.config import FPS
 from tccp.errors import TccpError
 from tccp.inference.frames import SceneFrame
 from tccp.inference.head_tracks import HeadTrack
-from tccp.media import MediaInfo, read_frames
+from tccp.media import MediaInfo
+from tccp.media.sandbox import Decoder
 
 Extend = Literal["no", "freeze", "pingpong"]
 _HELD_FRAMES = 2  # 80 ms; a block of AAC lasts 21 to 64 ms
@@ -39,7 +40,7 @@ def scene_indices(num_scene: int, num_frames: int, extend: Extend, name: str | P
     return (min(i % period, period - i % period) for i in range(num_frames))
 
 
-def _scene_pictures(path: Path, indices: Iterable[int]) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
+def _scene_pictures(path: Path, indices: Iterable[int], decoder: Decoder) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
     """The pictures of these frames. Ascending numbers are decoded as a stream, descending ones in short chunks."""
     reader: Iterator[np.ndarray] = iter(())
     next_of_reader, shown_at = -1, -1
@@ -53,11 +54,12 @@ def _scene_pictures(path: Path, indices: Iterable[int]) -> Iterator[UInt8[np.nda
             shown = held[index]
         elif index < shown_at:
             first = max(0, index - _REVERSED_CHUNK + 1)
-            held = dict(enumerate(read_frames(path, first, index - first + 1), first))
+            held = dict(enumerate(decoder.frames(path, first, index - first + 1), first))
+            next_of_reader = -1  # the decoder has left the reader's place
             shown = held[index]
         else:
             if next_of_reader != index:
-                reader, next_of_reader = read_frames(path, index), index
+                reader, next_of_reader = decoder.frames(path, index), index
             held = {}
             shown = next(reader)
             next_of_reader += 1
@@ -66,12 +68,12 @@ def _scene_pictures(path: Path, indices: Iterable[int]) -> Iterator[UInt8[np.nda
 
 
 def scene_frames(
-    path: Path, info: MediaInfo, track: HeadTrack, num_frames: int, extend: Extend
+    path: Path, info: MediaInfo, track: HeadTrack, num_frames: int, extend: Extend, decoder: Decoder
 ) -> Iterator[SceneFrame]:
-    """The frames to generate, in order."""
+    """The frames to generate, in order. `decoder` can do nothing else meanwhile."""
     indices = list(scene_indices(info.num_frames, num_frames, extend, path))
     cuts = track.cuts or frozenset()
     # A cut lies between the same two frames when they are played backwards.
     starts = [True, *(a != b and max(a, b) in cuts for a, b in pairwise(indices))]
-    for i, picture in enumerate(_scene_pictures(path, indices)):
+    for i, picture in enumerate(_scene_pictures(path, indices, decoder)):
         yield SceneFrame(i, picture, track.box(indices[i]), starts[i], track.reason(indices[i]))

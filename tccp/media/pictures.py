@@ -34,11 +34,12 @@ _NO_PRESENTATION_TIMES = {"avi"}
 
 
 def read_frames(
-    path: str | Path, start_frame: int = 0, num_frames: int | None = None
+    path: str | Path, start_frame: int = 0, num_frames: int | None = None, copy: bool = True
 ) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
     """Pictures start_frame .. start_frame + num_frames - 1 at 25 fps (default: all), upright, RGB.
 
-    Each picture is an array of its own. Memory does not grow with the length of the film.
+    Each picture is an array of its own, unless `copy` is False: then it may be a view of FFmpeg's memory, to be copied
+    at once. Memory does not grow with the length of the film.
     Before the first picture: raises MediaError like `probe` or if the file has no pictures, and TccpError if the film
     does not have these frames. Later: raises MediaError `corrupt` when it reaches a damaged picture.
     """
@@ -51,11 +52,11 @@ def read_frames(
             f"{path}: frames {start_frame} to {stop_frame} were asked for; the film has 0 to {info.num_frames} "
             f"at {FPS} fps"
         )
-    return _on_the_clock(info, info.video_span, start_frame, stop_frame)
+    return _on_the_clock(info, info.video_span, start_frame, stop_frame, copy)
 
 
 def _on_the_clock(
-    info: MediaInfo, span: Span, start_frame: int, stop_frame: int
+    info: MediaInfo, span: Span, start_frame: int, stop_frame: int, copy: bool
 ) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
     """Repeats each picture until the next one is due, the first also before its own time, the last to the end.
 
@@ -73,18 +74,19 @@ def _on_the_clock(
         early_s = Fraction(0) if current is None else min(Fraction(1, FPS), time - before) / 2
         while due < stop_frame and info.zero + Fraction(due, FPS) < time - early_s:
             due += 1
-        yield from _copies(current or frame, due - begin, to_rgb)
+        yield from _copies(current or frame, due - begin, to_rgb, copy)
         current, before = frame, time
     if current is not None:
-        yield from _copies(current, stop_frame - due, to_rgb)
+        yield from _copies(current, stop_frame - due, to_rgb, copy)
 
 
-def _copies(frame: av.VideoFrame, count: int, to_rgb: ToRgb) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
+def _copies(frame: av.VideoFrame, count: int, to_rgb: ToRgb, copy: bool) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
     if count == 0:
         return
-    picture = to_rgb(frame)
+    view = to_rgb(frame)
+    picture = np.ascontiguousarray(view) if copy else view
     for _ in range(count - 1):
-        yield picture.copy()
+        yield picture.copy() if copy else picture
     yield picture
 
 

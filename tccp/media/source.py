@@ -21,6 +21,7 @@ from av.video import VideoStream
 
 from tccp.config import FPS
 from tccp.errors import DamagedData
+from tccp.media.file_access import FileReader, file_status
 from tccp.media.stored_pictures import StoredPictures, stored_pictures
 from tccp.media.timeline import FREE_RUNNING, MOST_RESTARTS, Restart, StreamTimeline, Timeline
 from tccp.media.upright import DisplayTurn, display_turn
@@ -160,8 +161,8 @@ def probe(path: str | Path) -> MediaInfo:
     changes. Raises MediaError if the file is not a media file, is cut short, or has neither pictures nor sound.
     """
     file = checked_file(path)
-    status = file.stat()
-    info = _probe(file.absolute(), status.st_size, status.st_mtime_ns)
+    status = file_status(file)
+    info = _probe(file.absolute(), status.num_bytes, status.mtime_ns)
     return dataclasses.replace(info, path=file)
 
 
@@ -169,37 +170,41 @@ def checked_file(path: str | Path) -> Path:
     """Returns `path` if it is a plain, readable file that is not empty. Raises MediaError otherwise."""
     file = Path(path)
     try:
-        if not file.exists():
-            raise MediaError(path, "missing", "there is no such file; check the path")
-        if not file.is_file():
-            kind = "a folder" if file.is_dir() else "not a plain file"
-            raise MediaError(path, "not_a_file", f"this is {kind}; give one video or audio file")
-        with file.open("rb") as opened_file:
-            if not opened_file.read(1):
-                raise MediaError(path, "empty_file", "the file is empty (0 bytes); copy or download it again")
+        status = file_status(file)
+        with FileReader(file) if status.is_plain else contextlib.nullcontext() as reader:
+            empty = reader is not None and not reader.read(1)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        raise MediaError(path, "missing", "there is no such file; check the path") from None
     except OSError as error:
         raise MediaError(path, "unreadable", f"cannot be read ({error.strerror}); check path and permissions") from None
+    if not status.is_plain:
+        kind = "a folder" if status.is_folder else "not a plain file"
+        raise MediaError(path, "not_a_file", f"this is {kind}; give one video or audio file")
+    if empty:
+        raise MediaError(path, "empty_file", "the file is empty (0 bytes); copy or download it again")
     return file
 
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[InputContainer]:
     """Opens the file's container. Turns decoding errors inside the block into MediaError `corrupt`."""
-    try:
-        # The explicit protocol makes FFmpeg treat a name such as `concat:x` as a file name.
-        container = av.open(
-            f"file:{path.absolute()}",
-            container_options={"format_whitelist": _FORMATS, "protocol_whitelist": "file"},
-            metadata_errors="replace",
-        )
-    except av.error.FFmpegError:
-        raise _reason_not_opened(path) from None
-    try:
-        with container:
-            yield container
-    except av.error.FFmpegError as error:
-        what = (error.strerror or "decoding failed").lower()
-        raise MediaError(path, "corrupt", f"the file is damaged ({what}); restore it from its source") from None
+    with FileReader(path) as reader:
+        try:
+            # FFmpeg reads through `reader` alone: it may open no other file or address that the film names.
+            container = av.open(
+                reader,
+                "r",
+                container_options={"format_whitelist": _FORMATS, "protocol_whitelist": "none"},
+                metadata_errors="replace",
+            )
+        except (av.error.FFmpegError, OSError):
+            raise _reason_not_opened(path) from None
+        try:
+            with container:
+                yield container
+        except (av.error.FFmpegError, OSError) as error:
+            what = (error.strerror or "decoding failed").lower()
+            raise MediaError(path, "corrupt", f"the file is damaged ({what}); restore it from its source") from None
 
 
 def _reason_not_opened(path: Path) -> MediaError:
@@ -216,8 +221,8 @@ def _reason_not_opened(path: Path) -> MediaError:
 def _mp4_boxes(path: Path) -> list[str]:
     """Names of the top-level MP4 boxes, up to the first one whose size is invalid."""
     names: list[str] = []
-    end = path.stat().st_size
-    with path.open("rb") as file:
+    end = file_status(path).num_bytes
+    with FileReader(path) as file:
         position = 0
         while position + 8 <= end and len(names) < 100:
             file.seek(position)

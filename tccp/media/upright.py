@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import av
 import numpy as np
-from av.sidedata.sidedata import SideData
 from av.sidedata.sidedata import Type as SideDataType
 from jaxtyping import UInt8
+
+from tccp.media.side_data import side_data
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,9 @@ class DisplayTurn:
         return 180 if self.mirror_y else 0
 
     def apply(self, picture: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h2 w2 3"]:
+        """A view of the picture."""
         upright = picture.transpose(1, 0, 2) if self.transpose else picture
-        return np.ascontiguousarray(upright[:: -1 if self.mirror_y else 1, :: -1 if self.mirror_x else 1])
+        return upright[:: -1 if self.mirror_y else 1, :: -1 if self.mirror_x else 1]
 
 
 def display_turn(frame: av.VideoFrame) -> DisplayTurn:
@@ -37,11 +39,10 @@ def display_turn(frame: av.VideoFrame) -> DisplayTurn:
 
     ISO/IEC 14496-12: x' = a x + c y, y' = b x + d y.
     """
-    for side_data in frame.side_data:
-        assert isinstance(side_data, SideData)  # PyAV's types call side_data a mapping, but it is a sequence
-        if side_data.type == SideDataType.DISPLAYMATRIX:
-            a, b, _, c, d = struct.unpack("<5i", bytes(side_data)[:20])
-            if abs(a) + abs(d) >= abs(b) + abs(c):
-                return DisplayTurn(False, a < 0, d < 0)
-            return DisplayTurn(True, c < 0, b < 0)
-    return DisplayTurn()
+    matrix = side_data(frame, SideDataType.DISPLAYMATRIX)
+    if matrix is None:
+        return DisplayTurn()
+    a, b, _, c, d = struct.unpack("<5i", matrix[:20])
+    if abs(a) + abs(d) >= abs(b) + abs(c):
+        return DisplayTurn(False, a < 0, d < 0)
+    return DisplayTurn(True, c < 0, b < 0)

@@ -20,13 +20,11 @@ from jaxtyping import Float, Float32, UInt8
 from tccp import __version__
 from tccp.config import FPS, SAMPLE_RATE_HZ
 from tccp.errors import TccpError
-from tccp.media.sound import AudioTrack, audio_frame, decode_sound, mix_of, resampled
-from tccp.media.source import checked_file, no_stream, opened, probe
+from tccp.media.film_sound import FilmSound, film_sound
+from tccp.media.sound import AudioTrack, audio_frame
+from tccp.media.source import checked_file, opened
 
 _ENDINGS = (".mp4", ".m4v")  # in Matroska the encoder's padding would make the sound longer than the pictures
-_AAC_RATES_HZ = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)  # players support higher ones rarely
-_LAYOUTS = ("mono", "stereo", "2.1", "4.0", "5.0", "5.1", "6.1", "7.1")  # by number of channels
-_MOST_CHANNELS = len(_LAYOUTS)
 _AAC_BLOCK = 1024  # samples per packet
 _BLOCK = 1 << 16
 _TO_YUV = Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INP | Interpolation.ACCURATE_RND
@@ -76,7 +74,7 @@ class VideoWriter:
         path: str | Path,
         width: int,
         height: int,
-        audio_from: str | Path | AudioTrack | Float[np.ndarray, "n"] | None = None,
+        audio_from: str | Path | AudioTrack | FilmSound | Float[np.ndarray, "n"] | None = None,
         lossless: bool = False,
         metadata: Mapping[str, str] | None = None,
         exact_size: bool = False,
@@ -228,24 +226,13 @@ class _Sound:
         return np.ascontiguousarray(taken)
 
 
-def _sound(audio_from: str | Path | AudioTrack | Float[np.ndarray, "n"] | None) -> _Sound | None:
+def _sound(audio_from: str | Path | AudioTrack | FilmSound | Float[np.ndarray, "n"] | None) -> _Sound | None:
     if audio_from is None:
         return None
     if isinstance(audio_from, np.ndarray):
         samples = audio_from
         pieces = (samples[None, at : at + _BLOCK] for at in range(0, len(samples), _BLOCK))
         return _Sound(pieces, SAMPLE_RATE_HZ, 1, "mono")
-    info = probe(audio_from.path if isinstance(audio_from, AudioTrack) else audio_from)
-    if not info.has_audio:
-        raise no_stream(info.path, "audio")
-    rate_hz, channels, layout = info.audio_sample_rate_hz, info.audio_channels, info.audio_layout
-    blocks: Iterator[Float32[np.ndarray, "channels n"]] = decode_sound(info)
-    if channels > _MOST_CHANNELS:
-        mix, channels, layout = mix_of(info), 1, "mono"
-        blocks = (mix(block) for block in blocks)
-    elif "NONE" in info.channel_names:  # WAV files often do not say which channel is which
-        layout = _LAYOUTS[channels - 1]
-    if rate_hz not in _AAC_RATES_HZ:
-        to_hz = next((rate for rate in _AAC_RATES_HZ if rate > rate_hz), _AAC_RATES_HZ[-1])
-        blocks, rate_hz = resampled(blocks, rate_hz, to_hz, layout), to_hz
-    return _Sound(blocks, rate_hz, channels, layout)
+    if not isinstance(audio_from, FilmSound):
+        audio_from = film_sound(audio_from.path if isinstance(audio_from, AudioTrack) else audio_from)
+    return _Sound(audio_from.blocks, audio_from.sample_rate_hz, audio_from.num_channels, audio_from.layout)

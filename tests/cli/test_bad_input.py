@@ -202,7 +202,8 @@ def test_real_damaged_films_are_named(
         ("audio", "no_picture.png", "known format"),
         ("scene", "no_video.wav", "no pictures; --scene needs"),
         ("identity", "no_video.wav", "sound only; give a picture"),
-        ("identity", "no_picture.png", "not a readable picture: give"),
+        ("identity", "no_picture.png", "the picture is damaged (it begins like PNG, but cannot be read)"),
+        ("identity", "text.mp4", "this is no picture, and no video or audio file of a known format; give JPEG, PNG"),
         ("mask", "no_video.wav", "no pictures; give a film"),
     ],
 )

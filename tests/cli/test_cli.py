@@ -118,6 +118,8 @@ def test_doctor(storage: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checks = stdout_of(capsys, "doctor", "--json")["checks"]
     assert {"python", "torch", "storage"} <= {check["name"] for check in checks}
     assert all(check["ok"] for check in checks if check["required"])
+    (confinement,) = [check for check in checks if check["name"] == "decoder's confinement"]
+    assert confinement["found"].startswith("active (seccomp): no network, no new processes, no file but its input")
 
 
 def test_describe(capsys: pytest.CaptureFixture[str]) -> None:

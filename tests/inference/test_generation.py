@@ -32,6 +32,7 @@ from tccp.inference.pipeline import generate_film
 from tccp.inference.pipeline_folder import write_untrained
 from tccp.inference.scene import Extend, scene_frames, scene_indices
 from tccp.media import open_audio, probe, read_metadata, write_audio_wav
+from tccp.media.sandbox import Decoder
 from tccp.models.variants import TWO_STAGE, VariantName
 from tccp.roundtable import identity_path, read_identity, read_truth, truth_path
 
@@ -124,7 +125,8 @@ def run(
     calls = Calls(pipeline)
     with open_audio(film) as audio:
         generator = Generator(pipeline, audio, read_identity(film), **options)
-        frames = list(generator.frames(scene_frames(film, probe(film), track, num_frames, extend)))
+        with Decoder() as decoder:
+            frames = list(generator.frames(scene_frames(film, probe(film), track, num_frames, extend, decoder)))
     return frames, calls.count
 
 
@@ -154,14 +156,14 @@ def test_windows_add_all_their_frames_but_the_first(film: Path, weights: Path) -
     assert calls == {"landmark_first": 1, "landmark_sequence": 4, "face_first": 1, "face_sequence": 4}
 
 
-def test_frames_come_as_windows_finish(film: Path, weights: Path) -> None:
+def test_frames_come_as_windows_finish(film: Path, weights: Path, decoder: Decoder) -> None:
     """Generation reads at most two windows of the scene ahead of the frames it yields."""
     track, read = HeadTrack(read_truth(film).head_box), 0
     pipeline = load_components(weights)
 
     def counted() -> Any:
         nonlocal read
-        for frame in scene_frames(film, probe(film), track, 25, "no"):
+        for frame in scene_frames(film, probe(film), track, 25, "no", decoder):
             read += 1
             yield frame
 
@@ -300,11 +302,11 @@ def test_extended_scenes_move_by_one_frame_at_most(num_scene: int, num_frames: i
 
 
 @pytest.mark.parametrize("extend", ["freeze", "pingpong"])
-def test_extended_scenes_have_the_pictures_of_their_frame_numbers(film: Path, extend: Extend) -> None:
+def test_extended_scenes_have_the_pictures_of_their_frame_numbers(film: Path, extend: Extend, decoder: Decoder) -> None:
     """Three passes through the film, with more than one chunk played backwards."""
     info, source = probe(film), pictures(film)
     boxes = read_truth(film).head_box
-    frames = list(scene_frames(film, info, HeadTrack(boxes, frozenset({10})), 77, extend))
+    frames = list(scene_frames(film, info, HeadTrack(boxes, frozenset({10})), 77, extend, decoder))
     shown = list(scene_indices(info.num_frames, 77, extend))
     assert [frame.index for frame in frames] == list(range(77))
     for frame, index in zip(frames, shown, strict=True):
@@ -408,7 +410,7 @@ def test_other_files_than_landmark_files_are_refused(tmp_path: Path, content: by
         LandmarkFile(tmp_path / "absent.jsonl")
 
 
-def test_unreadable_points_are_those_of_the_frame_before(film: Path, weights: Path) -> None:
+def test_unreadable_points_are_those_of_the_frame_before(film: Path, weights: Path, decoder: Decoder) -> None:
     """Points are NaN, and pictures black, until stage 1 draws the first readable face."""
     pipeline = load_components(weights)
     with open_audio(film) as audio:
@@ -424,7 +426,7 @@ def test_unreadable_points_are_those_of_the_frame_before(film: Path, weights: Pa
 
         generator.encoder = Dark(pipeline.autoencoder, pipeline.settings)
         track = HeadTrack(read_truth(film).head_box)
-        frames = list(generator.frames(scene_frames(film, probe(film), track, 8, "no")))
+        frames = list(generator.frames(scene_frames(film, probe(film), track, 8, "no", decoder)))
     assert [frame.confidence == 0 for frame in frames] == [i in black for i in range(8)]
     assert all(np.isnan(frames[i].points).all() and not frames[i].landmark_picture.any() for i in (0, 1))
     assert np.array_equal(frames[5].points, frames[4].points)

@@ -26,6 +26,7 @@ from tccp.inference.head_tracks import (
 )
 from tccp.inference.pipeline import generate_film
 from tccp.media import VideoWriter, probe, read_frames, write_audio_wav
+from tccp.media.sandbox import Decoder
 from tccp.roundtable import read_truth
 
 pytest_plugins = ["tiny_fixtures"]
@@ -64,19 +65,19 @@ def test_mask_box_and_truth_give_the_same_film(film: Path, weights: Path, short_
     assert np.array_equal(films["box"], films["steady"])
 
 
-def test_a_lossy_mask_gives_the_same_boxes(film: Path, tmp_path: Path) -> None:
+def test_a_lossy_mask_gives_the_same_boxes(film: Path, tmp_path: Path, decoder: Decoder) -> None:
     boxes, info = read_truth(film).head_box, probe(film)
     with VideoWriter(tmp_path / "mask.mp4", info.width, info.height) as writer:
         for frame in masks_of(boxes, info.height, info.width):
             writer.write(frame)
-    assert np.array_equal(track_from_mask(info, tmp_path / "mask.mp4").boxes, boxes)
+    assert np.array_equal(track_from_mask(info, tmp_path / "mask.mp4", decoder).boxes, boxes)
 
 
-def test_frames_without_a_mask_have_no_box(film: Path, tmp_path: Path) -> None:
+def test_frames_without_a_mask_have_no_box(film: Path, tmp_path: Path, decoder: Decoder) -> None:
     boxes, info = read_truth(film).head_box, probe(film)
     masks = masks_of(boxes, info.height, info.width)
     masks[[0, 7, 24]] = 0
-    track = track_from_mask(info, write_film(tmp_path / "mask.mp4", masks))
+    track = track_from_mask(info, write_film(tmp_path / "mask.mp4", masks), decoder)
     assert [i for i in range(25) if track.box(i) is None] == [0, 7, 24]
     assert track.cuts is None
 
@@ -167,18 +168,18 @@ def test_hostile_track_files_are_refused_in_one_line(film: Path, tmp_path: Path,
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 
-def test_errors_of_masks_name_the_file(film: Path, tmp_path: Path) -> None:
+def test_errors_of_masks_name_the_file(film: Path, tmp_path: Path, decoder: Decoder) -> None:
     info = probe(film)
     masks = masks_of(read_truth(film).head_box, info.height, info.width)
     with pytest.raises(TccpError, match=r"small\.mp4 is 64x48, .* 128x96"):
-        track_from_mask(info, write_film(tmp_path / "small.mp4", masks[:, ::2, ::2]))
+        track_from_mask(info, write_film(tmp_path / "small.mp4", masks[:, ::2, ::2]), decoder)
     with pytest.raises(TccpError, match=r"short\.mp4 has 20 frames, .* has 25"):
-        track_from_mask(info, write_film(tmp_path / "short.mp4", masks[:20]))
+        track_from_mask(info, write_film(tmp_path / "short.mp4", masks[:20]), decoder)
     with pytest.raises(TccpError, match=r"dark\.mp4 has no head in any frame"):
-        track_from_mask(info, write_film(tmp_path / "dark.mp4", masks * 0))
+        track_from_mask(info, write_film(tmp_path / "dark.mp4", masks * 0), decoder)
     write_audio_wav(tmp_path / "sound.wav", np.zeros(16000))
     with pytest.raises(TccpError, match=r"sound\.wav: the mask has no pictures"):
-        track_from_mask(info, tmp_path / "sound.wav")
+        track_from_mask(info, tmp_path / "sound.wav", decoder)
 
 
 def test_a_truth_file_of_another_film_is_refused(film: Path, tmp_path: Path) -> None:
@@ -188,13 +189,15 @@ def test_a_truth_file_of_another_film_is_refused(film: Path, tmp_path: Path) -> 
         track_from_truth(probe(path))
 
 
-def test_cuts_are_detected_if_only_a_box_is_given(film: Path, weights: Path, short_sound: Path, tmp_path: Path) -> None:
+def test_cuts_are_detected_if_only_a_box_is_given(
+    film: Path, weights: Path, short_sound: Path, tmp_path: Path, decoder: Decoder
+) -> None:
     """Two joined films are two shots: the second starts from noise, not from the last head of the first."""
     frames = pictures(film)
     joined = write_film(tmp_path / "joined.mp4", np.concatenate([frames[:6], 255 - frames[6:, :, ::-1]]))
     info = probe(joined)
-    assert find_cuts(info) == {6}
-    assert find_cuts(probe(film)) == frozenset()
+    assert find_cuts(info, decoder) == {6}
+    assert find_cuts(probe(film), decoder) == frozenset()
     box = "40,20,80,60"
     _, found = generated(film, weights, tmp_path / "a.mp4", scene=joined, audio=short_sound, box=box, steps=1)
     track = write_track(tmp_path / "track.json", [[40, 20, 80, 60]] * 25, [6])
@@ -236,17 +239,17 @@ def face_at(x: float, y: float, side: float) -> faces.Face:
     return faces.Face(np.array([x, y, x + side, y + side], np.float32), None, 0.9)
 
 
-def test_short_absences_are_bridged_and_long_ones_pass_through(tmp_path: Path) -> None:
+def test_short_absences_are_bridged_and_long_ones_pass_through(tmp_path: Path, decoder: Decoder) -> None:
     scene = probe(write_film(tmp_path / "scene.mp4", np.full((60, 48, 64, 3), 90, np.uint8)))
     found = [[face_at(20, 12, 16)] if not (5 <= i < 10 or 20 <= i < 40) else [] for i in range(60)]
-    track = track_from_detector(scene, Known(found))
+    track = track_from_detector(scene, Known(found), decoder)
     assert [track.box(i) is None for i in range(60)] == [20 <= i < 40 for i in range(60)]
     assert track.cuts == frozenset()
 
 
-def test_a_head_that_leaves_the_picture_is_no_error(tmp_path: Path) -> None:
+def test_a_head_that_leaves_the_picture_is_no_error(tmp_path: Path, decoder: Decoder) -> None:
     scene = probe(write_film(tmp_path / "scene.mp4", np.full((60, 48, 64, 3), 90, np.uint8)))
-    track = track_from_detector(scene, Known([[face_at(20 + 3 * i, 12, 16)] for i in range(60)]))
+    track = track_from_detector(scene, Known([[face_at(20 + 3 * i, 12, 16)] for i in range(60)]), decoder)
     gone = [track.box(i) is None for i in range(60)]
     assert not gone[0] and gone[-1]
     assert gone == sorted(gone)
@@ -317,7 +320,7 @@ def test_the_rule_of_presence() -> None:
     assert faces.stretches(np.ones(3, bool), 0.5, least_seen=3) == [(0, 3)]
 
 
-def test_the_requested_person_is_tracked(tmp_path: Path) -> None:
+def test_the_requested_person_is_tracked(tmp_path: Path, decoder: Decoder) -> None:
     scene = probe(write_film(tmp_path / "scene.mp4", np.full((30, 48, 96, 3), 90, np.uint8)))
 
     def found() -> Known:
@@ -326,14 +329,14 @@ def test_the_requested_person_is_tracked(tmp_path: Path) -> None:
     def center(track: Any) -> float:
         return float((track.boxes[0, 0] + track.boxes[0, 2]) / 2)
 
-    assert center(track_from_detector(scene, found())) == pytest.approx(69, abs=3)
-    assert center(track_from_detector(scene, found(), (17.0, 20.0))) == pytest.approx(17, abs=3)
+    assert center(track_from_detector(scene, found(), decoder)) == pytest.approx(69, abs=3)
+    assert center(track_from_detector(scene, found(), decoder, (17.0, 20.0))) == pytest.approx(17, abs=3)
 
 
-def test_a_scene_without_faces_is_refused(tmp_path: Path) -> None:
+def test_a_scene_without_faces_is_refused(tmp_path: Path, decoder: Decoder) -> None:
     scene = probe(write_film(tmp_path / "empty.mp4", np.full((10, 48, 64, 3), 90, np.uint8)))
     with pytest.raises(TccpError, match=r"no face found in .*empty\.mp4 with known: .*--box or --mask"):
-        track_from_detector(scene, Known([[]] * 10))
+        track_from_detector(scene, Known([[]] * 10), decoder)
 
 
 def small(path: Path, out: Path, start: int, count: int, width: int) -> Path:
@@ -347,7 +350,7 @@ def small(path: Path, out: Path, start: int, count: int, width: int) -> Path:
     return write_film(out, np.stack(frames), np.zeros(count * 640, np.float32))
 
 
-def test_detectors_and_cut_detection_read_only_the_needed_frames(tmp_path: Path) -> None:
+def test_detectors_and_cut_detection_read_only_the_needed_frames(tmp_path: Path, decoder: Decoder) -> None:
     scene = probe(write_film(tmp_path / "scene.mp4", np.full((40, 48, 64, 3), 90, np.uint8)))
     frames_read = 0
 
@@ -355,9 +358,9 @@ def test_detectors_and_cut_detection_read_only_the_needed_frames(tmp_path: Path)
         nonlocal frames_read
         frames_read += 1
 
-    track = track_from_detector(scene, Known([[face_at(20, 12, 16)]] * 7), num_frames=7, on_frame=count)
+    track = track_from_detector(scene, Known([[face_at(20, 12, 16)]] * 7), decoder, num_frames=7, on_frame=count)
     assert len(track.boxes) == frames_read == 7
-    find_cuts(scene, 9, count)
+    find_cuts(scene, decoder, 9, count)
     assert frames_read == 16
 
 

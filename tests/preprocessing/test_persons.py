@@ -249,9 +249,9 @@ def test_unusable_reference_pictures_are_refused(
     (tmp_path / "empty.png").write_bytes(b"")
     cv2.imwrite(str(tmp_path / "wall.png"), np.full((200, 300, 3), 90, np.uint8))
     for name, text in [
-        ("absent.png", "No such file"),
-        ("text.png", "not a picture"),
-        ("empty.png", "not a picture"),
+        ("absent.png", "there is no such file"),
+        ("text.png", "no picture of a known format; give JPEG"),
+        ("empty.png", "the file is empty"),
         ("wall.png", "no face was found"),
     ]:
         with pytest.raises(TccpError, match=text) as error:

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import http.server
 import importlib.util
+import io
 import json
 import multiprocessing
 import os
@@ -18,18 +19,22 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import av
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
+from av.video import VideoStream
 from fsspec.implementations.memory import MemoryFileSystem
 
-from preprocessing.sources.finding import SOURCE_SCHEMA, find_sources
+from preprocessing.sources.finding import SOURCE_SCHEMA, VIDEO_SUFFIXES, files_left_out, find_sources
+from preprocessing.sources.listing import list_sources
 from preprocessing.spans import spans_from_table
 from tccp.errors import StorageError, TccpError
 from tccp.files.retry import RETRY_S
-from tccp.media import MediaError
+from tccp.media import MediaError, probe
 from tccp.media.remote import content_hash, local_copy
 
 
@@ -153,6 +158,69 @@ def test_folder_lists_its_films_sorted_by_name(tmp_path: Path) -> None:
     assert table.column("speaker_x").null_count == table.column("person_picture").null_count == 6
 
 
+def test_every_container_is_listed_and_other_files_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    kinds = ["3gp", "flv", "f4v", "wmv", "asf", "mxf", "m2ts", "mts", "vob", "ogv", "nut", "mpe", "mp4", "mkv", "webm"]
+    films = make_files(
+        tmp_path / "films", *(f"film.{kind}" for kind in kinds), "a.srt", "deep/b.SRT", "c.wav", "README", "film.M2TS"
+    )
+    table = find_sources([films, f"{films}/**"])
+    assert {Path(path).suffix[1:].lower() for path in paths(table)} == set(kinds)
+    assert files_left_out(table) == {"": 1, ".srt": 2, ".wav": 1}
+    with caplog.at_level("INFO", logger="preprocessing"):
+        listing = list_sources([films])
+    assert files_left_out(listing) == {"": 1, ".srt": 2, ".wav": 1}
+    text = "4 files in the folders are no films and left out: 2 .srt, 1 without an ending, 1 .wav"
+    assert [record.getMessage() for record in caplog.records] == [text]
+    assert files_left_out(find_sources([films / "film.mp4", f"{films}/*.srt"])) == {}  # they were asked for
+
+
+WRITTEN_AS = {  # FFmpeg's names of the containers, and a codec that each holds
+    "mp4": ("mpeg4", (".mp4", ".m4v", ".mj2")),
+    "mov": ("mpeg4", (".mov", ".qt")),
+    "3gp": ("mpeg4", (".3gp", ".3gpp", ".3g2")),
+    "f4v": ("libx264", (".f4v",)),
+    "matroska": ("mpeg4", (".mkv", ".mk3d")),
+    "webm": ("libvpx", (".webm",)),
+    "avi": ("mpeg4", (".avi", ".divx")),
+    "mpeg": ("mpeg2video", (".mpg", ".mpeg", ".mpe", ".m2p", ".ps")),
+    "vob": ("mpeg2video", (".vob", ".vro")),
+    "mpegts": ("mpeg2video", (".ts", ".mts", ".m2ts", ".m2t", ".tp", ".trp")),
+    "flv": ("flv", (".flv",)),
+    "asf": ("wmv2", (".asf", ".wmv")),
+    "ogg": ("libvpx", (".ogv", ".ogm", ".ogx")),
+    "mxf": ("mpeg2video", (".mxf",)),
+    "nut": ("mpeg4", (".nut",)),
+    "ivf": ("libvpx", (".ivf",)),
+}
+
+
+@pytest.mark.parametrize("kind", WRITTEN_AS)
+def test_films_with_a_listed_ending_are_read(kind: str, tmp_path: Path) -> None:
+    codec, suffixes = WRITTEN_AS[kind]
+    content = io.BytesIO()
+    with av.open(content, "w", format=kind) as container:
+        stream = container.add_stream(codec, 25)
+        assert isinstance(stream, VideoStream)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        random = np.random.default_rng(0)  # transport streams of a few packets are not recognised
+        for number in range(5):
+            frame = av.VideoFrame.from_ndarray(random.integers(0, 256, (48, 64, 3), np.uint8), format="rgb24")
+            frame.pts = number
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    for suffix in suffixes:
+        path = tmp_path / f"film{suffix}"
+        path.write_bytes(content.getvalue())
+        assert paths(find_sources([tmp_path / f"*{suffix}"])) == [str(path)]
+        assert probe(path).num_pictures == 5
+
+
+def test_every_listed_ending_is_one_of_a_container_that_is_read() -> None:
+    assert sorted(VIDEO_SUFFIXES) == sorted(suffix for _, suffixes in WRITTEN_AS.values() for suffix in suffixes)
+
+
 def test_relative_paths_are_kept_or_resolved_against_the_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_files(tmp_path / "here", "films/a.mp4")
     monkeypatch.chdir(tmp_path / "here")
@@ -194,7 +262,7 @@ def test_pattern_expands_the_home_folder(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_no_source_and_a_folder_without_films_are_refused(tmp_path: Path) -> None:
     assert "no source was given" in refusal()
-    assert "contains no film (.avi," in refusal(make_files(tmp_path, "notes.txt"))
+    assert "contains no film (.mp4, .m4v," in refusal(make_files(tmp_path, "notes.txt"))
 
 
 def test_unreadable_folder_is_refused_not_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

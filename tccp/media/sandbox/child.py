@@ -1,6 +1,7 @@
 """The child process: `python -m tccp.media.sandbox.child SOCKET PARENT`. `process` starts it; it is no user command.
 
-It works on one request at a time (probe, frames or sound). A new request ends the one before it.
+It works on one request at a time. A new request ends the one before it. It reads only the file whose descriptor came
+with the request. Everything that decoding needs is imported before the kernel confines the process (`confinement`).
 """
 
 from __future__ import annotations
@@ -8,24 +9,32 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import importlib
 import os
+import pkgutil
 import resource
 import signal
 import socket
+import stat
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import av
 import numpy as np
 from jaxtyping import UInt8
+from PIL import Image
 
 from tccp.config import SAMPLE_RATE_HZ
 from tccp.errors import TccpError
 from tccp.media import MediaError, MediaInfo, pictures, probe, read_frames
+from tccp.media.file_access import FileStatus, file_status, grant, open_nothing_by_path
+from tccp.media.film_sound import film_sound
 from tccp.media.sandbox.channel import Channel, Closed, mapped
+from tccp.media.sandbox.confinement import confine
 from tccp.media.sandbox.limits import Limits
 from tccp.media.sandbox.messages import (
     LONGEST_PROBLEM,
@@ -35,20 +44,25 @@ from tccp.media.sandbox.messages import (
     Delivery,
     End,
     Failure,
-    FileSize,
+    FilmSoundRequest,
     FramesRequest,
     Free,
     MediaAnswer,
-    Message,
+    PictureAnswer,
+    PictureRequest,
+    PixelsRequest,
     ProbeRequest,
     Ready,
     Request,
+    SoundFormat,
     SoundRequest,
     Start,
     Stop,
+    ToChild,
 )
 from tccp.media.sound import MonoSound
 from tccp.media.source import checked_file, opened
+from tccp.media.still_pictures import Still, read_picture
 
 _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
 _WATCH_EVERY_S = 0.5
@@ -63,40 +77,64 @@ _NEARLY_ALL = 0.75  # share of the allowed memory in use: memory that was alloca
 class _Abandoned(Exception):
     """The parent has stopped the request; `message` is its next request, if there is one."""
 
-    def __init__(self, message: Message | None):
+    def __init__(self, message: ToChild | None):
         super().__init__()
         self.message = message
 
 
+class _OwnMemory:
+    """How much memory this process uses, in bytes. Opens its files in /proc once, before that is forbidden."""
+
+    def __init__(self) -> None:
+        self._status = os.open("/proc/self/status", os.O_RDONLY | os.O_CLOEXEC)
+        self._peak: int | None = None
+        with contextlib.suppress(OSError):
+            self._peak = os.open("/proc/self/clear_refs", os.O_WRONLY | os.O_CLOEXEC)
+
+    def read(self, name: str) -> int:
+        lines = os.pread(self._status, 1 << 16, 0).decode(errors="replace").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+    def forget_peak(self) -> None:
+        if self._peak is not None:
+            with contextlib.suppress(OSError):
+                os.write(self._peak, b"5")
+
+
 class _Server:
-    def __init__(self, channel: Channel, limits: Limits):
-        self._channel, self._limits = channel, limits
+    def __init__(self, channel: Channel, limits: Limits, own_memory: _OwnMemory):
+        self._channel, self._limits, self._own_memory = channel, limits, own_memory
         self._memory: UInt8[np.ndarray, " n"] = np.zeros(0, np.uint8)
-        self._idle_bytes = _status_bytes("VmRSS")
+        self._still: Still | None = None  # the picture of the last PictureRequest
+        self._idle_bytes = own_memory.read("VmRSS")
 
     def run(self) -> None:
-        message: Message | None = None
+        message: ToChild | None = None
         while True:
             message = message or self._receive(None)
             request, message = message, None
-            if not isinstance(request, ProbeRequest | FramesRequest | SoundRequest):
+            if not isinstance(request, Request):
                 continue  # `Free` or `Stop` for a request that has ended
             try:
                 self._answer(request)
             except _Abandoned as abandoned:
                 message = abandoned.message
 
-    def _receive(self, timeout_s: float | None) -> Message:
-        message, descriptor = self._channel.receive_with_descriptor(TO_CHILD.validate_json, timeout_s)
-        if descriptor is not None:
-            self._memory = mapped(descriptor)
-            os.close(descriptor)
+    def _receive(self, timeout_s: float | None) -> ToChild:
+        message, descriptors = self._channel.receive_with_descriptors(TO_CHILD.validate_json, timeout_s)
+        if isinstance(message, Request):
+            status = FileStatus(stat.S_IFREG, message.num_bytes, message.mtime_ns)
+            grant(Path(os.fsdecode(message.path)), descriptors[0], status)
+            if message.memory_bytes:
+                self._memory = mapped(descriptors[1], message.memory_bytes)
+                os.close(descriptors[1])
         return message
 
-    def _answer(self, request: ProbeRequest | FramesRequest | SoundRequest) -> None:
+    def _answer(self, request: Request) -> None:
         path = Path(os.fsdecode(request.path))
-        with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as peak:
-            peak.write("5")
+        self._own_memory.forget_peak()
+        if not isinstance(request, PixelsRequest):
+            self._still = None
         answer: Answer
         try:
             match request:
@@ -106,6 +144,14 @@ class _Server:
                     answer = self._frames(path, request)
                 case SoundRequest():
                     answer = self._sound(path, request)
+                case FilmSoundRequest():
+                    answer = self._film_sound(path, request)
+                case PictureRequest():
+                    answer = self._picture(path, request)
+                case PixelsRequest():
+                    answer = self._pixels(request)
+                case _:
+                    raise AssertionError(request)
         except MediaError as error:
             reason = "too_much_memory" if self._was_memory(error) else error.reason
             answer = _failure(request, reason, error.problem)
@@ -120,19 +166,19 @@ class _Server:
         self._channel.send(answer)
 
     def _probe(self, path: Path, request: ProbeRequest) -> MediaAnswer:
-        info = self._checked(path, request)
+        info = self._checked(path)
         if request.start_frame is not None:  # read_frames checks the range when it is called
             read_frames(path, request.start_frame, request.num_frames)
         return MediaAnswer.of(request.id, info)
 
     def _frames(self, path: Path, request: FramesRequest) -> End:
-        self._checked(path, request)
+        self._checked(path)
         wanted = None if request.offsets is None else iter(request.offsets)
-        self._deliver(request, _picked(read_frames(path, request.start_frame, request.num_frames), wanted))
+        self._deliver(request, _picked(read_frames(path, request.start_frame, request.num_frames, copy=False), wanted))
         return End(id=request.id)
 
     def _sound(self, path: Path, request: SoundRequest) -> End:
-        info = self._checked(path, request)
+        info = self._checked(path)
         sound = MonoSound(info)
         self._deliver(request, self._samples(info, sound, request.slot_bytes // 4))
         return End(id=request.id, notes=tuple(sound.notes))
@@ -146,6 +192,31 @@ class _Server:
             for start in range(0, len(block), most):
                 yield block[start : start + most]
 
+    def _film_sound(self, path: Path, request: FilmSoundRequest) -> End:
+        self._checked(path)
+        sound = film_sound(path)
+        answer = SoundFormat(
+            id=request.id, sample_rate_hz=sound.sample_rate_hz, num_channels=sound.num_channels, layout=sound.layout
+        )
+        self._channel.send(answer)
+        most = request.slot_bytes // (4 * sound.num_channels)
+        parts = (block[:, at : at + most] for block in sound.blocks for at in range(0, block.shape[1], most))
+        self._deliver(request, parts)
+        return End(id=request.id)
+
+    def _picture(self, path: Path, request: PictureRequest) -> PictureAnswer:
+        still = self._still = read_picture(checked_file(path), self._limits.max_pixels)
+        height, width, _ = still.pixels.shape
+        ignored = still.profile_ignored
+        return PictureAnswer(
+            id=request.id, width=width, height=height, num_pictures=still.num_pictures, profile_ignored=ignored
+        )
+
+    def _pixels(self, request: PixelsRequest) -> End:
+        assert self._still is not None
+        self._deliver(request, (pixels for pixels in (self._still.pixels,)))
+        return End(id=request.id)
+
     def _deliver(self, request: Delivery, items: Generator[np.ndarray, None, None]) -> None:
         """Writes each item into a free slot. Waits for the parent to free one if there is none."""
         free = list(range(request.slots))
@@ -157,7 +228,7 @@ class _Server:
                     except TimeoutError:
                         break
                     if isinstance(message, Free) and message.id == request.id:
-                        free.append(message.slot)
+                        free.extend(message.slots)
                     else:
                         raise _Abandoned(None if isinstance(message, Stop) else message)
                 slot = free.pop()
@@ -165,16 +236,13 @@ class _Server:
                 self._memory[start : start + item.nbytes].view(item.dtype).reshape(item.shape)[...] = item
                 self._channel.send(Block(id=request.id, slot=slot, num_bytes=item.nbytes))
 
-    def _checked(self, path: Path, request: Request) -> MediaInfo:
+    def _checked(self, path: Path) -> MediaInfo:
         """Like `probe`, but raises MediaError `unsafe` as early as possible for a file beyond the limits."""
         file = checked_file(path)
-        status = file.stat()
-        if status.st_size > self._limits.max_file_bytes:
-            raise _unsafe(
-                path, f"it is a file of {status.st_size} bytes", self._limits.max_file_bytes, "max_file_bytes"
-            )
-        self._channel.send(FileSize(id=request.id, num_bytes=status.st_size))
-        self._check_header(file.absolute(), status.st_size, status.st_mtime_ns)
+        status = file_status(file)
+        if (size := status.num_bytes) > self._limits.max_file_bytes:
+            raise _unsafe(path, f"it is a file of {size} bytes", self._limits.max_file_bytes, "max_file_bytes")
+        self._check_header(file.absolute(), size, status.mtime_ns)
         info = probe(path)
         self._check_pixels(path, info.width, info.height)
         self._check_duration(path, info.duration_s)
@@ -210,7 +278,7 @@ class _Server:
         Some decoders that get no memory report a damaged file. And FFmpeg reports a lack of memory where a damaged
         header asks for more than av_malloc's own limit.
         """
-        used = _status_bytes("VmHWM") - self._idle_bytes
+        used = self._own_memory.read("VmHWM") - self._idle_bytes
         if isinstance(error.__context__, _NO_MEMORY):
             return used + _LARGEST_ALLOCATION > self._limits.memory_bytes
         return error.reason == "corrupt" and used > _NEARLY_ALL * self._limits.memory_bytes
@@ -239,9 +307,11 @@ def _failure(request: Request, reason: str | None, problem: str) -> Failure:
     return Failure(id=request.id, reason=reason, problem=encodable[:LONGEST_PROBLEM])
 
 
-def _status_bytes(name: str) -> int:
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(f"{name}:"))
+def _import_all_of_av() -> None:
+    """PyAV imports some of its modules when they are first needed, which is too late here."""
+    for module in pkgutil.walk_packages(av.__path__, "av."):
+        if module.name not in ("av.__main__", "av.datasets"):
+            importlib.import_module(module.name)
 
 
 def _end_with(parent: int, signalled: bool) -> None:
@@ -261,21 +331,28 @@ def _end_with(parent: int, signalled: bool) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _give_up_rights(limits: Limits) -> None:
-    """From here on this process can write no files, dump no core and take no memory beyond the limit."""
+def _give_up_rights(limits: Limits, own_memory: _OwnMemory) -> str | None:
+    """From here on this process can write no files, dump no core and take no memory beyond the limit.
+
+    Nor can it do anything else that `confine` forbids. Returns why, if this machine has no such protection.
+    """
     sys.dont_write_bytecode = True
     ctypes.CDLL(None).prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     for kind, most in (
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_FSIZE, 0),
         (resource.RLIMIT_NOFILE, _OPEN_FILES),
-        (resource.RLIMIT_DATA, _status_bytes("VmData") + limits.memory_bytes),
+        (resource.RLIMIT_DATA, own_memory.read("VmData") + limits.memory_bytes),
     ):
         hard = resource.getrlimit(kind)[1]
         most = most if hard == resource.RLIM_INFINITY else min(most, hard)
         resource.setrlimit(kind, (most, most))
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
         score.write("1000")  # if memory runs out all the same, the kernel ends this process rather than its parent
+    Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit; ours is max_pixels
+    warnings.simplefilter("ignore")  # to show a warning, Python opens source files
+    open_nothing_by_path()
+    return confine()
 
 
 def main(descriptor: str, parent: str, signalled: str) -> None:
@@ -286,11 +363,12 @@ def main(descriptor: str, parent: str, signalled: str) -> None:
         start = channel.receive(Start.model_validate_json)
         if start.threads is not None:
             pictures.MAX_THREADS = start.threads
-        _give_up_rights(start.limits)
+        _import_all_of_av()
+        own_memory = _OwnMemory()
         with open(os.devnull, "r+b") as nowhere:  # FFmpeg's messages must not reach the user's terminal
             os.dup2(nowhere.fileno(), 2)
-        channel.send(Ready())
-        _Server(channel, start.limits).run()
+        channel.send(Ready(unconfined=_give_up_rights(start.limits, own_memory)))
+        _Server(channel, start.limits, own_memory).run()
 
 
 if __name__ == "__main__":

@@ -9,13 +9,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, model_validator
 
+from tccp.media.film_sound import MOST_CHANNELS
 from tccp.media.sandbox.limits import Limits
 from tccp.media.source import MediaInfo, Span
 from tccp.media.upright import DisplayTurn
 
 MOST_FRAMES_LISTED = 10_000  # offsets in one FramesRequest; the message stays well below the channel's limit
 LONGEST_PROBLEM = 500  # characters
-_FRACTION = re.compile(r"-?[0-9]{1,60}(/[1-9][0-9]{0,59})?")
+_LONGEST_ANSWER = 1 << 16  # bytes
+_MOST_BRACKETS = 8  # in one answer, outside its texts; this bounds the depth of nesting too
+_LARGEST = 1 << 63  # of times in seconds, and of what FFmpeg counts
+_FRACTION = re.compile(r"-?[0-9]{1,40}(/[1-9][0-9]{0,39})?")
+_TEXT = re.compile(rb'"(?:[^"\\]|\\.)*"')
 
 
 class Message(BaseModel):
@@ -30,13 +35,16 @@ def _exact(value: Any) -> Any:
         return value
     if not _FRACTION.fullmatch(value):
         raise ValueError("not a fraction of two integers")
-    return Fraction(value)
+    exact = Fraction(value)
+    if abs(exact) >= _LARGEST or exact.denominator >= _LARGEST:
+        raise ValueError("too large")
+    return exact
 
 
 Exact = Annotated[Fraction, BeforeValidator(_exact)]
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 SlotNumber = Annotated[int, Field(ge=0, lt=1 << 10)]
-CodecName = Annotated[str, Field(max_length=64)]
+CodecName = Annotated[str, Field(pattern=r"^[\x20-\x7e]{1,64}$")]
 Notes = Annotated[tuple[Annotated[str, Field(max_length=LONGEST_PROBLEM)], ...], Field(max_length=20)]
 
 
@@ -51,13 +59,17 @@ class Start(Message):
 
 
 class Request(Message):
-    """A request to decode something. It ends the request before it.
+    """A request to decode something. It ends the request before it. The file's descriptor comes with it.
 
-    id: comes back in every answer. path: as bytes, because file names need not be valid UTF-8.
+    id: comes back in every answer. path: as bytes, because file names need not be valid UTF-8. num_bytes, mtime_ns: of
+    the file. memory_bytes: if not 0, the descriptor of shared memory of this size comes second.
     """
 
     id: int
     path: bytes
+    num_bytes: Count
+    mtime_ns: int
+    memory_bytes: Count
 
 
 class ProbeRequest(Request):
@@ -90,12 +102,30 @@ class SoundRequest(Delivery):
     kind: Literal["sound"] = "sound"
 
 
+class FilmSoundRequest(Delivery):
+    """Asks for a SoundFormat, then for the sound of `film_sound`: blocks of float32, one channel after the other."""
+
+    kind: Literal["film_sound"] = "film_sound"
+
+
+class PictureRequest(Request):
+    """Asks for a PictureAnswer."""
+
+    kind: Literal["picture"] = "picture"
+
+
+class PixelsRequest(Delivery):
+    """Asks for the pixels of the picture of the PictureRequest before, in one block."""
+
+    kind: Literal["pixels"] = "pixels"
+
+
 class Free(Message):
-    """The parent has copied what was in a slot."""
+    """The parent has copied what was in these slots."""
 
     kind: Literal["free"] = "free"
     id: int
-    slot: SlotNumber
+    slots: tuple[SlotNumber, ...]
 
 
 class Stop(Message):
@@ -109,20 +139,14 @@ class Stop(Message):
 
 
 class Ready(Message):
-    """The child has given up its rights and waits for requests."""
+    """The child has given up its rights and waits for requests. unconfined: why the kernel does not confine it."""
 
     kind: Literal["ready"] = "ready"
+    unconfined: Annotated[str, Field(max_length=200)] | None
 
 
 class Answer(Message):
-    id: int
-
-
-class FileSize(Answer):
-    """The child starts to read a file of this size."""
-
-    kind: Literal["file_size"] = "file_size"
-    num_bytes: Count
+    id: Count
 
 
 class SpanValue(Message):
@@ -147,22 +171,30 @@ class MediaAnswer(Answer):
     transpose: bool
     mirror_x: bool
     mirror_y: bool
-    frame_rate: Exact | None
+    frame_rate: Annotated[Exact, Field(gt=0)] | None
     num_pictures: Count
     video_codec: CodecName | None
     audio_codec: CodecName | None
     audio_sample_rate_hz: Annotated[int, Field(ge=0, lt=1 << 31)]
     audio_channels: Annotated[int, Field(ge=0, lt=1 << 31)]
-    audio_layout: Annotated[str, Field(max_length=200)]
+    audio_layout: Annotated[str, Field(pattern=r"^[\x20-\x7e]{0,200}$")]
     video_span: SpanValue | None
     audio_span: SpanValue | None
     seeks: bool
     notes: Notes
 
     @model_validator(mode="after")
-    def _has_a_stream(self) -> MediaAnswer:
+    def _is_consistent(self) -> MediaAnswer:
         if self.video_span is None and self.audio_span is None:
             raise ValueError("neither pictures nor sound")
+        if (self.video_span is None) != (self.width == 0) or (self.width == 0) != (self.height == 0):
+            raise ValueError("a video track without a size, or a size without one")
+        if (self.video_span is None) != (self.video_codec is None) or (self.audio_span is None) != (
+            self.audio_codec is None
+        ):
+            raise ValueError("a track without a codec, or a codec without one")
+        if (self.audio_span is None) != (self.audio_sample_rate_hz == 0 or self.audio_channels == 0):
+            raise ValueError("an audio track without rate or channels, or these without one")
         return self
 
     @classmethod
@@ -216,6 +248,25 @@ class MediaAnswer(Answer):
         )
 
 
+class SoundFormat(Answer):
+    """How the blocks of a FilmSoundRequest are to be read."""
+
+    kind: Literal["sound_format"] = "sound_format"
+    sample_rate_hz: Annotated[int, Field(gt=0, lt=1 << 20)]
+    num_channels: Annotated[int, Field(gt=0, le=MOST_CHANNELS)]
+    layout: Annotated[str, Field(pattern=r"^[A-Za-z0-9.()-]{1,32}$")]
+
+
+class PictureAnswer(Answer):
+    """What a `Still` says, without its pixels."""
+
+    kind: Literal["picture"] = "picture"
+    width: Annotated[int, Field(gt=0, lt=1 << 31)]
+    height: Annotated[int, Field(gt=0, lt=1 << 31)]
+    num_pictures: Annotated[int, Field(gt=0, lt=1 << 31)]
+    profile_ignored: bool
+
+
 class Block(Answer):
     """A slot of shared memory holds the next num_bytes of the result."""
 
@@ -239,9 +290,28 @@ class Failure(Answer):
     problem: Annotated[str, Field(max_length=LONGEST_PROBLEM)]
 
 
-TO_CHILD: TypeAdapter[ProbeRequest | FramesRequest | SoundRequest | Free | Stop] = TypeAdapter(
-    Annotated[ProbeRequest | FramesRequest | SoundRequest | Free | Stop, Field(discriminator="kind")]
-)
-TO_PARENT: TypeAdapter[FileSize | MediaAnswer | Block | End | Failure] = TypeAdapter(
-    Annotated[FileSize | MediaAnswer | Block | End | Failure, Field(discriminator="kind")]
-)
+ToChild = ProbeRequest | FramesRequest | SoundRequest | FilmSoundRequest | PictureRequest | PixelsRequest | Free | Stop
+ToParent = MediaAnswer | SoundFormat | PictureAnswer | Block | End | Failure
+TO_CHILD: TypeAdapter[ToChild] = TypeAdapter(Annotated[ToChild, Field(discriminator="kind")])
+TO_PARENT: TypeAdapter[ToParent] = TypeAdapter(Annotated[ToParent, Field(discriminator="kind")])
+
+
+def parse_answer(packet: bytes) -> ToParent:
+    """Checks and converts a message of the child. Raises ValueError if anything about it is not as it must be."""
+    check_packet(packet)
+    return TO_PARENT.validate_json(packet)
+
+
+def parse_ready(packet: bytes) -> Ready:
+    """Like `parse_answer`, for the child's first message."""
+    check_packet(packet)
+    return Ready.model_validate_json(packet)
+
+
+def check_packet(packet: bytes) -> None:
+    """Bounds the size and the nesting of a message before it is parsed. Raises ValueError."""
+    if len(packet) > _LONGEST_ANSWER:
+        raise ValueError("too long")
+    outside = _TEXT.sub(b"", packet)
+    if outside.count(b"{") + outside.count(b"[") > _MOST_BRACKETS:
+        raise ValueError("nested too deeply")

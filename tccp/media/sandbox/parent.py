@@ -5,49 +5,62 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import mmap
 import os
 import tempfile
 import time
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+from av.audio.layout import AudioLayout
 from jaxtyping import Float32, UInt8
 
 from tccp.config import FPS, SAMPLE_RATE_HZ
 from tccp.errors import TccpError
 from tccp.media import AudioTrack, MediaError, MediaInfo
+from tccp.media.file_access import FileStatus, open_descriptor
+from tccp.media.film_sound import FilmSound
 from tccp.media.mel import check_audio
 from tccp.media.sandbox.channel import Closed, mapped, shared_memory
 from tccp.media.sandbox.limits import Limits
 from tccp.media.sandbox.messages import (
     MOST_FRAMES_LISTED,
-    TO_PARENT,
-    Answer,
     Block,
     Delivery,
     End,
     Failure,
-    FileSize,
+    FilmSoundRequest,
     FramesRequest,
     Free,
     MediaAnswer,
     Message,
+    PictureAnswer,
+    PictureRequest,
+    PixelsRequest,
     ProbeRequest,
     Request,
+    SoundFormat,
     SoundRequest,
     Stop,
+    ToParent,
+    parse_answer,
 )
 from tccp.media.sandbox.process import Process
+from tccp.media.source import checked_file
+from tccp.media.still_pictures import Still
 
-_SLOTS = 4  # pictures that the child may decode ahead
+# Pictures that the child may decode ahead: many small ones, so that neither process waits for the other at each.
+_MOST_SLOTS, _FEW_SLOTS, _AHEAD = 32, 4, 16 << 20  # bytes
 _MOST_MEMORY = 256 << 20  # bytes for the slots; very large pictures get fewer slots, but at least two
 _KEPT_MEMORY = 64 << 20  # bytes; larger shared memory is released before the next film
 _SOUND_BLOCK = 1 << 18  # bytes
 _READ_BYTES_PER_S = 10e6
 _ANSWER_S = 1.0
 _SHORTEST_WAIT_S = 1e-3
+_MOST_STALE = 4 * _MOST_SLOTS  # answers in a row to requests that were given up; there is about one for each slot
 _SEEK_GAP_FRAMES = 4 * FPS  # over a smaller gap, decoding on costs less than a seek to a keyframe some seconds back
 Received = TypeVar("Received")
 
@@ -81,6 +94,7 @@ class Decoder:
         self._film: Path | None = None
         self._films = 0
         self._id = 0  # of the request that the child works on
+        self._file_bytes = 0  # of the file that the request is about
         self._notes: tuple[str, ...] = ()  # of the last delivery
 
     def __enter__(self) -> Decoder:
@@ -97,6 +111,12 @@ class Decoder:
         self._id += 1
         self._memory = np.zeros(0, np.uint8)
 
+    def unconfined(self) -> str | None:
+        """Why the kernel of this machine does not confine the child; None if it does. Starts the child."""
+        if self._process is None:
+            self._process = Process(self.limits, self._threads)
+        return self._process.unconfined
+
     def probe(self, path: str | Path) -> MediaInfo:
         """Like tccp.media.probe."""
         return self._probe(Path(path))
@@ -104,17 +124,13 @@ class Decoder:
     def sound(self, path: str | Path) -> SoundFile:
         """Like tccp.media.open_audio, with the warnings of tccp.media.mel.check_audio. A context manager as well."""
         film = Path(path)
-        most_bytes = 4 * SAMPLE_RATE_HZ * math.ceil(self.limits.max_duration_s)
         try:
             with tempfile.TemporaryFile(prefix="tccp-sound-") as file:
                 num_bytes = 0
-                for block in self._delivered(film, SoundRequest, _SOUND_BLOCK):
+                asked = self._ask_for(film, SoundRequest, _SOUND_BLOCK)
+                for block in self._sound_blocks(film, asked, SAMPLE_RATE_HZ, 1):
                     file.write(block.data)
-                    num_bytes += len(block)
-                    if num_bytes > most_bytes:
-                        raise self._invalid_answer(film)
-                if num_bytes == 0 or num_bytes % 4:
-                    raise self._invalid_answer(film)
+                    num_bytes += block.nbytes
                 file.flush()
                 # The mapping keeps the unnamed file alive after it is closed here.
                 samples = np.memmap(file, np.float32, "r", shape=(num_bytes // 4,))
@@ -124,6 +140,32 @@ class Decoder:
                 f"{path}: its sound cannot be unpacked into {folder} ({error.strerror}); make room or set TMPDIR"
             ) from None
         return SoundFile(film, samples, self._notes)
+
+    def film_sound(self, path: str | Path) -> FilmSound:
+        """Like tccp.media.film_sound.film_sound. The decoder can do nothing else until the last block has come."""
+        film = Path(path)
+        asked = self._ask_for(film, FilmSoundRequest, _SOUND_BLOCK)
+        sound = self._next(film, asked.patience)
+        if not isinstance(sound, SoundFormat) or not _is_layout(sound.layout, sound.num_channels):
+            raise self._invalid_answer(film)
+        blocks = self._sound_blocks(film, asked, sound.sample_rate_hz, sound.num_channels)
+        return FilmSound(sound.sample_rate_hz, sound.num_channels, sound.layout, blocks)
+
+    def picture(self, path: str | Path) -> Still:
+        """Like tccp.media.still_pictures.read_picture."""
+        film = Path(path)
+        answer = self._next(film, self._begin(film, PictureRequest))
+        if not isinstance(answer, PictureAnswer) or answer.width * answer.height > self.limits.max_pixels:
+            raise self._invalid_answer(film)
+        shape = answer.height, answer.width, 3
+        pixels = None
+        for block in self._delivered(film, self._ask_for(film, PixelsRequest, math.prod(shape))):
+            if pixels is not None or len(block) != math.prod(shape):
+                raise self._invalid_answer(film)
+            pixels = block.reshape(shape)
+        if pixels is None:
+            raise self._invalid_answer(film)
+        return Still(pixels, answer.num_pictures, answer.profile_ignored)
 
     def frames(
         self, path: str | Path, start_frame: int = 0, num_frames: int | None = None
@@ -160,14 +202,21 @@ class Decoder:
         answer = self._next(film, patience)
         if not isinstance(answer, MediaAnswer):
             raise self._invalid_answer(film)
-        info = answer.media_info(film)
-        if (
-            info.width * info.height > self.limits.max_pixels
-            or info.duration_s > self.limits.max_duration_s
-            or info.audio_sample_rate_hz > self.limits.max_sample_rate_hz
-        ):  # the child has checked this, unless the file has taken control of it
+        info = replace(answer.media_info(film), notes=tuple(map(_printable, answer.notes)))
+        if not self._is_plausible(info):  # the child has checked this, unless the file has taken control of it
             raise self._invalid_answer(film)
         return info
+
+    def _is_plausible(self, info: MediaInfo) -> bool:
+        limits = self.limits
+        spans = [span for span in (info.video_span, info.audio_span) if span is not None]
+        return (
+            info.width * info.height <= limits.max_pixels
+            and max(span.end for span in spans) - info.zero <= limits.max_duration_s
+            and 0 <= info.first_frame <= info.num_frames <= math.ceil(limits.max_duration_s * FPS)
+            and info.num_pictures <= self._file_bytes
+            and info.audio_sample_rate_hz <= limits.max_sample_rate_hz
+        )
 
     def _pictures(
         self, info: MediaInfo, start_frame: int, count: int, offsets: list[int] | None
@@ -176,7 +225,7 @@ class Decoder:
         if math.prod(shape) == 0 or count < 0:
             raise self._invalid_answer(info.path)
         missing = count if offsets is None else len(offsets)
-        blocks = self._delivered(
+        asked = self._ask_for(
             info.path,
             FramesRequest,
             math.prod(shape),
@@ -185,7 +234,7 @@ class Decoder:
             num_frames=count,
             offsets=None if offsets is None else tuple(offsets),
         )
-        for data in blocks:
+        for data in self._delivered(info.path, asked):
             if missing == 0 or len(data) != math.prod(shape):
                 raise self._invalid_answer(info.path)
             missing -= 1
@@ -193,35 +242,77 @@ class Decoder:
         if missing:
             raise MediaError(info.path, "corrupt", f"its last {missing} pictures are missing; get a complete copy")
 
-    def _delivered(
+    def _sound_blocks(
+        self, film: Path, asked: _Asked, sample_rate_hz: int, num_channels: int
+    ) -> Generator[Float32[np.ndarray, "channels n"], None, None]:
+        left = most = sample_rate_hz * math.ceil(self.limits.max_duration_s)
+        for data in self._delivered(film, asked):
+            if len(data) % (4 * num_channels):
+                raise self._invalid_answer(film)
+            block = data.view(np.float32).reshape(num_channels, -1)
+            left -= block.shape[1]
+            if left < 0 or not np.isfinite(block).all():
+                raise self._invalid_answer(film)
+            yield block
+        if left == most:  # the child reports empty sound as an error
+            raise self._invalid_answer(film)
+
+    def _ask_for(
         self, film: Path, kind: type[Delivery], slot_bytes: int, extra_s: float = 0.0, **fields: object
-    ) -> Generator[UInt8[np.ndarray, " n"], None, None]:
-        """Copies of the blocks that the child writes into the shared memory, until it reports the end."""
-        slots = min(_SLOTS, max(2, _MOST_MEMORY // max(slot_bytes, 1)))
+    ) -> _Asked:
+        slot_bytes = max(slot_bytes, 1)
+        few = min(_FEW_SLOTS, max(2, _MOST_MEMORY // slot_bytes))
+        slots = min(_MOST_SLOTS, max(few, _AHEAD // slot_bytes))
         patience = self._begin(film, kind, slots * slot_bytes, extra_s, slots=slots, slot_bytes=slot_bytes, **fields)
-        current = self._id
+        return _Asked(self._id, slots, slot_bytes, patience)
+
+    def _delivered(self, film: Path, asked: _Asked) -> Generator[UInt8[np.ndarray, " n"], None, None]:
+        """Copies of the blocks that the child writes into the shared memory, until it reports the end."""
+        copied: list[int] = []
         try:
-            while not isinstance(answer := self._next(film, patience), End):
-                if not isinstance(answer, Block) or answer.slot >= slots or answer.num_bytes > slot_bytes:
-                    raise self._invalid_answer(film)
-                data = self._memory[answer.slot * slot_bytes :][: answer.num_bytes].copy()
-                self._send(film, Free(id=current, slot=answer.slot))
-                yield data
-                if self._id != current:
+            while True:
+                if self._id != asked.id:
                     raise RuntimeError(f"{film}: this decoder has gone on to something else; use another one")
-            self._notes = answer.notes
+                answer = self._next(film, asked.patience)
+                if isinstance(answer, End):
+                    self._notes = tuple(map(_printable, answer.notes))
+                    return
+                if not isinstance(answer, Block) or answer.slot >= asked.slots or answer.num_bytes > asked.slot_bytes:
+                    raise self._invalid_answer(film)
+                data = self._memory[answer.slot * asked.slot_bytes :][: answer.num_bytes].copy()
+                copied.append(answer.slot)
+                if 2 * len(copied) >= asked.slots:
+                    self._send(film, Free(id=asked.id, slots=tuple(copied)))
+                    copied.clear()
+                yield data
         finally:
-            if self._id == current:
+            if self._id == asked.id:
                 with contextlib.suppress(MediaError):
-                    self._send(film, Stop(id=current))
+                    self._send(film, Stop(id=asked.id))
 
     def _begin(
         self, film: Path, kind: type[Request], memory_bytes: int = 0, extra_s: float = 0.0, **fields: object
     ) -> _Patience:
-        """Sends the child a request. Replaces a child that died while it was idle.
+        """Sends the child a request, with the open file. Replaces a child that died while it was idle.
 
         memory_bytes: how much shared memory the answers need.
         """
+        file, status = _opened(film)
+        try:
+            return self._sent(film, file, status, kind, memory_bytes, extra_s, fields)
+        finally:
+            os.close(file)
+
+    def _sent(
+        self,
+        film: Path,
+        file: int,
+        status: FileStatus,
+        kind: type[Request],
+        memory_bytes: int,
+        extra_s: float,
+        fields: dict[str, object],
+    ) -> _Patience:
         foreign = self._process is not None and self._process.owner != os.getpid()
         if foreign or (film != self._film and self._films >= self._recycle):
             self.close()
@@ -231,15 +322,28 @@ class Decoder:
                 self._process = Process(self.limits, self._threads)
             if film != self._film:
                 self._film, self._films = film, self._films + 1
-            self._id += 1
-            descriptor = None
-            if not memory_bytes <= len(self._memory) <= max(memory_bytes, _KEPT_MEMORY):
-                descriptor = shared_memory(memory_bytes)
-                self._memory = mapped(descriptor)
-            request = kind.model_validate({"id": self._id, "path": os.fsencode(film.absolute()), **fields})
+                if len(self._memory) > _KEPT_MEMORY:
+                    memory_bytes = max(memory_bytes, mmap.PAGESIZE)  # replaces it
+            self._id, self._file_bytes = self._id + 1, status.num_bytes
+            memory = None
+            if memory_bytes and not memory_bytes <= len(self._memory) <= max(memory_bytes, _KEPT_MEMORY):
+                memory = shared_memory(memory_bytes)
+                self._memory = mapped(memory, memory_bytes)
+            request = kind.model_validate(
+                {
+                    "id": self._id,
+                    "path": os.fsencode(film.absolute()),
+                    "num_bytes": status.num_bytes,
+                    "mtime_ns": status.mtime_ns,
+                    "memory_bytes": 0 if memory is None else memory_bytes,
+                    **fields,
+                }
+            )
             try:
-                self._process.channel.send(request, descriptor)
-                return _Patience(self.limits, extra_s)
+                self._process.channel.send(request, [file] if memory is None else [file, memory])
+                return _Patience(
+                    self.limits, extra_s + min(status.num_bytes, self.limits.max_file_bytes) / _READ_BYTES_PER_S
+                )
             except Closed:
                 if fresh:
                     raise self._crashed(film, self._process.cause_of_death()) from None
@@ -247,8 +351,8 @@ class Decoder:
             except TimeoutError:
                 raise self._invalid_answer(film) from None
             finally:
-                if descriptor is not None:
-                    os.close(descriptor)
+                if memory is not None:
+                    os.close(memory)
 
     def _send(self, film: Path, message: Message) -> None:
         """If the child is dead, the wait for its next answer reports that."""
@@ -260,29 +364,29 @@ class Decoder:
         except TimeoutError:
             raise self._invalid_answer(film) from None
 
-    def _next(self, film: Path, patience: _Patience) -> Answer:
+    def _next(self, film: Path, patience: _Patience) -> ToParent:
         """The child's next answer to the current request. Raises the error that it reports."""
         assert self._process is not None
         channel = self._process.channel
-        while True:
+        for _ in range(_MOST_STALE):
             try:
-                answer = patience.spend(lambda timeout_s: channel.receive(TO_PARENT.validate_json, timeout_s))
+                answer = patience.spend(lambda timeout_s: channel.receive(parse_answer, timeout_s))
             except TimeoutError:
                 what = f"nothing came out of it for {self.limits.stall_s:g} s and it was given up"
                 raise self._lost(film, "too_slow", f"{what}; convert it to H.264 and AAC") from None
             except Closed:
                 raise self._crashed(film, self._process.cause_of_death()) from None
             except ValueError:
-                raise self._invalid_answer(film) from None
-            if answer.id != self._id:
+                break
+            if answer.id < self._id:
                 continue  # it belongs to an earlier request
-            if isinstance(answer, FileSize):
-                patience.extend(answer.num_bytes)
-            elif isinstance(answer, Failure):
-                raise self._error(film, answer.reason, " ".join(answer.problem.split()))
-            else:
-                patience.answered()
-                return answer
+            if answer.id > self._id:
+                break
+            if isinstance(answer, Failure):
+                raise self._error(film, answer.reason, _printable(answer.problem))
+            patience.answered()
+            return answer
+        raise self._invalid_answer(film)
 
     def _error(self, film: Path, reason: str | None, problem: str) -> TccpError:
         if reason is None:
@@ -309,8 +413,44 @@ class Decoder:
         return MediaError(film, reason, problem)
 
 
+def _opened(film: Path) -> tuple[int, FileStatus]:
+    """The file, opened for the child. Raises MediaError as `checked_file`."""
+    checked_file(film)
+    try:
+        descriptor, status = open_descriptor(film)
+    except OSError as error:  # it has changed since
+        raise MediaError(film, "unreadable", f"cannot be read ({error.strerror}); check path and permissions") from None
+    if not status.is_plain:
+        os.close(descriptor)
+        raise MediaError(film, "not_a_file", "this is not a plain file; give one video or audio file")
+    return descriptor, status
+
+
+def _is_layout(name: str, num_channels: int) -> bool:
+    """Whether FFmpeg has a layout of this name with as many channels."""
+    try:
+        return AudioLayout(name).nb_channels == num_channels
+    except ValueError:
+        return False
+
+
+def _printable(text: str) -> str:
+    """One line without control characters, which could move the cursor of a terminal."""
+    return "".join(character if character.isprintable() else "\ufffd" for character in " ".join(text.split()))
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A request whose result comes in blocks."""
+
+    id: int
+    slots: int
+    slot_bytes: int
+    patience: _Patience
+
+
 class _Patience:
-    """How much longer to wait for the child: limits.stall_s, and more where it reads a whole file.
+    """How much longer to wait for the child: limits.stall_s, and `extra_s` for the first answer.
 
     Every answer adds a second, up to stall_s, so that a film cannot continue for ever at one picture a minute.
     """
@@ -318,7 +458,6 @@ class _Patience:
     def __init__(self, limits: Limits, extra_s: float):
         self._limits = limits
         self._left_s = float(limits.stall_s) + extra_s
-        self._extended = False
 
     def spend(self, receive: Callable[[float], Received]) -> Received:
         began = time.monotonic()
@@ -329,9 +468,3 @@ class _Patience:
 
     def answered(self) -> None:
         self._left_s = max(self._left_s, min(self._left_s + _ANSWER_S, float(self._limits.stall_s)))
-
-    def extend(self, file_bytes: int) -> None:
-        """Adds the time to read a file of this size. Only the first call counts."""
-        if not self._extended:
-            self._left_s += min(file_bytes, self._limits.max_file_bytes) / _READ_BYTES_PER_S
-            self._extended = True

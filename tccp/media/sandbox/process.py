@@ -15,7 +15,7 @@ from pathlib import Path
 import tccp
 from tccp.media.sandbox.channel import Channel, Closed
 from tccp.media.sandbox.limits import Limits
-from tccp.media.sandbox.messages import Ready, Start
+from tccp.media.sandbox.messages import Start, parse_ready
 
 _START_S = 120.0  # enough for a machine with a slow disk and busy cores
 _END_S = 10.0
@@ -26,6 +26,7 @@ _ENVIRONMENT = ("LANG", "LC_", "LD_", "PATH", "PYTHON", "TZ")
 class Process:
     """A running child. It ends with `end`, with this object, and with this process even if that is killed.
 
+    unconfined: why the kernel does not confine it; None if it does.
     Raises RuntimeError if the child cannot be started.
     """
 
@@ -44,7 +45,7 @@ class Process:
         with self._popen.stderr as stderr:
             try:
                 self.channel.send(Start(limits=limits, threads=threads))
-                self.channel.receive(Ready.model_validate_json, _START_S)
+                self.unconfined = self.channel.receive(parse_ready, _START_S).unconfined
             except (Closed, TimeoutError, ValueError):
                 self.end()
                 lines = stderr.read().decode(errors="replace").strip().splitlines()
