@@ -43,14 +43,15 @@ def table(film: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def kept(folder: Path, capsys: pytest.CaptureFixture[str], *expected: str) -> Iterator[None]:
-    """Requires a refusal in one line, with nothing in `folder` changed."""
+    """Requires a refusal in the last line, with nothing in `folder` changed."""
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     capsys.readouterr()
     with pytest.raises(SystemExit) as caught:
         yield
     assert caught.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    *notes, line = capsys.readouterr().err.splitlines()
     assert line.startswith("tccp: error: ")
+    assert all("no films" in text for text in notes)  # files that a folder holds besides films
     for text in expected:
         assert text in line
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before

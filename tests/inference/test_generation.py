@@ -385,7 +385,7 @@ def test_stage_one_is_not_needed_for_given_landmarks(
     [
         (lambda record: None if record["frame"] == 2 else record, "has no landmarks for frame 2"),
         (lambda record: record | {"points": record["points"][:-1]}, "not as `--save-landmarks` writes it"),
-        (lambda record: record | {"points": [[float("nan"), 0.0]] * 68}, "68 finite pairs"),
+        (lambda record: record | {"points": [[float("nan"), 0.0]] * 68}, "NaN is not a number"),
         (lambda record: {"frame": record["frame"]}, "KeyError: 'points'"),
         (lambda record: [1, 2], "TypeError"),
     ],

@@ -263,7 +263,9 @@ def seen_in(tmp_path: Path, frames: Iterable[int], total: int = 75, cut: int | N
         shown[cut:] = (0, 200, 40)
     scene = probe(write_film(tmp_path / "scene.mp4", shown))
     there = set(frames)
-    return track_from_detector(scene, Known([[face_at(20, 12, 16)] if i in there else [] for i in range(total)]))
+    known = Known([[face_at(20, 12, 16)] if i in there else [] for i in range(total)])
+    with Decoder() as decoder:
+        return track_from_detector(scene, known, decoder)
 
 
 @pytest.mark.parametrize(
