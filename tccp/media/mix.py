@@ -58,7 +58,8 @@ def choose_mix(blocks: Iterable[Float32[np.ndarray, "channels n"]], names: tuple
         return np.einsum("sij,i,j->s", seconds[audible], weights, weights) / peaks[audible]
 
     def level(weights: Float[np.ndarray, " channels"]) -> float:
-        return float(np.quantile(levels(weights), _QUANTILE))
+        in_order = np.sort(levels(weights))
+        return float(in_order[int(_QUANTILE * (len(in_order) - 1))])
 
     full = np.array([name not in _EFFECTS for name in names]) if count > 2 else np.ones(count, bool)
     mean = np.where(full, 1 / max(full.sum(), 1), 0).astype(np.float32)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from functools import cached_property
 
-import cv2
 import numpy as np
 from av.video.reformatter import ColorPrimaries
 from jaxtyping import Float, Float32, Float64, Int32, UInt8, UInt16
@@ -115,9 +114,9 @@ class ToneMap:
     def _rows(self, picture: UInt16[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w 3"]:
         light = self._linear.take(picture >> 4)
         if self.transfer is Transfer.HLG:
-            luminance = cv2.transform(light, self._luminance[None])
+            luminance = light @ self._luminance
             light *= self._system_gain.take(_level(luminance))[..., None]
-        light = np.maximum(cv2.transform(light, self._to_bt709), 0)
+        light = np.maximum(light @ self._to_bt709.T, 0)
         brightest = light.max(axis=2) / np.float32(self._peak)
         light *= self._gain.take(_level(brightest))[..., None]
         return self._encoded.take(_level(light))

@@ -198,6 +198,36 @@ def test_shared_clips_decode_the_same_in_the_child(shared_clips: Path, decoder: 
 
 
 @pytest.mark.parametrize(
+    "name",
+    [
+        "01_sar_3to2.mp4",
+        "02_hdr_hlg.mp4",
+        "03_interlaced_tff.mp4",
+        "04_joined.mpg",
+        "04_chained.ogg",
+        "05_vorbis.ogg",
+        "07_antiphase.wav",
+        "08_untagged_hd_bt709.mp4",
+        "11_odd_427x171.mp4",
+    ],
+)
+def test_unusual_files_need_nothing_that_the_child_cannot_reach(
+    name: str, shared_faults: Path, decoder: Decoder
+) -> None:
+    """Tone mapping, filters and the choice of channels run after the child has given up all rights."""
+    path = shared_faults / name
+    info = decoder.probe(path)
+    assert info == probe(path)
+    if info.has_video:
+        for picture, other in zip(decoder.frames(path, 5, 3), read_frames(path, 5, 3), strict=True):
+            assert np.array_equal(picture, other)
+    if info.has_audio:
+        with decoder.sound(path) as sound, open_audio(path) as expected:
+            assert np.array_equal(sound.samples, expected.samples)
+            assert sound.notes == expected.notes
+
+
+@pytest.mark.parametrize(
     ("name", "reason"),
     [
         ("corrupt_empty.mp4", "empty_file"),
