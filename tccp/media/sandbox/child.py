@@ -66,6 +66,7 @@ from tccp.media.still_pictures import Still, read_picture
 
 _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
 _WATCH_EVERY_S = 0.5
+_LONGEST_WAIT_S = 0.25  # of a finished picture for others, before the parent gets it
 _OPEN_FILES = 64
 # Formats whose header states the film's duration. In others FFmpeg guesses, which could reject a good film.
 _STATES_DURATION = {"mov", "matroska", "avi", "flac"}
@@ -174,7 +175,8 @@ class _Server:
     def _frames(self, path: Path, request: FramesRequest) -> End:
         self._checked(path)
         wanted = None if request.offsets is None else iter(request.offsets)
-        self._deliver(request, _picked(read_frames(path, request.start_frame, request.num_frames, copy=False), wanted))
+        shown = read_frames(path, request.start_frame, request.num_frames, copy=False)
+        self._deliver(request, _picked(shown, wanted), several=True)
         return End(id=request.id)
 
     def _sound(self, path: Path, request: SoundRequest) -> End:
@@ -217,24 +219,38 @@ class _Server:
         self._deliver(request, (pixels for pixels in (self._still.pixels,)))
         return End(id=request.id)
 
-    def _deliver(self, request: Delivery, items: Generator[np.ndarray, None, None]) -> None:
-        """Writes each item into a free slot. Waits for the parent to free one if there is none."""
+    def _deliver(self, request: Delivery, items: Generator[np.ndarray, None, None], several: bool = False) -> None:
+        """Writes the items into free slots. Waits for the parent to free one if there is none.
+
+        several: whether a slot may hold several items of one size. A message costs as much as copying a small picture.
+        """
         free = list(range(request.slots))
+        slot, filled, begun_s = None, 0, 0.0
         with contextlib.closing(items):
             for item in items:
-                while True:
-                    try:
-                        message = self._receive(0 if free else None)
-                    except TimeoutError:
-                        break
-                    if isinstance(message, Free) and message.id == request.id:
-                        free.extend(message.slots)
-                    else:
-                        raise _Abandoned(None if isinstance(message, Stop) else message)
-                slot = free.pop()
-                start = slot * request.slot_bytes
+                if slot is None:
+                    slot, filled, begun_s = self._free_slot(request, free), 0, time.monotonic()
+                start = slot * request.slot_bytes + filled
                 self._memory[start : start + item.nbytes].view(item.dtype).reshape(item.shape)[...] = item
-                self._channel.send(Block(id=request.id, slot=slot, num_bytes=item.nbytes))
+                filled += item.nbytes
+                full = not several or filled + item.nbytes > request.slot_bytes
+                if full or time.monotonic() - begun_s > _LONGEST_WAIT_S:
+                    self._channel.send(Block(id=request.id, slot=slot, num_bytes=filled))
+                    slot = None
+        if slot is not None:
+            self._channel.send(Block(id=request.id, slot=slot, num_bytes=filled))
+
+    def _free_slot(self, request: Delivery, free: list[int]) -> int:
+        """Takes a slot from `free`, after the messages of the parent. Raises _Abandoned if it has given up."""
+        while True:
+            try:
+                message = self._receive(0 if free else None)
+            except TimeoutError:
+                return free.pop()
+            if isinstance(message, Free) and message.id == request.id:
+                free.extend(message.slots)
+            else:
+                raise _Abandoned(None if isinstance(message, Stop) else message)
 
     def _checked(self, path: Path) -> MediaInfo:
         """Like `probe`, but raises MediaError `unsafe` as early as possible for a file beyond the limits."""

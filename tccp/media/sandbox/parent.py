@@ -54,6 +54,7 @@ from tccp.media.still_pictures import Still
 
 # Pictures that the child may decode ahead: many small ones, so that neither process waits for the other at each.
 _MOST_SLOTS, _FEW_SLOTS, _AHEAD = 32, 4, 16 << 20  # bytes
+_MOST_TOGETHER, _TOGETHER = 16, 2 << 20  # small pictures that come in one message, and their bytes
 _MOST_MEMORY = 256 << 20  # bytes for the slots; very large pictures get fewer slots, but at least two
 _KEPT_MEMORY = 64 << 20  # bytes; larger shared memory is released before the next film
 _SOUND_BLOCK = 1 << 18  # bytes
@@ -225,20 +226,24 @@ class Decoder:
         if math.prod(shape) == 0 or count < 0:
             raise self._invalid_answer(info.path)
         missing = count if offsets is None else len(offsets)
+        size = math.prod(shape)
         asked = self._ask_for(
             info.path,
             FramesRequest,
-            math.prod(shape),
+            size * min(_MOST_TOGETHER, max(1, _TOGETHER // size)),
             extra_s=start_frame / FPS,  # without a keyframe nearby, the child decodes from the film's beginning
             start_frame=start_frame,
             num_frames=count,
             offsets=None if offsets is None else tuple(offsets),
         )
         for data in self._delivered(info.path, asked):
-            if missing == 0 or len(data) != math.prod(shape):
+            together, rest = divmod(len(data), size)
+            if rest or together > missing:
                 raise self._invalid_answer(info.path)
-            missing -= 1
-            yield data.reshape(shape)
+            missing -= together
+            for number in range(together):
+                self._check_newest(info.path, asked)
+                yield data[number * size :][:size].reshape(shape)
         if missing:
             raise MediaError(info.path, "corrupt", f"its last {missing} pictures are missing; get a complete copy")
 
@@ -266,13 +271,16 @@ class Decoder:
         patience = self._begin(film, kind, slots * slot_bytes, extra_s, slots=slots, slot_bytes=slot_bytes, **fields)
         return _Asked(self._id, slots, slot_bytes, patience)
 
+    def _check_newest(self, film: Path, asked: _Asked) -> None:
+        if self._id != asked.id:
+            raise RuntimeError(f"{film}: this decoder has gone on to something else; use another one")
+
     def _delivered(self, film: Path, asked: _Asked) -> Generator[UInt8[np.ndarray, " n"], None, None]:
         """Copies of the blocks that the child writes into the shared memory, until it reports the end."""
         copied: list[int] = []
         try:
             while True:
-                if self._id != asked.id:
-                    raise RuntimeError(f"{film}: this decoder has gone on to something else; use another one")
+                self._check_newest(film, asked)
                 answer = self._next(film, asked.patience)
                 if isinstance(answer, End):
                     self._notes = tuple(map(_printable, answer.notes))
