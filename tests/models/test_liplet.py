@@ -94,9 +94,12 @@ def _roundtable_clip(seed: int, seconds: float = 2.0) -> Clip:
     scene = synthesise(seed, seconds)
     stored = stored_box_of(scene.head_box)
     side = scene.head_box[:, None, 2:] - scene.head_box[:, None, :2]
-    faces = [encode_still(crop(frame, box, 80)) for frame, box in zip(scene.frames(), stored, strict=True)]
+    pictures = list(scene.frames())
+    faces = [encode_still(crop(frame, box, 80)) for frame, box in zip(pictures, stored, strict=True)]
     return replace(
         _clip(seed, num_frames=scene.num_frames),
+        source_width=pictures[0].shape[1],
+        source_height=pictures[0].shape[0],
         head_box=scene.head_box,
         stored_box=stored,
         landmarks=((scene.landmarks_px - scene.head_box[:, None, :2]) / side).astype(np.float32),

@@ -314,7 +314,9 @@ def test_a_row_whose_person_cannot_be_compared_costs_that_row_only(
     assert [source.reason for source in report.sources] == ["bad_person", "bad_person", None]
     assert report.clips == 1 and report.sources[0].left_out == {"bad_person": 24}
     assert all(str(source.message).count("\n") == 0 for source in report.sources)
-    assert "bbaf2n.mp4: " in str(report.sources[0].message) and "not a picture" in str(report.sources[0].message)
+    assert "bbaf2n.mp4: " in str(report.sources[0].message) and "no picture of a known format" in str(
+        report.sources[0].message
+    )
     assert "absent.png: there is no such file" in str(report.sources[1].message)
 
     # A picture in their places: what was refused is not kept.
