@@ -223,6 +223,7 @@ PARSED_ONLY = {
     r"ray |kubectl ": "needs a cluster",
     r"tccp train all --data DATA128": "made small, it is the same work as the training before it",
     r"tccp describe": "counts six networks of full size; tests/cli/test_cli.py runs it",
+    r"tccp generate .*--detector lbp": "lbp finds few of RoundTable's faces; tests/faces/test_faces.py runs it",
     r"tccp evaluate": "takes minutes; tests/evaluation/test_evaluation.py runs it on a tiny pipeline",
     r"python benchmarks/docs_tables\.py": "rewrites the pages; the test of the tables compares them",
 }

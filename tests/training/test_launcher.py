@@ -26,7 +26,7 @@ from tccp.roundtable import identity_path
 
 pytest_plugins = ["tiny_fixtures"]
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
-JOB_STEPS = 8
+JOB_STEPS = 12  # enough after the first checkpoint, at 4, that the driver is killed before the last one
 
 
 @pytest.fixture(scope="module")
