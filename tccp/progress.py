@@ -110,7 +110,7 @@ def progress(handler: ProgressHandler | None = None, shown: bool = True) -> Iter
         tasks.end()
 
 
-def duration_text(seconds: float) -> str:
+def duration_text(seconds: float | int) -> str:
     """A duration in the unit in which people would say it: `0.25 s`, `15 s`, `12 min`, `3.2 h`."""
     for unit, size, most in (("s", 1.0, 120.0), ("min", 60.0, 120.0)):
         if seconds / size < most - 0.5:

@@ -22,7 +22,7 @@ from tccp.roundtable import identity_path, truth_path
 
 pytest_plugins = ["tiny_fixtures"]
 
-_PROGRESS = re.compile(r"[a-z ]+: \d+/\d+, \d+ s.*")
+_PROGRESS = re.compile(r"[a-z ]+: (\d+/\d+, )?\d+ s.*")
 
 
 def one_line(stderr: str) -> str:

@@ -499,7 +499,7 @@ def test_identity_has_the_same_skin_and_another_background():
         ({"landmarks_px": np.zeros((10, 5, 2), np.float32)}, "shape|check"),
         ({"width": np.array(10**9)}, "a picture of 1000000000x"),
         ({"width": np.array(np.inf)}, "cannot convert float infinity"),
-        ({"kind": np.arange(3)}, "truth file"),
+        ({"kind": np.arange(3)}, "array of size 1"),
     ],
 )
 def test_impossible_truth_is_refused_in_one_line(short_film, tmp_path, changes, reason):
