@@ -244,16 +244,26 @@ FILMS, SECONDS, SEED = 72, 3.0, 1
 """The RoundTable films that jobs train on without --data and --stream."""
 
 
+def roundtable_places(plan_key: str, storage: Folder) -> tuple[Folder, str]:
+    """Where RoundTable's films and their clip table are in the storage: by the versions of what makes them.
+
+    plan_key: of the preprocessing (`Plan.part_key`).
+    """
+    from tccp.roundtable import FILMS_VERSION
+
+    films = Folder(storage.path(f"roundtable/films-{FILMS_VERSION}"))
+    return films, storage.path(f"roundtable/clips-{FILMS_VERSION}-{plan_key}")
+
+
 def _roundtable(settings: Settings, storage: Folder) -> str:
     """RoundTable's clip table in the storage. Draws and preprocesses the films if the table is missing. Needs Ray."""
     from preprocessing.plan import make_plan
     from preprocessing.run import preprocess
     from tccp.clips.clip_table import INDEX
-    from tccp.roundtable import FILMS_VERSION, write_clips
+    from tccp.roundtable import write_clips
 
     plan = make_plan(settings.picture_px, "truth")
-    films = Folder(storage.path(f"roundtable/films-{FILMS_VERSION}"))
-    table = storage.path(f"roundtable/clips-{FILMS_VERSION}-{plan.part_key}")
+    films, table = roundtable_places(plan.part_key, storage)
     if Folder(table).exists(INDEX):
         return table
     if sum(name.endswith(".mp4") for name in films.names()) < FILMS:

@@ -81,7 +81,7 @@ def _run(
         start(*start_arguments)
         work(*call)
         error = None
-    except Exception as caught:
+    except Exception as caught:  # whatever it is, the process that waits raises it
         caught.add_note("in another process:\n" + traceback.format_exc())  # its traceback does not travel
         error = caught
     try:

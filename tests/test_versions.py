@@ -115,14 +115,14 @@ def test_drawn_films_and_their_clips_are_keyed_by_their_versions(
     """Clips of an earlier version of the drawing or of preprocessing are not taken for today's."""
     from tccp import roundtable
 
-    made: list[str] = []
-    monkeypatch.setattr(train_command, "FILMS", 1)
-    monkeypatch.setattr(train_command, "SECONDS", 0.8)
-    monkeypatch.setattr("preprocessing.run.preprocess", lambda films, out, plan, on_ray: made.append(out))
-    first = train_command._roundtable(tiny.SETTINGS, Folder(tmp_path))
+    def places() -> tuple[str, str]:
+        films, table = train_command.roundtable_places(plans.make_plan(32, "truth").part_key, Folder(tmp_path))
+        return str(films), table
+
+    first = places()
     monkeypatch.setattr(roundtable, "FILMS_VERSION", 99)
-    second = train_command._roundtable(tiny.SETTINGS, Folder(tmp_path))
+    second = places()
     monkeypatch.setattr(plans, "SELECT_VERSION", 99)
-    third = train_command._roundtable(tiny.SETTINGS, Folder(tmp_path))
-    assert len({first, second, third}) == 3 and made == [first, second, third]
-    assert {path.name for path in (tmp_path / "roundtable").iterdir()} == {"films-2", "films-99"}
+    third = places()
+    assert first[0] != second[0] == third[0]
+    assert len({first[1], second[1], third[1]}) == 3

@@ -137,7 +137,7 @@ def translated_errors(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # the libraries' errors have no common class; all but failures of the disk go on
         failure = _os_error_in(error)
         if failure is None:
             raise

@@ -26,8 +26,8 @@ from tccp.media.timeline import carried_on
 from tccp.media.to_rgb import ToRgb
 
 MAX_THREADS = 4  # each decoding thread holds its own pictures, so without a limit memory would grow with the core count
+_BEFORE_INTERLACED_S = Fraction(1, 4)  # a picture made of fields depends on those before it
 # Seek this long before the wanted time to find a keyframe. If no attempt succeeds, decode the film from its beginning.
-_BEFORE_INTERLACED_S = Fraction(1, 4)
 _SEEK_MARGINS_S = (Fraction(0), Fraction(2), Fraction(15))
 # Formats without presentation times. FFmpeg's guesses are wrong for reordered pictures, but their distances are right.
 _NO_PRESENTATION_TIMES = {"avi"}
@@ -93,7 +93,7 @@ def _copies(frame: av.VideoFrame, count: int, to_rgb: ToRgb, copy: bool) -> Iter
 def _decoded(info: MediaInfo, span: Span, time: Fraction) -> Iterator[Timed]:
     """Pictures in presentation order. The first one is the picture at `time` or an earlier one."""
     if info.stored.interlaced:
-        time -= _BEFORE_INTERLACED_S  # a picture depends on the two before it
+        time -= _BEFORE_INTERLACED_S
     for margin in _SEEK_MARGINS_S:
         if time - margin <= span.start + 1 or not info.seeks:
             break

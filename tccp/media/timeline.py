@@ -78,13 +78,12 @@ class StreamTimeline:
     decoding_ticks: int | None = None
     recent: deque[int] = field(default_factory=lambda: deque(maxlen=_REORDERED))
     repeated: int = 0
-    least_delay: int | None = None
-    most_delay: int | None = None
+    delays: set[int | None] = field(default_factory=set)
 
     @property
     def constant_delay(self) -> int:
-        """By how many ticks every packet is presented after its decoding time; 0 if this varies."""
-        return self.most_delay or 0 if self.least_delay == self.most_delay else 0
+        """By how many ticks every packet is presented after its decoding time; 0 if this varies or is unknown."""
+        return next(iter(self.delays)) or 0 if len(self.delays) == 1 else 0
 
     @property
     def presented(self) -> list[Run]:
@@ -159,12 +158,8 @@ class Timeline:
         if packet.pts is not None and not packet.is_discard:
             stream.repeated += packet.pts in stream.recent
             stream.recent.append(packet.pts)
-        if packet.pts is None or packet.dts is None:
-            stream.least_delay, stream.most_delay = 0, -1  # unknown
-        elif stream.most_delay != -1:
-            delay = packet.pts - packet.dts
-            stream.least_delay = min(delay, delay if stream.least_delay is None else stream.least_delay)
-            stream.most_delay = max(delay, delay if stream.most_delay is None else stream.most_delay)
+        if len(stream.delays) < 2:  # two are enough to know that they vary
+            stream.delays.add(None if packet.pts is None or packet.dts is None else packet.pts - packet.dts)
         if ticks is not None and not packet.is_discard:  # an edit list or an encoder's priming hides the others
             stream.runs[-1].add(ticks, packet.duration or 0)
 
