@@ -46,7 +46,7 @@ def render_clips(
         with local_copy(spans[0].path) as path:
             identities = _identity_stills(spans, path, picture_px, decoder)
             wanted = [frame for span in spans for frame in range(span.start_frame, span.stop_frame)]
-            frames = decoder.frames_at(path, wanted)
+            frames = decoder.frames_at(path, wanted, copy=False)
             for span in spans:
                 clip = _render(span, frames, identities, picture_px, on_frame)
                 reason = bounds.reason({"blur": clip.quality.blur, "brightness": clip.quality.brightness})
@@ -148,7 +148,7 @@ def _identity_stills(spans: Sequence[Span], path: Path, picture_px: int, decoder
     for key in keys:
         if isinstance(key[0], int):
             boxes.setdefault(key[0], []).append(key)
-    for frame, picture in decoder.frames_at(path, sorted(boxes)):
+    for frame, picture in decoder.frames_at(path, sorted(boxes), copy=False):
         for key in boxes[frame]:
             stills[key] = encode_still(crop(picture, np.array(key[1:], np.float32), picture_px))
     return stills

@@ -272,7 +272,7 @@ def without_downloads(words: list[str]) -> list[str]:
     if {"--truth", "--detector"} & set(words):
         return []
     if words[words.index("--identity") + 1] != "face.png":
-        return ["--detector", "lbp"]
+        return ["--truth"]
     return ["--identity-box", "whole"] if {"--mask", "--box"} & set(words) else ["--truth"]
 
 

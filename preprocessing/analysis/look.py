@@ -59,7 +59,7 @@ def _with_faces(
     last_seen = reel.start_frame
     first = max(reel.start_frame - CONTEXT_FRAMES, reel.usable[0])
     stop = min(reel.stop_frame + CONTEXT_FRAMES, reel.usable[1])
-    for frame, picture in enumerate(decoder.frames(path, first, stop - first), start=first):
+    for frame, picture in enumerate(decoder.frames(path, first, stop - first, copy=False), start=first):
         cuts += [first + cut for cut in cutter.add(picture)]
         if not reel.start_frame <= frame < reel.stop_frame:
             continue

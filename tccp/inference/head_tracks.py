@@ -137,7 +137,7 @@ def _box_problem(box: Float[np.ndarray, "4"], width: int, height: int) -> str | 
 
 
 def _first_frames(film: MediaInfo, decoder: Decoder, most: int) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
-    return decoder.frames(film.path, num_frames=min(most, film.num_frames))
+    return decoder.frames(film.path, num_frames=min(most, film.num_frames), copy=False)
 
 
 def find_cuts(

@@ -43,6 +43,7 @@ class ToRgb:
             format="rgb24" if stored.is_sdr else "gbrp16le",
             src_colorspace=stored.matrix,
             src_color_range=ColorRange(frame.color_range),
+            threads=1,
             interpolation=_TO_RGB if stored.pixel_ratio == 1 else _SCALED,
         )
         # The stream's turn is used. Reading it from each frame would create a reference cycle, and tens of frames would

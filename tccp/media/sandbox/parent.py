@@ -8,11 +8,9 @@ import math
 import mmap
 import os
 import tempfile
-import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from av.audio.layout import AudioLayout
@@ -48,22 +46,30 @@ from tccp.media.sandbox.messages import (
     ToParent,
     parse_answer,
 )
+from tccp.media.sandbox.patience import Patience
 from tccp.media.sandbox.process import Process
 from tccp.media.source import checked_file
 from tccp.media.still_pictures import Still
 
 # Pictures that the child may decode ahead: many small ones, so that neither process waits for the other at each.
-_MOST_SLOTS, _FEW_SLOTS, _AHEAD = 32, 4, 16 << 20  # bytes
+_MOST_SLOTS, _FEW_SLOTS, _AHEAD = 32, 4, 2 << 20  # bytes
 _MOST_TOGETHER, _TOGETHER = 16, 2 << 20  # small pictures that come in one message, and their bytes
 _MOST_MEMORY = 256 << 20  # bytes for the slots; very large pictures get fewer slots, but at least two
 _KEPT_MEMORY = 64 << 20  # bytes; larger shared memory is released before the next film
 _SOUND_BLOCK = 1 << 18  # bytes
 _READ_BYTES_PER_S = 10e6
-_ANSWER_S = 1.0
-_SHORTEST_WAIT_S = 1e-3
 _MOST_STALE = 4 * _MOST_SLOTS  # answers in a row to requests that were given up; there is about one for each slot
 _SEEK_GAP_FRAMES = 4 * FPS  # over a smaller gap, decoding on costs less than a seek to a keyframe some seconds back
-Received = TypeVar("Received")
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A request whose result comes in blocks."""
+
+    id: int
+    slots: int
+    slot_bytes: int
+    patience: Patience
 
 
 class SoundFile(AudioTrack):
@@ -163,27 +169,31 @@ class Decoder:
         for block in self._delivered(film, self._ask_for(film, PixelsRequest, math.prod(shape))):
             if pixels is not None or len(block) != math.prod(shape):
                 raise self._invalid_answer(film)
-            pixels = block.reshape(shape)
+            pixels = block.reshape(shape).copy()
         if pixels is None:
             raise self._invalid_answer(film)
         return Still(pixels, answer.num_pictures, answer.profile_ignored)
 
     def frames(
-        self, path: str | Path, start_frame: int = 0, num_frames: int | None = None
+        self, path: str | Path, start_frame: int = 0, num_frames: int | None = None, copy: bool = True
     ) -> Generator[UInt8[np.ndarray, "h w 3"], None, None]:
         """Like tccp.media.read_frames, with equal pictures. The child decodes some pictures ahead.
 
+        copy: without it, a picture lies in memory that the child writes again once the next picture is taken.
         Only the newest iterator of a decoder can continue. The others raise RuntimeError.
         """
         film = Path(path)
         info = self._probe(film, start_frame, num_frames)
         count = info.num_frames - start_frame if num_frames is None else num_frames
-        return self._pictures(info, start_frame, count, None)
+        return self._pictures(info, start_frame, count, None, copy)
 
     def frames_at(
-        self, path: str | Path, frames: Sequence[int]
+        self, path: str | Path, frames: Sequence[int], copy: bool = True
     ) -> Generator[tuple[int, UInt8[np.ndarray, "h w 3"]], None, None]:
-        """(frame, picture) for ascending frames of the 25 fps clock, in one pass with seeks over wide gaps."""
+        """(frame, picture) for ascending frames of the 25 fps clock, in one pass with seeks over wide gaps.
+
+        copy: as for `frames`.
+        """
         film = Path(path)
         frames = [int(frame) for frame in frames]
         assert all(frame < later for frame, later in itertools.pairwise(frames)), "frames_at takes ascending frames"
@@ -195,7 +205,7 @@ class Decoder:
             first, count = frames[start], frames[end - 1] - frames[start] + 1
             info = self._probe(film, first, count)
             offsets = [frame - first for frame in frames[start:end]]
-            yield from zip(frames[start:end], self._pictures(info, first, count, offsets), strict=True)
+            yield from zip(frames[start:end], self._pictures(info, first, count, offsets, copy), strict=True)
             start = end
 
     def _probe(self, film: Path, start_frame: int | None = None, num_frames: int | None = None) -> MediaInfo:
@@ -220,7 +230,7 @@ class Decoder:
         )
 
     def _pictures(
-        self, info: MediaInfo, start_frame: int, count: int, offsets: list[int] | None
+        self, info: MediaInfo, start_frame: int, count: int, offsets: list[int] | None, copy: bool
     ) -> Generator[UInt8[np.ndarray, "h w 3"], None, None]:
         shape = info.height, info.width, 3
         if math.prod(shape) == 0 or count < 0:
@@ -243,7 +253,8 @@ class Decoder:
             missing -= together
             for number in range(together):
                 self._check_newest(info.path, asked)
-                yield data[number * size :][:size].reshape(shape)
+                picture = data[number * size :][:size].reshape(shape)
+                yield picture.copy() if copy else picture
         if missing:
             raise MediaError(info.path, "corrupt", f"its last {missing} pictures are missing; get a complete copy")
 
@@ -254,7 +265,7 @@ class Decoder:
         for data in self._delivered(film, asked):
             if len(data) % (4 * num_channels):
                 raise self._invalid_answer(film)
-            block = data.view(np.float32).reshape(num_channels, -1)
+            block = data.copy().view(np.float32).reshape(num_channels, -1)  # first copied, then checked
             left -= block.shape[1]
             if left < 0 or not np.isfinite(block).all():
                 raise self._invalid_answer(film)
@@ -276,8 +287,11 @@ class Decoder:
             raise RuntimeError(f"{film}: this decoder has gone on to something else; use another one")
 
     def _delivered(self, film: Path, asked: _Asked) -> Generator[UInt8[np.ndarray, " n"], None, None]:
-        """Copies of the blocks that the child writes into the shared memory, until it reports the end."""
-        copied: list[int] = []
+        """The blocks that the child writes into the shared memory, until it reports the end.
+
+        A block is a view of that memory: the child may write it again once the next block is taken.
+        """
+        used: list[int] = []
         try:
             while True:
                 self._check_newest(film, asked)
@@ -287,12 +301,12 @@ class Decoder:
                     return
                 if not isinstance(answer, Block) or answer.slot >= asked.slots or answer.num_bytes > asked.slot_bytes:
                     raise self._invalid_answer(film)
-                data = self._memory[answer.slot * asked.slot_bytes :][: answer.num_bytes].copy()
-                copied.append(answer.slot)
-                if 2 * len(copied) >= asked.slots:
-                    self._send(film, Free(id=asked.id, slots=tuple(copied)))
-                    copied.clear()
-                yield data
+                yield self._memory[answer.slot * asked.slot_bytes :][: answer.num_bytes]
+                used.append(answer.slot)
+                if 2 * len(used) >= asked.slots:
+                    self._check_newest(film, asked)
+                    self._send(film, Free(id=asked.id, slots=tuple(used)))
+                    used.clear()
         finally:
             if self._id == asked.id:
                 with contextlib.suppress(MediaError):
@@ -300,7 +314,7 @@ class Decoder:
 
     def _begin(
         self, film: Path, kind: type[Request], memory_bytes: int = 0, extra_s: float = 0.0, **fields: object
-    ) -> _Patience:
+    ) -> Patience:
         """Sends the child a request, with the open file. Replaces a child that died while it was idle.
 
         memory_bytes: how much shared memory the answers need.
@@ -320,7 +334,7 @@ class Decoder:
         memory_bytes: int,
         extra_s: float,
         fields: dict[str, object],
-    ) -> _Patience:
+    ) -> Patience:
         foreign = self._process is not None and self._process.owner != os.getpid()
         if foreign or (film != self._film and self._films >= self._recycle):
             self.close()
@@ -349,7 +363,7 @@ class Decoder:
             )
             try:
                 self._process.channel.send(request, [file] if memory is None else [file, memory])
-                return _Patience(
+                return Patience(
                     self.limits, extra_s + min(status.num_bytes, self.limits.max_file_bytes) / _READ_BYTES_PER_S
                 )
             except Closed:
@@ -372,7 +386,7 @@ class Decoder:
         except TimeoutError:
             raise self._invalid_answer(film) from None
 
-    def _next(self, film: Path, patience: _Patience) -> ToParent:
+    def _next(self, film: Path, patience: Patience) -> ToParent:
         """The child's next answer to the current request. Raises the error that it reports."""
         assert self._process is not None
         channel = self._process.channel
@@ -445,34 +459,3 @@ def _is_layout(name: str, num_channels: int) -> bool:
 def _printable(text: str) -> str:
     """One line without control characters, which could move the cursor of a terminal."""
     return "".join(character if character.isprintable() else "\ufffd" for character in " ".join(text.split()))
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """A request whose result comes in blocks."""
-
-    id: int
-    slots: int
-    slot_bytes: int
-    patience: _Patience
-
-
-class _Patience:
-    """How much longer to wait for the child: limits.stall_s, and `extra_s` for the first answer.
-
-    Every answer adds a second, up to stall_s, so that a film cannot continue for ever at one picture a minute.
-    """
-
-    def __init__(self, limits: Limits, extra_s: float):
-        self._limits = limits
-        self._left_s = float(limits.stall_s) + extra_s
-
-    def spend(self, receive: Callable[[float], Received]) -> Received:
-        began = time.monotonic()
-        try:
-            return receive(max(self._left_s, _SHORTEST_WAIT_S))
-        finally:
-            self._left_s -= time.monotonic() - began
-
-    def answered(self) -> None:
-        self._left_s = max(self._left_s, min(self._left_s + _ANSWER_S, float(self._limits.stall_s)))
