@@ -16,13 +16,14 @@ from typing import Protocol, runtime_checkable
 
 import cv2
 import numpy as np
-from jaxtyping import Bool, Float32, Float64, Int16, Int64, UInt8
+from jaxtyping import Bool, Float32, Int16, Int64, UInt8
 
+from preprocessing.analysis.mouths import best_match, mean_around, mouth_motion, mouth_shape, without_slow_changes
 from preprocessing.analysis.voice_activity import hysteresis
 from preprocessing.reels import FilmSound, Track
 from tccp.config import FPS
-from tccp.landmarks import MEAN_FACE, RIGID, head_pose, mouth_opening, mouth_width, smooth_over_time
-from tccp.sequences import correlation, true_runs
+from tccp.landmarks import smooth_over_time
+from tccp.sequences import true_runs
 
 # The numbers below were chosen on the shared clips and on RoundTable; test_speakers.py checks the results on both.
 VOICE = 0.5
@@ -33,8 +34,6 @@ MOVES = 0.006
 ASD_TALKS, ASD_STOPS = 1.5, 0.5
 """Hysteresis thresholds for Light-ASD's score. Scores were 1.7 to 5 in talking faces, lower towards the ends of their
 sentences, and -2 to 1.3 in silent faces."""
-_MOTION_REACH = 8  # frames to either side, a third of a second: a syllable with its closure
-_JITTER_SHARE = 0.5  # of the rigid points' noise, as a path of the opening (which is a mean of three gaps, smoothed)
 
 PAUSE_FRAMES = 2 * FPS
 """Longest pause without a voice inside a stretch."""
@@ -52,7 +51,6 @@ MIN_TALK_SHARE = 0.5
 
 _SYNC_REACH = 3 * FPS  # frames to either side in which mouth and sound are compared
 _SYNC_LAGS = range(-2, 3)  # frames by which the sound may be late: viewers do not notice such an offset
-_SLOW_FRAMES = 12.0  # what changes more slowly than speech (smiles, distance, loudness) is removed
 _BLOCK = 5  # frames that are decided together
 # Over 3 s, the sum of two correlations (opening, width) is 0.0 with a standard deviation of 0.3 between a mouth and
 # other people's sound; with its own sound it is 0.4 to 0.9 in real people and 1.2 in RoundTable. The standard deviation
@@ -66,7 +64,7 @@ SYNC_MARGIN, SYNC_FLOOR = 0.5, 0.3
 HEARD_SYNC, HEARD_NOISE = 0.5, 0.35
 _LEAST_HEARD = 2 * FPS
 _HEARD_WINDOW = 10 * FPS  # frames around each decision
-_HEARD_SLOW_FRAMES = 25.0  # in place of _SLOW_FRAMES
+_HEARD_SLOW_FRAMES = 25.0  # in place of SLOW_FRAMES
 _HEARD_SMOOTH = FPS  # frames to either side over which decisions are averaged
 _FILM_LAGS = range(-8, 9)  # frames by which the sound of the whole film may be late
 _FILM_LAG_MARGIN = 0.45  # by which the match must be better than without that offset, over 3 s
@@ -179,8 +177,8 @@ class _Scene:
         self.sound_features = np.full((length, 2), np.nan)
         self.slow_sound = np.full((length, 2), np.nan)  # with slower changes, like `slow_mouth`
         smoothed, part = smooth_over_time(features.astype(np.float64), 1.0), slice(first_frame - self.origin, None)
-        self.sound_features[part][: len(voice)] = _without_slow_changes(smoothed)
-        self.slow_sound[part][: len(voice)] = _without_slow_changes(smoothed, _HEARD_SLOW_FRAMES)
+        self.sound_features[part][: len(voice)] = without_slow_changes(smoothed)
+        self.slow_sound[part][: len(voice)] = without_slow_changes(smoothed, _HEARD_SLOW_FRAMES)
         self.present = np.zeros((len(tracks), length), bool)
         self.talks = np.zeros((len(tracks), length), bool)
         self.motion = np.full((len(tracks), length), np.nan)
@@ -193,12 +191,12 @@ class _Scene:
             known = np.isfinite(points).all((1, 2))
             moves = np.ones(track.num_frames, bool)
             if known.any():
-                self.mouth[row, part] = _without_slow_changes(_mouth(points))
-                self.slow_mouth[row, part] = _without_slow_changes(_mouth(points), _HEARD_SLOW_FRAMES)
+                self.mouth[row, part] = without_slow_changes(mouth_shape(points))
+                self.slow_mouth[row, part] = without_slow_changes(mouth_shape(points), _HEARD_SLOW_FRAMES)
                 self.motion[row, part] = mouth_motion(track.landmarks)
                 moves = self.motion[row, part] >= MOVES
             if track.number in scores:
-                moves = hysteresis(_mean_around(scores[track.number].astype(np.float64), 2), ASD_STOPS, ASD_TALKS)
+                moves = hysteresis(mean_around(scores[track.number].astype(np.float64), 2), ASD_STOPS, ASD_TALKS)
             self.talks[row, part] = moves & self.voice[part]
         self.compares = articulation is not None
         self.unclear = np.zeros_like(self.talks)
@@ -254,19 +252,19 @@ class _Scene:
                 if len(around) >= _LEAST_HEARD:
                     least = HEARD_SYNC - HEARD_NOISE * np.sqrt(_SYNC_NOISE_S * FPS / len(around))
                     fits[first : first + _BLOCK] = self._slow_sync(row, around, lag) >= least
-            unheard[frames[_mean_around(fits, _HEARD_SMOOTH) < 0.5]] = True
+            unheard[frames[mean_around(fits, _HEARD_SMOOTH) < 0.5]] = True
         return unheard
 
     def _slow_sync(self, row: int, window: Int64[np.ndarray, " w"], lag: int) -> float:
         lags = range(lag + _SYNC_LAGS.start, lag + _SYNC_LAGS.stop)
-        return _best_match(self.slow_mouth[row], self.slow_sound, window, lags)
+        return best_match(self.slow_mouth[row], self.slow_sound, window, lags)
 
     def _film_lag(self, own: Mapping[int, Int64[np.ndarray, " _"]]) -> int:
         """The frames by which the film's sound is late, judged by all people who talk alone; 0 unless it is clear."""
         total = sum(map(len, own.values()))
         matches = {
             lag: sum(
-                _best_match(self.slow_mouth[row], self.slow_sound, frames, range(lag, lag + 1)) * len(frames)
+                best_match(self.slow_mouth[row], self.slow_sound, frames, range(lag, lag + 1)) * len(frames)
                 for row, frames in own.items()
             )
             / total
@@ -294,7 +292,7 @@ class _Scene:
         return int(rivals[strongest]) if others_weak and strongest == best else None
 
     def _sync(self, row: int, window: Int64[np.ndarray, " w"]) -> float:
-        return _best_match(self.mouth[row], self.sound_features, window, _SYNC_LAGS)
+        return best_match(self.mouth[row], self.sound_features, window, _SYNC_LAGS)
 
     # ---- from frames to stretches
 
@@ -409,71 +407,3 @@ class _Scene:
                 before = self._quiet(row, first - 1, -1, QUIET_FRAMES)
                 cores.append(_Part(row, first - before, stop + self._quiet(row, stop, 1, QUIET_FRAMES)))
         return cores
-
-
-def _best_match(
-    mouth: Float64[np.ndarray, "f 2"], sound: Float64[np.ndarray, "f 2"], window: Int64[np.ndarray, " w"], lags: range
-) -> float:
-    """How well a mouth follows the sound: the correlations of opening and width, added, at the best lag."""
-    best = -2.0
-    for lag in lags:
-        heard = sound[np.clip(window + lag, 0, len(sound) - 1)]
-        heard = np.where(np.isfinite(heard), heard, 0)
-        both = [correlation(mouth[window, i], heard[:, i]) for i in (0, 1)]
-        best = max(best, float(np.nansum(both)))
-    return best
-
-
-# ---- mouths
-
-
-def mouth_motion(landmarks: Float32[np.ndarray, "f 68 2"]) -> Float64[np.ndarray, " f"]:
-    """How much the mouth opens and closes around each frame: path per frame, in distances of the outer eye corners.
-
-    Movement of the head is removed, and so is the noise of the landmarks, which is larger in small faces. NaN where no
-    landmarks are near.
-    """
-    points = landmarks.astype(np.float64)
-    opening = _mouth(points)[:, 0]
-    step = np.abs(np.diff(opening, prepend=opening[:1]))
-    path = _mean_around(step, _MOTION_REACH)
-    return np.sqrt(np.maximum(path**2 - (_JITTER_SHARE * _jitter(points)) ** 2, 0))
-
-
-def _mouth(points: Float64[np.ndarray, "f 68 2"]) -> Float64[np.ndarray, "f 2"]:
-    """Opening and width of the mouth, slightly smoothed over time."""
-    return smooth_over_time(np.stack([mouth_opening(points), mouth_width(points)], 1), 0.7)
-
-
-_RIGID_FACE = np.column_stack([MEAN_FACE[list(RIGID)], np.ones(len(RIGID))])
-_RIGID_MOVES = _RIGID_FACE @ np.linalg.pinv(_RIGID_FACE)
-
-
-def _jitter(points: Float64[np.ndarray, "f 68 2"]) -> float:
-    """Standard deviation of the noise of points that cannot move on a head, in distances of the outer eye corners.
-
-    Measured on what remains of them without the head's motion. The second difference of white noise has six times its
-    variance.
-    """
-    rigid = points[:, list(RIGID)]
-    rest = (rigid - _RIGID_MOVES @ rigid) / head_pose(points).scale[:, None, None]
-    bend = np.abs(rest[2:] - 2 * rest[1:-1] + rest[:-2])
-    bend = bend[np.isfinite(bend)]
-    return float(np.median(bend)) / 0.6745 / np.sqrt(6) if len(bend) else 0.0
-
-
-def _mean_around(values: Float64[np.ndarray, " f"], reach: int) -> Float64[np.ndarray, " f"]:
-    """Mean over the finite values at most `reach` frames away; NaN where there are none."""
-    known = np.isfinite(values)
-    ends = np.arange(len(values))
-    low, high = np.maximum(ends - reach, 0), np.minimum(ends + reach + 1, len(values))
-    total = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0))])
-    count = np.concatenate([[0], np.cumsum(known)])
-    number = count[high] - count[low]
-    return np.where(number > 0, (total[high] - total[low]) / np.maximum(number, 1), np.nan)
-
-
-def _without_slow_changes(
-    series: Float64[np.ndarray, "f 2"], slow_frames: float = _SLOW_FRAMES
-) -> Float64[np.ndarray, "f 2"]:
-    return series - smooth_over_time(series, slow_frames)

@@ -73,7 +73,16 @@ def identity_head(
     `whole` if it shows only the head. truth: use a picture as it is, and take the box of a film from its truth file.
     Raises TccpError if no face is found, the box is outside the picture, or the head is too small to be recognised.
     """
-    head = _head(path, candidates, box, truth, open_detector)
+    frame, middle = list(candidates.pictures.items())[len(candidates.pictures) // 2]
+    if box == "whole" or (box is None and truth and not candidates.is_film):  # `tccp synth` writes head crops
+        head = middle
+    elif box is not None:
+        head = _crop_native(middle, _box_of_option(box, middle, path))
+    elif truth:
+        head = _crop_native(middle, read_truth(path).head_box[frame])
+    else:
+        with open_detector() as detector:
+            head = _largest_head(path, candidates, detector)
     height, width = head.shape[:2]
     if min(width, height) < _LEAST_HEAD_PX:
         raise TccpError(
@@ -83,34 +92,21 @@ def identity_head(
     return head
 
 
-def _head(
-    path: Path,
-    candidates: Candidates,
-    box: str | None,
-    truth: bool,
-    open_detector: Callable[[], AbstractContextManager[faces.FaceBackend]],
-) -> UInt8[np.ndarray, "h w 3"]:
-    frame, middle = list(candidates.pictures.items())[len(candidates.pictures) // 2]
-    if box == "whole":
-        return middle
-    if box is not None:
-        try:
-            corners = np.array([float(part) for part in box.split(",")]).reshape(4)
-        except ValueError:
-            raise TccpError(f"--identity-box {box}: give x0,y0,x1,y1 in pixels, or whole") from None
-        height, width = middle.shape[:2]
-        return _crop_native(middle, square_box(corners, width, height, f"--identity-box {box} of {path}"))
-    if truth:
-        if not candidates.is_film:
-            return middle  # `tccp synth` writes head crops
-        return _crop_native(middle, read_truth(path).head_box[frame])
-    with open_detector() as detector:
-        found = [(face, picture) for picture in candidates.pictures.values() for face in detector.detect(picture)]
-        name = detector.name
+def _box_of_option(option: str, picture: UInt8[np.ndarray, "h w 3"], path: Path) -> Float[np.ndarray, "4"]:
+    try:
+        corners = np.array([float(part) for part in option.split(",")]).reshape(4)
+    except ValueError:
+        raise TccpError(f"--identity-box {option}: give x0,y0,x1,y1 in pixels, or whole") from None
+    height, width = picture.shape[:2]
+    return square_box(corners, width, height, f"--identity-box {option} of {path}")
+
+
+def _largest_head(path: Path, candidates: Candidates, detector: faces.FaceBackend) -> UInt8[np.ndarray, "s s 3"]:
+    found = [(face, picture) for picture in candidates.pictures.values() for face in detector.detect(picture)]
     if not found:
         raise TccpError(
-            f"no face found in {path} with {name}: give --identity-box x0,y0,x1,y1, or --identity-box whole if the "
-            "picture shows only the head"
+            f"no face found in {path} with {detector.name}: give --identity-box x0,y0,x1,y1, or --identity-box whole "
+            "if the picture shows only the head"
         )
     face, picture = max(found, key=lambda pair: pair[0].side)
     if face.landmarks_px is not None:

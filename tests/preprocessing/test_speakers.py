@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preprocessing.analysis.look import encode_chip
-from preprocessing.analysis.speakers import MOVES, Stretch, mouth_motion, score_track, speaking_stretches
+from preprocessing.analysis.mouths import mouth_motion
+from preprocessing.analysis.speakers import MOVES, Stretch, score_track, speaking_stretches
 from preprocessing.analysis.voice_activity import articulation, hysteresis, voice_activity
 from preprocessing.reels import SPEECH_CHIP_PX, FilmSound, Track
 from tccp.config import FPS, SAMPLES_PER_FRAME
