@@ -16,7 +16,7 @@ import time
 FREE = {"seeks", "transpose", "mirror_x", "mirror_y", "profile_ignored", "frame_rate", "notes", "reason", "problem"}
 FREE |= {"video_codec", "audio_codec", "audio_layout", "layout"}
 HUGE = (-1, -(1 << 63), 1 << 31, 1 << 63, 1 << 64, 1 << 400, -(1 << 4000))
-SPANS = ("-1", "1/0", "9" * 40, "-" + "9" * 40, "1e999999999", "0x10", "1/" + "9" * 39, "9" * 200, "", " 1", "nan", "½")
+SPANS = ("1/0", "9" * 40, "-" + "9" * 40, "1e999999999", "0x10", "1/" + "9" * 39, "9" * 200, "", " 1", "nan", "½")
 WRONG = (None, True, [], {}, "", "x", "\0", 1.5, -0.0, [[]], {"start": 0}, "\ud800", "\x1b[2J", float("nan"), 1e308)
 
 
