@@ -128,6 +128,12 @@ class RayRun:
         sync_tree(Path(copy.path))
         return copy
 
+    def wait_for_checkpoints(self) -> None:
+        """Returns when all checkpoints are uploaded and in Ray's record."""
+        import ray.train
+
+        ray.train.get_all_reported_checkpoints(ray.train.CheckpointConsistencyMode.COMMITTED)
+
     def asked_to_save(self) -> bool:
         import ray.train
 
@@ -223,6 +229,7 @@ def _train(job: ComponentJob, validate: Validate | None) -> None:
             network, result = _train_variant(job, run, started, device, validate)
             write = network.save_pretrained if network is not None else None
         if write is not None:
+            run.wait_for_checkpoints()  # else a resume after a loss in between would find a result without them
             _publish(job, run, write, result)
     finally:
         run.close()
