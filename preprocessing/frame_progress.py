@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +11,10 @@ from tccp.progress import Tasks
 
 FRAMES_PER_BYTE = 25 / 125_000
 """Assumed until the first film is opened: a film of 1 Mbit/s."""
+
+
+ReelKey = tuple[int, int]
+"""A reel: the number of its source in the listing, and its first frame."""
 
 
 class FrameProgress:
@@ -23,35 +29,49 @@ class FrameProgress:
         self._sizes = dict(sizes)
         self._frames: dict[int, float] = {}  # of opened sources
         self._done = 0.0  # frames of finished reels
-        self._reel = 0.0  # frames of the reel that is being worked on
-        self._seen = 0
+        self._finished: set[ReelKey] = set()
+        self._lengths: dict[ReelKey, int] = {}  # of reels that are being worked on in this process
+        self._seen: dict[ReelKey, int] = {}  # passes over frames of reels that are being worked on
+        self._reel: ReelKey = (-1, -1)
+        self._lock = threading.Lock()  # with workers, a thread reports what they have seen
         self._task = tasks.add_task(title, total=self._total())
 
-    def begin(self, order: int, frames: int, share: float) -> None:
-        """A reel begins: its source's number, its frames, and its share of the source's frames."""
-        self._frames[order] = frames / share if share else 0.0
-        self._reel, self._seen = float(frames), 0
-        self._report()
+    def begin(self, reel: ReelKey, frames: int, share: float) -> None:
+        """A reel begins in this process. frames: its length. share: of its source's frames."""
+        with self._lock:
+            self._frames[reel[0]] = frames / share if share else 0.0
+            self._lengths[reel], self._reel = frames, reel
+            self._report()
 
     def on_frame(self) -> None:
-        """One pass is done with one frame of the reel."""
-        self._seen += 1
-        self._report()
+        """One pass is done with one frame of the reel that began last."""
+        with self._lock:
+            self._seen[self._reel] = self._seen.get(self._reel, 0) + 1
+            self._report()
+
+    def workers_have_seen(self, passes: Mapping[ReelKey, int]) -> None:
+        """How many frames workers have seen of each reel, both passes together."""
+        with self._lock:
+            self._seen.update((reel, seen) for reel, seen in passes.items() if reel not in self._finished)
+            self._report()
 
     def end(self, row: Mapping[str, Any]) -> None:
         """A reel is done, with this row of `preprocessing.steps.RESULT_SCHEMA`."""
         order, frames, share = row["order"], row["frames"], row["share"]
-        if frames and share:
-            self._frames[order] = frames / share
-        elif share >= 1:
-            self._frames[order] = 0.0  # it cannot be used
-        self._done += frames
-        self._reel, self._seen = 0.0, 0
-        self._report()
+        with self._lock:
+            if frames and share:
+                self._frames[order] = frames / share
+            elif share >= 1:
+                self._frames[order] = 0.0  # it cannot be used
+            self._done += frames
+            reel = order, row["start_frame"]
+            self._finished.add(reel)
+            self._lengths.pop(reel, None)
+            self._seen.pop(reel, None)
+            self._report()
 
     def _report(self) -> None:
-        part = min(self._seen / 2, self._reel)
-        done = self._done + part
+        done = self._done + sum(min(seen / 2, self._lengths.get(reel, math.inf)) for reel, seen in self._seen.items())
         self._tasks.update(self._task, completed=round(done), total=max(round(self._total()), round(done)))
 
     def _total(self) -> float:

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ import pyarrow as pa
 from preprocessing.frame_progress import FrameProgress
 from preprocessing.lip_step import AddLips, LipWork, RenderLips
 from preprocessing.plan import Plan
-from preprocessing.steps import ClipRows, CutClips, FindReels, Look, OnFrame, Work
+from preprocessing.steps import ClipRows, CutClips, FindReels, FrameListener, Look, NoListener, Work
+from preprocessing.worker_frames import frames_of_workers
 from tccp.clips.clip_table import ClipTable
 from tccp.clips.windows import windows
 from tccp.cluster import data_settings, dataset, max_resources, num_nodes
@@ -33,30 +34,38 @@ from tccp.files import Folder, check_shared
 
 def in_this_process(listing: pa.Table, work: Work, frames: FrameProgress | None = None) -> Iterator[dict[str, Any]]:
     """Rows of RESULT_SCHEMA, one reel after the other, without Ray. frames: is told of every reel and frame."""
-    on_frame = (lambda: None) if frames is None else frames.on_frame
+    listener = None if frames is None else _OwnFrames(frames)
     on_reel = (lambda reel: None) if frames is None else (lambda reel: _begin(frames, reel))
-    yield from _chained(listing, work, CutClips, on_frame, lambda table: table.to_pylist(), on_reel)
+    yield from _chained(listing, work, CutClips, listener, lambda table: table.to_pylist(), on_reel)
+
+
+class _OwnFrames(NoListener):
+    """Frames that steps of this process work on; `_begin` has told of their reel."""
+
+    def __init__(self, frames: FrameProgress) -> None:
+        self.on_frame = frames.on_frame  # type: ignore[method-assign]
 
 
 def _begin(frames: FrameProgress, reel: pa.Table) -> None:
-    order, num_frames, share = (reel.column(name)[0].as_py() for name in ("order", "num_frames", "share"))
-    frames.begin(order, num_frames, share)
+    names = "order", "start_frame", "num_frames", "share"
+    order, start_frame, num_frames, share = (reel.column(name)[0].as_py() for name in names)
+    frames.begin((order, start_frame), num_frames, share)
 
 
 def clip_rows(listing: pa.Table, plan: Plan) -> Iterator[pa.Table]:
     """Rows of the clip table straight from film, in the table's order; nothing is stored."""
-    yield from _chained(listing, Work(plan, None), ClipRows, lambda: None, lambda table: [table])
+    yield from _chained(listing, Work(plan, None), ClipRows, None, lambda table: [table])
 
 
 def _chained(
     listing: pa.Table,
     work: Work,
     last: type[CutClips],
-    on_frame: OnFrame,
+    listener: FrameListener | None,
     out: Callable[[pa.Table], list],
     on_reel: Callable[[pa.Table], object] = lambda reel: None,
 ) -> Iterator[Any]:
-    find, look, cut = FindReels(work), Look(work, on_frame), last(work, on_frame)
+    find, look, cut = FindReels(work), Look(work, listener), last(work, listener)
     try:
         for row in range(listing.num_rows):
             for reel in find(listing.slice(row, 1)):
@@ -119,8 +128,10 @@ def _cpus(look: int) -> float:
 _BLOCK_BYTES = 1 << 20  # about a reel: larger blocks would send all reels of a film to one worker
 
 
-def on_ray_data(listing: pa.Table, work: Work, workers: int | None) -> Iterator[dict[str, Any]]:
-    """Rows of RESULT_SCHEMA as reels are done. Ray must be running.
+def on_ray_data(
+    listing: pa.Table, work: Work, workers: int | None, frames: FrameProgress | None = None
+) -> Iterator[dict[str, Any]]:
+    """Rows of RESULT_SCHEMA as reels are done. Ray must be running. frames: is told of the workers' frames.
 
     Raises TccpError if the output is a folder of one machine, and the cluster has, or can grow to, several.
     """
@@ -128,7 +139,8 @@ def on_ray_data(listing: pa.Table, work: Work, workers: int | None) -> Iterator[
         check_shared("output", Folder(work.out), num_nodes())
     with data_settings(in_order=False, block_bytes=_BLOCK_BYTES):
         pools = pools_for(max_resources(), workers, _uses_gpus(work))
-        yield from _graph(listing, work, pools, CutClips).iter_rows()
+        with nullcontext() if frames is None else frames_of_workers(frames) as listener:
+            yield from _graph(listing, work, pools, CutClips, listener).iter_rows()
 
 
 def clip_dataset(listing: pa.Table, plan: Plan, workers: int | None = None) -> Any:
@@ -252,14 +264,16 @@ def _uses_gpus(work: Work) -> bool:
     return work.plan.backend == "fan"
 
 
-def _graph(listing: pa.Table, work: Work, pools: Pools, last: type[CutClips]) -> Any:
+def _graph(
+    listing: pa.Table, work: Work, pools: Pools, last: type[CutClips], listener: FrameListener | None = None
+) -> Any:
     data = dataset(listing)
     for kind, size, cpus, gpus in (
         (FindReels, pools.find, Pools.FIND_CPUS, 0.0),
         (Look, pools.look, Pools.LOOK_CPUS, pools.look_gpus),
         (last, pools.cut, Pools.CUT_CPUS, 0.0),
     ):
-        data = _map_actors(data, kind, (work,), size, cpus * pools.scale, gpus)
+        data = _map_actors(data, kind, (work, listener), size, cpus * pools.scale, gpus)
     return data
 
 

@@ -174,7 +174,7 @@ def _run(
     builder, entries = ReportBuilder(), []
     with progress() as bar, worker_errors():
         frames = FrameProgress(bar, "preprocessing frames", dict(enumerate(listing.column("bytes").to_pylist())))
-        results = on_ray_data(listing, work, workers) if on_ray else in_this_process(listing, work, frames)
+        results = on_ray_data(listing, work, workers, frames) if on_ray else in_this_process(listing, work, frames)
         for row in results:
             entries.append(row)
             for name, seconds in json.loads(row["times_s"]).items():

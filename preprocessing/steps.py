@@ -9,15 +9,16 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import pyarrow as pa
 
 from preprocessing import parts
 from preprocessing.analysis.look import look
 from preprocessing.analysis.select import Networks, select
+from preprocessing.frame_progress import ReelKey
 from preprocessing.parts import ReelRecord, record_of
 from preprocessing.plan import Plan, detector_of
 from preprocessing.reels import Reel, reels_from_table, reels_to_table
@@ -32,7 +33,22 @@ from tccp.media.sandbox import Decoder
 
 logger = logging.getLogger("tccp.preprocessing")
 
-OnFrame = Callable[[], object]
+
+@runtime_checkable
+class FrameListener(Protocol):
+    """Is told of the reels and frames that a step works on, for progress."""
+
+    def begin(self, reel: ReelKey) -> object: ...
+
+    def on_frame(self) -> object: ...
+
+
+class NoListener:
+    def begin(self, reel: ReelKey) -> None:
+        pass
+
+    def on_frame(self) -> None:
+        pass
 
 
 @dataclass(frozen=True)
@@ -44,11 +60,11 @@ class Work:
 
 
 class _Step:
-    def __init__(self, work: Work, on_frame: OnFrame = lambda: None) -> None:
+    def __init__(self, work: Work, listener: FrameListener | None = None) -> None:
         self.plan = work.plan
         self.folder = None if work.out is None else Folder(work.out)
         self.decoder = Decoder(work.plan.limits)
-        self.on_frame = on_frame
+        self.listener = listener or NoListener()
 
     def close(self) -> None:
         self.decoder.close()
@@ -113,12 +129,13 @@ class FindReels(_Step):
 class Look(_Step):
     """From reels to reels with cuts and faces. Results of earlier runs are read from the folder."""
 
-    def __init__(self, work: Work, on_frame: OnFrame = lambda: None) -> None:
-        super().__init__(work, on_frame)
+    def __init__(self, work: Work, listener: FrameListener | None = None) -> None:
+        super().__init__(work, listener)
         self._detector = detector_of(work.plan)
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         for reel in reels_from_table(batch):
+            self.listener.begin((reel.order, reel.span.start_frame))
             started, retries = time.monotonic(), storage_retries()
             looked = reel if reel.done or reel.span.reason is not None else self._looked(reel)
             times_s = {**reel.times_s, "look": time.monotonic() - started}
@@ -130,7 +147,7 @@ class Look(_Step):
         name = self.plan.look_name(reel.span)
         if keeps and (known := parts.read_look(self.folder, name, reel)) is not None:  # type: ignore[arg-type]
             return known
-        looked = look(reel, self.plan, self.decoder, self._detector, self.on_frame)
+        looked = look(reel, self.plan, self.decoder, self._detector, self.listener.on_frame)
         if keeps and looked.span.reason is None:
             parts.write_look(self.folder, name, looked)  # type: ignore[arg-type]
         return looked
@@ -160,12 +177,13 @@ RESULT_SCHEMA = pa.schema(
 class CutClips(_Step):
     """From reels with faces to parts of the table, which it writes to the folder. Yields rows of RESULT_SCHEMA."""
 
-    def __init__(self, work: Work, on_frame: OnFrame = lambda: None) -> None:
-        super().__init__(work, on_frame)
+    def __init__(self, work: Work, listener: FrameListener | None = None) -> None:
+        super().__init__(work, listener)
         self._networks = Networks(work.plan)
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         for reel in reels_from_table(batch):
+            self.listener.begin((reel.order, reel.span.start_frame))
             before = storage_retries()
             row = self._result(reel)
             row["storage_retries"] = reel.storage_retries + storage_retries() - before
@@ -199,7 +217,7 @@ class CutClips(_Step):
 
     def _rows(self, spans: list[Span]) -> Iterator[Clip | Span]:
         kept = [span for span in spans if span.reason is None]
-        yield from render_clips(kept, self.plan.picture_px, self.decoder, self.plan.bounds, self.on_frame)
+        yield from render_clips(kept, self.plan.picture_px, self.decoder, self.plan.bounds, self.listener.on_frame)
         yield from (span for span in spans if span.reason is not None)
 
 
@@ -216,7 +234,7 @@ class ClipRows(CutClips):
                 logger.warning("%s: %s", redacted(reel.span.path), error.problem)
                 continue
             kept = [span for span in selection.spans if span.reason is None]
-            for row in render_clips(kept, self.plan.picture_px, self.decoder, self.plan.bounds, self.on_frame):
+            for row in render_clips(kept, self.plan.picture_px, self.decoder, self.plan.bounds, self.listener.on_frame):
                 if isinstance(row, Clip):
                     yield clips_to_table([row])
 

@@ -14,7 +14,7 @@ def test_frames_are_counted_in_both_passes_and_the_total_follows_what_is_known()
     events: list[ProgressEvent] = []
     frames = FrameProgress(Tasks(events.append), "frames", {0: 1_000_000, 1: 3_000_000})
     assert (events[-1].done, events[-1].total) == (0, 4_000_000 * FRAMES_PER_BYTE)
-    frames.begin(0, 100, 0.5)  # the first of two reels of a film of 200 frames
+    frames.begin((0, 0), 100, 0.5)  # the first of two reels of a film of 200 frames
     assert (events[-1].done, events[-1].total) == (0, 200 + 600)
     for _ in range(100):
         frames.on_frame()
@@ -22,12 +22,23 @@ def test_frames_are_counted_in_both_passes_and_the_total_follows_what_is_known()
     for _ in range(60):  # frames in clips
         frames.on_frame()
     assert events[-1].done == 80
-    frames.end({"order": 0, "frames": 100, "share": 0.5})
+    frames.end({"order": 0, "start_frame": 0, "frames": 100, "share": 0.5})
     assert events[-1].done == 100
-    frames.begin(0, 100, 0.5)
-    frames.end({"order": 0, "frames": 100, "share": 0.5})
-    frames.end({"order": 1, "frames": 0, "share": 1.0})  # set aside
+    frames.begin((0, 100), 100, 0.5)
+    frames.end({"order": 0, "start_frame": 100, "frames": 100, "share": 0.5})
+    frames.end({"order": 1, "start_frame": 0, "frames": 0, "share": 1.0})  # set aside
     assert (events[-1].done, events[-1].total) == (200, 200)
+
+
+def test_frames_of_several_workers_count_while_they_work() -> None:
+    events: list[ProgressEvent] = []
+    frames = FrameProgress(Tasks(events.append), "frames", {0: 1_000_000})
+    frames.workers_have_seen({(0, 0): 60, (0, 100): 20})
+    assert events[-1].done == 40
+    frames.end({"order": 0, "start_frame": 0, "frames": 100, "share": 0.5})
+    assert (events[-1].done, events[-1].total) == (110, 200)
+    frames.workers_have_seen({(0, 0): 200, (0, 100): 50})  # counts of reels that have ended do not count again
+    assert events[-1].done == 125
 
 
 def test_a_long_step_without_events_is_not_silent(monkeypatch: pytest.MonkeyPatch) -> None:

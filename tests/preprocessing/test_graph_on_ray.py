@@ -15,11 +15,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from preprocessing.frame_progress import FrameProgress, ReelKey
 from preprocessing.graph import Pools, clip_rows, pools_for
 from preprocessing.lip_step import AddLips, LipWork, lip_work
 from preprocessing.plan import make_plan
 from preprocessing.run import preprocess
 from preprocessing.sources.listing import list_sources
+from preprocessing.worker_frames import SentFrames, frames_of_workers
 from tccp import roundtable
 from tccp.clips.clip_table import ClipTable
 from tccp.clips.order import shuffled
@@ -28,6 +30,7 @@ from tccp.cluster import CLUSTER_MAX
 from tccp.config import load_settings, toy
 from tccp.errors import TccpError
 from tccp.models.autoencoder import PictureAutoencoder
+from tccp.progress import ProgressEvent, Tasks
 from tccp.training.latent_cache import LatentCache
 from tccp.training.lip_folds import lip_pictures, train_liplets
 
@@ -137,6 +140,25 @@ def test_ray_gives_the_same_table_and_lips_as_one_process(
     assert "render" not in {step.name for step in again.steps}
     preprocess([footage], tmp_path / "here", plan, lips=liplets)
     assert lip_files(out) == lip_files(tmp_path / "here") != {}
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_frames_of_workers_reach_the_driver_while_they_work(ray_with_two_cpus: Any) -> None:
+    def work(sent: SentFrames, reel: ReelKey) -> None:
+        sent.begin(reel)
+        for _ in range(30):
+            sent.on_frame()
+        sent.begin((9, 9))  # sends the rest
+
+    events: list[ProgressEvent] = []
+    with frames_of_workers(FrameProgress(Tasks(events.append), "frames", {0: 0})) as sent:
+        task = ray_with_two_cpus.remote(num_cpus=0.5)(work)
+        ray_with_two_cpus.get([task.remote(sent, (0, start)) for start in (0, 30)])
+        deadline = time.monotonic() + 20
+        while events[-1].done < 30 and time.monotonic() < deadline:
+            time.sleep(0.1)
+    assert events[-1].done == 30
 
 
 @pytest.mark.cluster
