@@ -16,7 +16,6 @@ import trainings
 SERVER = forked.Server(
     [
         "torch",
-        "diffusers.training_utils",
         "tccp.training.engine:_import_deepspeed",
         "tccp.training.fit_variant",
         "tccp.training.latent_cache",
@@ -58,11 +57,11 @@ def _end_of(log: IO[str]) -> str:
 
 def main(arguments: dict[str, Any], out: Path) -> None:
     import torch
-    from diffusers.training_utils import EMAModel
 
     from tccp.clips.clip_table import ClipTable
     from tccp.config import DeepSpeedSettings, load_settings
     from tccp.models.autoencoder import PictureAutoencoder
+    from tccp.training.averaged_weights import AveragedWeights
     from tccp.training.engine import DeepSpeedEngine
     from tccp.training.fit_variant import VariantLoss, new_network
     from tccp.training.latent_cache import LatentCache
@@ -113,7 +112,7 @@ def main(arguments: dict[str, Any], out: Path) -> None:
         given = DeepSpeedSettings(zero_stage=stage, config=CONFIG)
         engine = DeepSpeedEngine(losses.module, settings.training, given, run.newest())
         losses.forward = engine.forward
-        ema = EMAModel(engine.local_parameters(), decay=settings.training.ema_decay)
+        ema = AveragedWeights(engine.local_parameters(), decay=settings.training.ema_decay)
         try:
             result = fit(
                 engine,
@@ -128,7 +127,7 @@ def main(arguments: dict[str, Any], out: Path) -> None:
         except NonFiniteLoss as error:
             results[stage] = {"error": str(error)}
             continue
-        weights = engine.gather(ema.shadow_params)
+        weights = engine.gather(ema.weights)
         held = sum(p.numel() for p in engine.local_parameters())
         results[stage] = {
             "losses": result.losses,

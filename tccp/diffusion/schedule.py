@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
-from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -31,9 +29,11 @@ class NoiseSchedule:
         betas = torch.linspace(
             settings.beta_start, settings.beta_end, settings.num_train_timesteps, dtype=torch.float64
         )
-        if settings.zero_terminal_snr:
-            betas = rescale_zero_terminal_snr(betas)
-        return cls(torch.cumprod(1 - betas, dim=0), settings.prediction)
+        alphas_cumprod = torch.cumprod(1 - betas, dim=0)
+        if settings.zero_terminal_snr:  # Lin et al. 2024, Algorithm 1: shifts the last signal to zero, keeps the first
+            signal = alphas_cumprod.sqrt()
+            alphas_cumprod = ((signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])) ** 2
+        return cls(alphas_cumprod, settings.prediction)
 
     @property
     def num_train_timesteps(self) -> int:
@@ -41,7 +41,7 @@ class NoiseSchedule:
 
     def coefficients(self, t: Int[Tensor, "b f"]) -> tuple[Float[Tensor, "b 1 f 1 1"], Float[Tensor, "b 1 f 1 1"]]:
         """sqrt(abar_t) and sqrt(1 - abar_t), shaped to multiply latents."""
-        abar = rearrange(self.alphas_cumprod.to(t.device)[t], "b f -> b 1 f 1 1")
+        abar = self.alphas_cumprod.to(t.device)[t][:, None, :, None, None]
         return abar.sqrt().float(), (1 - abar).sqrt().float()
 
     def add_noise(

@@ -57,13 +57,6 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _remove_origin(config: Path) -> None:
-    """Removes the path from which diffusers loaded the network, which is meaningless on other machines."""
-    values = json.loads(config.read_text())
-    if values.pop("_name_or_path", None) is not None:
-        config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
-
-
 def save_component(
     folder: Path,
     name: str,
@@ -86,8 +79,6 @@ def save_component(
         raise TccpError(f"cannot write {folder}: {error.strerror}; choose a folder that can be written") from None
     with _removed_at_exit(temporary), translated_errors(f"write {folder / name}"):
         write(temporary)
-        for config in temporary.rglob("config.json"):
-            _remove_origin(config)
         files = {
             str(path.relative_to(temporary)): _sha256(path) for path in sorted(temporary.rglob("*")) if path.is_file()
         }
@@ -277,11 +268,9 @@ def load_network(
     """Loads a network in evaluation mode. Raises TccpError if its files are missing, differ or cannot be loaded."""
     path = verified(folder, name)
     try:
-        network = MVControlNet.from_pretrained(
-            path, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False, torch_dtype=dtype
-        )
-        return network.to(device).eval()
-    except Exception as error:  # diffusers and safetensors raise many types of error
+        network = MVControlNet.from_pretrained(path, dtype)
+        return network.to(device).to_channels_last()
+    except (OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise TccpError(f"{path} cannot be loaded ({reason}): copy it again or retrain {name}") from None
 

@@ -1,4 +1,4 @@
-"""The auto-encoder of latent diffusion (diffusers' AutoencoderKL), with the normalisation of latents.
+"""The auto-encoder of latent diffusion, with the normalisation of latents.
 
 Latents of landmark pictures, faces and masked scenes have different means and deviations, so each kind of picture is
 normalised by its own statistics per channel. Outside this module latents are always normalised.
@@ -12,14 +12,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from einops import rearrange
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from tccp.config import AutoencoderSettings
 from tccp.errors import TccpError
+from tccp.models.autoencoder_network import AutoencoderNetwork, Posterior
 from tccp.models.variants import PICTURE_KINDS, PictureKind
 from tccp.strict_json import parse_json
 
@@ -37,6 +35,10 @@ def to_bytes(pictures: Float[Tensor, "*n 3 h w"]) -> UInt8[Tensor, "*n h w 3"]:
     return ((pictures.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(-3, -1)
 
 
+def _unfolded(pictures: Float[Tensor, "bf c h w"], num_frames: int) -> Float[Tensor, "b c f h w"]:
+    return pictures.unflatten(0, (-1, num_frames)).transpose(1, 2)
+
+
 class PictureAutoencoder(nn.Module):
     """Converts pictures `b 3 f h w` in [-1, 1] to normalised latents `b c f h w` and back, frame by frame.
 
@@ -47,7 +49,7 @@ class PictureAutoencoder(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, vae: AutoencoderKL):
+    def __init__(self, vae: AutoencoderNetwork):
         super().__init__()
         self.vae = vae
         channels = vae.config.latent_channels
@@ -57,7 +59,7 @@ class PictureAutoencoder(nn.Module):
     @classmethod
     def from_settings(cls, settings: AutoencoderSettings) -> PictureAutoencoder:
         levels = len(settings.block_channels)
-        vae = AutoencoderKL(
+        vae = AutoencoderNetwork(
             in_channels=3 * settings.patch**2,
             out_channels=3 * settings.patch**2,
             down_block_types=("DownEncoderBlock2D",) * levels,
@@ -70,6 +72,7 @@ class PictureAutoencoder(nn.Module):
         )
         # The posterior starts narrow. With the default deviation of 1, the decoder would spend most of a short training
         # on learning to separate latents from their own noise.
+        assert vae.quant_conv.bias is not None
         torch.nn.init.constant_(vae.quant_conv.bias[settings.latent_channels :], INITIAL_LOG_VARIANCE)
         return cls(vae)
 
@@ -89,24 +92,24 @@ class PictureAutoencoder(nn.Module):
         row = PICTURE_KINDS.index(kind)
         return self.mean[row].view(1, -1, 1, 1, 1), self.std[row].view(1, -1, 1, 1, 1)
 
-    def posterior(self, pictures: Float[Tensor, "n 3 h w"]) -> DiagonalGaussianDistribution:
+    def posterior(self, pictures: Float[Tensor, "n 3 h w"]) -> Posterior:
         """Distribution of the raw latents of single pictures."""
-        return self.vae.encode(nn.functional.pixel_unshuffle(pictures.to(self.vae.dtype), self.patch)).latent_dist
+        return self.vae.encode(nn.functional.pixel_unshuffle(pictures.to(self.vae.dtype), self.patch))
 
     def reconstruct(self, raw: Float[Tensor, "n c hl wl"]) -> Float[Tensor, "n 3 h w"]:
         """Pictures from raw latents."""
-        return nn.functional.pixel_shuffle(self.vae.decode(raw.to(self.vae.dtype)).sample, self.patch)
+        return nn.functional.pixel_shuffle(self.vae.decode(raw.to(self.vae.dtype)), self.patch)
 
     def encode(self, pictures: Float[Tensor, "b 3 f h w"], kind: PictureKind) -> Float[Tensor, "b c f hl wl"]:
         """Mean of the posterior, normalised for its kind."""
         mean, std = self._scale(kind)
-        raw = self.posterior(rearrange(pictures, "b c f h w -> (b f) c h w")).mode().to(mean.dtype)
-        return (rearrange(raw, "(b f) c h w -> b c f h w", f=pictures.shape[2]) - mean) / std
+        raw = self.posterior(pictures.transpose(1, 2).flatten(0, 1)).mean.to(mean.dtype)
+        return (_unfolded(raw, pictures.shape[2]) - mean) / std
 
     def decode(self, latents: Float[Tensor, "b c f hl wl"], kind: PictureKind) -> Float[Tensor, "b 3 f h w"]:
         mean, std = self._scale(kind)
-        pictures = self.reconstruct(rearrange(latents * std + mean, "b c f h w -> (b f) c h w")).to(mean.dtype)
-        return rearrange(pictures, "(b f) c h w -> b c f h w", f=latents.shape[2])
+        pictures = self.reconstruct((latents * std + mean).transpose(1, 2).flatten(0, 1)).to(mean.dtype)
+        return _unfolded(pictures, latents.shape[2])
 
     @torch.no_grad()
     def fit_statistics(self, pictures: Mapping[PictureKind, Iterable[Float[Tensor, "n 3 h w"]]]) -> None:
@@ -118,8 +121,8 @@ class PictureAutoencoder(nn.Module):
             count = 0
             total = squares = torch.zeros_like(self.mean[0], dtype=torch.float64)
             for batch in batches:
-                raw = self.posterior(batch.to(self.mean.device)).mode().double()
-                values = rearrange(raw, "n c h w -> c (n h w)")
+                raw = self.posterior(batch.to(self.mean.device)).mean.double()
+                values = raw.transpose(0, 1).flatten(1)
                 count += values.shape[1]
                 total, squares = total + values.sum(dim=1), squares + (values**2).sum(dim=1)
             if not count:
@@ -145,10 +148,7 @@ class PictureAutoencoder(nn.Module):
         Raises TccpError if it is no such folder.
         """
         try:
-            vae = AutoencoderKL.from_pretrained(
-                folder, local_files_only=True, low_cpu_mem_usage=False, torch_dtype=dtype
-            )
-            autoencoder = cls(vae)
+            autoencoder = cls(AutoencoderNetwork.from_pretrained(folder, dtype))
         except (OSError, ValueError) as error:
             raise TccpError(f"{folder} is not a diffusers AutoencoderKL folder: {str(error).splitlines()[0]}") from None
         path = folder / STATISTICS_FILE

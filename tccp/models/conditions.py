@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import get_args
 
 import torch
-from einops import rearrange, repeat
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -89,7 +88,7 @@ class AudioEncoder(nn.Module):
         )
 
     def forward(self, mel: Float[Tensor, "n 80 16"]) -> Float[Tensor, "n tokens d"]:
-        return rearrange(self.layers(mel.unsqueeze(1) / 4), "n d 1 w -> n w d")
+        return self.layers(mel.unsqueeze(1) / 4).squeeze(2).transpose(1, 2)
 
 
 class PictureEncoder(nn.Module):
@@ -107,7 +106,7 @@ class PictureEncoder(nn.Module):
         self.num_tokens = side * side
 
     def forward(self, pictures: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n tokens d"]:
-        return rearrange(self.layers(pictures), "n d h w -> n (h w) d")
+        return self.layers(pictures).flatten(2).transpose(1, 2)
 
 
 class ConditionEncoders(nn.Module):
@@ -143,11 +142,11 @@ class ConditionEncoders(nn.Module):
             if value is None:
                 raise ValueError(f"the condition {kind!r} is missing; this network takes {', '.join(self.encoders)}")
             if kind == "identity":
-                encoded = repeat(encoder(value), "b n d -> b f n d", f=num_frames)
+                encoded = encoder(value).unsqueeze(1).expand(-1, num_frames, -1, -1)
             elif value.shape[1] != num_frames:
                 raise ValueError(f"the condition {kind!r} has {value.shape[1]} frames; the window has {num_frames}")
             else:
-                encoded = rearrange(encoder(value.flatten(0, 1)), "(b f) n d -> b f n d", f=num_frames)
+                encoded = encoder(value.flatten(0, 1)).unflatten(0, (-1, num_frames))
             if conditions.dropped is not None:
                 encoded = torch.where(conditions.dropped[:, None, None, None], self.null[kind], encoded)
             tokens.append(encoded + self.position[kind])

@@ -170,12 +170,10 @@ def load_liplet(folder: Path) -> Liplet:
     if not (folder / "config.json").is_file():
         raise TccpError(f"liplet {folder}: not a folder with config.json; train one or set lips.source=none")
     try:
-        network = Liplet.from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False, torch_dtype=torch.float32
-        )
-    except Exception as error:  # diffusers and safetensors raise many kinds of exceptions for a broken folder
+        network = Liplet.from_pretrained(folder)
+    except (OSError, ValueError, TccpError) as error:
         raise TccpError(f"liplet {folder}: cannot be loaded ({str(error).splitlines()[0][:200]})") from None
-    return network.eval()
+    return network
 
 
 def weights_hash(network: nn.Module) -> str:

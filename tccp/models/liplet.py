@@ -11,15 +11,13 @@ from __future__ import annotations
 import cv2
 import numpy as np
 import torch
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
-from einops import rearrange
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional
 
 from tccp.errors import TccpError
 from tccp.landmarks import MEAN_FACE, head_pose
+from tccp.models.pretrained import Pretrained, with_config
 
 # The canonical frame in MEAN_FACE's coordinates (outer eye corners 1 apart, y down from their line): a square on the
 # plane of the lips, from the nose base to below the chin of an open mouth.
@@ -100,7 +98,7 @@ class _Modulated(nn.Module):
         self.modulation = nn.Linear(code_dim, 2 * c_out)
 
     def forward(self, x: Float[Tensor, "b c h w"], code: Float[Tensor, "b d"]) -> Float[Tensor, "b e h w"]:
-        scale, shift = rearrange(self.modulation(code), "b (n c) -> n b c 1 1", n=2)
+        scale, shift = self.modulation(code)[:, :, None, None].chunk(2, dim=1)
         return functional.silu(self.norm(self.conv(x)) * (1 + scale) + shift)
 
 
@@ -108,13 +106,13 @@ def _encode(c_in: int, c_out: int, stride: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(c_in, c_out, 3, stride, 1), nn.GroupNorm(4, c_out), nn.SiLU())
 
 
-class Liplet(ModelMixin, ConfigMixin):
+class Liplet(Pretrained):
     """The lip network. size_px: side of its pictures, a multiple of 8. channels: its width, a multiple of 4.
 
     Raises TccpError for other numbers.
     """
 
-    @register_to_config
+    @with_config
     def __init__(self, size_px: int = 32, channels: int = 16) -> None:
         super().__init__()
         if size_px % 8 or channels % 4 or min(size_px, channels) <= 0:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Any
 
 import torch
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
-from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tccp.config import Settings
 from tccp.models.conditions import ConditionEncoders, Conditions
+from tccp.models.layers import KeysValues, Pointwise
+from tccp.models.pretrained import Pretrained, with_config
 from tccp.models.variants import VARIANTS, ConditionKind, VariantName
-from tccp.models.video_unet import Decoder, Encoder, zero_module
+from tccp.models.video_unet import BasicBlock, Decoder, Encoder, zero_module
 
 
 class VideoBranch(nn.Module):
@@ -38,20 +38,73 @@ class ControlBranch(nn.Module):
         self.embed = nn.Sequential()
         for before, after in pairwise(widths):
             self.embed.extend([nn.Conv2d(before, after, 3, padding=1), nn.SiLU()])
-        self.zero_in = zero_module(nn.Conv2d(base_channels, base_channels, 1))
+        self.zero_in = zero_module(Pointwise(base_channels, base_channels))
         widths = encoder.skip_channels
-        self.zero_out = nn.ModuleList([zero_module(nn.Conv2d(c, c, 1)) for c in [*widths, widths[-1]]])
+        self.zero_out = nn.ModuleList(zero_module(Pointwise(c, c)) for c in [*widths, widths[-1]])
 
     def forward(
-        self, x: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor, num_frames: int, control: Tensor
+        self,
+        x: Tensor,
+        t: Tensor,
+        conditions: list[KeysValues],
+        of_conditions: Tensor | None,
+        num_frames: int,
+        added: Tensor,
     ) -> list[Tensor]:
-        """The tensors to add to the video branch's skips and, as the last one, to its middle."""
-        added = self.zero_in(self.embed(control))
-        skips, middle, _ = self.encoder(x, t, tokens, pooled, num_frames, added=added)
+        """The tensors to add to the video branch's skips and, as the last one, to its middle.
+
+        added: the embedded control latents, `zero_in(embed(control))`.
+        """
+        skips, middle, _ = self.encoder(x, t, conditions, of_conditions, num_frames, added=added)
         return [zero(y) for zero, y in zip(self.zero_out, [*skips, middle], strict=True)]
 
 
-class MVControlNet(ModelMixin, ConfigMixin):
+@dataclass(frozen=True)
+class Prepared:
+    """What the network computes once for a window and uses at every step. Made by `MVControlNet.prepare`.
+
+    Keys and values of the conditions, block by block, and what the time embeddings add for them; with a control branch,
+    its own ones and the embedded control latents. The first dimension of all tensors is (b f).
+    """
+
+    video: list[KeysValues]
+    decoder: list[KeysValues]
+    video_time: Tensor | None
+    control: list[KeysValues] | None = None
+    control_time: Tensor | None = None
+    control_embedded: Tensor | None = None
+
+    @staticmethod
+    def cat(parts: Sequence[Prepared]) -> Prepared:
+        """Joins windows along the batch."""
+        names = [field.name for field in fields(Prepared)]
+        return Prepared(**{name: _joined([getattr(part, name) for part in parts]) for name in names})
+
+    def num_windows(self, num_frames: int) -> int:
+        return len(self.decoder[0][0]) // num_frames
+
+    def window(self, number: int, num_frames: int) -> Prepared:
+        """One window of a batch."""
+        own = slice(number * num_frames, (number + 1) * num_frames)
+        return Prepared(**{field.name: _part(getattr(self, field.name), own) for field in fields(Prepared)})
+
+
+def _part(value: Any, own: slice) -> Any:
+    if value is None or isinstance(value, Tensor):
+        return None if value is None else value[own]
+    return type(value)(_part(part, own) for part in value)
+
+
+def _joined(values: Sequence[Any]) -> Any:
+    first = values[0]
+    if first is None:
+        return None
+    if isinstance(first, Tensor):
+        return torch.cat(list(values))
+    return type(first)(_joined(parts) for parts in zip(*values, strict=True))
+
+
+class MVControlNet(Pretrained):
     """`model(noisy_latents, t, conditions, control_latents)` predicts the noise (or v, depending on its training).
 
     One class serves all variants: its conditions are a setting. With `first_frame_channels`, the window's first frame,
@@ -59,10 +112,7 @@ class MVControlNet(ModelMixin, ConfigMixin):
     branch also takes the colours around the head box.
     """
 
-    _supports_gradient_checkpointing = True
-    _repeated_blocks = ("BasicBlock",)  # for compile_repeated_blocks
-
-    @register_to_config
+    @with_config
     def __init__(
         self,
         condition_kinds: Sequence[ConditionKind] = ("audio", "identity"),
@@ -109,6 +159,10 @@ class MVControlNet(ModelMixin, ConfigMixin):
         """Channels of the control latents."""
         return self.config.latent_channels * (2 if self.config.surround else 1)
 
+    def blocks(self) -> Iterator[BasicBlock]:
+        """The blocks of both branches."""
+        return (module for module in self.modules() if isinstance(module, BasicBlock))
+
     @staticmethod
     def arguments_of(settings: Settings, variant: VariantName) -> dict[str, Any]:
         """The arguments that the settings give the network of `variant`."""
@@ -147,35 +201,56 @@ class MVControlNet(ModelMixin, ConfigMixin):
         self,
         noisy_latents: Float[Tensor, "b c f h w"],
         t: Int[Tensor, "b f"],
-        conditions: Conditions,
-        control_latents: Float[Tensor, "b c2 f h w"] | None,
+        conditions: Conditions | Prepared,
+        control_latents: Float[Tensor, "b c2 f h w"] | None = None,
     ) -> Float[Tensor, "b c f h w"]:
         """The prediction for every frame.
 
         t: diffusion time per frame, 0..num_train_timesteps-1; 0 for a clean first frame.
+        conditions, control_latents: as for `prepare`; or the result of `prepare` alone, which saves its work.
+        Raises ValueError if shapes disagree with each other or with the network.
+        """
+        self._check(noisy_latents, t)
+        num_frames, times = int(noisy_latents.shape[2]), t.flatten()  # a constant in recordings too
+        if isinstance(conditions, Conditions):
+            conditions = self.prepare(conditions, control_latents, num_frames)
+        x = noisy_latents
+        if self.config.first_frame_channels:
+            x = torch.cat([x, x[:, :, :1].expand_as(x)], dim=1)
+        x = _frames(x)
+        skips, middle, time = self.video.encoder(x, times, conditions.video, conditions.video_time, num_frames)
+        if conditions.control is not None:
+            *added, added_middle = self.control(
+                x, times, conditions.control, conditions.control_time, num_frames, conditions.control_embedded
+            )
+            skips = [skip + extra for skip, extra in zip(skips, added, strict=True)]
+            middle = middle + added_middle
+        out = self.video.decoder(middle, skips, time, conditions.decoder, num_frames)
+        return out.unflatten(0, (-1, num_frames)).transpose(1, 2)
+
+    def prepare(
+        self, conditions: Conditions, control_latents: Float[Tensor, "b c2 f h w"] | None, num_frames: int
+    ) -> Prepared:
+        """The part of `forward` that is the same at every step of a window.
+
         control_latents: the video-based condition, of the same shape as the input; with `surround` it has twice as many
         channels (`tccp.headbox.surround`). None runs the video branch without the control branch.
         Raises ValueError if shapes disagree with each other or with the network.
         """
-        self._check(noisy_latents, t, control_latents)
-        num_frames = noisy_latents.shape[2]
         tokens, pooled = self.conditions(conditions, num_frames)
-        tokens, pooled, times = tokens.flatten(0, 1), pooled.flatten(0, 1), t.flatten()
-        x = noisy_latents
-        if self.config.first_frame_channels:
-            x = torch.cat([x, x[:, :, :1].expand_as(x)], dim=1)
-        x = rearrange(x, "b c f h w -> (b f) c h w")
+        self._check_control(len(tokens), control_latents, num_frames)
+        tokens, pooled = tokens.flatten(0, 1), pooled.flatten(0, 1)
+        encoder = self.video.encoder
+        video = encoder.keys_values(tokens), self.video.decoder.keys_values(tokens), encoder.time.of_conditions(pooled)
+        if control_latents is None:
+            return Prepared(*video)
+        embedded = self.control.zero_in(self.control.embed(_frames(control_latents)))
+        encoder = self.control.encoder
+        return Prepared(*video, encoder.keys_values(tokens), encoder.time.of_conditions(pooled), embedded)
 
-        skips, middle, time = self.video.encoder(x, times, tokens, pooled, num_frames)
-        if control_latents is not None:
-            control = rearrange(control_latents, "b c f h w -> (b f) c h w")
-            *added, added_middle = self.control(x, times, tokens, pooled, num_frames, control)
-            skips = [skip + extra for skip, extra in zip(skips, added, strict=True)]
-            middle = middle + added_middle
-        out = self.video.decoder(middle, skips, time, tokens, num_frames)
-        return rearrange(out, "(b f) c h w -> b c f h w", f=num_frames)
-
-    def _check(self, latents: Tensor, t: Tensor, control: Tensor | None) -> None:
+    def _check(self, latents: Tensor, t: Tensor) -> None:
+        if torch.jit.is_tracing():  # `tccp.models.traced` has evaluated these shapes before
+            return
         channels, side = self.config.latent_channels, self.config.latent_px
         if latents.shape[1] != channels or latents.shape[3:] != (side, side):
             raise ValueError(
@@ -185,7 +260,10 @@ class MVControlNet(ModelMixin, ConfigMixin):
             raise ValueError(
                 f"t is {tuple(t.shape)}; it needs one time per frame, {latents.shape[0], latents.shape[2]}"
             )
-        needed = (latents.shape[0], self.control_channels, *latents.shape[2:])
+
+    def _check_control(self, batch: int, control: Tensor | None, num_frames: int) -> None:
+        side = self.config.latent_px
+        needed = (batch, self.control_channels, num_frames, side, side)
         if control is not None and control.shape != needed:
             raise ValueError(
                 f"control latents are {tuple(control.shape)}; this network takes {needed} with such latents"
@@ -229,12 +307,22 @@ class MVControlNet(ModelMixin, ConfigMixin):
             reason = str(error).splitlines()[1].strip()
             raise ValueError(f"the first-frame network has another shape: {reason}") from None
 
+    def enable_gradient_checkpointing(self) -> None:
+        """Trains with less memory: activations inside the blocks are computed again."""
+        for block in self.blocks():
+            block.gradient_checkpointing = True
+
     def compile_blocks(self) -> None:
         """Compiles the blocks with torch.compile. Compiling the whole network would take many times as long."""
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # one per shape
-        self.compile_repeated_blocks(dynamic=False)
+        for block in self.blocks():
+            block.compile(dynamic=False)
 
     def freeze_video_branch(self) -> None:
         """Trains only the control branch from now on: "the video diffusion branch can be reused" (section 4.3)."""
         self.video.requires_grad_(False)
         self.conditions.requires_grad_(False)
+
+
+def _frames(latents: Float[Tensor, "b c f h w"]) -> Float[Tensor, "bf c h w"]:
+    return latents.transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)

@@ -1,23 +1,34 @@
 """The space-time U-Net of both branches of MVControlNet (paper section 4.3, Figure 3).
 
-Frames are folded into the batch, `(b f) c h w`. Spatial layers are diffusers' own; only the two temporal layers unfold
-the frames.
+Frames are folded into the batch, `(b f) c h w`; only the two temporal layers unfold them. What does not change over the
+steps of a window, keys and values of the conditions and their pooled embedding, is computed beforehand
+(`keys_values`, `TimeEmbedding.of_conditions`).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import TypeVar
 
 import torch
-from diffusers.models.attention import FeedForward
-from diffusers.models.attention_processor import Attention
-from diffusers.models.embeddings import TimestepEmbedding, Timesteps
-from diffusers.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
-from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from tccp.models.layers import (
+    Attention,
+    Downsample,
+    FeedForward,
+    FrameConv,
+    KeysValues,
+    ResnetBlock,
+    TimeMlp,
+    Upsample,
+    as_picture,
+    as_tokens,
+    frame_positions,
+    time_sinusoids,
+)
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -29,24 +40,17 @@ def zero_module(module: M) -> M:
     return module
 
 
-def frame_positions(num_frames: int, channels: int, like: Tensor) -> Float[Tensor, "f c"]:
-    """Sinusoidal position embeddings of the frames in a window."""
-    frequencies = torch.exp(-math.log(100.0) * torch.arange(channels // 2, device=like.device) / (channels // 2))
-    angles = torch.arange(num_frames, device=like.device)[:, None] * frequencies
-    return torch.cat([angles.sin(), angles.cos()], dim=-1).to(like.dtype)
-
-
 class TemporalConv(nn.Module):
     """Residual 1D convolution over the frames at each position. It starts as the identity."""
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
         self.norm = nn.GroupNorm(groups, channels)
-        self.conv = zero_module(nn.Conv2d(channels, channels, (3, 1), padding=(1, 0)))
+        self.conv = zero_module(FrameConv(channels))
 
     def forward(self, x: Float[Tensor, "bf c h w"], num_frames: int) -> Float[Tensor, "bf c h w"]:
-        y = rearrange(nn.functional.silu(self.norm(x)), "(b f) c h w -> b c f (h w)", f=num_frames)
-        return x + rearrange(self.conv(y), "b c f (h w) -> (b f) c h w", h=x.shape[2])
+        y = as_tokens(silu(self.norm(x))).unflatten(0, (-1, num_frames))
+        return x + as_picture(self.conv(y).flatten(0, 1), x.shape[2])
 
 
 class SpaceTimeTransformer(nn.Module):
@@ -55,32 +59,36 @@ class SpaceTimeTransformer(nn.Module):
     def __init__(self, channels: int, condition_dim: int, head_dim: int, dropout: float):
         super().__init__()
         heads = max(1, channels // head_dim)
-        shape = {"heads": heads, "dim_head": channels // heads, "dropout": dropout}
         self.norm_space = nn.LayerNorm(channels)
-        self.space = Attention(channels, **shape)
+        self.space = Attention(channels, heads, dropout)
         self.norm_time = nn.LayerNorm(channels)
-        self.time = Attention(channels, **shape)
+        self.time = Attention(channels, heads, dropout)
         self.norm_cross = nn.LayerNorm(channels)
-        self.cross = Attention(channels, cross_attention_dim=condition_dim, **shape)
+        self.cross = Attention(channels, heads, dropout, condition_dim)
         self.norm_feed = nn.LayerNorm(channels)
-        self.feed = FeedForward(channels, dropout=dropout)
+        self.feed = FeedForward(channels, dropout)
 
     def forward(
-        self, x: Float[Tensor, "bf c h w"], tokens: Float[Tensor, "bf n d"], num_frames: int
+        self, x: Float[Tensor, "bf c h w"], conditions: KeysValues, num_frames: int
     ) -> Float[Tensor, "bf c h w"]:
-        height, frames = x.shape[2], num_frames
-        x = rearrange(x, "bf c h w -> bf (h w) c")
+        height = x.shape[2]
+        x = as_tokens(x)
         x = x + self.space(self.norm_space(x))
-        y = rearrange(self.norm_time(x), "(b f) p c -> (b p) f c", f=frames)
-        y = self.time(y + frame_positions(frames, y.shape[-1], y))
-        x = x + rearrange(y, "(b p) f c -> (b f) p c", p=x.shape[1])
-        x = x + self.cross_attend(x, tokens)
+        x = x + self.attend_over_time(x, num_frames)
+        x = x + self.cross_attend(x, conditions)
         x = x + self.feed(self.norm_feed(x))
-        return rearrange(x, "bf (h w) c -> bf c h w", h=height)
+        return as_picture(x, height)
 
-    def cross_attend(self, x: Float[Tensor, "bf p c"], tokens: Float[Tensor, "bf n d"]) -> Float[Tensor, "bf p c"]:
+    def attend_over_time(self, x: Float[Tensor, "bf p c"], num_frames: int) -> Float[Tensor, "bf p c"]:
+        """Each position attends to itself in the other frames of its window."""
+        positions = x.shape[1]
+        y = self.norm_time(x).unflatten(0, (-1, num_frames)).transpose(1, 2).flatten(0, 1)
+        y = self.time(y + frame_positions(num_frames, int(y.shape[-1]), y.device, y.dtype))
+        return y.unflatten(0, (-1, positions)).transpose(1, 2).flatten(0, 1)
+
+    def cross_attend(self, x: Float[Tensor, "bf p c"], conditions: KeysValues) -> Float[Tensor, "bf p c"]:
         """Frame i attends to the tokens of frame i only, because frames are part of the batch."""
-        return self.cross(self.norm_cross(x), encoder_hidden_states=tokens)
+        return self.cross(self.norm_cross(x), conditions)
 
 
 class BasicBlock(nn.Module):
@@ -97,26 +105,25 @@ class BasicBlock(nn.Module):
         groups: int,
     ):
         super().__init__()
-        self.resnet = ResnetBlock2D(
-            in_channels=in_channels,
-            out_channels=channels,
-            temb_channels=time_dim,
-            dropout=dropout,
-            groups=groups,
-            groups_out=groups,
-        )
+        self.resnet = ResnetBlock(in_channels, channels, time_dim, dropout, groups)
         self.temporal_conv = TemporalConv(channels, groups)
         self.transformer = SpaceTimeTransformer(channels, condition_dim, head_dim, dropout)
-        self.gradient_checkpointing = False  # diffusers' enable_gradient_checkpointing() finds this attribute
+        self.gradient_checkpointing = False
 
-    def forward(self, x: Tensor, time: Tensor, tokens: Tensor, num_frames: int) -> Tensor:
+    def keys_values(self, tokens: Float[Tensor, "bf n d"]) -> KeysValues:
+        """What `forward` needs of the condition tokens."""
+        return self.transformer.cross.keys_values(tokens)
+
+    def forward(self, x: Tensor, time: Tensor, conditions: KeysValues, num_frames: int) -> Tensor:
+        """time: the activated time embedding."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return torch.utils.checkpoint.checkpoint(self._forward, x, time, tokens, num_frames, use_reentrant=False)
-        return self._forward(x, time, tokens, num_frames)
+            given = x, time, conditions, num_frames
+            return torch.utils.checkpoint.checkpoint(self._forward, *given, use_reentrant=False)
+        return self._forward(x, time, conditions, num_frames)
 
-    def _forward(self, x: Tensor, time: Tensor, tokens: Tensor, num_frames: int) -> Tensor:
+    def _forward(self, x: Tensor, time: Tensor, conditions: KeysValues, num_frames: int) -> Tensor:
         x = self.temporal_conv(self.resnet(x, time), num_frames)
-        return self.transformer(x, tokens, num_frames)
+        return self.transformer(x, conditions, num_frames)
 
 
 class TimeEmbedding(nn.Module):
@@ -124,15 +131,19 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, dim: int, pooled_dim: int | None):
         super().__init__()
-        self.sinusoids = Timesteps(dim, flip_sin_to_cos=True, downscale_freq_shift=0)
-        self.mlp = TimestepEmbedding(dim, dim)
+        self.dim = dim
+        self.mlp = TimeMlp(dim)
         self.pooled = None
         if pooled_dim is not None:
             self.pooled = nn.Sequential(nn.Linear(pooled_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
 
-    def forward(self, t: Int[Tensor, " bf"], pooled: Float[Tensor, "bf k"]) -> Float[Tensor, "bf d"]:
-        embedding = self.mlp(self.sinusoids(t).to(pooled.dtype))
-        return embedding if self.pooled is None else embedding + self.pooled(pooled)
+    def of_conditions(self, pooled: Float[Tensor, "bf k"]) -> Float[Tensor, "bf d"] | None:
+        """What `forward` adds for the conditions."""
+        return None if self.pooled is None else self.pooled(pooled)
+
+    def forward(self, t: Int[Tensor, " bf"], of_conditions: Float[Tensor, "bf d"] | None) -> Float[Tensor, "bf d"]:
+        embedding = self.mlp(time_sinusoids(t, self.dim).to(self.mlp.linear_1.weight.dtype))
+        return embedding if of_conditions is None else embedding + of_conditions
 
 
 class Encoder(nn.Module):
@@ -167,31 +178,39 @@ class Encoder(nn.Module):
                 self.skip_channels.append(channels)
             self.scales.append(blocks)
             if level < len(multipliers) - 1:
-                self.downs.append(Downsample2D(channels, use_conv=True, name="op"))
+                self.downs.append(Downsample(channels))
         self.middle = BasicBlock(channels, channels, *block)
+
+    def keys_values(self, tokens: Float[Tensor, "bf n d"]) -> list[KeysValues]:
+        """Block by block."""
+        return [block.keys_values(tokens) for block in self.modules() if isinstance(block, BasicBlock)]
 
     def forward(
         self,
         x: Tensor,
         t: Int[Tensor, " bf"],
-        tokens: Tensor,
-        pooled: Tensor,
+        conditions: list[KeysValues],
+        of_conditions: Tensor | None,
         num_frames: int,
         added: Tensor | None = None,
     ) -> tuple[list[Tensor], Tensor, Tensor]:
-        """The skips (two per scale), the middle's output and the time embedding. added: joins the encoded input."""
-        time = self.time(t, pooled)
+        """The skips (two per scale), the middle's output and the activated time embedding.
+
+        conditions: of `keys_values`. of_conditions: of `TimeEmbedding`. added: joins the encoded input.
+        """
+        time = silu(self.time(t, of_conditions))
+        of_block = iter(conditions)
         x = self.conv_in(x)
         if added is not None:
             x = x + added
         skips = []
         for level, blocks in enumerate(self.scales):
             for block in blocks.children():
-                x = block(x, time, tokens, num_frames)
+                x = block(x, time, next(of_block), num_frames)
                 skips.append(x)
             if level < len(self.downs):
                 x = self.downs[level](x)
-        return skips, self.middle(x, time, tokens, num_frames), time
+        return skips, self.middle(x, time, next(of_block), num_frames), time
 
 
 class Decoder(nn.Module):
@@ -222,15 +241,23 @@ class Decoder(nn.Module):
                 channels = width
             self.scales.append(blocks)
             if level > 0:
-                self.ups.append(Upsample2D(channels, use_conv=True))
+                self.ups.append(Upsample(channels))
         self.norm_out = nn.GroupNorm(groups, base_channels)
         self.conv_out = nn.Conv2d(base_channels, out_channels, 3, padding=1)
 
-    def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, tokens: Tensor, num_frames: int) -> Tensor:
+    def keys_values(self, tokens: Float[Tensor, "bf n d"]) -> list[KeysValues]:
+        """Block by block."""
+        return [block.keys_values(tokens) for block in self.modules() if isinstance(block, BasicBlock)]
+
+    def forward(
+        self, x: Tensor, skips: list[Tensor], time: Tensor, conditions: list[KeysValues], num_frames: int
+    ) -> Tensor:
+        """time: activated. conditions: of `keys_values`."""
         pending: Iterator[Tensor] = reversed(skips)
+        of_block = iter(conditions)
         for level, blocks in enumerate(self.scales):
             for block in blocks.children():
-                x = block(torch.cat([x, next(pending)], dim=1), time, tokens, num_frames)
+                x = block(torch.cat([x, next(pending)], dim=1), time, next(of_block), num_frames)
             if level < len(self.ups):
                 x = self.ups[level](x)
-        return self.conv_out(nn.functional.silu(self.norm_out(x)))
+        return self.conv_out(silu(self.norm_out(x)))

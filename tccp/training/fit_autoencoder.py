@@ -9,7 +9,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from diffusers.training_utils import EMAModel
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -21,6 +20,7 @@ from tccp.inference.conditioning import picture_of
 from tccp.models.autoencoder import PictureAutoencoder, to_model
 from tccp.models.variants import PICTURE_KINDS, PictureKind
 from tccp.seeds import rng_seed
+from tccp.training.averaged_weights import AveragedWeights
 from tccp.training.engine import Engine, TorchEngine, with_weights
 from tccp.training.loop import FitResult, SettingKeys, fit
 from tccp.training.precision import arithmetic
@@ -169,7 +169,7 @@ def fit_autoencoder(
     losses = AutoencoderLoss(new_autoencoder(settings).to(device), settings, pictures, run.rank, run.num_ranks)
     engine = engine_of(losses.module, training)
     losses.forward = engine.forward
-    ema = EMAModel(engine.local_parameters(), decay=training.ema_decay, foreach=True)
+    ema = AveragedWeights(engine.local_parameters(), decay=training.ema_decay)
     result = fit(
         engine,
         losses,
@@ -182,7 +182,7 @@ def fit_autoencoder(
         stop_at=stop_at,
         waited_s=lambda: losses.waited_s,
     )
-    weights = engine.gather(ema.shadow_params)
+    weights = engine.gather(ema.weights)
     return (with_weights(new_autoencoder(settings), weights) if run.rank == 0 else None), result
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.training_utils import EMAModel
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -22,6 +21,7 @@ from tccp.models.conditions import Conditions
 from tccp.models.mvcontrolnet import MVControlNet
 from tccp.models.variants import FIRST_OF, VARIANTS
 from tccp.seeds import rng_seed
+from tccp.training.averaged_weights import AveragedWeights
 from tccp.training.engine import Engine, TorchEngine, with_weights
 from tccp.training.latent_cache import TrainingBatch, Unplanned, Windows
 from tccp.training.loop import FitResult, SettingKeys, fit
@@ -348,7 +348,7 @@ def train_variant(
     losses = VariantLoss(model, variant, settings, windows, first, run.rank, run.num_ranks)
     engine = engine_of(losses.module, resolved.training)
     losses.forward = engine.forward
-    ema = EMAModel(engine.local_parameters(), decay=resolved.training.ema_decay, foreach=True)
+    ema = AveragedWeights(engine.local_parameters(), decay=resolved.training.ema_decay)
     result = fit(
         engine,
         losses,
@@ -363,5 +363,5 @@ def train_variant(
         waited_s=lambda: losses.waited_s,
         validate=validate,
     )
-    weights = engine.gather(ema.shadow_params)
+    weights = engine.gather(ema.weights)
     return (with_weights(MVControlNet.from_settings(resolved, variant), weights) if run.rank == 0 else None), result

@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from tccp.config import TrainingSettings
 from tccp.errors import TccpError
 from tccp.progress import progress
 from tccp.seeds import rng_seed
+from tccp.training.averaged_weights import AveragedWeights
 from tccp.training.checkpoint_files import EMA_FILE, PROGRESS_FILE
 from tccp.training.engine import Engine, save_tensors
 from tccp.training.run_folder import Run, TransientRun
@@ -67,7 +67,7 @@ def fit(
     settings: TrainingSettings,
     *,
     seed: int,
-    ema: EMAModel,
+    ema: AveragedWeights,
     run: Run | None = None,
     title: str = "training",
     stop_at: int | None = None,
@@ -131,7 +131,7 @@ def fit(
                 figures = {"loss": loss, "grad_norm": engine.grad_norm, "learning_rate": engine.learning_rate}
                 run.record({"step": step, **figures, "seconds": seconds, **meter.read(step + 1)})
             if run.asked_to_save() or (step + 1) % settings.checkpoint_every == 0 or ends:
-                weights = engine.gather(ema.shadow_params)
+                weights = engine.gather(ema.weights)
                 measured = dict(validate(step + 1, weights)) if validate and run.rank == 0 else {}
                 with run.saving(step + 1, {"loss": loss, **measured}) as folder:
                     engine.save(folder)
@@ -142,7 +142,7 @@ def fit(
     return FitResult(losses, time.monotonic() - started, len(losses))
 
 
-def _resume(engine: Engine, ema: EMAModel, checkpoint: Path | None) -> tuple[int, float]:
+def _resume(engine: Engine, ema: AveragedWeights, checkpoint: Path | None) -> tuple[int, float]:
     """Restores the engine and the EMA from a checkpoint; returns the steps done and the seconds they took."""
     if checkpoint is None:
         return 0, 0.0

@@ -11,12 +11,12 @@ import pytest
 import ranks
 import torch
 import trainings
-from diffusers.training_utils import EMAModel
 
 from tccp.clips.clip_table import ClipTable
 from tccp.config import DeepSpeedSettings, Settings, load_settings
 from tccp.errors import TccpError
 from tccp.models.autoencoder import PictureAutoencoder
+from tccp.training.averaged_weights import AveragedWeights
 from tccp.training.engine import TorchEngine, deepspeed_config
 from tccp.training.fit_variant import VariantLoss, new_network
 from tccp.training.latent_cache import LatentCache
@@ -54,10 +54,10 @@ def plain(given: dict[str, Any], steps: int) -> tuple[list[float], list[float]]:
     settings = load_settings("toy", SMALL)
     model = new_network(ranks.NAME, settings)
     losses = VariantLoss(model, ranks.NAME, settings, cache_of(settings, given, Path(given["storage"])))
-    ema = EMAModel(losses.module.parameters(), decay=settings.training.ema_decay)
+    ema = AveragedWeights(losses.module.parameters(), decay=settings.training.ema_decay)
     engine = TorchEngine(losses.module, settings.training)
     result = fit(engine, losses, settings.training, seed=settings.seed, ema=ema, stop_at=steps)
-    return result.losses, [float(w.double().abs().sum()) for w in ema.shadow_params]
+    return result.losses, [float(w.double().abs().sum()) for w in ema.weights]
 
 
 def worst(found: list[float], expected: list[float]) -> float:

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers.training_utils import EMAModel
 from tiny_networks import small
 from torch import nn
 
@@ -24,6 +23,7 @@ from tccp.errors import TccpError
 from tccp.files import Folder, atomic_folder, atomic_path
 from tccp.inference.pipeline_folder import save_component
 from tccp.models.liplet import Liplet
+from tccp.training.averaged_weights import AveragedWeights
 from tccp.training.checkpoint_files import write_contents
 from tccp.training.engine import OPTIMISER_FILE, TorchEngine
 from tccp.training.fit_autoencoder import fit_autoencoder
@@ -57,7 +57,9 @@ def trained(run: RunFolder, training: TrainingSettings, stop_at: int | None = No
         return (network(x) - x.sum(1, keepdim=True)).square().mean() * (float("nan") if step == nan_at else 1)
 
     engine = TorchEngine(network, training)
-    return fit(engine, loss_of, training, seed=0, ema=EMAModel(network.parameters()), run=run, stop_at=stop_at)
+    return fit(
+        engine, loss_of, training, seed=0, ema=AveragedWeights(network.parameters(), 0.9999), run=run, stop_at=stop_at
+    )
 
 
 @pytest.fixture(scope="module")

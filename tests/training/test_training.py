@@ -5,7 +5,6 @@ import json
 
 import pytest
 import torch
-from diffusers.training_utils import EMAModel
 from tiny_networks import AS_TOY, small
 
 from tccp import headbox
@@ -21,6 +20,7 @@ from tccp.models.mvcontrolnet import MVControlNet
 from tccp.models.variants import PICTURE_KINDS, VARIANTS
 from tccp.seeds import rng_seed
 from tccp.training import precision as precision_module
+from tccp.training.averaged_weights import AveragedWeights
 from tccp.training.engine import TorchEngine, learning_rate_factor
 from tccp.training.fit_autoencoder import fit_latent_statistics, train_autoencoder
 from tccp.training.fit_variant import VariantLoss, _NoisePrefetch, sample_noise, train_variant
@@ -290,9 +290,11 @@ def test_overfit(cache, name):
         return float(value)
 
     before = measured()
-    ema = EMAModel(model.parameters(), decay=settings.training.ema_decay)
+    ema = AveragedWeights(model.parameters(), decay=settings.training.ema_decay)
     fit(TorchEngine(model, settings.training), losses, settings.training, seed=0, ema=ema)
-    ema.copy_to(model.parameters())
+    with torch.no_grad():
+        for parameter, average in zip(model.parameters(), ema.weights, strict=True):
+            parameter.copy_(average)
     after = measured()
     print(f"{name}: {before:.4f} -> {after:.4f} ({after / before:.1%})")
     assert after < 0.05 * before
@@ -419,7 +421,7 @@ def test_a_loss_that_is_not_finite_stops_training_and_names_its_windows(cache, t
             broken,
             settings.training,
             seed=0,
-            ema=EMAModel(model.parameters()),
+            ema=AveragedWeights(model.parameters(), 0.9999),
             run=run,
             describe_step=losses.describe_step,
         )
@@ -439,7 +441,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(cache):
         return losses(step, micro) + ((0 * weight).sqrt().sum() if step == 1 else 0)  # finite loss, infinite gradient
 
     with pytest.raises(NonFiniteLoss, match="gradient's norm is nan at step 1"):
-        fit(engine, broken, settings.training, seed=0, ema=EMAModel(model.parameters()))
+        fit(engine, broken, settings.training, seed=0, ema=AveragedWeights(model.parameters(), 0.9999))
     assert all(torch.isfinite(weight).all() for weight in model.parameters())
 
 
