@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 
 import torch
@@ -19,12 +19,26 @@ from tccp.config import SamplingSettings
 from tccp.diffusion.schedule import CLEAN_TIME, NoiseSchedule
 from tccp.diffusion.solvers import SolverPlan, solver_plan
 from tccp.models.conditions import Conditions
-from tccp.models.mvcontrolnet import MVControlNet
+from tccp.models.mvcontrolnet import MVControlNet, Prepared
+from tccp.models.traced import TracedNetwork
 from tccp.models.variants import ONE_PER_WINDOW
 from tccp.seeds import rng_seed
 
 Denoiser = Callable[[Tensor, Tensor, Conditions, Tensor], Tensor]
-"""(noisy latents, t per frame, conditions, control latents) -> prediction. MVControlNet, or a closed form in tests."""
+"""(noisy latents, t per frame, conditions, control latents) -> prediction, in closed form: tests have some."""
+Network = MVControlNet | TracedNetwork
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the constant part of a window's evaluation is (`MVControlNet.prepare`), after its first step.
+
+    kept, dropped: its windows in the batch `prepared`, with conditions and, for guidance, without.
+    """
+
+    prepared: Prepared
+    kept: int
+    dropped: int | None
 
 
 @dataclass(frozen=True)
@@ -48,6 +62,7 @@ class WindowState:
     conditions: Conditions
     control: Float[Tensor, "c2 f h w"]
     initial: Float[Tensor, "c h w"] | None
+    place: _Place | None = field(default=None, compare=False, repr=False)
 
     @property
     def finished(self) -> bool:
@@ -80,7 +95,7 @@ def start_window(
 
 
 @torch.no_grad()
-def advance(model: Denoiser, schedule: NoiseSchedule, states: Sequence[WindowState]) -> list[WindowState]:
+def advance(model: Network | Denoiser, schedule: NoiseSchedule, states: Sequence[WindowState]) -> list[WindowState]:
     """Advances every state by one step, with one evaluation of the network for all of them.
 
     States may be at different steps of different plans. A state with guidance takes a second row in the batch, with its
@@ -91,7 +106,7 @@ def advance(model: Denoiser, schedule: NoiseSchedule, states: Sequence[WindowSta
     if any(state.finished for state in states):
         raise ValueError("a finished window cannot be advanced")
     steps = [state.plan[state.step] for state in states]
-    predicted = _predict(model, states, [step.t for step in steps])
+    predicted, places = _predict(model, states, [step.t for step in steps])
 
     def column(values: Iterable[float]) -> Tensor:
         # in double precision, so that coefficients of nearly equal size cancel exactly
@@ -119,38 +134,90 @@ def advance(model: Denoiser, schedule: NoiseSchedule, states: Sequence[WindowSta
             latents=_with_initial(after[i].to(state.latents), state.initial),
             history=clean[i].to(state.latents),
             step=state.step + 1,
+            place=places[i] if places else None,
         )
         for i, state in enumerate(states)
     ]
 
 
-def _predict(model: Denoiser, states: Sequence[WindowState], t: Sequence[int]) -> Float[Tensor, "b c f h w"]:
-    """The network's prediction per state, in double precision, with guidance (Ho and Salimans 2022)."""
+def _predict(
+    model: Network | Denoiser, states: Sequence[WindowState], t: Sequence[int]
+) -> tuple[Float[Tensor, "b c f h w"], list[_Place]]:
+    """The network's prediction per state, in double precision, with guidance (Ho and Salimans 2022).
+
+    Also returns the states' places; none for a `model` in closed form.
+    """
     guided = [i for i, state in enumerate(states) if state.guidance_scale != 1.0]
     rows = [*range(len(states)), *guided]
     latents = torch.stack([states[i].latents for i in rows])
-    control = torch.stack([states[i].control for i in rows])
     times = torch.tensor([t[i] for i in rows], device=latents.device)[:, None].repeat(1, latents.shape[2])
     for row, i in enumerate(rows):
         if states[i].initial is not None:
             times[row, 0] = CLEAN_TIME
-    dropped = torch.arange(len(rows), device=latents.device) >= len(states)
-    conditions = Conditions.cat([states[i].conditions for i in rows]).drop(dropped)
     dtype = getattr(model, "dtype", latents.dtype)  # states stay in single precision whatever the network computes in
-    predicted = model(latents.to(dtype), times, conditions.in_precision(dtype), control.to(dtype)).double()
+    if isinstance(model, Network):
+        places = _prepared(model, states)
+        predicted = model(latents.to(dtype), times, _batch(places, latents.shape[2])).double()
+    else:
+        places = []
+        predicted = model(latents.to(dtype), times, *_inputs(states, guided, dtype)).double()
     out = predicted[: len(states)].clone()
     for row, i in enumerate(guided, start=len(states)):
         out[i] = predicted[row] + states[i].guidance_scale * (predicted[i] - predicted[row])
-    return out
+    return out, places
 
 
-def run_window(model: Denoiser, schedule: NoiseSchedule, state: WindowState) -> Float[Tensor, "c f h w"]:
-    """Runs all steps of one window and returns its latents."""
-    return run_windows(model, schedule, [state])[0]
+def _inputs(states: Sequence[WindowState], guided: Sequence[int], dtype: torch.dtype) -> tuple[Conditions, Tensor]:
+    """Conditions and control latents of all states, then of the guided ones with their conditions dropped."""
+    rows = [*states, *(states[i] for i in guided)]
+    control = torch.stack([state.control for state in rows])
+    dropped = torch.arange(len(rows), device=control.device) >= len(states)
+    return Conditions.cat([state.conditions for state in rows]).drop(dropped).in_precision(dtype), control.to(dtype)
+
+
+def _prepared(model: Network, states: Sequence[WindowState]) -> list[_Place]:
+    """The places of all states. Those that have none yet are prepared together."""
+    new = [state for state in states if state.place is None]
+    made: Iterator[_Place] = iter(())
+    if new:
+        guided = [i for i, state in enumerate(new) if state.guidance_scale != 1.0]
+        conditions, control = _inputs(new, guided, model.dtype)
+        prepared = model.prepare(conditions, control, control.shape[2])
+        dropped = {i: row for row, i in enumerate(guided, start=len(new))}
+        made = (_Place(prepared, i, dropped.get(i)) for i in range(len(new)))
+    return [next(made) if state.place is None else state.place for state in states]
+
+
+def _batch(places: list[_Place], num_frames: int) -> Prepared:
+    """Joins the constant parts of all windows, in the order of `_inputs`; replaces the places by those in the result.
+
+    A batch that stays together is not copied.
+    """
+    kept = [(place.prepared, place.kept) for place in places]
+    dropped = [(place.prepared, place.dropped) for place in places if place.dropped is not None]
+    wanted = [*kept, *dropped]
+    whole = wanted[0][0]
+    unchanged = all(part is whole and number == row for row, (part, number) in enumerate(wanted))
+    if unchanged and whole.num_windows(num_frames) == len(wanted):
+        return whole
+    joined = Prepared.cat([part.window(number, num_frames) for part, number in wanted])
+    rows = iter(range(len(places), len(wanted)))
+    places[:] = [_Place(joined, i, None if old.dropped is None else next(rows)) for i, old in enumerate(places)]
+    return joined
+
+
+def run_window(
+    model: Network | Denoiser, schedule: NoiseSchedule, state: WindowState, check: Callable[[], object] = lambda: None
+) -> Float[Tensor, "c f h w"]:
+    """Runs all steps of one window and returns its latents. check: called before each step; it may raise."""
+    while not state.finished:
+        check()
+        (state,) = advance(model, schedule, [state])
+    return state.latents
 
 
 def run_windows(
-    model: Denoiser, schedule: NoiseSchedule, states: Sequence[WindowState], batch_size: int = 16
+    model: Network | Denoiser, schedule: NoiseSchedule, states: Sequence[WindowState], batch_size: int = 16
 ) -> list[Float[Tensor, "c f h w"]]:
     """Runs all steps of windows that are at the same step, with up to `batch_size` of them in one evaluation."""
     finished: list[Tensor] = []
@@ -175,7 +242,7 @@ class FrameInputs:
 class _Window:
     """A window of a chain, the network that generates it, and its new frames."""
 
-    model: MVControlNet
+    model: Network
     state: WindowState
     new: slice
 
@@ -184,14 +251,14 @@ class _Window:
 class Stage:
     """The two networks that generate one kind of picture: one the first frame, one the windows that continue it."""
 
-    first: MVControlNet
-    sequence: MVControlNet
+    first: Network
+    sequence: Network
     schedule: NoiseSchedule
     first_settings: SamplingSettings
     settings: SamplingSettings
 
     def _state(
-        self, model: MVControlNet, frames: Sequence[FrameInputs], identity: Tensor, initial: Tensor | None, seed: int
+        self, model: Network, frames: Sequence[FrameInputs], identity: Tensor, initial: Tensor | None, seed: int
     ) -> WindowState:
         settings = self.first_settings if initial is None else self.settings
         inputs = {"identity": identity[None]}
@@ -223,19 +290,23 @@ class Stage:
             last, latents = new[-1], generated[:, len(new)]
 
     def chain(
-        self, frames: Iterable[FrameInputs], identity: Float[Tensor, "3 h w"], seed: int
+        self,
+        frames: Iterable[FrameInputs],
+        identity: Float[Tensor, "3 h w"],
+        seed: int,
+        check: Callable[[], object] = lambda: None,
     ) -> Iterator[Float[Tensor, "c f h w"]]:
         """Latents of one uninterrupted chain, window by window: the new frames of each window as it finishes.
 
         The first-frame network generates frame 0, alone; each window continues from the last frame before it and adds
         `window - 1` frames. That frame's latents are passed on unchanged, never decoded. If the frames end inside a
         window, its last inputs are repeated and the surplus frames are dropped. Memory use does not grow with the
-        number of frames.
+        number of frames. check: called before each step; it may raise to stop the chain.
         """
         windows = self._windows(frames, identity, seed)
         window = next(windows, None)
         while window is not None:
-            generated = run_window(window.model, self.schedule, window.state)
+            generated = run_window(window.model, self.schedule, window.state, check)
             yield generated[:, window.new]
             window = _answer(windows, generated)
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import torch
 
 from tccp.config import Settings
-from tccp.diffusion.sampling import Stage
+from tccp.diffusion.sampling import Network, Stage
 from tccp.diffusion.schedule import NoiseSchedule
 from tccp.errors import TccpError
 from tccp.inference.encoding import Encoder
@@ -19,6 +19,7 @@ from tccp.inference.pipeline_folder import check_network, load_network, verified
 from tccp.models.autoencoder import PictureAutoencoder
 from tccp.models.lip_sources import LipSource, open_lip_source
 from tccp.models.mvcontrolnet import MVControlNet
+from tccp.models.traced import TracedNetwork
 from tccp.models.variants import FIRST_OF, TWO_STAGE, VariantName
 
 
@@ -31,19 +32,27 @@ class Components:
     networks: Mapping[VariantName, MVControlNet]
     lips: LipSource | None
     device: torch.device
+    _traced: dict[VariantName, TracedNetwork] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def encoder(self) -> Encoder:
         return Encoder(self.autoencoder, self.settings)
 
-    def stage(self, sequence: VariantName) -> Stage:
-        """The chain of the first-frame network and then the network `sequence`."""
+    def _network(self, name: VariantName, traced: bool) -> Network:
+        if not traced:
+            return self.networks[name]
+        return self._traced.setdefault(name, TracedNetwork(self.networks[name]))
+
+    def stage(self, sequence: VariantName, traced: bool = False) -> Stage:
+        """The chain of the first-frame network and then the network `sequence`.
+
+        traced: networks that are evaluated often are recorded (`tccp.models.traced`); they must not change any more.
+        """
         first = FIRST_OF[sequence]
         settings, first_settings = self.settings.for_variant(sequence), self.settings.for_variant(first)
         schedule = NoiseSchedule.from_settings(settings.diffusion)
-        return Stage(
-            self.networks[first], self.networks[sequence], schedule, first_settings.sampling, settings.sampling
-        )
+        networks = self._network(first, traced), self._network(sequence, traced)
+        return Stage(*networks, schedule, first_settings.sampling, settings.sampling)
 
 
 def load_components(

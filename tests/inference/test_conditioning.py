@@ -67,16 +67,20 @@ class Shown:
 def watched(components: Components) -> Iterator[dict[VariantName, Shown]]:
     """Records the inputs of each network at its first evaluation while the context is open."""
     seen: dict[VariantName, Shown] = {}
+    latest: dict[VariantName, tuple[Any, ...]] = {}  # the arguments of the condition encoders
 
     def record(name: VariantName, arguments: tuple[Any, ...]) -> None:
-        _, _, conditions, control = arguments
+        conditions, num_frames = latest[name]
+        control = arguments[0][:num_frames].transpose(0, 1)
         parts = (conditions.audio, conditions.lips, conditions.identity)
-        seen.setdefault(name, Shown(control[0].clone(), *(None if one is None else one[0].clone() for one in parts)))
+        seen.setdefault(name, Shown(control.clone(), *(None if one is None else one[0].clone() for one in parts)))
 
-    handles = [
-        network.register_forward_pre_hook(lambda module, arguments, name=name: record(name, arguments))
-        for name, network in components.networks.items()
-    ]
+    handles = []
+    for name, network in components.networks.items():
+        handles += [
+            network.conditions.register_forward_pre_hook(lambda _, given, name=name: latest.update({name: given})),
+            network.control.embed.register_forward_pre_hook(lambda _, given, name=name: record(name, given)),
+        ]
     try:
         yield seen
     finally:
