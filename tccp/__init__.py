@@ -14,6 +14,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from tccp.threads import wait_passively
+
 if TYPE_CHECKING:
     from tccp.errors import StorageError, TccpError
     from tccp.inference.film import FilmRequest, FilmResult
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from tccp.progress import ProgressEvent
 
 __version__ = "0.1.0"
+
+wait_passively()
 
 _HOME = {
     "FilmRequest": "tccp.inference.film",

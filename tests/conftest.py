@@ -31,6 +31,11 @@ _checked = jaxtyping.jaxtyped
 _test = 0  # number of the running test
 
 
+def _is_recorded() -> bool:
+    """Whether torch records this call (`tccp.models.traced`). Then sizes are tensors."""
+    return "torch" in sys.modules and sys.modules["torch"].jit.is_tracing()
+
+
 def _checked_at_first(*, typechecker: Any) -> Any:
     """Checks a function's first calls. Functions within functions are made at every call, so they are not checked."""
     check = _checked(typechecker=typechecker)
@@ -47,7 +52,7 @@ def _checked_at_first(*, typechecker: Any) -> Any:
         def called(*arguments: Any, **options: Any) -> Any:
             nonlocal calls, test
             calls, test = (calls + 1 if test == _test else 1), _test
-            return (checked if calls <= CHECKED_CALLS else one)(*arguments, **options)
+            return (checked if calls <= CHECKED_CALLS and not _is_recorded() else one)(*arguments, **options)
 
         return called
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from tccp import __version__
 from tccp.config import git_commit
+from tccp.threads import num_threads, usable_cores, waits_passively
 from tccp.weights import WEIGHTS, available
 
 PACKAGES = ("torch", "diffusers", "av", "opencv-contrib-python", "pyarrow")
@@ -48,6 +49,8 @@ def examine(storage: Path) -> list[dict[str, Any]]:
     import torch
 
     add("device", True, torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores")
+    waiting = "sleep" if waits_passively() else "spin, which is slow beside other work, because of OMP_WAIT_POLICY,"
+    add("threads", True, f"{num_threads()} for {usable_cores()} usable cores; they {waiting} while they wait")
     for weight in WEIGHTS.values():
         path = available(weight) or available(weight, storage / "weights")
         absent = f"absent (needed for {weight.purpose}): tccp weights fetch {weight.name}"

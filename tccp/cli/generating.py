@@ -44,6 +44,7 @@ def generate(
     exact_size: bool = False,
     lip_weights: Path | None = None,
     device: Device = "auto",
+    overlap: bool = True,
     json: Json = False,
 ) -> None:
     """Generate a talking head into a scene, and write it as an MP4 with the driving sound.
@@ -76,6 +77,7 @@ def generate(
         lossless: keep every pixel outside the mask equal to the decoded scene.
         exact_size: keep an odd width or height, which browsers and phones do not show. Default: add one row or column.
         lip_weights: the published Wav2Lip checkpoint, for pipelines trained with lips.source=wav2lip.
+        overlap: run stage 1 ahead of stage 2, in a thread. The film is the same without.
     """
     from tccp.inference.coverage import Coverage
     from tccp.inference.film import FilmInputs, FilmRequest
@@ -109,6 +111,7 @@ def generate(
         lossless=lossless,
         exact_size=exact_size,
         lip_weights=lip_weights,
+        overlap=overlap,
     )
     with ExitStack() as opened:
         with progress() as bar:

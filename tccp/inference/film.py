@@ -67,7 +67,8 @@ class FilmRequest:
     redraw: read landmarks from stage 1's pictures and draw them again for stage 2. color_match: match the head's
     colours to the ring around the mask. lossless: write a lossless film, which keeps every pixel outside the mask.
     exact_size: keep an odd width or height, which few players show; otherwise one row or column is added.
-    lip_weights: the published Wav2Lip checkpoint. device: cpu, cuda or cuda:N.
+    lip_weights: the published Wav2Lip checkpoint. device: cpu, cuda or cuda:N. overlap: run stage 1 ahead of stage 2,
+    in a thread; the film is the same without.
     """
 
     scene: Path
@@ -98,6 +99,7 @@ class FilmRequest:
     exact_size: bool = False
     lip_weights: Path | None = None
     device: str = "cpu"
+    overlap: bool = True
 
     def __post_init__(self) -> None:
         """Converts paths given as strings."""

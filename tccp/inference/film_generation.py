@@ -18,11 +18,18 @@ from tccp.inference.landmark_file import landmark_writer
 from tccp.inference.scene import scene_frames
 from tccp.media import VideoWriter, mark_generated
 from tccp.media.sandbox import Decoder
+from tccp.models.variants import TWO_STAGE
 from tccp.progress import ProgressHandler, Tasks, progress
+from tccp.threads import arithmetic_threads
 
 
-def film_frames(components: Components, inputs: FilmInputs, tasks: Tasks) -> Iterator[GeneratedFrame]:
-    """Yields the frames of the film in order, as windows finish. Raises TccpError if no head or face is found."""
+def film_frames(
+    components: Components, inputs: FilmInputs, tasks: Tasks, read_landmarks: bool = True
+) -> Iterator[GeneratedFrame]:
+    """Yields the frames of the film in order, as windows finish. Raises TccpError if no head or face is found.
+
+    read_landmarks: fill the landmark fields of the frames.
+    """
     request = inputs.request
     components = dataclasses.replace(components, settings=with_sampling(components.settings, request))
     identity = identity_of(inputs)
@@ -36,18 +43,23 @@ def film_frames(components: Components, inputs: FilmInputs, tasks: Tasks) -> Ite
         landmark_points=inputs.landmarks,
         redraw=request.redraw or None,
         color_match=request.color_match,
+        read_landmarks=read_landmarks,
+        overlap=request.overlap,
+        traced=True,
     )
     task = tasks.add_task("generating", total=inputs.num_frames)
     scene = scene_frames(request.scene, inputs.scene, track, inputs.num_frames, request.extend, inputs.decoder)
-    for frame in generator.frames(scene):
-        yield frame
-        tasks.advance(task)
+    # The two stages share the cores, also if they do not overlap, so that the film is the same.
+    with arithmetic_threads(shares=2 if set(request.variants) >= set(TWO_STAGE) else 1):
+        for frame in generator.frames(scene):
+            yield frame
+            tasks.advance(task)
 
 
 def write_film(
     request: FilmRequest,
     load: Callable[[FilmRequest], Components],
-    on_frame: OnFrame = lambda frame: None,
+    on_frame: OnFrame | None = None,
     on_progress: ProgressHandler | None = None,
     inputs: FilmInputs | None = None,
     loaded: bool = False,
@@ -78,7 +90,7 @@ def write_film(
         with progress(on_progress) as loading:
             loading.add_task("loading the networks")
             components = load(request)
-        frames = film_frames(components, inputs, tasks)
+        frames = film_frames(components, inputs, tasks, on_frame is not None or request.save_landmarks is not None)
         first = next(frames)  # by now, every input is checked; create the folder only then
         request.out.parent.mkdir(parents=True, exist_ok=True)
         generated, reasons = 0, Counter[str]()
@@ -87,7 +99,8 @@ def write_film(
             while frame is not None:
                 film.write(frame.picture)
                 save(frame)
-                on_frame(frame)
+                if on_frame is not None:
+                    on_frame(frame)
                 generated += frame.face is not None
                 reasons.update([frame.reason] if frame.reason else [])
                 frame = next(frames, None)

@@ -1,16 +1,19 @@
 """Runs the two stages on a stream of scene frames and pastes the generated heads into them.
 
-Frames stream through both stages, at most two windows at a time, so memory use does not grow with film length.
+Stage 1 makes window k + 1 in a thread of its own while stage 2 makes window k. Few windows are on the way at a time, so
+memory use does not grow with film length.
 """
 
 from __future__ import annotations
 
+import collections.abc
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain, groupby, islice
 from operator import itemgetter
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Float32, UInt8
@@ -18,6 +21,7 @@ from torch import Tensor
 
 from tccp import headbox
 from tccp.diffusion.sampling import FrameInputs
+from tccp.inference.ahead import ahead
 from tccp.inference.components import Components
 from tccp.inference.conditioning import (
     LandmarkReader,
@@ -31,6 +35,8 @@ from tccp.media import AudioTrack
 from tccp.media.mel import mel_windows
 from tccp.models.variants import VARIANTS, ControlKind, VariantName
 from tccp.seeds import rng_seed
+
+T = TypeVar("T")
 
 
 @runtime_checkable
@@ -61,6 +67,18 @@ class _LandmarkWindow:
     confidence: Float32[np.ndarray, " f"]
 
 
+@dataclass(frozen=True)
+class _ReadyWindow:
+    """A window with the inputs of the network that generates its faces."""
+
+    scene: _SceneWindow
+    landmarks: _LandmarkWindow | None
+    inputs: list[FrameInputs]
+
+
+WindowStream = collections.abc.Generator[_ReadyWindow, None, None]
+
+
 class Generator:
     """Generates one person's head for one sound. The same inputs and seed give the same frames."""
 
@@ -75,11 +93,16 @@ class Generator:
         landmark_points: LandmarkSource | None = None,
         redraw: bool | None = None,
         color_match: bool = True,
+        read_landmarks: bool = True,
+        overlap: bool = True,
+        traced: bool = False,
     ):
         """identity: a head crop of any size. landmark_points: given landmarks, which replace stage 1.
 
         redraw: read landmarks from stage 1's pictures and draw them again for stage 2; None: as in the settings.
-        color_match: match the head's colours to the ring around the mask.
+        color_match: match the head's colours to the ring around the mask. read_landmarks: decode the landmark pictures
+        and read them, for the landmark fields of the frames. overlap: run stage 1 ahead of stage 2, in a thread; the
+        frames are the same without. traced: record networks that are evaluated often (`Components.stage`).
         """
         self.components = components
         self.encoder = components.encoder
@@ -89,6 +112,9 @@ class Generator:
         self.landmark_points = landmark_points
         self.redraw = components.settings.sampling.redraw_landmarks if redraw is None else redraw
         self.color_match = color_match
+        self.read_landmarks = read_landmarks
+        self.overlap = overlap
+        self.traced = traced
         self.size_px = components.settings.picture_px
         self.identity_picture = identity_picture(identity, self.size_px)
         self.identity = self.encoder.tensor(self.identity_picture)
@@ -105,18 +131,24 @@ class Generator:
     def _chain(self, frames: Iterator[SceneFrame]) -> Iterator[GeneratedFrame]:
         first = next(frames)
         seed = rng_seed(self.seed, "run", first.index)
-        waiting: deque[_SceneWindow] = deque()  # at most two windows, like `landmarks`
-        landmarks: deque[_LandmarkWindow] = deque()
-        scene = self._scene_windows(chain([first], frames), waiting)
-        if self.one_stage:
-            inputs = chain.from_iterable(map(self._one_stage_inputs, scene))
-            faces = self.components.stage("one_stage_sequence").chain(inputs, self.identity, seed)
-        else:
-            inputs = chain.from_iterable(self._face_inputs(scene, waiting, landmarks, seed))
-            faces = self.components.stage("face_sequence").chain(inputs, self.identity, rng_seed(seed, "face"))
-        for latents in faces:
-            heads = self.encoder.decode(latents.transpose(0, 1), "face")
-            yield from self._finished(waiting.popleft(), heads, landmarks.popleft() if landmarks else None)
+        scene = self._scene_windows(chain([first], frames))
+
+        def ready(check: Callable[[], None]) -> WindowStream:
+            if self.one_stage:
+                return (_ReadyWindow(one, None, self._inputs("one_stage_sequence", one)) for one in scene)
+            if self.landmark_points is not None:
+                return self._with_given_landmarks(scene, self.landmark_points)
+            return self._with_landmarks(scene, rng_seed(seed, "landmark"), check)
+
+        waiting: deque[_ReadyWindow] = deque()
+        name: VariantName = "one_stage_sequence" if self.one_stage else "face_sequence"
+        stage, face_seed = self.components.stage(name, self.traced), seed if self.one_stage else rng_seed(seed, "face")
+        with closing(ahead(ready) if self.overlap else ready(lambda: None)) as windows:
+            inputs = chain.from_iterable(window.inputs for window in _noting(windows, waiting))
+            for latents in stage.chain(inputs, self.identity, face_seed):
+                heads = self.encoder.decode(latents.transpose(0, 1), "face")
+                window = waiting.popleft()
+                yield from self._finished(window.scene, heads, window.landmarks)
 
     def _finished(
         self, window: _SceneWindow, heads: UInt8[np.ndarray, "f s s 3"], landmarks: _LandmarkWindow | None
@@ -134,8 +166,8 @@ class Generator:
                 face=heads[i],
             )
 
-    def _scene_windows(self, frames: Iterator[SceneFrame], waiting: deque[_SceneWindow]) -> Iterator[_SceneWindow]:
-        """Prepares the frames that each window adds; appends them to `waiting`, where they wait for their heads."""
+    def _scene_windows(self, frames: Iterator[SceneFrame]) -> Iterator[_SceneWindow]:
+        """Prepares the frames that each window adds."""
         for batch in _window_frames(frames, self.components.settings.window):
             boxes = np.stack([frame.box for frame in batch if frame.box is not None])
             masked, mask_box = masked_scenes(np.stack([frame.picture for frame in batch]), boxes, self.size_px)
@@ -143,40 +175,33 @@ class Generator:
             lips = None
             if source is not None:
                 lips = lip_pictures(source, self.audio, start, len(batch), self.identity_picture)
-            window = _SceneWindow(batch, masked, mask_box, mel_windows(self.audio, start, len(batch)), lips)
-            waiting.append(window)
-            yield window
+            yield _SceneWindow(batch, masked, mask_box, mel_windows(self.audio, start, len(batch)), lips)
 
-    def _one_stage_inputs(self, window: _SceneWindow) -> list[FrameInputs]:
-        return self._inputs("one_stage_sequence", window)
+    def _with_given_landmarks(self, scene: Iterator[_SceneWindow], given: LandmarkSource) -> WindowStream:
+        for window in scene:
+            read = [given.read(frame.index) for frame in window.frames]
+            points = np.stack([points for points, _ in read])
+            confidence = np.array([confidence for _, confidence in read], np.float32)
+            landmarks = _LandmarkWindow(landmark_pictures(points, self.size_px), points, confidence)
+            yield _ReadyWindow(window, landmarks, self._inputs("face_sequence", window, landmarks))
 
-    def _face_inputs(
-        self,
-        scene: Iterator[_SceneWindow],
-        waiting: deque[_SceneWindow],
-        landmarks: deque[_LandmarkWindow],
-        seed: int,
-    ) -> Iterator[list[FrameInputs]]:
-        """Runs stage 1, or reads the given landmarks; yields the inputs of stage 2, window by window."""
-        if self.landmark_points is not None:
-            for window in scene:
-                read = [self.landmark_points.read(frame.index) for frame in window.frames]
-                points = np.stack([points for points, _ in read])
-                confidence = np.array([confidence for _, confidence in read], np.float32)
-                landmarks.append(_LandmarkWindow(landmark_pictures(points, self.size_px), points, confidence))
-                yield self._inputs("face_sequence", window, landmarks[-1])
-            return
+    def _with_landmarks(self, scene: Iterator[_SceneWindow], seed: int, check: Callable[[], None]) -> WindowStream:
+        """Runs stage 1. check: called before each step; it may raise."""
+        waiting: deque[_SceneWindow] = deque()
         reader = LandmarkReader()
-        inputs = chain.from_iterable(self._inputs("landmark_sequence", window) for window in scene)
-        stage = self.components.stage("landmark_sequence")
-        for latents in stage.chain(inputs, self.identity, rng_seed(seed, "landmark")):
-            pictures = self.encoder.decode(latents.transpose(0, 1), "landmark")
-            generated: Tensor | None = latents.transpose(0, 1)
-            points, confidence = reader.read(pictures)
-            if self.redraw:
-                pictures, generated = landmark_pictures(points, self.size_px), None
-            landmarks.append(_LandmarkWindow(pictures, points, confidence))
-            yield self._inputs("face_sequence", waiting[len(landmarks) - 1], landmarks[-1], generated)
+        inputs = chain.from_iterable(self._inputs("landmark_sequence", window) for window in _noting(scene, waiting))
+        stage = self.components.stage("landmark_sequence", self.traced)
+        for latents in stage.chain(inputs, self.identity, seed, check):
+            window = waiting.popleft()
+            landmarks, generated = None, latents.transpose(0, 1)
+            if self.read_landmarks or self.redraw:
+                pictures = self.encoder.decode(generated, "landmark")
+                points, confidence = reader.read(pictures)
+                if self.redraw:
+                    pictures = landmark_pictures(points, self.size_px)
+                landmarks = _LandmarkWindow(pictures, points, confidence)
+            own = None if self.redraw else generated
+            yield _ReadyWindow(window, landmarks, self._inputs("face_sequence", window, landmarks, own))
 
     def _inputs(
         self,
@@ -191,6 +216,13 @@ class Generator:
             fields["landmark_pictures"] = landmarks.pictures
         known: dict[ControlKind, Tensor] = {} if landmark_latents is None else {"landmark": landmark_latents}
         return self.encoder.inputs(VARIANTS[variant], fields, window.mel, window.lips, known)
+
+
+def _noting(items: Iterable[T], waiting: deque[T]) -> Iterator[T]:
+    """The items, each of which is also appended to `waiting`."""
+    for item in items:
+        waiting.append(item)
+        yield item
 
 
 def _split_at_interruptions(frames: Iterable[SceneFrame]) -> Iterator[tuple[bool, Iterator[SceneFrame]]]:

@@ -122,7 +122,7 @@ def generate_film(
     request: FilmRequest,
     *,
     pipeline: Pipeline | None = None,
-    on_frame: OnFrame = lambda frame: None,
+    on_frame: OnFrame | None = None,
     on_progress: ProgressHandler | None = None,
     inputs: FilmInputs | None = None,
 ) -> FilmResult:

@@ -24,6 +24,7 @@ from tccp.models.autoencoder import PictureAutoencoder
 from tccp.models.variants import FIRST_OF, VARIANTS
 from tccp.processes import end_with_parent, forking_context, in_processes
 from tccp.progress import ProgressHandler, progress_handler, set_progress_handler
+from tccp.threads import num_threads
 from tccp.training.fit_autoencoder import train_autoencoder
 from tccp.training.fit_variant import needs_first, train_variant
 from tccp.training.latent_cache import LatentCache
@@ -285,7 +286,7 @@ def _history(run: RunFolder) -> dict[str, Any]:
 
 def _in_processes(jobs: int, work: Callable[..., None], calls: Sequence[tuple[Any, ...]]) -> None:
     """Calls `work` in up to `jobs` processes at a time. An error ends them: only steps since checkpoints are lost."""
-    threads = max(1, torch.get_num_threads() // jobs)
+    threads = num_threads(jobs)
     in_processes(forking_context(__name__), jobs, work, calls, _start_process, (threads, progress_handler()))
 
 
