@@ -44,8 +44,8 @@ class _Counts:
     def add(self, reel: ReelKey, frames: int) -> None:
         self._seen[reel] += frames
 
-    def news(self) -> dict[ReelKey, int]:
-        """All counts. Reels that have ended are few numbers each, so they stay."""
+    def seen(self) -> dict[ReelKey, int]:
+        """All counts, those of reels that have ended too: they are few numbers each."""
         return dict(self._seen)
 
 
@@ -60,7 +60,7 @@ def frames_of_workers(progress: FrameProgress) -> Iterator[SentFrames]:
     def watch() -> None:
         while not ended.wait(_EVERY_S):
             try:
-                seen = ray.get(counts.news.remote(), timeout=10 * _EVERY_S)
+                seen = ray.get(counts.seen.remote(), timeout=10 * _EVERY_S)
             except ray.exceptions.RayError:  # progress is worth less than the run
                 continue
             progress.workers_have_seen(seen)

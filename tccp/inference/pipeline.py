@@ -129,8 +129,8 @@ def generate_film(
     """Generates the film of a request and writes it, with the sound, to `request.out`.
 
     pipeline: a loaded pipeline; None: `request.weights` is loaded after the inputs are checked. on_frame: called with
-    every finished frame. on_progress: called with `ProgressEvent`s; None: the process's handler. inputs: those of the
-    request, if they are open already.
+    every finished frame, whose landmark fields are filled then. on_progress: called with `ProgressEvent`s; None: the
+    process's handler. inputs: those of the request, if they are open already.
     `request.out` appears only when the film is complete. The film is marked as generated.
     Raises TccpError or MediaError for inputs that cannot be used, before generation where possible.
     """

@@ -184,7 +184,7 @@ class AutoencoderNetwork(Pretrained):
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
 
     @classmethod
-    def adapted(cls, config: dict[str, Any], weights: dict[str, Tensor]) -> None:
+    def adapt(cls, config: dict[str, Any], weights: dict[str, Tensor]) -> None:
         for key, supported in _SUPPORTED.items():
             given = config.pop(key, supported) if not key.endswith("_types") else config.get(key, supported)
             if {supported} != (set(given) if isinstance(given, list) else {given}):

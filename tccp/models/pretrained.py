@@ -81,7 +81,7 @@ class Pretrained(nn.Module):
         return next(self.parameters()).device
 
     @classmethod
-    def adapted(cls, config: dict[str, Any], weights: dict[str, Tensor]) -> None:
+    def adapt(cls, config: dict[str, Any], weights: dict[str, Tensor]) -> None:
         """Changes what the files hold to what the constructor takes, in place. Raises ValueError if it cannot."""
 
     def to_channels_last(self: Network) -> Network:
@@ -114,12 +114,12 @@ class Pretrained(nn.Module):
         except SafetensorError as error:
             raise ValueError(f"{WEIGHTS_FILE} is damaged: {error}") from None
         arguments = {key: value for key, value in config.items() if not key.startswith("_")}
-        cls.adapted(arguments, weights)
+        cls.adapt(arguments, weights)
         try:
             with _Uninitialised():
                 network = cls(**arguments)
-        except TypeError as error:
-            raise ValueError(f"{CONFIG_FILE}: {error}") from None
+        except (KeyError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:  # of impossible arguments
+            raise ValueError(f"{CONFIG_FILE}: {type(error).__name__}: {' '.join(str(error).split())}") from None
         # Copies: the file's own memory would change or vanish with the file.
         copies = {name: value.to(dtype, copy=True) for name, value in weights.items()}
         try:

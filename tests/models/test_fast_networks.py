@@ -142,6 +142,8 @@ def test_other_autoencoders_and_damaged_files_are_refused(tmp_path: Path) -> Non
         (('"AutoencoderKL"', '"VQModel"'), "is not that of AutoencoderKL"),
         (('"in_channels"', '"channels_in"'), "unexpected keyword argument 'channels_in'"),
         (('"latent_channels": 4', '"latent_channels": 8'), "size mismatch"),
+        (('"latent_channels": 4', '"latent_channels": -4'), "config.json: RuntimeError: .*negative"),
+        (('"norm_num_groups": 8', '"norm_num_groups": 0'), "config.json: ZeroDivisionError"),
     ):
         config.write_text(text.replace(*change))
         with pytest.raises(ValueError, match=message):
