@@ -26,6 +26,7 @@ LipSource = Literal["wav2lip", "liplet", "none"]
 
 
 Count = Annotated[int, Field(gt=0, le=10**9)]
+_Share = Annotated[float, Field(ge=0, le=1)]
 _Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -162,8 +163,10 @@ class DeepSpeedSettings(_Frozen):
 class SamplingSettings(_Frozen):
     solver: Solver = "ddpm"
     steps: Count = 1000
+    time_power: PositiveFloat = 1.0  # spacing of the steps in diffusion time: 1 even, above 1 closer at the clean end
     temperature: NonNegativeFloat = 1.0  # factor of all noise; below 1, samples are closer to the most likely ones
     guidance_scale: PositiveFloat = 1.0  # 1: no guidance; above 1: stronger influence of the conditions
+    guidance_interval: tuple[_Share, _Share] = (0.0, 1.0)  # guidance acts in this part of diffusion time (1: noise)
     redraw_landmarks: bool = False  # for stage 2, read the points of stage 1's pictures and draw new pictures
 
 

@@ -29,16 +29,19 @@ Denoiser = Callable[[Tensor, Tensor, Conditions, Tensor], Tensor]
 Network = MVControlNet | TracedNetwork
 
 
+_Row = tuple[Prepared, int]
+"""A window in a prepared batch."""
+
+
 @dataclass(frozen=True)
 class _Place:
     """Where the constant part of a window's evaluation is (`MVControlNet.prepare`), after its first step.
 
-    kept, dropped: its windows in the batch `prepared`, with conditions and, for guidance, without.
+    kept, dropped: with conditions and, for guidance, without.
     """
 
-    prepared: Prepared
-    kept: int
-    dropped: int | None
+    kept: _Row
+    dropped: _Row | None
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class WindowState:
     step: the next step of `plan`. The window is finished when it is `len(plan)`.
     history: the last predicted clean latents (for DPM-Solver++); None before the first step.
     seed: of the window's noise. Step k uses the seed parts (seed, k), so a state can be stored, copied and resumed.
-    conditions: with batch size 1.
+    guidance: the scale at each step. conditions: with batch size 1.
     """
 
     latents: Float[Tensor, "c f h w"]
@@ -57,7 +60,7 @@ class WindowState:
     history: Float[Tensor, "c f h w"] | None
     seed: int
     plan: SolverPlan
-    guidance_scale: float
+    guidance: tuple[float, ...]
     temperature: float
     conditions: Conditions
     control: Float[Tensor, "c2 f h w"]
@@ -67,6 +70,11 @@ class WindowState:
     @property
     def finished(self) -> bool:
         return self.step == len(self.plan)
+
+    @property
+    def guidance_scale(self) -> float:
+        """That of the next step; 1: none."""
+        return self.guidance[self.step]
 
 
 def _noise(like: Tensor, seed: int, step: int) -> Tensor:
@@ -88,10 +96,17 @@ def start_window(
     channels: int | None = None,
 ) -> WindowState:
     """A window of noise for `advance`. channels: number of latent channels, if control has more of them."""
-    plan = solver_plan(schedule, settings.solver, settings.steps)
+    plan = solver_plan(schedule, settings.solver, settings.steps, settings.time_power)
     latents = _with_initial(settings.temperature * _noise(control[:channels], seed, -1), initial)
-    scales = (settings.guidance_scale, settings.temperature)
-    return WindowState(latents, 0, None, seed, plan, *scales, conditions, control, initial)
+    guidance = _guidance(plan, settings)
+    return WindowState(latents, 0, None, seed, plan, guidance, settings.temperature, conditions, control, initial)
+
+
+def _guidance(plan: SolverPlan, settings: SamplingSettings) -> tuple[float, ...]:
+    """The guidance scale of every step: 1 outside the interval (Kynkaanniemi et al. 2024)."""
+    low, high = settings.guidance_interval
+    times = [(step.t + 1) / (plan[0].t + 1) for step in plan]
+    return tuple(settings.guidance_scale if low <= time <= high else 1.0 for time in times)
 
 
 @torch.no_grad()
@@ -157,7 +172,7 @@ def _predict(
     dtype = getattr(model, "dtype", latents.dtype)  # states stay in single precision whatever the network computes in
     if isinstance(model, Network):
         places = _prepared(model, states)
-        predicted = model(latents.to(dtype), times, _batch(places, latents.shape[2])).double()
+        predicted = model(latents.to(dtype), times, _batch(places, guided, latents.shape[2])).double()
     else:
         places = []
         predicted = model(latents.to(dtype), times, *_inputs(states, guided, dtype)).double()
@@ -180,29 +195,28 @@ def _prepared(model: Network, states: Sequence[WindowState]) -> list[_Place]:
     new = [state for state in states if state.place is None]
     made: Iterator[_Place] = iter(())
     if new:
-        guided = [i for i, state in enumerate(new) if state.guidance_scale != 1.0]
+        guided = [i for i, state in enumerate(new) if any(scale != 1.0 for scale in state.guidance)]
         conditions, control = _inputs(new, guided, model.dtype)
         prepared = model.prepare(conditions, control, control.shape[2])
-        dropped = {i: row for row, i in enumerate(guided, start=len(new))}
-        made = (_Place(prepared, i, dropped.get(i)) for i in range(len(new)))
+        dropped = {i: (prepared, row) for row, i in enumerate(guided, start=len(new))}
+        made = (_Place((prepared, i), dropped.get(i)) for i in range(len(new)))
     return [next(made) if state.place is None else state.place for state in states]
 
 
-def _batch(places: list[_Place], num_frames: int) -> Prepared:
+def _batch(places: list[_Place], guided: Sequence[int], num_frames: int) -> Prepared:
     """Joins the constant parts of all windows, in the order of `_inputs`; replaces the places by those in the result.
 
     A batch that stays together is not copied.
     """
-    kept = [(place.prepared, place.kept) for place in places]
-    dropped = [(place.prepared, place.dropped) for place in places if place.dropped is not None]
-    wanted = [*kept, *dropped]
-    whole = wanted[0][0]
-    unchanged = all(part is whole and number == row for row, (part, number) in enumerate(wanted))
-    if unchanged and whole.num_windows(num_frames) == len(wanted):
-        return whole
-    joined = Prepared.cat([part.window(number, num_frames) for part, number in wanted])
-    rows = iter(range(len(places), len(wanted)))
-    places[:] = [_Place(joined, i, None if old.dropped is None else next(rows)) for i, old in enumerate(places)]
+    dropped = [row for i in guided if (row := places[i].dropped) is not None]
+    wanted = [*(place.kept for place in places), *dropped]
+    whole, start = wanted[0]
+    if all(part is whole and row == start + i for i, (part, row) in enumerate(wanted)):
+        return whole.windows(start, start + len(wanted), num_frames)
+    joined = Prepared.cat([part.windows(row, row + 1, num_frames) for part, row in wanted])
+    places[:] = [_Place((joined, i), place.dropped) for i, place in enumerate(places)]
+    for row, i in enumerate(guided, start=len(places)):
+        places[i] = _Place(places[i].kept, (joined, row))
     return joined
 
 

@@ -34,19 +34,25 @@ class SolverStep:
 SolverPlan = tuple[SolverStep, ...]
 
 
-def timesteps(num_train_timesteps: int, steps: int) -> list[int]:
-    """`steps` times from T-1 down, evenly spaced from the end ("trailing"), so that the first one is pure noise.
+def timesteps(num_train_timesteps: int, steps: int, power: float = 1.0) -> list[int]:
+    """`steps` times from T-1 down, spaced from the end ("trailing"), so that the first one is pure noise.
 
-    Raises ValueError if steps is below 1 or above num_train_timesteps.
+    power: 1 spaces them evenly; T (k / steps)^power - 1 puts more of them at the clean end (above 1) or at the noise
+    end (below 1). Raises ValueError if steps is below 1 or above num_train_timesteps.
     """
     if not 1 <= steps <= num_train_timesteps:
         raise ValueError(f"steps is {steps}; it must be between 1 and {num_train_timesteps}")
-    return [round(num_train_timesteps * (steps - i) / steps) - 1 for i in range(steps)]
+    times: list[int] = []
+    for k in range(steps, 0, -1):
+        time = round(num_train_timesteps * (k / steps) ** power) - 1
+        below = times[-1] - 1 if times else num_train_timesteps - 1
+        times.append(max(min(time, below), k - 1))  # all differ also where the spacing is below one
+    return times
 
 
-def solver_plan(schedule: NoiseSchedule, solver: Solver, steps: int) -> SolverPlan:
+def solver_plan(schedule: NoiseSchedule, solver: Solver, steps: int, power: float = 1.0) -> SolverPlan:
     """The coefficients of every step, in double precision. The last step ends at clean latents."""
-    times = timesteps(schedule.num_train_timesteps, steps)
+    times = timesteps(schedule.num_train_timesteps, steps, power)
     abars = [float(schedule.alphas_cumprod[t]) for t in times] + [1.0]
     make = {"ddpm": _ddpm, "ddim": _ddim, "dpmpp": _dpmpp}[solver]
     plan = []

@@ -83,9 +83,9 @@ class Prepared:
     def num_windows(self, num_frames: int) -> int:
         return len(self.decoder[0][0]) // num_frames
 
-    def window(self, number: int, num_frames: int) -> Prepared:
-        """One window of a batch."""
-        own = slice(number * num_frames, (number + 1) * num_frames)
+    def windows(self, start: int, stop: int, num_frames: int) -> Prepared:
+        """Windows `start` to `stop - 1` of a batch, without copying them."""
+        own = slice(start * num_frames, stop * num_frames)
         return Prepared(**{field.name: _part(getattr(self, field.name), own) for field in fields(Prepared)})
 
 

@@ -202,7 +202,7 @@ def test_a_prepared_window_gives_the_same_prediction() -> None:
     expected = network(latents, t, conditions, control)
     prepared = network.prepare(conditions, control, frames)
     assert torch.equal(network(latents, t, prepared), expected)
-    windows = [prepared.window(number, frames) for number in range(3)]
+    windows = [prepared.windows(number, number + 1, frames) for number in range(3)]
     assert torch.equal(network(latents, t, Prepared.cat(windows)), expected)
     swapped = network(latents[[2, 0]], t[[2, 0]], Prepared.cat([windows[2], windows[0]]))
     torch.testing.assert_close(swapped, expected[[2, 0]], **TOLERANCE)
