@@ -38,16 +38,14 @@ Change = dict[str, Any]
 def changes(temperature: float) -> dict[str, Change]:
     """The trials of a network with this temperature, by name."""
     named: dict[str, Change] = {"today": {}}
-    for steps in (8, 6, 5, 4, 3, 2):
+    for steps in (6, 4, 3, 2):
         named[f"{steps} steps"] = {"steps": steps}
-    for steps, power in ((4, 0.7), (4, 1.4), (3, 0.7)):
+    for steps, power in ((4, 0.7), (4, 1.4)):
         named[f"{steps} steps, power {power:g}"] = {"steps": steps, "time_power": power}
-    for steps in (6, 4):
-        named[f"ddim, {steps} steps"] = {"solver": "ddim", "steps": steps}
     named["4 steps, half the temperature"] = {"steps": 4, "temperature": temperature / 2}
-    for low, high in ((0.0, 1.0), (0.3, 0.8)):
-        change = {"steps": 6, "guidance_scale": 1.5, "guidance_interval": [low, high]}
-        named[f"6 steps, guidance 1.5 in {low:g} to {high:g}"] = change
+    named["ddim, 4 steps"] = {"solver": "ddim", "steps": 4}
+    change = {"steps": 4, "guidance_scale": 1.5, "guidance_interval": [0.3, 0.8]}
+    named["4 steps, guidance 1.5 in 0.3 to 0.8"] = change
     return named
 
 

@@ -19,8 +19,9 @@ from tccp.threads import wait_passively
 if TYPE_CHECKING:
     from tccp.errors import StorageError, TccpError
     from tccp.inference.film import FilmRequest, FilmResult
+    from tccp.inference.film_generation import FilmOutcome
     from tccp.inference.frames import GeneratedFrame
-    from tccp.inference.pipeline import Pipeline, generate_film
+    from tccp.inference.pipeline import Pipeline, generate_film, generate_films
     from tccp.progress import ProgressEvent
 
 __version__ = "0.1.0"
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 wait_passively()
 
 _HOME = {
+    "FilmOutcome": "tccp.inference.film_generation",
     "FilmRequest": "tccp.inference.film",
     "FilmResult": "tccp.inference.film",
     "GeneratedFrame": "tccp.inference.frames",
@@ -36,9 +38,11 @@ _HOME = {
     "StorageError": "tccp.errors",
     "TccpError": "tccp.errors",
     "generate_film": "tccp.inference.pipeline",
+    "generate_films": "tccp.inference.pipeline",
 }
 
 __all__ = [
+    "FilmOutcome",
     "FilmRequest",
     "FilmResult",
     "GeneratedFrame",
@@ -48,6 +52,7 @@ __all__ = [
     "TccpError",
     "__version__",
     "generate_film",
+    "generate_films",
 ]
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import tyro
 
 from tccp.cli.footage import inspect, preprocess, synth, weights
-from tccp.cli.generating import demo, doctor, generate
+from tccp.cli.generating import demo, doctor, films, generate
 from tccp.cli.networks import describe, evaluate, export, train
 from tccp.cli.options import deferred, note
 from tccp.errors import StorageError, TccpError
@@ -25,6 +25,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "train": train,
     "export": export,
     "generate": generate,
+    "films": films,
     "evaluate": evaluate,
     "describe": describe,
     "doctor": doctor,

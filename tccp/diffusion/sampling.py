@@ -1,4 +1,4 @@
-"""Sampling of a window, of a chain of windows, and of the two stages (paper sections 4.2 and 4.4).
+"""Sampling of windows (paper section 4.4).
 
 The state of a window is a value. `advance(model, schedule, states)` advances windows at different steps, with different
 solvers and guidance, in one evaluation of the network. The command line and the serving layer both use it.
@@ -7,9 +7,8 @@ solvers and guidance, in one evaluation of the network. The command line and the
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 
 import torch
 from jaxtyping import Float
@@ -21,7 +20,6 @@ from tccp.diffusion.solvers import SolverPlan, solver_plan
 from tccp.models.conditions import Conditions
 from tccp.models.mvcontrolnet import MVControlNet, Prepared
 from tccp.models.traced import TracedNetwork
-from tccp.models.variants import ONE_PER_WINDOW
 from tccp.seeds import rng_seed
 
 Denoiser = Callable[[Tensor, Tensor, Conditions, Tensor], Tensor]
@@ -70,6 +68,11 @@ class WindowState:
     @property
     def finished(self) -> bool:
         return self.step == len(self.plan)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that it takes in a batch of the network: with guidance two."""
+        return 1 + any(scale != 1.0 for scale in self.guidance)
 
     @property
     def guidance_scale(self) -> float:
@@ -195,7 +198,7 @@ def _prepared(model: Network, states: Sequence[WindowState]) -> list[_Place]:
     new = [state for state in states if state.place is None]
     made: Iterator[_Place] = iter(())
     if new:
-        guided = [i for i, state in enumerate(new) if any(scale != 1.0 for scale in state.guidance)]
+        guided = [i for i, state in enumerate(new) if state.num_rows > 1]
         conditions, control = _inputs(new, guided, model.dtype)
         prepared = model.prepare(conditions, control, control.shape[2])
         dropped = {i: (prepared, row) for row, i in enumerate(guided, start=len(new))}
@@ -215,165 +218,6 @@ def _batch(places: list[_Place], guided: Sequence[int], num_frames: int) -> Prep
         return whole.windows(start, start + len(wanted), num_frames)
     joined = Prepared.cat([part.windows(row, row + 1, num_frames) for part, row in wanted])
     places[:] = [_Place((joined, i), place.dropped) for i, place in enumerate(places)]
-    for row, i in enumerate(guided, start=len(places)):
-        places[i] = _Place(places[i].kept, (joined, row))
+    for number, i in enumerate(guided, start=len(places)):
+        places[i] = _Place(places[i].kept, (joined, number))
     return joined
-
-
-def run_window(
-    model: Network | Denoiser, schedule: NoiseSchedule, state: WindowState, check: Callable[[], object] = lambda: None
-) -> Float[Tensor, "c f h w"]:
-    """Runs all steps of one window and returns its latents. check: called before each step; it may raise."""
-    while not state.finished:
-        check()
-        (state,) = advance(model, schedule, [state])
-    return state.latents
-
-
-def run_windows(
-    model: Network | Denoiser, schedule: NoiseSchedule, states: Sequence[WindowState], batch_size: int = 16
-) -> list[Float[Tensor, "c f h w"]]:
-    """Runs all steps of windows that are at the same step, with up to `batch_size` of them in one evaluation."""
-    finished: list[Tensor] = []
-    for start in range(0, len(states), batch_size):
-        batch = list(states[start : start + batch_size])
-        while not batch[0].finished:
-            batch = advance(model, schedule, batch)
-        finished += [state.latents for state in batch]
-    return finished
-
-
-@dataclass(frozen=True)
-class FrameInputs:
-    """The inputs of a stage for one frame: control latents, and a field for each condition that has one per frame."""
-
-    control: Float[Tensor, "c2 h w"]
-    audio: Float[Tensor, "80 16"] | None = None
-    lips: Float[Tensor, "3 s s"] | None = None
-
-
-@dataclass(frozen=True)
-class _Window:
-    """A window of a chain, the network that generates it, and its new frames."""
-
-    model: Network
-    state: WindowState
-    new: slice
-
-
-@dataclass(frozen=True)
-class Stage:
-    """The two networks that generate one kind of picture: one the first frame, one the windows that continue it."""
-
-    first: Network
-    sequence: Network
-    schedule: NoiseSchedule
-    first_settings: SamplingSettings
-    settings: SamplingSettings
-
-    def _state(
-        self, model: Network, frames: Sequence[FrameInputs], identity: Tensor, initial: Tensor | None, seed: int
-    ) -> WindowState:
-        settings = self.first_settings if initial is None else self.settings
-        inputs = {"identity": identity[None]}
-        for kind in model.config.condition_kinds:
-            if kind not in ONE_PER_WINDOW:
-                inputs[kind] = torch.stack([getattr(frame, kind) for frame in frames])[None]
-        conditions = Conditions(**{kind: inputs[kind] for kind in model.config.condition_kinds})
-        control = torch.stack([frame.control for frame in frames], dim=1)
-        channels = model.config.latent_channels
-        return start_window(self.schedule, settings, conditions, control, initial, seed, channels)
-
-    def _windows(
-        self, frames: Iterable[FrameInputs], identity: Float[Tensor, "3 h w"], seed: int
-    ) -> Generator[_Window, Tensor, None]:
-        """Yields the windows of a chain. Send the latents of each finished window back to get the next one."""
-        source = iter(frames)
-        last = next(source, None)
-        if last is None:
-            return
-        position = 0
-        state = self._state(self.first, [last], identity, None, rng_seed(seed, position))
-        latents = (yield _Window(self.first, state, slice(0, 1)))[:, 0]
-        num_new = self.sequence.config.num_frames - 1
-        while new := list(islice(source, num_new)):
-            window = [last, *new, *[new[-1]] * (num_new - len(new))]
-            position += len(new)
-            state = self._state(self.sequence, window, identity, latents, rng_seed(seed, position))
-            generated = yield _Window(self.sequence, state, slice(1, len(new) + 1))
-            last, latents = new[-1], generated[:, len(new)]
-
-    def chain(
-        self,
-        frames: Iterable[FrameInputs],
-        identity: Float[Tensor, "3 h w"],
-        seed: int,
-        check: Callable[[], object] = lambda: None,
-    ) -> Iterator[Float[Tensor, "c f h w"]]:
-        """Latents of one uninterrupted chain, window by window: the new frames of each window as it finishes.
-
-        The first-frame network generates frame 0, alone; each window continues from the last frame before it and adds
-        `window - 1` frames. That frame's latents are passed on unchanged, never decoded. If the frames end inside a
-        window, its last inputs are repeated and the surplus frames are dropped. Memory use does not grow with the
-        number of frames. check: called before each step; it may raise to stop the chain.
-        """
-        windows = self._windows(frames, identity, seed)
-        window = next(windows, None)
-        while window is not None:
-            generated = run_window(window.model, self.schedule, window.state, check)
-            yield generated[:, window.new]
-            window = _answer(windows, generated)
-
-    def chain_batch(
-        self,
-        frames: Sequence[Sequence[FrameInputs]],
-        identities: Sequence[Float[Tensor, "3 s s"]],
-        seeds: Sequence[int],
-        batch_size: int = 16,
-        on_frames: Callable[[int], object] | None = None,
-    ) -> list[Float[Tensor, "c f h w"]]:
-        """The result of `chain` for every clip. Generates all clips in parallel, up to `batch_size` windows at once.
-
-        on_frames: called after each window with the number of new frames of all clips together.
-        Raises ValueError if a clip is empty or the clips differ in number of frames.
-        """
-        if len({len(clip) for clip in frames}) > 1 or not all(frames):
-            raise ValueError(f"clips of {sorted({len(clip) for clip in frames})} frames: all must have one length")
-        chains = [self._windows(*clip) for clip in zip(frames, identities, seeds, strict=True)]
-        parts: list[list[Tensor]] = [[] for _ in chains]
-        windows = [next(windows) for windows in chains]
-        while windows:
-            states = [window.state for window in windows]
-            generated = run_windows(windows[0].model, self.schedule, states, batch_size)
-            for part, window, latents in zip(parts, windows, generated, strict=True):
-                part.append(latents[:, window.new])
-            if on_frames is not None:
-                on_frames(sum(window.new.stop - window.new.start for window in windows))
-            following = [_answer(*pair) for pair in zip(chains, generated, strict=True)]
-            windows = [window for window in following if window is not None]
-        return [torch.cat(part, dim=1) for part in parts]
-
-    def each_frame(
-        self,
-        frames: Sequence[FrameInputs],
-        identity: Float[Tensor, "3 s s"],
-        seed: int,
-        batch_size: int = 64,
-    ) -> Float[Tensor, "c f h w"]:
-        """Generates every frame separately with the first-frame network, each from its own noise.
-
-        This is the ablation without the temporal network. Frame 0 equals that of `chain`.
-        """
-        states = [
-            self._state(self.first, [frame], identity, None, rng_seed(seed, position))
-            for position, frame in enumerate(frames)
-        ]
-        return torch.cat(run_windows(self.first, self.schedule, states, batch_size), dim=1)
-
-
-def _answer(windows: Generator[_Window, Tensor, None], finished: Tensor) -> _Window | None:
-    """Sends a finished window to a chain. Returns the next window, or None at the end."""
-    try:
-        return windows.send(finished)
-    except StopIteration:
-        return None

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tccp import headbox, landmarks
 from tccp.config import VariantName
-from tccp.diffusion.sampling import FrameInputs
+from tccp.diffusion.chains import FrameInputs
 from tccp.errors import TccpError
 from tccp.evaluation.benchmark_clips import EvaluationClip
 from tccp.evaluation.face_probe import FaceProbe, load_probe, read_faces

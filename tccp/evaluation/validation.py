@@ -14,7 +14,7 @@ from jaxtyping import UInt8
 
 from tccp import landmarks
 from tccp.config import Settings, VariantName
-from tccp.diffusion.sampling import Stage
+from tccp.diffusion.chains import Stage
 from tccp.diffusion.schedule import NoiseSchedule
 from tccp.evaluation.benchmark_clips import HELD_OUT_FRAMES, EvaluationClip, clip_seeds, make_clip
 from tccp.evaluation.face_probe import load_probe, read_faces

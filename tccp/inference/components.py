@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from tccp.config import Settings
-from tccp.diffusion.sampling import Network, Stage
+from tccp.diffusion.chains import Stage
+from tccp.diffusion.sampling import Network
 from tccp.diffusion.schedule import NoiseSchedule
 from tccp.errors import TccpError
 from tccp.inference.encoding import Encoder

@@ -11,7 +11,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from tccp.config import Settings
-from tccp.diffusion.sampling import FrameInputs
+from tccp.diffusion.chains import FrameInputs
 from tccp.inference.conditioning import control_kinds, latent_kind, picture_of, zero_if_hidden
 from tccp.models.autoencoder import PictureAutoencoder, to_bytes, to_model
 from tccp.models.variants import ControlKind, PictureKind, Variant

@@ -46,6 +46,7 @@ from tccp.roundtable import truth_path
 logger = logging.getLogger(__name__)
 
 OnFrame = Callable[[GeneratedFrame], object]
+MAX_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ class FilmRequest:
     colours to the ring around the mask. lossless: write a lossless film, which keeps every pixel outside the mask.
     exact_size: keep an odd width or height, which few players show; otherwise one row or column is added.
     lip_weights: the published Wav2Lip checkpoint. device: cpu, cuda or cuda:N. overlap: run stage 1 ahead of stage 2,
-    in a thread; the film is the same without.
+    in a thread; the film is the same without. batch: the most windows of different shots that are generated at once;
+    with another batch, pixels of a film of several shots may differ by rounding.
     """
 
     scene: Path
@@ -100,6 +102,7 @@ class FilmRequest:
     lip_weights: Path | None = None
     device: str = "cpu"
     overlap: bool = True
+    batch: int = 4
 
     def __post_init__(self) -> None:
         """Converts paths given as strings."""
@@ -250,12 +253,14 @@ def _check_options(request: FilmRequest) -> None:
         raise TccpError("--mask, --box and --truth all give the head's position: give only one of them")
     if request.person is not None and (request.mask is not None or request.box is not None or request.truth):
         raise TccpError("--person chooses among faces that a detector finds: give it without --mask, --box and --truth")
+    if not 1 <= request.batch <= MAX_BATCH:
+        raise TccpError(f"--batch {request.batch}: give 1 to {MAX_BATCH} windows")
     if request.preset is not None and request.preset not in PRESETS:
         raise TccpError(f"unknown preset {request.preset!r}: choose one of {', '.join(PRESETS)}")
     if request.one_stage and (request.landmarks or request.save_landmarks or request.redraw):
         raise TccpError("--one-stage has no landmarks: leave out --landmarks, --save-landmarks and --redraw")
     outputs = {"--out": request.out, "--save-landmarks": request.save_landmarks}
-    check_outputs(outputs, _inputs(request))
+    check_outputs(outputs, request_inputs(request))
     for option, path in outputs.items():
         if path is not None:
             check_writable(option, path)
@@ -272,7 +277,7 @@ def _check_person(request: FilmRequest, scene: MediaInfo) -> None:
             )
 
 
-def _inputs(request: FilmRequest) -> dict[str, Path | list[Path] | None]:
+def request_inputs(request: FilmRequest) -> dict[str, Path | list[Path] | None]:
     """All files that the request reads, by option."""
     return {
         "--scene": request.scene,

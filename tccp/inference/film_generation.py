@@ -1,21 +1,23 @@
-"""Generates the frames of a film from checked inputs, and writes the film."""
+"""Generates the frames of films from checked inputs, and writes films, one or several at once."""
 
 from __future__ import annotations
 
+import collections.abc
 import dataclasses
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from pathlib import Path
 
 from tccp.errors import TccpError
 from tccp.inference.components import Components
 from tccp.inference.film import FilmInputs, FilmRequest, FilmResult, OnFrame, find_head, identity_of, with_sampling
 from tccp.inference.frames import GeneratedFrame
-from tccp.inference.generation import Generator
+from tccp.inference.generation import Film, Generator, generate
 from tccp.inference.landmark_file import landmark_writer
-from tccp.inference.scene import scene_frames
+from tccp.inference.scene import num_shots, scene_frames
 from tccp.media import VideoWriter, mark_generated
 from tccp.media.sandbox import Decoder
 from tccp.models.variants import TWO_STAGE
@@ -23,12 +25,12 @@ from tccp.progress import ProgressHandler, Tasks, progress
 from tccp.threads import arithmetic_threads
 
 
-def film_frames(
-    components: Components, inputs: FilmInputs, tasks: Tasks, read_landmarks: bool = True
-) -> Iterator[GeneratedFrame]:
-    """Yields the frames of the film in order, as windows finish. Raises TccpError if no head or face is found.
+def _film(
+    components: Components, inputs: FilmInputs, tasks: Tasks, opened: ExitStack, read_landmarks: bool = True
+) -> Film:
+    """The film of a request, ready for `generate`. Raises TccpError if no head or face is found.
 
-    read_landmarks: fill the landmark fields of the frames.
+    opened: closes the film and what it needs besides `inputs`. read_landmarks: fill the landmark fields of the frames.
     """
     request = inputs.request
     components = dataclasses.replace(components, settings=with_sampling(components.settings, request))
@@ -44,16 +46,89 @@ def film_frames(
         redraw=request.redraw or None,
         color_match=request.color_match,
         read_landmarks=read_landmarks,
-        overlap=request.overlap,
         traced=True,
     )
-    task = tasks.add_task("generating", total=inputs.num_frames)
-    scene = scene_frames(request.scene, inputs.scene, track, inputs.num_frames, request.extend, inputs.decoder)
-    # The two stages share the cores, also if they do not overlap, so that the film is the same.
-    with arithmetic_threads(shares=2 if set(request.variants) >= set(TWO_STAGE) else 1):
-        for frame in generator.frames(scene):
-            yield frame
-            tasks.advance(task)
+    given = request.scene, inputs.scene, track, inputs.num_frames, request.extend
+    again = None
+    if request.batch > 1 and num_shots(*given) > 1:
+        again = scene_frames(*given, opened.enter_context(Decoder()))
+    return opened.enter_context(closing(Film(generator, scene_frames(*given, inputs.decoder), again)))
+
+
+def _shares(request: FilmRequest) -> int:
+    """The number of stages that share the cores, also if they do not overlap, so that the film is the same."""
+    return 2 if set(request.variants) >= set(TWO_STAGE) else 1
+
+
+def film_frames(
+    components: Components, inputs: FilmInputs, tasks: Tasks, read_landmarks: bool = True
+) -> collections.abc.Generator[GeneratedFrame, None, None]:
+    """Yields the frames of the film in order, as windows finish. Raises TccpError if no head or face is found.
+
+    read_landmarks: fill the landmark fields of the frames.
+    """
+    request = inputs.request
+    with ExitStack() as opened:
+        film = _film(components, inputs, tasks, opened, read_landmarks)
+        task = tasks.add_task("generating", total=inputs.num_frames)
+        events = generate([film], request.batch, request.overlap)
+        with arithmetic_threads(_shares(request)), closing(events):
+            for _, event in events:
+                if isinstance(event, TccpError):
+                    raise event
+                if event is not None:
+                    yield event
+                    tasks.advance(task)
+
+
+class _FilmFile:
+    """The written film of a request, and what is counted for its result."""
+
+    def __init__(self, inputs: FilmInputs, opened: ExitStack, on_frame: OnFrame | None = None):
+        """Nothing is written before the first frame."""
+        request = inputs.request
+        assert request.out is not None
+        self.request, self.inputs, self.out = request, inputs, request.out
+        self._on_frame = on_frame
+        self._started = time.monotonic()
+        self._open = ExitStack()
+        self._writing = False
+        self._generated, self._reasons = 0, Counter[str]()
+        self._film = VideoWriter(
+            request.out,
+            inputs.scene.width,
+            inputs.scene.height,
+            # A decoder of its own: the other one is busy with the scene.
+            opened.enter_context(Decoder()).film_sound(request.audio),
+            lossless=request.lossless,
+            exact_size=request.exact_size,
+            metadata=mark_generated(seed=str(request.seed), weights=Path(request.weights).absolute().name),
+        )
+
+    def write(self, frame: GeneratedFrame) -> None:
+        if not self._writing:  # by now, every input is checked; create the folder only then
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            self._open.enter_context(self._film)
+            self._save = self._open.enter_context(landmark_writer(self.request.save_landmarks))
+            self._writing = True
+        self._film.write(frame.picture)
+        self._save(frame)
+        if self._on_frame is not None:
+            self._on_frame(frame)
+        self._generated += frame.face is not None
+        self._reasons.update([frame.reason] if frame.reason else [])
+
+    def complete(self) -> FilmResult:
+        """Gives the film its name."""
+        self._open.close()
+        frames, warnings = self.inputs.num_frames, tuple(self.inputs.warnings)
+        seconds = round(time.monotonic() - self._started, 2)
+        passed_through = frames - self._generated
+        return FilmResult(self.out, frames, self._generated, passed_through, seconds, warnings, dict(self._reasons))
+
+    def discard(self, error: BaseException) -> None:
+        """Leaves nothing under the film's name."""
+        self._open.__exit__(type(error), error, error.__traceback__)
 
 
 def write_film(
@@ -76,35 +151,108 @@ def write_film(
     with ExitStack() as opened:
         if inputs is None:
             inputs = opened.enter_context(FilmInputs(request, loaded))
-        of_sound = opened.enter_context(Decoder())
         tasks = opened.enter_context(progress(on_progress))
-        film = VideoWriter(
-            request.out,
-            inputs.scene.width,
-            inputs.scene.height,
-            of_sound.film_sound(request.audio),  # a decoder of its own: the other one is busy with the scene
-            lossless=request.lossless,
-            exact_size=request.exact_size,
-            metadata=mark_generated(seed=str(request.seed), weights=Path(request.weights).absolute().name),
-        )
+        film = _FilmFile(inputs, opened, on_frame)
         with progress(on_progress) as loading:
             loading.add_task("loading the networks")
             components = load(request)
-        frames = film_frames(components, inputs, tasks, on_frame is not None or request.save_landmarks is not None)
-        first = next(frames)  # by now, every input is checked; create the folder only then
-        request.out.parent.mkdir(parents=True, exist_ok=True)
-        generated, reasons = 0, Counter[str]()
-        with film, landmark_writer(request.save_landmarks) as save:
-            frame: GeneratedFrame | None = first
-            while frame is not None:
-                film.write(frame.picture)
-                save(frame)
-                if on_frame is not None:
-                    on_frame(frame)
-                generated += frame.face is not None
-                reasons.update([frame.reason] if frame.reason else [])
-                frame = next(frames, None)
-    seconds = round(time.monotonic() - started, 2)
-    passed_through = inputs.num_frames - generated
-    warnings = tuple(inputs.warnings)
-    return FilmResult(request.out, inputs.num_frames, generated, passed_through, seconds, warnings, dict(reasons))
+        read_landmarks = on_frame is not None or request.save_landmarks is not None
+        try:
+            with closing(film_frames(components, inputs, tasks, read_landmarks)) as frames:
+                for frame in frames:
+                    film.write(frame)
+            result = film.complete()
+        except BaseException as error:
+            film.discard(error)
+            raise
+    return dataclasses.replace(result, seconds=round(time.monotonic() - started, 2))
+
+
+@dataclass(frozen=True)
+class FilmOutcome:
+    """What became of a request: a result, or the reason why there is no film."""
+
+    request: FilmRequest
+    result: FilmResult | None = None
+    error: str | None = None
+
+
+def write_films(
+    requests: Sequence[FilmRequest], components: Components, *, batch: int, on_progress: ProgressHandler | None = None
+) -> Iterator[FilmOutcome]:
+    """Generates films and writes them, up to `batch` at once; yields what became of each as it ends.
+
+    The films share evaluations of the networks. One that cannot be made is reported, and the others go on.
+    Raises ValueError if a request has no `out`, or other networks than the first one.
+    """
+    for request in requests:
+        if request.out is None or request.variants != requests[0].variants:
+            raise ValueError("films that are made together need an out each, and the same networks")
+    refused: deque[FilmOutcome] = deque()
+    files: dict[Film, tuple[_FilmFile, ExitStack, float]] = {}
+
+    def films(tasks: Tasks) -> Iterator[Film]:
+        for request in requests:
+            with ExitStack() as opening:
+                try:
+                    inputs = opening.enter_context(FilmInputs(request, loaded=True))
+                    file = _FilmFile(inputs, opening)
+                    film = _film(components, inputs, tasks, opening, request.save_landmarks is not None)
+                except TccpError as error:
+                    refused.append(FilmOutcome(request, error=str(error)))
+                    continue
+                files[film] = file, opening.pop_all(), 1 / max(1, inputs.num_frames)
+            yield film
+
+    def abandon() -> None:
+        for file, opened, _ in files.values():
+            file.discard(KeyboardInterrupt())
+            opened.close()
+
+    with ExitStack() as working, progress(on_progress) as tasks, arithmetic_threads(_shares(requests[0])):
+        working.callback(abandon)  # films that are unfinished when an error, or the caller, ends this
+        task = tasks.add_task("films", total=len(requests))
+        events = generate(films(tasks), batch, all(request.overlap for request in requests))
+        for film, event in working.enter_context(closing(events)):
+            file, opened, share = files[film]
+            outcome = _taken(film, file, event)
+            tasks.advance(task, share if event is not None else 0)
+            while refused:
+                tasks.advance(task)
+                yield refused.popleft()
+            if outcome is not None:
+                del files[film]
+                opened.close()
+                yield outcome
+        yield from refused
+
+
+def _taken(film: Film, file: _FilmFile, event: GeneratedFrame | TccpError | None) -> FilmOutcome | None:
+    """Writes a frame, or ends the film: then it returns what became of it."""
+    try:
+        if isinstance(event, TccpError):
+            raise event
+        if event is None:
+            return FilmOutcome(file.request, file.complete())
+        file.write(event)
+    except TccpError as error:
+        film.failed = True
+        file.discard(error)
+        return FilmOutcome(file.request, error=str(error))
+    except BaseException as error:
+        file.discard(error)
+        raise
+    return None
+
+
+def check_requests(requests: Iterable[FilmRequest]) -> None:
+    """Raises TccpError if two requests have the same output."""
+    seen: dict[Path, int] = {}
+    for number, request in enumerate(requests, 1):
+        for path in (request.out, request.save_landmarks):
+            if path is None:
+                continue
+            resolved = path.resolve()
+            if resolved in seen:
+                raise TccpError(f"films {seen[resolved]} and {number} both write {path}: give each a name of its own")
+            seen[resolved] = number

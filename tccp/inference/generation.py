@@ -1,26 +1,26 @@
-"""Runs the two stages on a stream of scene frames and pastes the generated heads into them.
+"""Runs the two stages on the frames of scenes and pastes the generated heads into them.
 
-Stage 1 makes window k + 1 in a thread of its own while stage 2 makes window k. Few windows are on the way at a time, so
-memory use does not grow with film length.
+Work goes on in rounds. A round takes one window each of several chains: shots of a film, or of several films. Stage 1
+makes round k + 1 in a thread of its own while stage 2 makes round k. Few rounds are on the way at a time, so memory use
+does not grow with film length. Which windows share a round does not depend on timing.
 """
 
 from __future__ import annotations
 
 import collections.abc
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
-from itertools import chain, groupby, islice
-from operator import itemgetter
-from typing import Protocol, TypeVar, runtime_checkable
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
 from tccp import headbox
-from tccp.diffusion.sampling import FrameInputs
+from tccp.diffusion.chains import Chain, FrameInputs, run_round
+from tccp.errors import TccpError
 from tccp.inference.ahead import ahead
 from tccp.inference.components import Components
 from tccp.inference.conditioning import (
@@ -31,12 +31,13 @@ from tccp.inference.conditioning import (
     masked_scenes,
 )
 from tccp.inference.frames import GeneratedFrame, SceneFrame
+from tccp.inference.shots import Shot, ShotReader
 from tccp.media import AudioTrack
 from tccp.media.mel import mel_windows
 from tccp.models.variants import VARIANTS, ControlKind, VariantName
 from tccp.seeds import rng_seed
 
-T = TypeVar("T")
+_READ_AHEAD_BYTES = 64 * 2**20  # of the inputs and heads of frames that are read before earlier ones are finished
 
 
 @runtime_checkable
@@ -49,13 +50,13 @@ class LandmarkSource(Protocol):
 
 @dataclass(frozen=True)
 class _SceneWindow:
-    """The frames that a window adds to its chain, and their inputs."""
+    """The inputs of the frames that a window adds to its chain. landmarks: where they are given."""
 
-    frames: list[SceneFrame]
     masked_scene: UInt8[np.ndarray, "f s s 3"]
     mask_box: Float32[np.ndarray, "f 4"]
     mel: Float32[np.ndarray, "f 80 16"]
     lips: UInt8[np.ndarray, "f l l 3"] | None
+    landmarks: _LandmarkWindow | None
 
 
 @dataclass(frozen=True)
@@ -68,15 +69,14 @@ class _LandmarkWindow:
 
 
 @dataclass(frozen=True)
-class _ReadyWindow:
-    """A window with the inputs of the network that generates its faces."""
+class _Head:
+    """A generated head, and what `GeneratedFrame` tells of its inputs."""
 
-    scene: _SceneWindow
-    landmarks: _LandmarkWindow | None
-    inputs: list[FrameInputs]
-
-
-WindowStream = collections.abc.Generator[_ReadyWindow, None, None]
+    face: UInt8[np.ndarray, "s s 3"]
+    masked_scene: UInt8[np.ndarray, "s s 3"]
+    landmark_picture: UInt8[np.ndarray, "s s 3"] | None
+    points: Float32[np.ndarray, "68 2"] | None
+    confidence: float | None
 
 
 class Generator:
@@ -119,91 +119,63 @@ class Generator:
         self.identity_picture = identity_picture(identity, self.size_px)
         self.identity = self.encoder.tensor(self.identity_picture)
 
-    def frames(self, scene: Iterable[SceneFrame]) -> Iterator[GeneratedFrame]:
-        """Finished frames, in order, window by window. A new shot, or the person's return, starts a new chain."""
-        for present, frames in _split_at_interruptions(scene):
-            if present:
-                yield from self._chain(frames)
-            else:
-                for frame in frames:
-                    yield GeneratedFrame(frame.index, frame.picture, reason=frame.reason)
-
-    def _chain(self, frames: Iterator[SceneFrame]) -> Iterator[GeneratedFrame]:
-        first = next(frames)
-        seed = rng_seed(self.seed, "run", first.index)
-        scene = self._scene_windows(chain([first], frames))
-
-        def ready(check: Callable[[], None]) -> WindowStream:
-            if self.one_stage:
-                return (_ReadyWindow(one, None, self._inputs("one_stage_sequence", one)) for one in scene)
-            if self.landmark_points is not None:
-                return self._with_given_landmarks(scene, self.landmark_points)
-            return self._with_landmarks(scene, rng_seed(seed, "landmark"), check)
-
-        waiting: deque[_ReadyWindow] = deque()
-        name: VariantName = "one_stage_sequence" if self.one_stage else "face_sequence"
-        stage, face_seed = self.components.stage(name, self.traced), seed if self.one_stage else rng_seed(seed, "face")
-        with closing(ahead(ready) if self.overlap else ready(lambda: None)) as windows:
-            inputs = chain.from_iterable(window.inputs for window in _noting(windows, waiting))
-            for latents in stage.chain(inputs, self.identity, face_seed):
-                heads = self.encoder.decode(latents.transpose(0, 1), "face")
-                window = waiting.popleft()
-                yield from self._finished(window.scene, heads, window.landmarks)
-
-    def _finished(
-        self, window: _SceneWindow, heads: UInt8[np.ndarray, "f s s 3"], landmarks: _LandmarkWindow | None
+    def frames(
+        self, scene: Iterable[SceneFrame], again: Iterable[SceneFrame] | None = None, batch: int = 1
     ) -> Iterator[GeneratedFrame]:
-        for i, frame in enumerate(window.frames):
-            assert frame.box is not None
-            yield GeneratedFrame(
-                index=frame.index,
-                picture=headbox.paste(frame.picture, heads[i], frame.box, color_match=self.color_match),
-                box=frame.box,
-                masked_scene=window.masked_scene[i],
-                landmark_picture=None if landmarks is None else landmarks.pictures[i],
-                points=None if landmarks is None else landmarks.points[i],
-                confidence=None if landmarks is None else float(landmarks.confidence[i]),
-                face=heads[i],
-            )
+        """Finished frames, in order, window by window. A new shot, or the person's return, starts a new chain.
 
-    def _scene_windows(self, frames: Iterator[SceneFrame]) -> Iterator[_SceneWindow]:
-        """Prepares the frames that each window adds."""
-        for batch in _window_frames(frames, self.components.settings.window):
-            boxes = np.stack([frame.box for frame in batch if frame.box is not None])
-            masked, mask_box = masked_scenes(np.stack([frame.picture for frame in batch]), boxes, self.size_px)
-            start, source = batch[0].index, self.components.lips
-            lips = None
-            if source is not None:
-                lips = lip_pictures(source, self.audio, start, len(batch), self.identity_picture)
-            yield _SceneWindow(batch, masked, mask_box, mel_windows(self.audio, start, len(batch)), lips)
+        again: the frames of `scene` once more; with these, up to `batch` shots are generated at once.
+        """
+        film = Film(self, scene, again)
+        with closing(film), closing(generate([film], batch, self.overlap)) as events:
+            for _, event in events:
+                if isinstance(event, TccpError):
+                    raise event
+                if event is not None:
+                    yield event
 
-    def _with_given_landmarks(self, scene: Iterator[_SceneWindow], given: LandmarkSource) -> WindowStream:
-        for window in scene:
-            read = [given.read(frame.index) for frame in window.frames]
-            points = np.stack([points for points, _ in read])
-            confidence = np.array([confidence for _, confidence in read], np.float32)
-            landmarks = _LandmarkWindow(landmark_pictures(points, self.size_px), points, confidence)
-            yield _ReadyWindow(window, landmarks, self._inputs("face_sequence", window, landmarks))
+    def scene_window(self, frames: list[SceneFrame]) -> _SceneWindow:
+        """The inputs of the frames that a window adds."""
+        boxes = np.stack([frame.box for frame in frames if frame.box is not None])
+        masked, mask_box = masked_scenes(np.stack([frame.picture for frame in frames]), boxes, self.size_px)
+        start, source, lips = frames[0].index, self.components.lips, None
+        if source is not None:
+            lips = lip_pictures(source, self.audio, start, len(frames), self.identity_picture)
+        given = self._given_landmarks(start, len(frames))
+        return _SceneWindow(masked, mask_box, mel_windows(self.audio, start, len(frames)), lips, given)
 
-    def _with_landmarks(self, scene: Iterator[_SceneWindow], seed: int, check: Callable[[], None]) -> WindowStream:
-        """Runs stage 1. check: called before each step; it may raise."""
-        waiting: deque[_SceneWindow] = deque()
-        reader = LandmarkReader()
-        inputs = chain.from_iterable(self._inputs("landmark_sequence", window) for window in _noting(scene, waiting))
-        stage = self.components.stage("landmark_sequence", self.traced)
-        for latents in stage.chain(inputs, self.identity, seed, check):
-            window = waiting.popleft()
-            landmarks, generated = None, latents.transpose(0, 1)
-            if self.read_landmarks or self.redraw:
-                pictures = self.encoder.decode(generated, "landmark")
-                points, confidence = reader.read(pictures)
-                if self.redraw:
-                    pictures = landmark_pictures(points, self.size_px)
-                landmarks = _LandmarkWindow(pictures, points, confidence)
-            own = None if self.redraw else generated
-            yield _ReadyWindow(window, landmarks, self._inputs("face_sequence", window, landmarks, own))
+    def chain(self, sequence: VariantName, first_frame: int) -> Chain:
+        """The chain of a stage for the shot that starts at this frame."""
+        seed = rng_seed(self.seed, "run", first_frame)
+        if not self.one_stage:
+            seed = rng_seed(seed, VARIANTS[sequence].generates)
+        return Chain(self.components.stage(sequence, self.traced), self.identity, seed)
 
-    def _inputs(
+    @property
+    def face_variant(self) -> VariantName:
+        return "one_stage_sequence" if self.one_stage else "face_sequence"
+
+    def _given_landmarks(self, first: int, count: int) -> _LandmarkWindow | None:
+        if self.landmark_points is None:
+            return None
+        read = [self.landmark_points.read(number) for number in range(first, first + count)]
+        points = np.stack([points for points, _ in read])
+        confidence = np.array([confidence for _, confidence in read], np.float32)
+        return _LandmarkWindow(landmark_pictures(points, self.size_px), points, confidence)
+
+    def generated_landmarks(
+        self, latents: Float[Tensor, "f c h w"], reader: LandmarkReader
+    ) -> tuple[_LandmarkWindow | None, Float[Tensor, "f c h w"] | None]:
+        """Stage 1's landmarks as pictures and points, where somebody reads them, and as latents unless redrawn."""
+        if not (self.read_landmarks or self.redraw):
+            return None, latents
+        pictures = self.encoder.decode(latents, "landmark")
+        points, confidence = reader.read(pictures)
+        if self.redraw:
+            pictures = landmark_pictures(points, self.size_px)
+        return _LandmarkWindow(pictures, points, confidence), None if self.redraw else latents
+
+    def inputs(
         self,
         variant: VariantName,
         window: _SceneWindow,
@@ -218,36 +190,209 @@ class Generator:
         return self.encoder.inputs(VARIANTS[variant], fields, window.mel, window.lips, known)
 
 
-def _noting(items: Iterable[T], waiting: deque[T]) -> Iterator[T]:
-    """The items, each of which is also appended to `waiting`."""
-    for item in items:
-        waiting.append(item)
-        yield item
+@dataclass
+class _ShotChains:
+    """The chains of a shot."""
+
+    landmarks: Chain | None
+    faces: Chain
+    reader: LandmarkReader = field(default_factory=LandmarkReader)
 
 
-def _split_at_interruptions(frames: Iterable[SceneFrame]) -> Iterator[tuple[bool, Iterator[SceneFrame]]]:
-    """Splits frames at cuts and where the head appears or disappears; yields (head present, frames) for each part.
+class Film:
+    """A film on its way through `generate`."""
 
-    Consume each part before asking for the next.
+    def __init__(self, generator: Generator, scene: Iterable[SceneFrame], again: Iterable[SceneFrame] | None = None):
+        """again: the frames of `scene` once more, for pasting, so that few of their pictures are in memory at once.
+
+        With it, several shots of the film are generated at once.
+        """
+        settings = generator.components.settings
+        frame_bytes = 9 * settings.picture_px**2 + 3 * settings.lips.size_px**2
+        self.generator = generator
+        self.failed = False
+        self.several_shots = again is not None
+        self._reader = ShotReader(
+            scene, settings.window, generator.scene_window, horizon=_READ_AHEAD_BYTES // frame_bytes
+        )
+        self._chains: dict[Shot[_SceneWindow], _ShotChains] = {}
+        self._again = None if again is None else iter(again)
+        self._unpasted: deque[SceneFrame] = deque()
+        self._heads: dict[int, _Head] = {}
+
+    @property
+    def offered(self) -> bool:
+        """Whether all its windows are offered."""
+        return self._reader.done
+
+    def close(self) -> None:
+        """Closes the iterators of the scene. Call it when `generate` has ended."""
+        self._reader.close()
+        if isinstance(self._again, collections.abc.Generator):
+            self._again.close()
+
+    @property
+    def complete(self) -> bool:
+        """Whether all frames that were read are finished."""
+        return not self._unpasted and not self._heads
+
+    def windows(self, most: int) -> tuple[list[_Piece], list[SceneFrame]]:
+        """The next windows of up to `most` shots, and the frames that were read for them and must be pasted."""
+        pieces = []
+        for shot, frames, window in self._reader.offer(most if self.several_shots else 1):
+            chains = self._chains.get(shot) or self._start(shot.first)
+            self._chains[shot] = chains
+            pieces.append(_Piece(self, chains, frames[0].index, window))
+        self._chains = {shot: chains for shot, chains in self._chains.items() if shot.windows or not shot.ended}
+        taken = self._reader.taken()
+        return pieces, [] if self.several_shots else taken
+
+    def _start(self, first_frame: int) -> _ShotChains:
+        made = self.generator
+        landmarks = None
+        if not made.one_stage and made.landmark_points is None:
+            landmarks = made.chain("landmark_sequence", first_frame)
+        return _ShotChains(landmarks, made.chain(made.face_variant, first_frame))
+
+    def add_frames(self, frames: Sequence[SceneFrame]) -> None:
+        """Frames that must be pasted, in order."""
+        self._unpasted.extend(frames)
+
+    def add_heads(self, piece: _Piece, faces: UInt8[np.ndarray, "f s s 3"]) -> None:
+        for i, face in enumerate(faces):
+            landmarks = piece.landmarks
+            self._heads[piece.first + i] = _Head(
+                face,
+                piece.window.masked_scene[i],
+                None if landmarks is None else landmarks.pictures[i],
+                None if landmarks is None else landmarks.points[i],
+                None if landmarks is None else float(landmarks.confidence[i]),
+            )
+
+    def finished(self) -> Iterator[GeneratedFrame]:
+        """The next frames of the film, as far as their heads are generated."""
+        while True:
+            if not self._unpasted and self._again is not None:
+                self._unpasted.extend(frame for frame in [next(self._again, None)] if frame is not None)
+            if not self._unpasted:
+                return
+            frame = self._unpasted[0]
+            if frame.box is None:
+                yield GeneratedFrame(frame.index, frame.picture, reason=frame.reason)
+            elif frame.index in self._heads:
+                head = self._heads.pop(frame.index)
+                match = self.generator.color_match
+                picture = headbox.paste(frame.picture, head.face, frame.box, color_match=match)
+                yield GeneratedFrame(index=frame.index, picture=picture, box=frame.box, **vars(head))
+            else:
+                return
+            self._unpasted.popleft()
+
+
+@dataclass
+class _Piece:
+    """A window on its way. first: the first frame that it adds. inputs: of the network that generates its faces."""
+
+    film: Film
+    chains: _ShotChains
+    first: int
+    window: _SceneWindow
+    landmarks: _LandmarkWindow | None = None
+    inputs: list[FrameInputs] = field(default_factory=list)
+
+
+@dataclass
+class _Round:
+    """Windows that are generated together, the frames that were read for them, and films that end after them."""
+
+    pieces: list[_Piece] = field(default_factory=list)
+    frames: list[tuple[Film, list[SceneFrame]]] = field(default_factory=list)
+    ended: list[tuple[Film, TccpError | None]] = field(default_factory=list)
+
+
+FilmEvent = tuple[Film, GeneratedFrame | TccpError | None]
+"""A film and its next frame; or why it ends early; or None at its end."""
+
+
+def generate(
+    films: Iterable[Film], batch: int = 1, overlap: bool = True
+) -> collections.abc.Generator[FilmEvent, None, None]:
+    """Generates films, up to `batch` windows at once: of different films, or of different shots of one film.
+
+    films: the next one is taken when there is room, in the thread of stage 1. A film that ends with an error leaves the
+    others as they are. The frames of each film come in order. With a batch of 1 a film comes out the same whatever
+    other films there are; otherwise it depends on them by rounding only.
     """
 
-    def numbered() -> Iterator[tuple[int, SceneFrame]]:
-        number, before = 0, None
-        for frame in frames:
-            present = frame.box is not None
-            number += frame.starts_shot or present != before
-            before = present
-            yield number, frame
+    def rounds(check: Callable[[], None]) -> Iterator[_Round]:
+        return _rounds(iter(films), batch, check)
 
-    for _, group in groupby(numbered(), key=itemgetter(0)):
-        part = (frame for _, frame in group)
-        first = next(part)
-        yield first.box is not None, chain([first], part)
+    with closing(ahead(rounds) if overlap else _rounds(iter(films), batch, lambda: None)) as source:
+        for current in source:
+            pieces = [piece for piece in current.pieces if not piece.film.failed]
+            windows = [piece.chains.faces.window(piece.inputs) for piece in pieces]
+            for piece, latents in zip(pieces, run_round(windows, batch), strict=True):
+                new = piece.chains.faces.finish(latents)
+                piece.film.add_heads(piece, piece.film.generator.encoder.decode(new.transpose(0, 1), "face"))
+            for film, frames in current.frames:
+                yield from _finished(film, frames)
+            for film, error in current.ended:
+                if not film.failed:
+                    assert error is not None or film.complete
+                    yield film, error
 
 
-def _window_frames(frames: Iterable[SceneFrame], window: int) -> Iterator[list[SceneFrame]]:
-    """The frames that each window of a chain adds: one, then `window - 1` at a time. Reads no frame in advance."""
-    source = iter(frames)
-    yield list(islice(source, 1))
-    while batch := list(islice(source, window - 1)):
-        yield batch
+def _finished(film: Film, frames: list[SceneFrame]) -> Iterator[FilmEvent]:
+    if film.failed:
+        return
+    film.add_frames(frames)
+    try:
+        for frame in film.finished():
+            yield film, frame
+    except TccpError as error:
+        film.failed = True
+        yield film, error
+
+
+def _rounds(
+    films: Iterator[Film], batch: int, check: Callable[[], None]
+) -> collections.abc.Generator[_Round, None, None]:
+    """The rounds of some films, with the inputs of stage 2. check: called before each step; it may raise."""
+    active: list[Film] = []
+    while True:
+        while len(active) < batch and (film := next(films, None)) is not None:
+            active.append(film)
+        if not active:
+            return
+        current = _Round()
+        for number, film in enumerate(active):
+            room = batch - len(current.pieces) - (len(active) - number - 1)  # one is kept for each of the others
+            try:
+                pieces, frames = film.windows(room)
+            except TccpError as error:
+                current.ended.append((film, error))
+                continue
+            current.pieces += pieces
+            current.frames.append((film, frames))
+            if film.offered:
+                current.ended.append((film, None))
+        _add_inputs(current.pieces, batch, check)
+        yield current
+        ended = [film for film, _ in current.ended]
+        active = [film for film in active if film not in ended and not film.failed]
+
+
+def _add_inputs(pieces: Sequence[_Piece], batch: int, check: Callable[[], None]) -> None:
+    """Runs stage 1, where it is needed, and adds the inputs of stage 2."""
+    chains = [(piece, piece.chains.landmarks) for piece in pieces if piece.chains.landmarks is not None]
+    inputs = [piece.film.generator.inputs("landmark_sequence", piece.window) for piece, _ in chains]
+    windows = [chain.window(given) for (_, chain), given in zip(chains, inputs, strict=True)]
+    latents = run_round(windows, batch, check)
+    new = {id(piece): chain.finish(one) for (piece, chain), one in zip(chains, latents, strict=True)}
+    for piece in pieces:
+        made, of_stage_one = piece.film.generator, None
+        piece.landmarks = piece.window.landmarks
+        if id(piece) in new:
+            landmark_latents = new[id(piece)].transpose(0, 1)
+            piece.landmarks, of_stage_one = made.generated_landmarks(landmark_latents, piece.chains.reader)
+        piece.inputs = made.inputs(made.face_variant, piece.window, piece.landmarks, of_stage_one)

@@ -11,7 +11,7 @@ tccp.generate_film(tccp.FilmRequest("film.mp4", "speech.wav", "face.png", out="o
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ import torch
 
 from tccp.errors import TccpError
 from tccp.inference.components import Components, load_components
-from tccp.inference.film import FilmInputs, FilmRequest, FilmResult, OnFrame
-from tccp.inference.film_generation import film_frames, write_film
+from tccp.inference.film import MAX_BATCH, FilmInputs, FilmRequest, FilmResult, OnFrame
+from tccp.inference.film_generation import FilmOutcome, check_requests, film_frames, write_film, write_films
 from tccp.inference.frames import GeneratedFrame
 from tccp.inference.pipeline_folder import check_network, load_network
 from tccp.inference.pipeline_source import component_names, pipeline_folder
@@ -149,6 +149,31 @@ def generate_film(
     if pipeline is not None:
         request = dataclasses.replace(request, weights=pipeline.source)
     return write_film(request, load, on_frame, on_progress, inputs, loaded=pipeline is not None)
+
+
+def generate_films(
+    requests: Sequence[FilmRequest],
+    *,
+    pipeline: Pipeline,
+    batch: int = 4,
+    on_progress: ProgressHandler | None = None,
+) -> Iterator[FilmOutcome]:
+    """Generates the films of some requests and writes them; yields what became of each as it ends.
+
+    Up to `batch` films, or shots of them, are generated at once and share evaluations of the networks. A film that
+    cannot be made is reported, and the others go on. The weights are those of `pipeline`. A film is the same as that of
+    `generate_film` with `batch` 1, and up to rounding with others.
+    Raises TccpError if `batch` is out of range or two requests write the same file.
+    """
+    if not 1 <= batch <= MAX_BATCH:
+        raise TccpError(f"batch {batch}: give 1 to {MAX_BATCH} windows")
+    requests = [dataclasses.replace(request, weights=pipeline.source, batch=batch) for request in requests]
+    check_requests(requests)
+    by_networks: dict[tuple[VariantName, ...], list[FilmRequest]] = {}
+    for request in requests:
+        by_networks.setdefault(request.variants, []).append(request)
+    for variants, own in by_networks.items():
+        yield from write_films(own, pipeline.with_networks(variants), batch=batch, on_progress=on_progress)
 
 
 def _device(given: str | torch.device) -> torch.device:

@@ -72,8 +72,21 @@ def scene_frames(
 ) -> Iterator[SceneFrame]:
     """The frames to generate, in order. `decoder` can do nothing else meanwhile."""
     indices = list(scene_indices(info.num_frames, num_frames, extend, path))
-    cuts = track.cuts or frozenset()
-    # A cut lies between the same two frames when they are played backwards.
-    starts = [True, *(a != b and max(a, b) in cuts for a, b in pairwise(indices))]
+    starts = _shot_starts(indices, track)
     for i, picture in enumerate(_scene_pictures(path, indices, decoder)):
         yield SceneFrame(i, picture, track.box(indices[i]), starts[i], track.reason(indices[i]))
+
+
+def num_shots(path: Path, info: MediaInfo, track: HeadTrack, num_frames: int, extend: Extend) -> int:
+    """The number of uninterrupted stretches of the film that show the person."""
+    indices = list(scene_indices(info.num_frames, num_frames, extend, path))
+    present = [False, *(track.box(index) is not None for index in indices)]
+    starts = _shot_starts(indices, track)
+    return sum(now and (start or not before) for start, (before, now) in zip(starts, pairwise(present), strict=True))
+
+
+def _shot_starts(indices: list[int], track: HeadTrack) -> list[bool]:
+    """Whether a new shot starts at each frame."""
+    # A cut lies between the same two frames when they are played backwards.
+    cuts = track.cuts or frozenset()
+    return [True, *(a != b and max(a, b) in cuts for a, b in pairwise(indices))]

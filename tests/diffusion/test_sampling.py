@@ -10,7 +10,9 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from tiny_networks import inputs, tiny
 
 from tccp.config import DiffusionSettings, SamplingSettings
-from tccp.diffusion.sampling import FrameInputs, Stage, advance, run_window, start_window
+from tccp.diffusion.batching import run_windows
+from tccp.diffusion.chains import FrameInputs, Stage
+from tccp.diffusion.sampling import advance, start_window
 from tccp.diffusion.schedule import NoiseSchedule
 from tccp.diffusion.solvers import solver_plan, timesteps
 from tccp.models.conditions import Conditions
@@ -89,7 +91,7 @@ def test_ddpm_converges_to_the_distribution_with_more_steps():
     errors = []
     for steps in (10, 100, 1000):
         state = window(schedule, "ddpm", steps, size=64)
-        latents = run_window(GaussianDenoiser(schedule), schedule, state)
+        latents = run_windows(GaussianDenoiser(schedule), schedule, [state])[0]
         assert abs(float(latents.mean()) - MEAN) < 0.02
         errors.append(abs(float(latents.std()) - SPREAD))
     assert errors[0] > errors[1]
@@ -105,7 +107,7 @@ def test_temperature_scales_the_distance_to_the_mean(solver):
         settings = SamplingSettings(solver=solver, steps=50, temperature=temperature)
         state = start_window(schedule, settings, NOTHING, torch.zeros(4, 1, 8, 8), None, 0)
         state = dataclasses.replace(state, latents=state.latents.double(), control=state.control.double())
-        return run_window(GaussianDenoiser(schedule), schedule, state)
+        return run_windows(GaussianDenoiser(schedule), schedule, [state])[0]
 
     full, half, none = sample(1.0), sample(0.5), sample(0.0)
     assert float((none - MEAN).abs().max()) < 0.01
@@ -120,7 +122,7 @@ def test_end_result_is_near_the_exact_flow(solver, prediction):
     denoiser = GaussianDenoiser(schedule)
     state = window(schedule, solver, 200)
     exact = denoiser.exact_flow(state.latents, float(schedule.alphas_cumprod[-1]), 1.0)
-    assert float((run_window(denoiser, schedule, state) - exact).abs().max()) < 0.03
+    assert float((run_windows(denoiser, schedule, [state])[0] - exact).abs().max()) < 0.03
 
 
 @pytest.mark.parametrize("steps", [1, 7, 1000])
@@ -170,7 +172,7 @@ def test_deterministic_solvers_equal_diffusers(solver, prediction):
     for t in theirs.timesteps:
         predicted = denoiser(expected[None], t.reshape(1, 1).long(), None, None)[0]
         expected = theirs.step(predicted, t, expected).prev_sample
-    torch.testing.assert_close(run_window(denoiser, schedule, state), expected.double(), rtol=0, atol=2e-3)
+    torch.testing.assert_close(run_windows(denoiser, schedule, [state])[0], expected.double(), rtol=0, atol=2e-3)
 
 
 def test_ddpm_mean_and_variance_equal_diffusers():
@@ -201,7 +203,7 @@ def test_batched_windows_at_mixed_steps_equal_single_windows():
         window(schedule, solver, steps, seed)
         for seed, (solver, steps) in enumerate([("ddpm", 12), ("ddim", 5), ("dpmpp", 9), ("dpmpp", 20)])
     ]
-    alone = [run_window(denoiser, schedule, state) for state in states]
+    alone = [run_windows(denoiser, schedule, [state])[0] for state in states]
     finished = {}
     running = dict(enumerate(states[:1]))
     waiting = dict(enumerate(states[1:], start=1))

@@ -12,7 +12,8 @@ from tccp.clips.clip_table import ClipTable
 from tccp.clips.order import PlannedWindow, WindowId
 from tccp.clips.windows import mirrored, view
 from tccp.config import override
-from tccp.diffusion.sampling import run_windows, start_window
+from tccp.diffusion.batching import run_windows
+from tccp.diffusion.sampling import start_window
 from tccp.errors import TccpError
 from tccp.inference.conditioning import picture_of
 from tccp.models.autoencoder import PictureAutoencoder, to_model
