@@ -137,7 +137,8 @@ class FilmRecord:
         self._rows[row["out"]] = row
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(self.path) as part:
-            part.write_text(json.dumps({"films": list(self._rows.values())}, indent=1) + "\n")
+            rows = sorted(self._rows.values(), key=lambda row: row["out"])
+            part.write_text(json.dumps({"films": rows}, indent=1) + "\n")
 
 
 def _key(request: FilmRequest) -> str:
