@@ -234,6 +234,7 @@ SMALLER = {
     "preprocess": ["--backend", "truth", *TINY],
     "train": ["--jobs", "1", "--device", "cpu", *TINY],
     "generate": ["--steps", "1", "--device", "cpu"],
+    "films": ["--device", "cpu"],
 }
 """What is added to a command of each verb. Later options win, so the command does the same work on less data."""
 SOUND_S = 0.32
@@ -248,7 +249,7 @@ def only_parsed(command: Command) -> str | None:
 
 @pytest.fixture(scope="module")
 def footage(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files that the pages name: films/, film.mp4, speech.wav, face.png, mask.mp4, track.json."""
+    """The files that the pages name: films/, film.mp4, speech.wav, face.png, mask.mp4, track.json, list.csv."""
     folder = tmp_path_factory.mktemp("footage")
     film, _ = write_clips(folder / "films", 2, 1.0, seed=0)
     for path, name in ((film, "film.mp4"), (truth_path(film), "film.truth.npz"), (identity_path(film), "face.png")):
@@ -263,6 +264,8 @@ def footage(tmp_path_factory: pytest.TempPathFactory) -> Path:
             picture[y0:y1, x0:x1] = 255
             mask.write(picture)
     (folder / "track.json").write_text(json.dumps({"boxes": boxes.tolist(), "cuts": []}))
+    (listed,) = (block.text for block in blocks(ROOT / "docs" / "generate.md") if block.language == "csv")
+    (folder / "list.csv").write_text(listed + "\n")
     write_untrained(folder / "W", tiny.SETTINGS)
     return folder
 

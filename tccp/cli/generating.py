@@ -32,6 +32,8 @@ def generate(
     steps: int | None = None,
     solver: Literal["ddpm", "ddim", "dpmpp"] | None = None,
     guidance_scale: float | None = None,
+    guidance_interval: tuple[float, float] | None = None,
+    time_power: float | None = None,
     temperature: float | None = None,
     seed: int = 0,
     preset: Annotated[str | None, tyro.conf.arg(help="refuse a pipeline of another preset")] = None,
@@ -69,6 +71,8 @@ def generate(
         extend: how to lengthen a scene that is shorter than the sound.
         steps: number of sampling steps. Default: the pipeline's.
         guidance_scale: values above 1 make the result follow the conditions more closely.
+        guidance_interval: from to, the part of diffusion time in which guidance acts; 0 is clean, 1 is noise.
+        time_power: spacing of the steps: 1 is even; above 1, more steps lie at the clean end.
         temperature: values below 1 reduce the random variation of the result.
         one_stage: use the one-stage networks of the ablation.
         save_landmarks: file to write stage 1's landmarks to, as JSON lines, for viewing or editing.
@@ -102,6 +106,8 @@ def generate(
         steps=steps,
         solver=solver,
         guidance_scale=guidance_scale,
+        guidance_interval=guidance_interval,
+        time_power=time_power,
         temperature=temperature,
         seed=seed,
         preset=preset,

@@ -169,6 +169,12 @@ class SamplingSettings(_Frozen):
     guidance_interval: tuple[_Share, _Share] = (0.0, 1.0)  # guidance acts in this part of diffusion time (1: noise)
     redraw_landmarks: bool = False  # for stage 2, read the points of stage 1's pictures and draw new pictures
 
+    @model_validator(mode="after")
+    def _interval_ascends(self) -> SamplingSettings:
+        if self.guidance_interval[0] > self.guidance_interval[1]:
+            raise ValueError(f"guidance_interval is {self.guidance_interval}: give the smaller time first")
+        return self
+
 
 class LipSettings(_Frozen):
     """The lip reference. Training and generation use the same audio-driven source."""

@@ -62,15 +62,15 @@ class FilmRequest:
     `tccp synth`). Without them, a face detector finds the head: detector, detector_weights, person (x, y in pixels of
     the person to replace). identity_box: `x0,y0,x1,y1` of the head in the identity picture, or `whole`.
 
-    extend: what to do if the scene is shorter than the sound. steps, solver, guidance_scale, temperature: sampling
-    settings; None: as in the weights. seed: for all random numbers. preset: refuse weights of another preset.
-    one_stage: use the one-stage networks. landmarks, save_landmarks: landmark files to generate from, or to write.
-    redraw: read landmarks from stage 1's pictures and draw them again for stage 2. color_match: match the head's
-    colours to the ring around the mask. lossless: write a lossless film, which keeps every pixel outside the mask.
-    exact_size: keep an odd width or height, which few players show; otherwise one row or column is added.
-    lip_weights: the published Wav2Lip checkpoint. device: cpu, cuda or cuda:N. overlap: run stage 1 ahead of stage 2,
-    in a thread; the film is the same without. batch: the most windows of different shots that are generated at once;
-    with another batch, pixels of a film of several shots may differ by rounding.
+    extend: what to do if the scene is shorter than the sound. steps, solver, guidance_scale, guidance_interval,
+    time_power, temperature: sampling settings; None: as in the weights. seed: for all random numbers. preset: refuse
+    weights of another preset. one_stage: use the one-stage networks. landmarks, save_landmarks: landmark files to
+    generate from, or to write. redraw: read landmarks from stage 1's pictures and draw them again for stage 2.
+    color_match: match the head's colours to the ring around the mask. lossless: write a lossless film, which keeps
+    every pixel outside the mask. exact_size: keep an odd width or height, which few players show; otherwise one row or
+    column is added. lip_weights: the published Wav2Lip checkpoint. device: cpu, cuda or cuda:N. overlap: run stage 1
+    ahead of stage 2, in a thread; the film is the same without. batch: the most windows of different shots that are
+    generated at once; with another batch, pixels of a film of several shots may differ by rounding.
     """
 
     scene: Path
@@ -89,6 +89,8 @@ class FilmRequest:
     steps: int | None = None
     solver: Solver | None = None
     guidance_scale: float | None = None
+    guidance_interval: tuple[float, float] | None = None
+    time_power: float | None = None
     temperature: float | None = None
     seed: int = 0
     preset: str | None = None
@@ -295,7 +297,7 @@ def request_inputs(request: FilmRequest) -> dict[str, Path | list[Path] | None]:
 
 def with_sampling(settings: Settings, request: FilmRequest) -> Settings:
     """The pipeline's settings with the sampling options of the request, which also override those of variants."""
-    names = ("solver", "steps", "guidance_scale", "temperature")
+    names = ("solver", "steps", "time_power", "guidance_scale", "guidance_interval", "temperature")
     given = {name: getattr(request, name) for name in names}
     changes = {f"sampling.{name}": value for name, value in given.items() if value is not None}
     settings = override(settings, changes)

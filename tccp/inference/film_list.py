@@ -33,8 +33,8 @@ def _point(text: str) -> tuple[float, float]:
 _READ: dict[str, Callable[[str], Any]] = {
     "scene": Path, "audio": Path, "identity": Path, "out": Path, "mask": Path, "landmarks": Path,
     "save_landmarks": Path, "box": str, "truth": _switch, "person": _point, "identity_box": str, "extend": str,
-    "seed": int, "steps": int, "solver": str, "guidance_scale": float, "temperature": float, "redraw": _switch,
-    "color_match": _switch, "lossless": _switch, "exact_size": _switch,
+    "seed": int, "steps": int, "solver": str, "guidance_scale": float, "time_power": float, "temperature": float,
+    "redraw": _switch, "color_match": _switch, "lossless": _switch, "exact_size": _switch,
 }  # fmt: skip
 _NEEDED = ("scene", "audio", "identity")
 _OUTPUTS = ("out", "save_landmarks")

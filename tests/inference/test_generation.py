@@ -447,7 +447,16 @@ def test_one_stage_needs_neither_landmarks_nor_their_networks(
 
 
 @pytest.mark.parametrize(
-    "change", [{"steps": 3}, {"solver": "ddpm"}, {"guidance_scale": 2.0}, {"temperature": 0.5}, {"color_match": False}]
+    "change",
+    [
+        {"steps": 3},
+        {"solver": "ddpm"},
+        {"guidance_scale": 2.0},
+        {"guidance_scale": 2.0, "guidance_interval": (0.0, 0.6)},
+        {"time_power": 0.5},
+        {"temperature": 0.5},
+        {"color_match": False},
+    ],
 )
 def test_sampling_options_change_the_film(
     film: Path, weights: Path, tones: Path, made: tuple[Path, Path, Any], tmp_path: Path, change: dict[str, Any]
@@ -462,6 +471,9 @@ def test_sampling_options_change_the_film(
         ({"steps": 0}, r"sampling\.steps"),
         ({"steps": 1001}, "--steps 1001: give at most 1000"),
         ({"guidance_scale": float("nan")}, r"sampling\.guidance_scale"),
+        ({"guidance_interval": (0.8, 0.2)}, "give the smaller time first"),
+        ({"guidance_interval": (0.0, 1.5)}, r"sampling\.guidance_interval"),
+        ({"time_power": 0.0}, r"sampling\.time_power"),
         ({"truth": True, "box": "0,0,9,9"}, "give only one of them"),
         ({"identity_box": "1,2,3"}, "--identity-box 1,2,3"),
         ({"identity_box": "900,900,950,950"}, "outside the picture"),
