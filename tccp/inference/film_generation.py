@@ -17,7 +17,6 @@ from tccp.inference.generation import Generator
 from tccp.inference.landmark_file import landmark_writer
 from tccp.inference.scene import scene_frames
 from tccp.media import VideoWriter, mark_generated
-from tccp.media.sandbox import Decoder
 from tccp.models.variants import TWO_STAGE
 from tccp.progress import ProgressHandler, Tasks, progress
 from tccp.threads import arithmetic_threads
@@ -76,13 +75,12 @@ def write_film(
     with ExitStack() as opened:
         if inputs is None:
             inputs = opened.enter_context(FilmInputs(request, loaded))
-        of_sound = opened.enter_context(Decoder())
         tasks = opened.enter_context(progress(on_progress))
         film = VideoWriter(
             request.out,
             inputs.scene.width,
             inputs.scene.height,
-            of_sound.film_sound(request.audio),  # a decoder of its own: the other one is busy with the scene
+            inputs.sound_decoder.film_sound(request.audio),
             lossless=request.lossless,
             exact_size=request.exact_size,
             metadata=mark_generated(seed=str(request.seed), weights=Path(request.weights).absolute().name),
