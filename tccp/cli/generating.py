@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from tccp.cli.options import Device, Json, Storage, check_device, device_of, emit
+from tccp.cli.options import Device, Json, Storage, check_device, device_of, emit, importing
 from tccp.config import storage_root
 from tccp.files import check_writable_folder
 from tccp.progress import progress
@@ -79,8 +79,9 @@ def generate(
         lip_weights: the published Wav2Lip checkpoint, for pipelines trained with lips.source=wav2lip.
         overlap: run stage 1 ahead of stage 2, in a thread. The film is the same without.
     """
-    from tccp.inference.coverage import Coverage
-    from tccp.inference.film import FilmInputs, FilmRequest
+    with importing():
+        from tccp.inference.coverage import Coverage
+        from tccp.inference.film import FilmInputs, FilmRequest
 
     check_device(device)
     request = FilmRequest(
@@ -117,7 +118,7 @@ def generate(
         with progress() as bar:
             bar.add_task("checking the inputs")
             inputs = opened.enter_context(FilmInputs(request))
-        with progress() as bar:
+        with progress() as bar, importing():
             bar.add_task("loading torch")  # after the checks, because it takes seconds
             from tccp.inference.pipeline import generate_film
 
@@ -146,7 +147,7 @@ def demo(
     check_device(device)
     check_writable_folder("--out", out)
     check_writable_folder("--storage", storage_root(storage))
-    with progress() as bar:
+    with progress() as bar, importing():
         bar.add_task("loading torch")  # after the checks, because it takes seconds
         from tccp.cli.demo_run import run_demo
 
