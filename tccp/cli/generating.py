@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from tccp.cli.options import Device, Json, Storage, check_device, device_of, emit, note
+from tccp.cli.options import Device, Json, Storage, check_device, device_of, emit, importing, note
 from tccp.config import storage_root
 from tccp.files import check_writable_folder
 from tccp.progress import progress
@@ -85,8 +85,9 @@ def generate(
         overlap: run stage 1 ahead of stage 2, in a thread. The film is the same without.
         batch: the most windows of different shots that are generated at once; they differ by rounding only.
     """
-    from tccp.inference.coverage import Coverage
-    from tccp.inference.film import FilmInputs, FilmRequest
+    with importing():
+        from tccp.inference.coverage import Coverage
+        from tccp.inference.film import FilmInputs, FilmRequest
 
     check_device(device)
     request = FilmRequest(
@@ -126,7 +127,7 @@ def generate(
         with progress() as bar:
             bar.add_task("checking the inputs")
             inputs = opened.enter_context(FilmInputs(request))
-        with progress() as bar:
+        with progress() as bar, importing():
             bar.add_task("loading torch")  # after the checks, because it takes seconds
             from tccp.inference.pipeline import generate_film
 
@@ -186,8 +187,8 @@ def films(
     if due:
         with progress() as bar:
             bar.add_task("loading torch")  # after the checks, because it takes seconds
-            from tccp.inference.pipeline import Pipeline, generate_films
-
+            with importing():
+                from tccp.inference.pipeline import Pipeline, generate_films
             pipeline = Pipeline.from_pretrained(weights, device=device_of(device), lip_weights=lip_weights)
         for outcome in generate_films(due, pipeline=pipeline, batch=batch):
             record.add(outcome.request, outcome.result, outcome.error)
@@ -219,7 +220,7 @@ def demo(
     check_device(device)
     check_writable_folder("--out", out)
     check_writable_folder("--storage", storage_root(storage))
-    with progress() as bar:
+    with progress() as bar, importing():
         bar.add_task("loading torch")  # after the checks, because it takes seconds
         from tccp.cli.demo_run import run_demo
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
 import itertools
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -106,6 +108,20 @@ def emit(as_json: bool, record: dict[str, Any], text: str) -> None:
 def note(text: str) -> None:
     """Prints a line on stderr."""
     print(f"tccp: {text}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """Surrounds imports of large packages. The garbage collector would look through their many objects again and again.
+
+    They all stay, so it need not look at them later either.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def check_device(name: str) -> None:

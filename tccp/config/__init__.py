@@ -4,13 +4,11 @@ Settings are frozen pydantic models that reject unknown keys by name. A preset i
 the paper, unchanged; where the paper gives no value, the comment names the source of ours.
 """
 
+from tccp.clock import FPS, SAMPLE_RATE_HZ, SAMPLES_PER_FRAME
 from tccp.config.environment import git_commit, storage_root
 from tccp.config.overrides import changed, load_settings, override, settings_from_json, settings_to_json
 from tccp.config.presets import PRESETS, paper, toy
 from tccp.config.settings import (
-    FPS,
-    SAMPLE_RATE_HZ,
-    SAMPLES_PER_FRAME,
     AutoencoderSettings,
     DeepSpeedSettings,
     DiffusionSettings,

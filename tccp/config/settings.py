@@ -12,11 +12,6 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFlo
 
 from tccp.errors import TccpError
 
-FPS = 25
-"""The model's frame rate. Media with other rates are converted by presentation time."""
-SAMPLE_RATE_HZ = 16_000
-SAMPLES_PER_FRAME = SAMPLE_RATE_HZ // FPS
-
 VariantName = Literal[
     "landmark_first", "landmark_sequence", "face_first", "face_sequence", "one_stage_first", "one_stage_sequence"
 ]

@@ -145,7 +145,8 @@ class FilmResult:
 class FilmInputs:
     """The opened and checked inputs of a request. Use as a context manager.
 
-    decoder: reads all of them in a child process, because nobody vouches for these files.
+    decoder: reads all of them in a child process, because nobody vouches for these files. sound_decoder: reads the
+    sound of the written film, while `decoder` is busy with the scene.
     Opening checks everything that can be checked without the networks; raises TccpError or MediaError.
     """
 
@@ -162,6 +163,9 @@ class FilmInputs:
         with ExitStack() as opened:
             self.decoder = opened.enter_context(Decoder())
             self._check(request, opened)
+            self.sound_decoder = opened.enter_context(Decoder())
+            if request.out is not None:
+                self.sound_decoder.start()  # while torch is imported
             self._open = opened.pop_all()
         return self
 

@@ -84,7 +84,7 @@ def film_frames(
 class _FilmFile:
     """The written film of a request, and what is counted for its result."""
 
-    def __init__(self, inputs: FilmInputs, opened: ExitStack, on_frame: OnFrame | None = None):
+    def __init__(self, inputs: FilmInputs, on_frame: OnFrame | None = None):
         """Nothing is written before the first frame."""
         request = inputs.request
         assert request.out is not None
@@ -98,8 +98,7 @@ class _FilmFile:
             request.out,
             inputs.scene.width,
             inputs.scene.height,
-            # A decoder of its own: the other one is busy with the scene.
-            opened.enter_context(Decoder()).film_sound(request.audio),
+            inputs.sound_decoder.film_sound(request.audio),
             lossless=request.lossless,
             exact_size=request.exact_size,
             metadata=mark_generated(seed=str(request.seed), weights=Path(request.weights).absolute().name),
@@ -152,7 +151,7 @@ def write_film(
         if inputs is None:
             inputs = opened.enter_context(FilmInputs(request, loaded))
         tasks = opened.enter_context(progress(on_progress))
-        film = _FilmFile(inputs, opened, on_frame)
+        film = _FilmFile(inputs, on_frame)
         with progress(on_progress) as loading:
             loading.add_task("loading the networks")
             components = load(request)
@@ -196,7 +195,7 @@ def write_films(
             with ExitStack() as opening:
                 try:
                     inputs = opening.enter_context(FilmInputs(request, loaded=True))
-                    file = _FilmFile(inputs, opening)
+                    file = _FilmFile(inputs)
                     film = _film(components, inputs, tasks, opening, request.save_landmarks is not None)
                 except TccpError as error:
                     refused.append(FilmOutcome(request, error=str(error)))

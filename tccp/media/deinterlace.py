@@ -8,7 +8,7 @@ from fractions import Fraction
 import av
 from av.filter import Graph
 
-from tccp.config import FPS
+from tccp.clock import FPS
 
 Timed = tuple[Fraction, av.VideoFrame]
 

@@ -18,7 +18,7 @@ import numpy as np
 from av.container import InputContainer
 from jaxtyping import UInt8
 
-from tccp.config import FPS
+from tccp.clock import FPS
 from tccp.errors import TccpError
 from tccp.media.deinterlace import Timed, deinterlaced
 from tccp.media.source import MediaError, MediaInfo, Span, no_stream, opened, pick_video, probe

@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 from jaxtyping import Int16, UInt8
 
-from tccp.config import FPS
+from tccp.clock import FPS
 from tccp.errors import TccpError
 
 CONTEXT_FRAMES = 8

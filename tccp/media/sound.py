@@ -16,7 +16,7 @@ import av
 import numpy as np
 from jaxtyping import Float, Float32
 
-from tccp.config import SAMPLE_RATE_HZ, SAMPLES_PER_FRAME
+from tccp.clock import SAMPLE_RATE_HZ, SAMPLES_PER_FRAME
 from tccp.errors import TccpError
 from tccp.media.mix import Mix, choose_mix
 from tccp.media.source import MediaError, MediaInfo, no_stream, opened, pick_audio, probe

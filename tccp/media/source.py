@@ -19,7 +19,7 @@ from av.container import InputContainer
 from av.stream import Disposition
 from av.video import VideoStream
 
-from tccp.config import FPS
+from tccp.clock import FPS
 from tccp.errors import DamagedData
 from tccp.media.file_access import FileReader, file_status
 from tccp.media.stored_pictures import StoredPictures, stored_pictures

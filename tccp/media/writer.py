@@ -18,7 +18,7 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTr
 from jaxtyping import Float, Float32, UInt8
 
 from tccp import __version__
-from tccp.config import FPS, SAMPLE_RATE_HZ
+from tccp.clock import FPS, SAMPLE_RATE_HZ
 from tccp.errors import TccpError
 from tccp.media.film_sound import FilmSound, film_sound
 from tccp.media.sound import AudioTrack, audio_frame

@@ -152,7 +152,6 @@ class MVControlNet(Pretrained):
         self.control = ControlBranch(
             Encoder(in_channels, *shape, pooled_dim), self.control_channels, control_embedding, base_channels
         )
-        self.control.encoder.load_state_dict(self.video.encoder.state_dict())
 
     @property
     def control_channels(self) -> int:
@@ -193,6 +192,7 @@ class MVControlNet(Pretrained):
     def from_settings(cls, settings: Settings, variant: VariantName) -> MVControlNet:
         """A new network for `variant`. The caller determines its random weights (`torch.manual_seed`)."""
         model = cls(**cls.arguments_of(settings, variant))
+        model.control.encoder.load_state_dict(model.video.encoder.state_dict())
         if settings.for_variant(variant).network.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         return model

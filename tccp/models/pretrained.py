@@ -44,11 +44,17 @@ class Config(Mapping[str, Any]):
         return len(self.__dict__)
 
 
+_RANDOM_FILLS = nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_, Tensor.uniform_, Tensor.normal_
+
+
 class _Uninitialised(TorchFunctionMode):
     """Creates modules without random weights. Building them on the meta device would import torch's compiler."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return args[0] if func in (Tensor.uniform_, Tensor.normal_) else func(*args, **kwargs or {})
+        kwargs = kwargs or {}
+        if func in _RANDOM_FILLS:
+            return args[0] if args else kwargs["tensor"]
+        return (torch.empty if func is torch.randn else func)(*args, **kwargs)
 
 
 def with_config(init: Callable[..., None]) -> Callable[..., None]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ from tccp.roundtable import identity_path
 
 pytest_plugins = ["tiny_fixtures"]
 
+_SLOW = "torch", "diffusers", "ray", "mediapipe"
+_NOT_OF_FILMS = "diffusers", "ray", "mediapipe", "librosa", "numba", "scipy", "pandas", "pyarrow"
 _LINE = """
 import sys
 from tccp.cli import main
@@ -28,17 +31,23 @@ for line in sys.stdin:
         code = 0
     except SystemExit as error:
         code = error.code
-    print(code, sorted({"torch", "diffusers", "ray", "mediapipe"} & sys.modules.keys()), flush=True)
+    print(code, sorted(set(sys.argv[1:]) & sys.modules.keys()), flush=True)
 """
+
+
+@contextmanager
+def watched(packages: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
+    """A process that runs command lines, and says after each its exit code and which of the packages are imported."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen([sys.executable, "-c", _LINE, *packages], text=True, **pipes) as process:
+        yield process
+        process.stdin.close()  # type: ignore[union-attr]
 
 
 @pytest.fixture(scope="module")
 def fresh() -> Iterator[subprocess.Popen[str]]:
-    """A process that runs command lines, and says after each its exit code and which slow packages are imported."""
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen([sys.executable, "-c", _LINE], text=True, **pipes) as process:
+    with watched(_SLOW) as process:
         yield process
-        process.stdin.close()  # type: ignore[union-attr]
 
 
 def asked(process: subprocess.Popen[str], *command: object) -> str:
@@ -93,6 +102,12 @@ def test_refusals_do_not_wait_for_torch(
         ["demo", "--out", "/proc/demo", "--device", "cpu"],
     ):
         assert asked(fresh, *command) == "2 []", command
+
+
+def test_a_film_needs_no_package_that_is_slow_to_import(film: Path, weights: Path, tmp_path: Path) -> None:
+    command = ["generate", "--scene", film, "--audio", film, "--identity", film, "--truth", "--weights", weights]
+    with watched(["torch", *_NOT_OF_FILMS]) as process:
+        assert asked(process, *command, "--out", tmp_path / "out.mp4", "--device", "cpu") == "0 ['torch']"
 
 
 def test_training_all_says_at_once_that_all_is_there(

@@ -100,6 +100,17 @@ def same_error(tried: Sequence[Callable[[Path], object]], path: Path) -> TccpErr
     return errors[0]
 
 
+@pytest.mark.parametrize("used", [True, False])
+def test_a_child_that_was_started_beforehand_is_used_and_ended(films: dict[str, Path], used: bool) -> None:
+    with Decoder() as decoder:
+        decoder.start()
+        pid = child_pid(decoder)
+        if used:
+            decoder.probe(films["mp4"])
+            assert child_pid(decoder) == pid
+    assert not is_running(pid)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_child_gives_the_same_results_as_decoding_in_process(
     kind: str, films: dict[str, Path], decoder: Decoder

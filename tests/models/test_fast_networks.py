@@ -157,6 +157,15 @@ def test_other_autoencoders_and_damaged_files_are_refused(tmp_path: Path) -> Non
         AutoencoderNetwork.from_pretrained(tmp_path)
 
 
+def test_loading_makes_no_random_weights(tmp_path: Path) -> None:
+    AutoencoderNetwork(**SHAPE, mid_block_add_attention=True).save_pretrained(tmp_path / "autoencoder")
+    MVControlNet.from_settings(tiny.SETTINGS, "face_sequence").save_pretrained(tmp_path / "network")
+    before = torch.get_rng_state()
+    AutoencoderNetwork.from_pretrained(tmp_path / "autoencoder")
+    MVControlNet.from_pretrained(tmp_path / "network")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_averaged_weights_equal_those_of_diffusers() -> None:
     torch.manual_seed(0)
     network = nn.Linear(3, 2)

@@ -28,7 +28,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from tccp.config import SAMPLE_RATE_HZ
+from tccp.clock import SAMPLE_RATE_HZ
 from tccp.errors import TccpError
 from tccp.media import MediaError, MediaInfo, pictures, probe, read_frames
 from tccp.media.file_access import FileStatus, file_status, grant, open_nothing_by_path

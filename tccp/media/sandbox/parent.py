@@ -16,7 +16,7 @@ import numpy as np
 from av.audio.layout import AudioLayout
 from jaxtyping import Float32, UInt8
 
-from tccp.config import FPS, SAMPLE_RATE_HZ
+from tccp.clock import FPS, SAMPLE_RATE_HZ
 from tccp.errors import TccpError
 from tccp.media import AudioTrack, MediaError, MediaInfo
 from tccp.media.file_access import FileStatus, open_descriptor
@@ -86,8 +86,8 @@ class SoundFile(AudioTrack):
 class Decoder:
     """Decodes media files in a child process of its own. Use as a context manager and from one thread at a time.
 
-    The child starts with the first film. It is replaced after a crash, after it stopped answering, and after every
-    `recycle` films. threads: FFmpeg's threads (None: the default of tccp.media).
+    The child starts with the first film, or with `start`. It is replaced after a crash, after it stopped answering, and
+    after every `recycle` films. threads: FFmpeg's threads (None: the default of tccp.media).
 
     Methods raise the errors of tccp.media with the same text, and MediaError with four more reasons: unsafe (beyond the
     limits), too_slow, too_much_memory and decoder_crashed. They raise RuntimeError if the child cannot be started.
@@ -120,9 +120,23 @@ class Decoder:
 
     def unconfined(self) -> str | None:
         """Why the kernel of this machine does not confine the child; None if it does. Starts the child."""
+        return self._ready().ready.unconfined
+
+    def start(self) -> None:
+        """Starts the child without waiting for it, so that the first film finds it ready. Raises RuntimeError."""
         if self._process is None:
             self._process = Process(self.limits, self._threads)
-        return self._process.unconfined
+
+    def _ready(self) -> Process:
+        """The child, once it can decode."""
+        self.start()
+        assert self._process is not None
+        try:
+            self._process.ready  # noqa: B018 - waits
+        except RuntimeError:
+            self.close()
+            raise
+        return self._process
 
     def probe(self, path: str | Path) -> MediaInfo:
         """Like tccp.media.probe."""
@@ -340,8 +354,7 @@ class Decoder:
             self.close()
         while True:
             fresh = self._process is None
-            if self._process is None:
-                self._process = Process(self.limits, self._threads)
+            process = self._ready()
             if film != self._film:
                 self._film, self._films = film, self._films + 1
                 if len(self._memory) > _KEPT_MEMORY:
@@ -362,13 +375,13 @@ class Decoder:
                 }
             )
             try:
-                self._process.channel.send(request, [file] if memory is None else [file, memory])
+                process.channel.send(request, [file] if memory is None else [file, memory])
                 return Patience(
                     self.limits, extra_s + min(status.num_bytes, self.limits.max_file_bytes) / _READ_BYTES_PER_S
                 )
             except Closed:
                 if fresh:
-                    raise self._crashed(film, self._process.cause_of_death()) from None
+                    raise self._crashed(film, process.cause_of_death()) from None
                 self.close()
             except TimeoutError:
                 raise self._invalid_answer(film) from None

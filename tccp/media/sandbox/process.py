@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import socket
@@ -15,7 +16,7 @@ from pathlib import Path
 import tccp
 from tccp.media.sandbox.channel import Channel, Closed
 from tccp.media.sandbox.limits import Limits
-from tccp.media.sandbox.messages import Start, parse_ready
+from tccp.media.sandbox.messages import Ready, Start, parse_ready
 
 _START_S = 120.0  # enough for a machine with a slow disk and busy cores
 _END_S = 10.0
@@ -26,9 +27,8 @@ _ENVIRONMENT = ("LANG", "LC_", "LD_", "PATH", "PYTHON", "TZ")
 
 
 class Process:
-    """A running child. It ends with `end`, with this object, and with this process even if that is killed.
+    """A child that starts. It ends with `end`, with this object, and with this process even if that is killed.
 
-    unconfined: why the kernel does not confine it; None if it does.
     Raises RuntimeError if the child cannot be started.
     """
 
@@ -43,14 +43,20 @@ class Process:
                 self.channel.close()
                 raise _not_started(str(error.strerror)) from None
         self._finalizer = weakref.finalize(self, _end, self._popen, self.channel, self.owner)
+        with contextlib.suppress(Closed):  # `ready` says why
+            self.channel.send(Start(limits=limits, threads=threads))
+
+    @functools.cached_property
+    def ready(self) -> Ready:
+        """What the child says once it can decode; waits for that. Raises RuntimeError if it fails, and ends it."""
         assert self._popen.stderr is not None
         with self._popen.stderr as stderr:
             try:
-                self.channel.send(Start(limits=limits, threads=threads))
-                self.unconfined = self.channel.receive(parse_ready, _START_S).unconfined
+                return self.channel.receive(parse_ready, _START_S)
             except (Closed, TimeoutError, ValueError):
-                self.end()
+                self._popen.kill()
                 lines = stderr.read().decode(errors="replace").strip().splitlines()
+                self.end()
                 raise _not_started(lines[-1] if lines else f"status {self._popen.returncode}") from None
 
     @property
@@ -92,6 +98,8 @@ def _not_started(why: str) -> RuntimeError:
 
 def _end(popen: subprocess.Popen[bytes], channel: Channel, owner: int) -> None:
     channel.close()
+    if popen.stderr is not None:
+        popen.stderr.close()
     if os.getpid() == owner:  # a fork of the owner must not kill the owner's child
         popen.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):  # the child may hang in the kernel, on a missing disk
