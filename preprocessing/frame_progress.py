@@ -32,21 +32,20 @@ class FrameProgress:
         self._finished: set[ReelKey] = set()
         self._lengths: dict[ReelKey, int] = {}  # of reels that are being worked on in this process
         self._seen: dict[ReelKey, int] = {}  # passes over frames of reels that are being worked on
-        self._reel: ReelKey = (-1, -1)
-        self._lock = threading.Lock()  # with workers, a thread reports what they have seen
+        self._lock = threading.Lock()  # steps may run in threads, and a thread reports what workers have seen
         self._task = tasks.add_task(title, total=self._total())
 
     def begin(self, reel: ReelKey, frames: int, share: float) -> None:
         """A reel begins in this process. frames: its length. share: of its source's frames."""
         with self._lock:
             self._frames[reel[0]] = frames / share if share else 0.0
-            self._lengths[reel], self._reel = frames, reel
+            self._lengths[reel] = frames
             self._report()
 
-    def on_frame(self) -> None:
-        """One pass is done with one frame of the reel that began last."""
+    def on_frame(self, reel: ReelKey) -> None:
+        """One pass is done with one frame of the reel."""
         with self._lock:
-            self._seen[self._reel] = self._seen.get(self._reel, 0) + 1
+            self._seen[reel] = self._seen.get(reel, 0) + 1
             self._report()
 
     def workers_have_seen(self, passes: Mapping[ReelKey, int]) -> None:

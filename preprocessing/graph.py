@@ -8,8 +8,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from preprocessing.frame_progress import FrameProgress
+from preprocessing.frame_progress import FrameProgress, ReelKey
 from preprocessing.lip_step import AddLips, LipWork, RenderLips
 from preprocessing.plan import Plan
-from preprocessing.steps import ClipRows, CutClips, FindReels, FrameListener, Look, NoListener, Work
+from preprocessing.steps import ClipRows, CutClips, FindReels, FrameListener, Look, Work
 from preprocessing.worker_frames import frames_of_workers
 from tccp.clips.clip_table import ClipTable
 from tccp.clips.windows import windows
@@ -32,50 +33,105 @@ from tccp.files import Folder, check_shared
 # In this process
 
 
-def in_this_process(listing: pa.Table, work: Work, frames: FrameProgress | None = None) -> Iterator[dict[str, Any]]:
-    """Rows of RESULT_SCHEMA, one reel after the other, without Ray. frames: is told of every reel and frame."""
-    listener = None if frames is None else _OwnFrames(frames)
-    on_reel = (lambda reel: None) if frames is None else (lambda reel: _begin(frames, reel))
-    yield from _chained(listing, work, CutClips, listener, lambda table: table.to_pylist(), on_reel)
+def in_this_process(
+    listing: pa.Table, work: Work, frames: FrameProgress | None = None, overlap: bool = True
+) -> Iterator[dict[str, Any]]:
+    """Rows of RESULT_SCHEMA in the order of the listing, without Ray. frames: is told of every reel and frame.
 
-
-class _OwnFrames(NoListener):
-    """Frames that steps of this process work on; `_begin` has told of their reel."""
-
-    def __init__(self, frames: FrameProgress) -> None:
-        self.on_frame = frames.on_frame  # type: ignore[method-assign]
-
-
-def _begin(frames: FrameProgress, reel: pa.Table) -> None:
-    names = "order", "start_frame", "num_frames", "share"
-    order, start_frame, num_frames, share = (reel.column(name)[0].as_py() for name in names)
-    frames.begin((order, start_frame), num_frames, share)
+    overlap: look at the next reel, in a thread, while the clips of this one are cut. The rows are the same without.
+    """
+    yield from _chained(listing, work, CutClips, lambda table: table.to_pylist(), frames, overlap)
 
 
 def clip_rows(listing: pa.Table, plan: Plan) -> Iterator[pa.Table]:
     """Rows of the clip table straight from film, in the table's order; nothing is stored."""
-    yield from _chained(listing, Work(plan, None), ClipRows, None, lambda table: [table])
+    yield from _chained(listing, Work(plan, None), ClipRows, lambda table: [table])
+
+
+class _Stopped(Exception):
+    """Ends the thread that looks ahead, at its next frame."""
+
+
+class _OwnFrames:
+    """Counts the frames of one step of this process. Each step has its own one, because steps overlap."""
+
+    def __init__(self, frames: FrameProgress | None) -> None:
+        self._frames = frames
+        self._reel: ReelKey = (-1, -1)
+        self.stopped = False
+
+    def begin(self, reel: ReelKey) -> None:
+        self._reel = reel
+
+    def on_frame(self) -> None:
+        if self.stopped:
+            raise _Stopped
+        if self._frames is not None:
+            self._frames.on_frame(self._reel)
 
 
 def _chained(
     listing: pa.Table,
     work: Work,
     last: type[CutClips],
-    listener: FrameListener | None,
     out: Callable[[pa.Table], list],
-    on_reel: Callable[[pa.Table], object] = lambda reel: None,
+    frames: FrameProgress | None = None,
+    overlap: bool = True,
 ) -> Iterator[Any]:
-    find, look, cut = FindReels(work), Look(work, listener), last(work, listener)
+    looking, cutting = _OwnFrames(frames), _OwnFrames(frames)
+    find, look, cut = FindReels(work), Look(work, looking), last(work, cutting)
     try:
-        for row in range(listing.num_rows):
-            for reel in find(listing.slice(row, 1)):
-                on_reel(reel)
-                for looked in look(reel):
-                    for done in cut(looked):
-                        yield from out(done)
+        reels = (reel for row in range(listing.num_rows) for reel in find(listing.slice(row, 1)))
+        begun = (_begin(frames, reel) for reel in reels)
+        plain = (_only(look(reel)) for reel in begun)
+        with closing(_looked_ahead(begun, look, looking) if overlap else plain) as all_looked:
+            for looked in all_looked:
+                for done in cut(looked):
+                    yield from out(done)
     finally:
         for step in (find, look, cut):
             step.close()
+
+
+def _begin(frames: FrameProgress | None, reel: pa.Table) -> pa.Table:
+    if frames is not None:
+        names = "order", "start_frame", "num_frames", "share"
+        order, start_frame, num_frames, share = (reel.column(name)[0].as_py() for name in names)
+        frames.begin((order, start_frame), num_frames, share)
+    return reel
+
+
+def _only(batches: Iterator[pa.Table]) -> pa.Table:
+    (batch,) = batches
+    return batch
+
+
+def _looked_ahead(
+    reels: Iterator[pa.Table], look: Callable[[pa.Table], Iterator[pa.Table]], listener: _OwnFrames
+) -> Generator[pa.Table, None, None]:
+    """The reels after `look`, which runs in a thread, one reel ahead of the caller.
+
+    An error comes where it would come without the thread: after the caller is done with the reels before.
+    """
+    with ThreadPoolExecutor(1, "tccp-look") as thread:
+
+        def begin_next() -> Future[pa.Table] | None:
+            try:
+                reel = next(reels, None)
+                return None if reel is None else thread.submit(lambda: _only(look(reel)))
+            except Exception as error:
+                failed: Future[pa.Table] = Future()
+                failed.set_exception(error)
+                return failed
+
+        try:
+            coming = begin_next()
+            while coming is not None:
+                looked = coming.result()
+                coming = begin_next()
+                yield looked
+        finally:
+            listener.stopped = True
 
 
 # On Ray

@@ -63,12 +63,13 @@ def preprocess(
     workers: int | None = None,
     on_ray: bool = False,
     lips: LipWork | None = None,
+    overlap: bool = True,
 ) -> RunReport:
     """From films, folders, patterns, manifests or URLs to a clip table in `out`, with report.json and report.html.
 
     workers: processes that look at films (default: this process alone); more than one needs Ray. on_ray: use Ray in any
     case, by default with as many workers as the cluster has CPUs for. lips: also render the lip references of the
-    clips, into `out/lips`.
+    clips, into `out/lips`. overlap: without Ray, look at the next reel while the clips of this one are cut.
 
     Work of an earlier run with the same plan and versions is not repeated; an existing table stays until the new one is
     complete. A source that cannot be used, or still not be fetched at the last attempt, is set aside with a reason and
@@ -84,7 +85,7 @@ def preprocess(
     with _no_empty_folder(folder):
         on_ray = on_ray or (workers or 1) > 1
         with _ray(workers) if on_ray else nullcontext():
-            return _run(listing, folder, plan, workers, on_ray, lips)
+            return _run(listing, folder, plan, workers, on_ray, lips, overlap)
 
 
 def _check_outputs(
@@ -144,7 +145,7 @@ def _measured(source: str, file_bytes: int, row: pa.Table, work: Work, reported:
     wall, before = time.monotonic(), os.times()
     cpu_s: dict[str, float] = {}
     frames = frames_in_clips = 0
-    for result in in_this_process(row, work, reported):
+    for result in in_this_process(row, work, reported, overlap=False):  # steps that overlap slow each other down
         reported.end(result)
         for name, seconds in json.loads(result["times_s"]).items():
             cpu_s[name] = cpu_s.get(name, 0.0) + seconds
@@ -166,7 +167,13 @@ def _measured(source: str, file_bytes: int, row: pa.Table, work: Work, reported:
 
 
 def _run(
-    listing: pa.Table, folder: Folder, plan: Plan, workers: int | None, on_ray: bool, lips: LipWork | None
+    listing: pa.Table,
+    folder: Folder,
+    plan: Plan,
+    workers: int | None,
+    on_ray: bool,
+    lips: LipWork | None,
+    overlap: bool,
 ) -> RunReport:
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     clock, retries = time.monotonic(), storage_retries()
@@ -174,7 +181,10 @@ def _run(
     builder, entries = ReportBuilder(), []
     with progress() as bar, worker_errors():
         frames = FrameProgress(bar, "preprocessing frames", dict(enumerate(listing.column("bytes").to_pylist())))
-        results = on_ray_data(listing, work, workers, frames) if on_ray else in_this_process(listing, work, frames)
+        if on_ray:
+            results = on_ray_data(listing, work, workers, frames)
+        else:
+            results = in_this_process(listing, work, frames, overlap)
         for row in results:
             entries.append(row)
             for name, seconds in json.loads(row["times_s"]).items():

@@ -97,6 +97,7 @@ def preprocess(
     lips: Path | None = None,
     workers: int | None = None,
     ray: bool = False,
+    overlap: bool = True,
     dry_run: bool = False,
     sample: int = 5,
     price_per_cpu_hour: float | None = None,
@@ -127,6 +128,8 @@ def preprocess(
         workers: processes that analyse films (default: only this one). Several workers run on Ray, on the cluster that
             RAY_ADDRESS names if it is set.
         ray: always use Ray. Without --workers, it uses as many workers as there are CPUs for.
+        overlap: without Ray, look at the next reel, in a thread, while the clips of this one are cut. The table is the
+            same without.
         dry_run: measure a sample of the films and print the estimated time, storage and cost for all; write nothing.
         sample: with --dry-run, number of films to measure.
         price_per_cpu_hour: with --dry-run, price for the estimate of the cost.
@@ -149,7 +152,7 @@ def preprocess(
         found = estimate([source], plan, workers or 1, sample, price_per_cpu_hour)
         print(found.to_json() if json else found.to_text())
         return
-    report = run([source], out, plan, workers, ray, None if lips is None else lip_work(settings.lips, lips))
+    report = run([source], out, plan, workers, ray, None if lips is None else lip_work(settings.lips, lips), overlap)
     lines = [f"{report.clips} clips, {report.frames} frames in {out}"]
     for item in report.sources:
         for warning in item.warnings:

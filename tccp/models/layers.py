@@ -28,6 +28,30 @@ def as_picture(x: Float[Tensor, "b p c"], height: int) -> Float[Tensor, "b c h w
     return x.transpose(1, 2).unflatten(2, (height, -1))
 
 
+def _is_bf16_on_cpu(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu"
+
+
+def attend(
+    query: Float[Tensor, "b heads n e"], keys: Float[Tensor, "b heads m e"], values: Float[Tensor, "b heads m e"]
+) -> Float[Tensor, "b heads n e"]:
+    """Attention of every head, with all tokens."""
+    if not _is_bf16_on_cpu(query):
+        return scaled_dot_product_attention(query, keys, values)
+    # PyTorch's fused attention for CPUs is slow in bf16, most of all its backward pass, and exact in single precision.
+    with torch.autocast("cpu", enabled=False):
+        return scaled_dot_product_attention(query.float(), keys.float(), values.float()).bfloat16()
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation, on a CPU always in single precision: in bf16 it takes twice the time."""
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        if not _is_bf16_on_cpu(x):
+            return super().forward(x)
+        return super().forward(x.float()).bfloat16()
+
+
 class Attention(nn.Module):
     """Multi-head attention of tokens to themselves, or to the keys and values of other tokens."""
 
@@ -50,7 +74,7 @@ class Attention(nn.Module):
         else:  # one product of matrices instead of three
             weight = torch.cat([self.to_q.weight, self.to_k.weight, self.to_v.weight])
             query, keys, values = map(self._split, linear(x, weight).chunk(3, dim=-1))
-        y = scaled_dot_product_attention(query, keys, values)
+        y = attend(query, keys, values)
         projection, dropout = self.to_out
         return dropout(projection(y.transpose(1, 2).flatten(2)))
 
@@ -67,7 +91,7 @@ class _Gate(nn.Module):
 
     def forward(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n i"]:
         value, gate = self.proj(x).chunk(2, dim=-1)
-        return value * gelu(gate)
+        return value * gelu(gate.contiguous())  # element by element, half a row at a time would take twice the time
 
 
 class FeedForward(nn.Module):
@@ -109,10 +133,10 @@ class ResnetBlock(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, time_dim: int | None, dropout: float, groups: int):
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, in_channels, eps=1e-6)
+        self.norm1 = GroupNorm(groups, in_channels, eps=1e-6)
         self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1)
         self.time_emb_proj = None if time_dim is None else nn.Linear(time_dim, channels)
-        self.norm2 = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.norm2 = GroupNorm(groups, channels, eps=1e-6)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv_shortcut = Pointwise(in_channels, channels) if in_channels != channels else None

@@ -20,6 +20,7 @@ from tccp.models.layers import (
     Downsample,
     FeedForward,
     FrameConv,
+    GroupNorm,
     KeysValues,
     ResnetBlock,
     TimeMlp,
@@ -45,7 +46,7 @@ class TemporalConv(nn.Module):
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
-        self.norm = nn.GroupNorm(groups, channels)
+        self.norm = GroupNorm(groups, channels)
         self.conv = zero_module(FrameConv(channels))
 
     def forward(self, x: Float[Tensor, "bf c h w"], num_frames: int) -> Float[Tensor, "bf c h w"]:
@@ -242,7 +243,7 @@ class Decoder(nn.Module):
             self.scales.append(blocks)
             if level > 0:
                 self.ups.append(Upsample(channels))
-        self.norm_out = nn.GroupNorm(groups, base_channels)
+        self.norm_out = GroupNorm(groups, base_channels)
         self.conv_out = nn.Conv2d(base_channels, out_channels, 3, padding=1)
 
     def keys_values(self, tokens: Float[Tensor, "bf n d"]) -> list[KeysValues]:

@@ -30,7 +30,7 @@ class AveragedWeights:
         trained = [(weight, parameter) for weight, parameter in pairs if parameter.requires_grad]
         if trained:
             weights, given = map(list, zip(*trained, strict=True))
-            torch._foreach_sub_(weights, torch._foreach_sub(weights, given), alpha=1 - decay)
+            torch._foreach_lerp_(weights, given, 1 - decay)
         for weight, parameter in pairs:
             if not parameter.requires_grad:
                 weight.copy_(parameter)

@@ -78,7 +78,8 @@ def learning_rate_factor(settings: TrainingSettings) -> Callable[[int], float]:
 def _adam(module: nn.Module, settings: TrainingSettings) -> torch.optim.Adam:
     """Adam with the settings of Table 3; frozen parameters get no state."""
     trainable = [p for p in module.parameters() if p.requires_grad]
-    return torch.optim.Adam(trainable, lr=settings.learning_rate, betas=settings.adam_betas)
+    # Fused: one call updates a parameter, in place of a dozen.
+    return torch.optim.Adam(trainable, lr=settings.learning_rate, betas=settings.adam_betas, fused=True)
 
 
 def _finite(norm: float) -> float:

@@ -237,12 +237,12 @@ class VariantLoss:
         self, first: MVControlNet, frames: TrainingBatch, noise: Float[Tensor, "b c h w"], t: Int[Tensor, " b"]
     ) -> Float[Tensor, "b c h w"]:
         device = next(first.parameters()).device
-        conditions, control = frames.conditions.to(device), frames.control.to(device)
+        prepared = first.prepare(frames.conditions.to(device), frames.control.to(device), 1)
         clean, noise = frames.latents.to(device), noise[:, :, None].to(device)
         for k in range(DENOISING_STEPS, 0, -1):
             times = (t[:, None] * k // DENOISING_STEPS).to(device)
             noisy = self.schedule.add_noise(clean, noise, times)
-            predicted = first(noisy, times, conditions, control)
+            predicted = first(noisy, times, prepared)
             clean, noise = self.schedule.clean(noisy, predicted, times), self.schedule.noise(noisy, predicted, times)
         return clean[:, :, 0].to(frames.latents)
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def has_bf16(device_type: str) -> bool:
@@ -20,7 +19,5 @@ def arithmetic(precision: str, device_type: str) -> Iterator[None]:
     if precision == "fp32" or not has_bf16(device_type):
         yield
         return
-    # On CPUs, the backward pass of fused attention is several times slower in bf16 than plain matrix products.
-    plain = sdpa_kernel(SDPBackend.MATH) if device_type == "cpu" else nullcontext()
-    with torch.autocast(device_type, torch.bfloat16), plain:
+    with torch.autocast(device_type, torch.bfloat16):
         yield

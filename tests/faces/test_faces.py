@@ -275,6 +275,14 @@ def test_small_faces_are_found_in_tiles(shared_clips, mediapipe_backend):
     assert np.abs(closer[0].landmarks_px + np.array([400, 0]) - found[0].landmarks_px).mean() < 0.02 * found[0].side
 
 
+def test_mediapipe_points_are_those_of_its_own_python_objects(shared_clips, mediapipe_backend):
+    picture = np.ascontiguousarray(decoded(shared_clips / "grid_bbaf2n.mpg", count=1)[0])
+    image = mediapipe_backend._mediapipe.Image(image_format=mediapipe_backend._mediapipe.ImageFormat.SRGB, data=picture)
+    (mesh,) = mediapipe_backend._meshes(image)
+    (points,) = mediapipe_backend._landmarker.detect(image).face_landmarks
+    np.testing.assert_array_equal(mesh, [[point.x, point.y] for point in points])
+
+
 def test_mediapipe_prints_nothing(shared_weights):
     """Its start-up messages must not mix with one-line errors for the user."""
     code = (

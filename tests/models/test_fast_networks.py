@@ -22,10 +22,12 @@ from tccp.models.layers import (
     Downsample,
     FeedForward,
     FrameConv,
+    GroupNorm,
     Pointwise,
     ResnetBlock,
     TimeMlp,
     Upsample,
+    attend,
     time_sinusoids,
 )
 from tccp.models.mvcontrolnet import MVControlNet, Prepared
@@ -231,3 +233,14 @@ def test_a_recording_gives_the_same_numbers_for_other_inputs() -> None:
     assert len(calls) == EAGER_CALLS + 1  # the last one was recorded
     one = network.prepare(conditions[:1], control[:1], latents.shape[2])
     assert torch.equal(recorded(latents[:1], t[:1], one), network(latents[:1], t[:1], one))
+
+
+def test_on_a_cpu_attention_and_group_norm_compute_in_single_precision_and_round_once() -> None:
+    torch.manual_seed(0)
+    query, keys, values = (torch.randn(2, 3, 5, 8).bfloat16() for _ in range(3))
+    exact = torch.nn.functional.scaled_dot_product_attention(query.float(), keys.float(), values.float())
+    norm, x = GroupNorm(4, 8), torch.randn(2, 8, 3, 3).bfloat16()
+    normalised = torch.nn.functional.group_norm(x.float(), 4, norm.weight, norm.bias, norm.eps)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(attend(query, keys, values), exact.bfloat16(), rtol=0, atol=0)
+        torch.testing.assert_close(norm(x), normalised.bfloat16(), rtol=0, atol=0)

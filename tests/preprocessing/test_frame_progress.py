@@ -17,10 +17,10 @@ def test_frames_are_counted_in_both_passes_and_the_total_follows_what_is_known()
     frames.begin((0, 0), 100, 0.5)  # the first of two reels of a film of 200 frames
     assert (events[-1].done, events[-1].total) == (0, 200 + 600)
     for _ in range(100):
-        frames.on_frame()
+        frames.on_frame((0, 0))
     assert events[-1].done == 50
     for _ in range(60):  # frames in clips
-        frames.on_frame()
+        frames.on_frame((0, 0))
     assert events[-1].done == 80
     frames.end({"order": 0, "start_frame": 0, "frames": 100, "share": 0.5})
     assert events[-1].done == 100

@@ -24,7 +24,7 @@ from preprocessing.analysis.face_tracks import find_tracks, part_of
 from preprocessing.analysis.identity import Sighting
 from preprocessing.analysis.quality import QualityBounds, bridged_share, with_few_bridged
 from preprocessing.analysis.select import Networks, select
-from preprocessing.graph import clip_rows
+from preprocessing.graph import _looked_ahead, _OwnFrames, clip_rows
 from preprocessing.plan import Plan, make_plan
 from preprocessing.reels import Faces, FilmSound, Reel, reels_from_table, reels_to_table
 from preprocessing.render import render_clips
@@ -541,6 +541,41 @@ def test_failed_run_keeps_the_previous_table(footage: Path, tmp_path: Path) -> N
 def test_streamed_rows_equal_the_table_rows(footage: Path, run: tuple[Path, RunReport]) -> None:
     streamed = [row for table in clip_rows(list_sources([footage]), truth_plan()) for row in table.to_pylist()]
     assert streamed == rows_of(run[0])
+
+
+def test_looking_ahead_gives_the_same_parts(footage: Path, tmp_path: Path) -> None:
+    plan = dataclasses.replace(truth_plan(), reel_s=1.0)
+    found = []
+    for overlap in (False, True):
+        preprocess([footage], tmp_path / str(overlap), plan, overlap=overlap)
+        parts = sorted((tmp_path / str(overlap)).rglob("*.parquet"))
+        found.append({str(part.relative_to(tmp_path / str(overlap))): part.read_bytes() for part in parts})
+    assert found[0] == found[1] and len(found[0]) > 5
+
+
+def test_an_error_comes_after_the_reels_before_it_and_a_stopped_caller_ends_the_look_ahead() -> None:
+    batches = [pa.table({"number": [number]}) for number in range(3)]
+
+    def reels() -> Iterator[pa.Table]:
+        yield from batches
+        raise TccpError("the disk is full")
+
+    frames = _OwnFrames(None)
+    seen: list[pa.Table] = []
+    with pytest.raises(TccpError, match="disk is full"):
+        seen.extend(_looked_ahead(reels(), lambda reel: iter([reel]), frames))
+    assert seen == batches
+
+    def look(reel: pa.Table) -> Iterator[pa.Table]:
+        while reel is batches[1]:  # without the stop this would not end
+            frames.on_frame()
+        yield reel
+
+    frames = _OwnFrames(None)
+    ahead = _looked_ahead(iter(batches), look, frames)
+    assert next(ahead) is batches[0]
+    ahead.close()
+    assert frames.stopped
 
 
 def test_max_clip_s_bounds_clip_length(long_film: Path, decoder: Decoder) -> None:
