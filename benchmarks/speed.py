@@ -10,7 +10,7 @@ networks: evaluations and training steps of the toy preset's `face_sequence`, an
     matrix products.
 paper: a frame of the paper preset at 256 px with random weights, in 2 x 20 steps, and a frame of each peer.
 
-All but films use one thread. benchmarks/speed_gpu.py measures a GPU.
+All but films use one thread. docs/speed.md says what each figure includes. benchmarks/speed_gpu.py measures a GPU.
 """
 
 from __future__ import annotations
@@ -39,18 +39,6 @@ PARTS = ("stages", "networks", "paper", "films")
 STEPS = 20  # of each stage in `paper`, as LatentSync's default
 PAPER_WINDOW = 8
 GROUP = 16  # LatentSync's frames in an evaluation
-NOTES = {
-    "ours": "encode the masked scene, 20 evaluations in each of the two stages (8 frames a window, 7 of them new), the "
-    "lip reference (Wav2Lip's network), decode. First frames of a film are not counted",
-    "wav2lip": "the 96 px network, one evaluation a frame",
-    "musetalk": "U-Net of Stable Diffusion 1 with 8 input channels and cross-attention of width 384, one evaluation a "
-    "frame; decode. The film is encoded in advance, as its real-time mode does",
-    "musetalk_encoding": "the same; two pictures are encoded for each frame",
-    "latentsync": "U-Net of Stable Diffusion 1.5 with 13 input channels, cross-attention of width 384 and motion "
-    "modules outside the middle, 20 evaluations of 16 frames; two pictures are encoded and one decoded; no guidance",
-    "latentsync_guided": "the same with guidance, its default: counted as twice the evaluations",
-    "left_out": "finding faces, features of the sound, pasting, reading and writing films",
-}
 TINY_CHANGES = {
     "paper": {
         "picture_px": 64,
@@ -161,7 +149,7 @@ def paper(trees: dict[str, Path], turns: int, tiny: bool) -> dict[str, Any]:
                 measured[name].append(row)
                 _progress(turn, name, row)
             for name, changes in light.items():
-                decoding = workers["now"]("autoencoder", preset="paper", changes=changes)
+                decoding = workers["now"]("autoencoder", preset="paper", changes=changes, encode=False)
                 measured[name].append(measured["now"][-1] | {"decode_ms": decoding["decode_ms"]})
             row = peer("autoencoder", tiny=tiny)
             for name in ("wav2lip", "musetalk"):
@@ -187,7 +175,6 @@ def paper(trees: dict[str, Path], turns: int, tiny: bool) -> dict[str, Any]:
             for name, row in rows.items()
             if name != "before"
         },
-        "notes": NOTES,
     }
 
 

@@ -131,10 +131,10 @@ def _recording(preset: str, changes: str, variant: str) -> Any:
 
 
 @torch.inference_mode()
-def autoencoder(preset: str, changes: str) -> dict[str, float]:
-    """CPU time and operations per frame of encoding and decoding as many frames as generation does at once.
+def autoencoder(preset: str, changes: str, encode: bool = True) -> dict[str, float]:
+    """CPU time per frame of encoding and decoding as many frames as generation does at once.
 
-    decoded_pictures: pictures that generation decodes per frame. Earlier commits decode landmark pictures, too.
+    encode: measure encoding, too. decoded_pictures: pictures that generation decodes per frame. Earlier commits decode landmark pictures, too.
     """
     model = _autoencoder(preset, changes)
     settings = _settings(preset, changes)
@@ -149,8 +149,8 @@ def autoencoder(preset: str, changes: str) -> dict[str, float]:
     else:
         decoded_pictures += "read_landmarks" not in inspect.signature(Generator).parameters
     parts = latents[:1] if decodes_one_by_one else latents
-    return {
-        "encode_ms": 1000 * cpu_seconds(lambda: model.encode(pictures, "scene")) / frames,
+    encoding = {"encode_ms": 1000 * cpu_seconds(lambda: model.encode(pictures, "scene")) / frames} if encode else {}
+    return encoding | {
         "decode_ms": 1000 * cpu_seconds(lambda: model.decode(parts, "face")) / len(parts),
         "decoded_pictures": decoded_pictures,
     }
