@@ -161,7 +161,13 @@ def main() -> None:
         "cases": {},
         "not_measured": [],
     }
+    ways = [(compiled, streams) for compiled in (False, True) for streams in (1, given.streams)]
     for precision, dtype in DTYPES.items():
+        cases = {f"{precision}_{'compiled' if way[0] else 'eager'}_{way[1]}": way for way in ways}
+        wanted = {name: way for name, way in cases.items() if given.only is None or name in given.only}
+        result["not_measured"] += [name for name in cases if name not in wanted]
+        if not wanted:
+            continue
         windows = load(settings, device, dtype)
         peak = matmul_tflops(device, dtype, 256 if given.tiny else 8192)
         result["matmul_tflops"][precision] = round(peak, 3)
@@ -169,10 +175,8 @@ def main() -> None:
             with FlopCounterMode(display=False) as counter:
                 windows.generate(1)
             result["gflop_per_frame"] = round(counter.get_total_flops() / 1e9 / (settings.window - 1), 1)
-        for compiled, streams in ((False, 1), (False, given.streams), (True, 1), (True, given.streams)):
-            name = f"{precision}_{'compiled' if compiled else 'eager'}_{streams}"
-            late = time.monotonic() - began > 60 * given.minutes
-            if late or (given.only is not None and name not in given.only):
+        for name, (compiled, streams) in wanted.items():
+            if time.monotonic() - began > 60 * given.minutes:
                 result["not_measured"].append(name)
                 continue
             if compiled:

@@ -134,7 +134,8 @@ def _recording(preset: str, changes: str, variant: str) -> Any:
 def autoencoder(preset: str, changes: str, encode: bool = True) -> dict[str, float]:
     """CPU time per frame of encoding and decoding as many frames as generation does at once.
 
-    encode: measure encoding, too. decoded_pictures: pictures that generation decodes per frame. Earlier commits decode landmark pictures, too.
+    encode: measure encoding, too. decoded_pictures: how many pictures generation decodes per frame; earlier commits
+    decode landmark pictures, too.
     """
     model = _autoencoder(preset, changes)
     settings = _settings(preset, changes)
