@@ -123,7 +123,7 @@ def networks(trees: dict[str, Path], turns: int, tiny: bool) -> dict[str, Any]:
         for _ in range(turns):
             for name, worker in workers.items():
                 steps[name].append(worker("training_step", **given, repeats=1 if tiny else 3)["step_ms"])
-    evaluations = {name: median_of(rows, 3) for name, rows in records.items()}
+    evaluations = {name: median_of(rows, 4) for name, rows in records.items()}
     training: dict[str, float] = {name: round(statistics.median(times), 1) for name, times in steps.items()}
     training["times_as_fast"] = _ratio(training["before"], training["now"])
     return {"evaluations": evaluations, "training_step_ms": training}
@@ -163,7 +163,7 @@ def paper(trees: dict[str, Path], turns: int, tiny: bool) -> dict[str, Any]:
         gflop["before"] = gflop["now"]
     rows = _peer_rows(median_of(peers), gflop["peers"])
     for name, records in measured.items():
-        rows[name] = _own_row(median_of(records, 3), gflop[name], rows["wav2lip"])
+        rows[name] = _own_row(median_of(records, 4), gflop[name], rows["wav2lip"])
     now = rows["now"]["cpu_ms_per_frame"]
     return {
         "steps": [STEPS, STEPS],

@@ -225,6 +225,7 @@ PARSED_ONLY = {
     r"tccp describe": "counts six networks of full size; tests/cli/test_cli.py runs it",
     r"tccp generate .*--detector lbp": "lbp finds few of RoundTable's faces; tests/faces/test_faces.py runs it",
     r"tccp evaluate": "takes minutes; tests/evaluation/test_evaluation.py runs it on a tiny pipeline",
+    r"python benchmarks/speed": "takes a quarter of an hour, or a GPU; tests/test_speed.py runs it at tiny size",
     r"python benchmarks/docs_tables\.py": "rewrites the pages; the test of the tables compares them",
 }
 """Commands that are only parsed, by the beginning of their text, and why."""
