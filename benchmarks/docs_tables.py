@@ -70,10 +70,112 @@ def training_table(record: Mapping[str, Any]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
+def _markdown(lines: list[list[str]]) -> str:
+    """A table from its heading and its rows. All columns but the first hold numbers."""
+    lines = [lines[0], [":--", *["--:"] * (len(lines[0]) - 1)], *lines[1:]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+_PARTS_OF_A_FRAME = {
+    "stage 1": "stage 1: networks and sampler",
+    "stage 2": "stage 2: networks and sampler",
+    "encode": "encode pictures",
+    "decode": "decode heads",
+    "paste": "paste heads",
+    "masks, mel and lips": "mask scenes, mel windows, lip references",
+    "read": "take frames from the decoder",
+    "write": "hand frames to the encoder",
+    "processes": "the decoder's process, the encoder's threads",
+    "other": "everything else, with the start of a film",
+}
+_FRAMES_OF_PAPER = {
+    "before": "TCCP before",
+    "now": "TCCP now",
+    "now_light_1": "TCCP now, light decoder (1 level folded)",
+    "now_light_2": "TCCP now, light decoder (2 levels folded)",
+    "wav2lip": "Wav2Lip (96 px)",
+    "musetalk": "MuseTalk, film encoded in advance",
+    "musetalk_encoding": "MuseTalk, encoding each frame",
+    "latentsync": "LatentSync, 20 steps, no guidance",
+    "latentsync_guided": "LatentSync, 20 steps, guidance",
+}
+
+
+def speed_tables(record: Mapping[str, Any]) -> str:
+    """Markdown tables of the record of benchmarks/speed.py: one for each part that it holds."""
+    shown = {
+        "films": ("A film with the packaged weights, before and now", _films),
+        "stages": ("CPU time of a frame with the packaged weights, one thread", _parts),
+        "networks": ("Evaluations of `face_sequence` (`toy`), one thread", _evaluations),
+        "paper": ("CPU time of a frame at 256 px with random weights, one thread", _paper),
+    }
+    parts = [f"**{title}**\n\n{table(record[part])}" for part, (title, table) in shown.items() if part in record]
+    return "\n\n".join(parts) + "\n"
+
+
+def _films(rows: list[Mapping[str, Any]]) -> str:
+    def pair(row: Mapping[str, Any], key: str, unit: str) -> str:
+        shown = []
+        for name in ("before", "now"):
+            limit = row[name].get("not_finished_after_s")
+            shown.append(f"{row[name][key]:,.3g}" if limit is None else f"over {limit:g} s a film")
+        return f"{' / '.join(shown)} {unit}"
+
+    return _markdown(
+        [
+            [
+                "busy processes beside it",
+                "a further frame",
+                "its CPU time",
+                "film of 8 frames, with the start",
+                "memory",
+            ],
+            *(
+                [
+                    str(row["busy_processes"]),
+                    pair(row, "wall_ms_per_frame", "ms"),
+                    pair(row, "cpu_ms_per_frame", "ms"),
+                    pair(row, "short_film_wall_s", "s"),
+                    pair(row, "peak_mib", "MiB"),
+                ]
+                for row in rows
+            ),
+        ]
+    )
+
+
+def _parts(stages: Mapping[str, Any]) -> str:
+    spent = stages["cpu_ms_per_frame"]
+    rows = [[label, f"{spent.get(name, 0):.1f} ms"] for name, label in _PARTS_OF_A_FRAME.items()]
+    return _markdown([["part", "CPU time"], *rows, ["all", f"{stages['total_cpu_ms_per_frame']:.1f} ms"]])
+
+
+def _evaluations(networks: Mapping[str, Any]) -> str:
+    lines = [["", "windows at once", "CPU time", "share of the core's rate of matrix products"]]
+    for name, row in networks["evaluations"].items():
+        tree, way, _, batch = name.split("_")
+        label = tree if tree == "before" else f"{tree}, {way}"
+        lines.append([label, batch, f"{row['evaluation_ms']:.1f} ms", f"{100 * row['share_of_matmul']:.0f}%"])
+    step = networks["training_step_ms"]
+    text = f"A training step takes {step['before']:,.0f} ms before and {step['now']:,.0f} ms now"
+    return f"{_markdown(lines)}\n\n{text} ({step['times_as_fast']:g} times as fast)."
+
+
+def _paper(paper: Mapping[str, Any]) -> str:
+    lines = [["", "networks", "encode", "decode", "all", "now, as a share of it", "GFLOP"]]
+    for name in (name for name in _FRAMES_OF_PAPER if name in paper["rows"]):
+        row = paper["rows"][name]
+        parts = [f"{row[part] / 1000:.2f} s" for part in ("networks_ms", "encode_ms", "decode_ms", "cpu_ms_per_frame")]
+        share = 1.0 if name == "now" else paper["now_to"][name]
+        lines.append([_FRAMES_OF_PAPER[name], *parts, f"{share:.2f}", f"{row['gflop_per_frame']:,.0f}"])
+    return _markdown(lines)
+
+
 TABLES: dict[str, dict[str, Callable[[Any], str]]] = {
     "benchmark.md": {"roundtable": markdown_table},
     "settings.md": {"toy_recipe": recipe_table},
     "cluster.md": {"training": training_table, "training_gpu": training_table},
+    "speed.md": {"speed": speed_tables},
 }
 """By page of docs/: the tables in it, by the name of the record."""
 

@@ -225,6 +225,7 @@ PARSED_ONLY = {
     r"tccp describe": "counts six networks of full size; tests/cli/test_cli.py runs it",
     r"tccp generate .*--detector lbp": "lbp finds few of RoundTable's faces; tests/faces/test_faces.py runs it",
     r"tccp evaluate": "takes minutes; tests/evaluation/test_evaluation.py runs it on a tiny pipeline",
+    r"python benchmarks/speed": "takes a quarter of an hour, or a GPU; tests/test_speed.py runs it at tiny size",
     r"python benchmarks/docs_tables\.py": "rewrites the pages; the test of the tables compares them",
 }
 """Commands that are only parsed, by the beginning of their text, and why."""
@@ -374,6 +375,6 @@ def test_the_index_lists_every_page_and_record() -> None:
 def test_tables_of_the_pages_are_those_of_the_records() -> None:
     """`python benchmarks/docs_tables.py` writes them."""
     script = runpy.run_path(str(ROOT / "benchmarks" / "docs_tables.py"))
-    assert {"benchmark.md", "settings.md", "cluster.md"} == set(script["TABLES"])
+    assert {"benchmark.md", "settings.md", "cluster.md", "speed.md"} == set(script["TABLES"])
     for page in script["TABLES"]:
         assert (ROOT / "docs" / page).read_text() == script["rendered"](page)
