@@ -148,10 +148,19 @@ def new_autoencoder(settings: Settings) -> PictureAutoencoder:
     return PictureAutoencoder.from_settings(settings.autoencoder)
 
 
-def pretrained_autoencoder(settings: Settings, folder: Path) -> PictureAutoencoder:
-    """Loads a diffusers folder. Raises TccpError if downsampling or latent channels differ from the settings."""
+def pretrained_autoencoder(settings: Settings, folder: Path, *, any_decoder: bool = False) -> PictureAutoencoder:
+    """Loads a diffusers folder.
+
+    Raises TccpError if downsampling or latent channels differ from the settings, or, unless `any_decoder`, the decoder.
+    """
     autoencoder = PictureAutoencoder.load(folder)
     _check_shape(autoencoder, settings, folder)
+    if needs_decoder(settings, autoencoder) and not any_decoder:
+        raise TccpError(
+            f"autoencoder.decoder_folded_levels is {autoencoder.decoder_folded_levels} in {folder} and "
+            f"{settings.autoencoder.decoder_folded_levels} here: `tccp train autoencoder` can train another decoder, "
+            "this job cannot; give the same value"
+        )
     return autoencoder
 
 
@@ -232,7 +241,7 @@ def train_autoencoder(
     if pretrained is None:
         trained, result = fit_autoencoder(settings, source, run, device=device, stop_at=stop_at)
     else:
-        trained, result = pretrained_autoencoder(settings, pretrained).eval(), FitResult([])
+        trained, result = pretrained_autoencoder(settings, pretrained, any_decoder=True).eval(), FitResult([])
         if needs_decoder(settings, trained):
             logger.info("training a decoder to the encoder of %s", pretrained)
             start = with_new_decoder(settings, trained)

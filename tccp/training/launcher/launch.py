@@ -33,7 +33,7 @@ from tccp.inference.pipeline_folder import export, restore_replaced, save_compon
 from tccp.models.autoencoder import PictureAutoencoder
 from tccp.models.variants import FIRST_OF, VARIANTS
 from tccp.progress import progress
-from tccp.training.fit_autoencoder import fit_latent_statistics, needs_decoder, pretrained_autoencoder
+from tccp.training.fit_autoencoder import fit_latent_statistics, pretrained_autoencoder
 from tccp.training.fit_variant import needs_first
 from tccp.training.latent_cache import LatentCache
 from tccp.training.launcher.checkpoint_record import newest_step, remove_unfinished
@@ -242,13 +242,7 @@ class _Launch:
 
     def _train_autoencoder(self) -> None:
         if self.request.pretrained_autoencoder is not None:
-            place, wanted = self.request.pretrained_autoencoder, self.settings.autoencoder.decoder_folded_levels
-            pretrained = pretrained_autoencoder(self.settings, place)
-            if needs_decoder(self.settings, pretrained):
-                raise TccpError(
-                    f"autoencoder.decoder_folded_levels is {pretrained.decoder_folded_levels} in {place} and {wanted} "
-                    "here: train its decoder with `tccp train autoencoder`, or give the same value"
-                )
+            pretrained = pretrained_autoencoder(self.settings, self.request.pretrained_autoencoder)
             self._tried(lambda: self._save_autoencoder(pretrained, {"steps": 0}))
             return
         job = self._tried(lambda: self._job(AUTOENCODER))
