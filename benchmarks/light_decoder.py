@@ -3,9 +3,9 @@
 cost: the decoder of `paper` at 256 px, with 0 to 2 folded levels in turns, in one thread.
 
 quality: small auto-encoders of the structure of `paper` for 64 px, trained on rendered RoundTable pictures and judged
-on held-out clips. All trials take the same pictures and equally many steps: from scratch, or from the finished `full`
-with its encoder frozen. Differences are between the same clips. Trials that are in OUT.json are not run again, and an
-interrupted one goes on from its checkpoint in S. It takes about forty minutes of one core; `--only` divides the work.
+on held-out clips: from scratch, or from the finished `full` with its encoder frozen. All take the same pictures in the
+same order. Differences are between the same clips. Trials that are in OUT.json are not run again, and an interrupted
+one goes on from its checkpoint in S. It takes about forty minutes of one core; `--only` divides the work.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from tccp.training.run_folder import RunFolder
 from tccp.training.window_files import PictureBatch
 
 FOLDED = (0, 1, 2)
-TURNS = {1: 5, 8: 3}
+TURNS = {1: 5, 8: 1}
 """Number of timings by number of frames."""
 KINDS = ("face", "landmark", "scene")
 CLIPS, HELD_OUT, FRAMES = 600, 64, 6
@@ -56,16 +56,15 @@ SHAPE: dict[str, Any] = {
     "learning_rate": 2e-3,
 }
 """The latents of `toy` and the structure of `paper`, with an eighth of its channels and one level less."""
-STEPS, FIT_STEPS = 2400, 800
-TRIALS: dict[str, tuple[int, bool]] = {
-    "full": (0, False),
-    "light 2": (2, False),
-    "full, trained on": (0, True),
-    "light 2, fitted": (2, True),
-    "light 1": (1, False),
-    "light 1, fitted": (1, True),
+TRIALS: dict[str, tuple[int, int, bool]] = {
+    "full": (0, 2400, False),
+    "light": (2, 2400, False),
+    "full, trained on": (0, 500, True),
+    "light, fitted": (2, 500, True),
+    "light, fitted twice as long": (2, 1000, True),
+    "light, one folded level, fitted": (1, 500, True),
 }
-"""Number of folded levels, and whether only a decoder is trained, to the encoder of `full`."""
+"""Number of folded levels, steps, and whether only a decoder is trained, to the encoder of `full`."""
 Kinds = dict[str, UInt8[np.ndarray, "n s s 3"]]
 
 
@@ -136,8 +135,9 @@ def _gflop(counter: FlopCounterMode) -> float:
     return round(counter.get_total_flops() / 1e9, 1)
 
 
-def settings_of(folded: int, fits: bool) -> Settings:
-    own = {**SHAPE, "decoder_folded_levels": folded, "max_steps": FIT_STEPS if fits else STEPS}
+def settings_of(trial: str) -> Settings:
+    folded, steps, _ = TRIALS[trial]
+    own = {**SHAPE, "decoder_folded_levels": folded, "max_steps": steps}
     changes = {f"autoencoder.{key}": value for key, value in own.items()}
     return override(toy(), {**changes, "variant_overrides": {}})
 
@@ -148,11 +148,10 @@ def _weights(storage: Path, trial: str) -> Path:
 
 def train(trial: str, storage: Path) -> None:
     """Trains one auto-encoder, unless its weights are in the storage."""
-    folded, fits = TRIALS[trial]
-    settings, weights = settings_of(folded, fits), _weights(storage, trial)
+    settings, weights = settings_of(trial), _weights(storage, trial)
     if weights.exists():
         return
-    start = with_new_decoder(settings, PictureAutoencoder.load(_weights(storage, "full"))) if fits else None
+    start = with_new_decoder(settings, PictureAutoencoder.load(_weights(storage, "full"))) if TRIALS[trial][2] else None
     run = RunFolder.open(weights.parent, settings, "autoencoder", resume=True)
     autoencoder, _ = fit_autoencoder(settings, Rendered(settings, storage), run, start=start)
     assert autoencoder is not None
@@ -162,11 +161,10 @@ def train(trial: str, storage: Path) -> None:
 
 def measure(trial: str, storage: Path) -> dict[str, Any]:
     """What an auto-encoder restores, and how much less than `full`."""
-    folded, fits = TRIALS[trial]
-    settings = settings_of(folded, fits)
+    settings, (folded, steps, fits) = settings_of(trial), TRIALS[trial]
     autoencoder, full = (PictureAutoencoder.load(_weights(storage, name)) for name in (trial, "full"))
     row: dict[str, Any] = {"folded_levels": folded, "only_the_decoder": fits, "seed": settings.seed}
-    row["steps"] = settings.autoencoder.max_steps
+    row["steps"] = steps
     for kind, pictures in rendered(settings, storage, "held_out", HELD_OUT).items():
         found = _psnr(autoencoder, pictures)
         row[kind] = {"psnr_db": interval(found), "less_than_full_db": interval(_psnr(full, pictures) - found)}

@@ -21,6 +21,7 @@ from tccp.models.layers import ResnetBlock, Upsample
 from tccp.models.pretrained import Pretrained, with_config
 
 _EPSILON = 1e-6
+_PIXEL_CHANNELS = 16
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # before diffusers 0.16
 _SUPPORTED = {
     "down_block_types": "DownEncoderBlock2D",
@@ -138,7 +139,11 @@ class _Encoder(nn.Module):
 
 
 class _Decoder(nn.Module):
-    """folded: number of finest levels that are left out. The last convolution draws patches of 2^folded pixels."""
+    """folded: number of finest levels that are left out.
+
+    In their place, `conv_out` draws patches of 2^folded pixels with a few channels each, and `conv_pixels` makes the
+    picture of them. Patches of colours alone would blur thin strokes (docs/what_did_not_work.md).
+    """
 
     def __init__(self, out_channels: int, latent_channels: int, widths: Sequence[int], folded: int, *shape: Any):
         super().__init__()
@@ -153,13 +158,16 @@ class _Decoder(nn.Module):
             for level, (before, width) in enumerate(zip(befores, widths, strict=True))
         )
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=_EPSILON)
-        self.conv_out = nn.Conv2d(widths[-1], out_channels * self.patch**2, 3, padding=1)
+        drawn = max(_PIXEL_CHANNELS, out_channels) if folded else out_channels
+        self.conv_out = nn.Conv2d(widths[-1], drawn * self.patch**2, 3, padding=1)
+        self.conv_pixels = nn.Conv2d(drawn, out_channels, 3, padding=1) if folded else None
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c2 h2 w2"]:
         x = self.mid_block(self.conv_in(x))
         for level in self.up_blocks:
             x = level(x)
-        return pixel_shuffle(self.conv_out(silu(self.conv_norm_out(x))), self.patch)
+        x = self.conv_out(silu(self.conv_norm_out(x)))
+        return x if self.conv_pixels is None else self.conv_pixels(silu(pixel_shuffle(x, self.patch)))
 
 
 class AutoencoderNetwork(Pretrained):
