@@ -171,9 +171,41 @@ def _paper(paper: Mapping[str, Any]) -> str:
     return _markdown(lines)
 
 
+def light_decoder_table(record: Mapping[str, Any]) -> str:
+    """Markdown tables of the record of benchmarks/light_decoder.py: cost of each decoder, quality of each trial."""
+    rows = record["cost"]["rows"]
+    names = {
+        "gflop_per_frame": "GFLOP per frame",
+        "cpu_s_1_frames": "CPU seconds, 1 frame",
+        "cpu_s_8_frames": "8 frames",
+    }
+    kept = [key for key in names if key in rows[0]]
+    lines = [["folded levels", "parameters", *(names[key] for key in kept)]]
+    for row in rows:
+        cells = [str(row["folded_levels"]), f"{row['parameters'] / 1e6:.1f} million"]
+        for key in kept:
+            times = row[f"times_cheaper_{key}"]
+            cells.append(f"{row[key]:,.3g}" + (f" (÷ {times:.1f})" if row["folded_levels"] else ""))
+        lines.append(cells)
+    cost = [lines[0], ["--:"] * len(lines[0]), *lines[1:]]
+    quality = [
+        ["auto-encoder", "steps", "faces, dB", "less than `full`", "landmark pictures, dB", "less than `full`"],
+        [":--", *["--:"] * 5],
+    ]
+    for name, trial in record.get("quality", {}).items():
+        cells = [name, str(trial["steps"])]
+        for kind in ("face", "landmark"):
+            less = trial[kind]["less_than_full_db"]
+            cells.append(f"{trial[kind]['psnr_db']['mean']:.2f}")
+            cells.append("" if name == "full" else f"{less['mean']:.2f} ({less['low']:.2f} to {less['high']:.2f})")
+        quality.append(cells)
+    tables = [cost, *([quality] if "quality" in record else [])]
+    return "\n\n".join("\n".join(f"| {' | '.join(line)} |" for line in table) for table in tables) + "\n"
+
+
 TABLES: dict[str, dict[str, Callable[[Any], str]]] = {
     "benchmark.md": {"roundtable": markdown_table},
-    "settings.md": {"toy_recipe": recipe_table},
+    "settings.md": {"toy_recipe": recipe_table, "light_decoder": light_decoder_table},
     "cluster.md": {"training": training_table, "training_gpu": training_table},
     "speed.md": {"speed": speed_tables},
 }

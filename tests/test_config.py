@@ -170,6 +170,8 @@ def test_general_override_applies_to_variants_without_their_own_override(items: 
         ("toy", ["network.dropout=1.5"], ["network.dropout", "less than 1"]),
         ("toy", ["picture_px=100"], ["picture_px 100 is not a multiple of 32"]),
         ("toy", ["autoencoder.downsampling=16"], ["2 levels", "downsample by 8", "16"]),
+        ("toy", ["autoencoder.decoder_folded_levels=2"], ["decoder_folded_levels 2", "2 levels", "at most 1"]),
+        ("paper", ["autoencoder.decoder_folded_levels=-1"], ["autoencoder.decoder_folded_levels", "-1"]),
         ("toy", ["diffusion.prediction=epsilon"], ["zero_terminal_snr needs prediction=v"]),
         ("toy", ["diffusion.beta_start=0.5"], ["beta_start 0.5", "beta_end 0.02"]),
         ("toy", ["sampling.solver=euler"], ["sampling.solver", "'ddpm'", "given: euler"]),

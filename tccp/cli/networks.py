@@ -58,7 +58,8 @@ def train(
             one_stage_sequence; or all.
         data: clip table (the folder that `tccp preprocess` wrote).
         weights: pipeline folder to add the components to; created if it does not exist.
-        autoencoder: folder of a pre-trained diffusers AutoencoderKL, used instead of training one.
+        autoencoder: folder of a pre-trained diffusers AutoencoderKL, used instead of training one. If the setting
+            autoencoder.decoder_folded_levels asks for another decoder, only a decoder is trained, to its encoder.
         control_from: pipeline folder to copy the video branches from. With --set training.freeze_video_branch=true only
             the control branches are trained.
         restart: remove interrupted runs of these components, and train them from the beginning.

@@ -49,6 +49,7 @@ class AutoencoderSettings(_Frozen):
     layers_per_block: Count = 2
     norm_groups: Count = 32
     mid_attention: bool = True
+    decoder_folded_levels: int = Field(0, ge=0)  # light decoder: its n finest levels become patches of 2^n pixels
     kl_weight: NonNegativeFloat = 1e-6
     precision: Literal["fp32", "bf16"] = "fp32"  # of arithmetic in training; weights and encoding use fp32
     batch_size: Count = 16
@@ -62,6 +63,16 @@ class AutoencoderSettings(_Frozen):
             raise ValueError(
                 f"patch {self.patch} and {len(self.block_channels)} levels of block_channels downsample by {factor}; "
                 f"downsampling is {self.downsampling}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _decoder_keeps_a_level(self) -> AutoencoderSettings:
+        levels = len(self.block_channels)
+        if self.decoder_folded_levels >= levels:
+            raise ValueError(
+                f"decoder_folded_levels {self.decoder_folded_levels} leaves the decoder none of the {levels} levels of "
+                f"block_channels: give at most {levels - 1}"
             )
         return self
 

@@ -34,11 +34,12 @@ SHARED_SETTINGS = (
 )
 """Settings that all components of a pipeline share: they determine shapes, latents, or the prediction target."""
 PER_COMPONENT_SETTINGS = {
-    "autoencoder": ("kl_weight", "precision", "batch_size", "max_steps", "learning_rate"),
+    "autoencoder": ("decoder_folded_levels", "kl_weight", "precision", "batch_size", "max_steps", "learning_rate"),
     "lips": ("liplet_steps", "liplet_batch_size", "liplet_learning_rate"),
     "network": ("dropout", "gradient_checkpointing"),
 }
-"""Exceptions within SHARED_SETTINGS: they affect only how a component is trained, so components may differ."""
+"""Exceptions within SHARED_SETTINGS: components may differ in them. They affect only how a component is trained, or the
+decoder, on which latents and networks do not depend."""
 
 
 def weights_folder(option: Path) -> Path:

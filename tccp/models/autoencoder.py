@@ -69,6 +69,7 @@ class PictureAutoencoder(nn.Module):
             latent_channels=settings.latent_channels,
             norm_num_groups=settings.norm_groups,
             mid_block_add_attention=settings.mid_attention,
+            decoder_folded_levels=settings.decoder_folded_levels,
         )
         # The posterior starts narrow. With the default deviation of 1, the decoder would spend most of a short training
         # on learning to separate latents from their own noise.
@@ -87,6 +88,21 @@ class PictureAutoencoder(nn.Module):
     @property
     def latent_channels(self) -> int:
         return self.vae.config.latent_channels
+
+    @property
+    def decoder_folded_levels(self) -> int:
+        return self.vae.config.decoder_folded_levels
+
+    def with_folded_decoder(self, folded_levels: int) -> PictureAutoencoder:
+        """A copy with the same encoder and statistics, whose decoder folds another number of levels.
+
+        Levels that both decoders have keep their weights; the rest is random.
+        Raises ValueError if the decoder would keep no level.
+        """
+        autoencoder = PictureAutoencoder(self.vae.with_folded_decoder(folded_levels)).to(self.mean.device)
+        autoencoder.mean.copy_(self.mean)
+        autoencoder.std.copy_(self.std)
+        return autoencoder
 
     def _scale(self, kind: PictureKind) -> tuple[Tensor, Tensor]:
         row = PICTURE_KINDS.index(kind)

@@ -1,7 +1,8 @@
 """The convolutional auto-encoder of latent diffusion (Rombach et al. 2022), as diffusers' AutoencoderKL.
 
 Names of parameters, files and random initialisation are those of diffusers, so its folders can be used. Only the form
-in use is here: residual blocks, and attention in the middle if it is asked for.
+in use is here: residual blocks, and attention in the middle if it is asked for. The light decoder is our own: diffusers
+cannot read a folder that has one.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import pad, scaled_dot_product_attention, silu
+from torch.nn.functional import pad, pixel_shuffle, scaled_dot_product_attention, silu
 
 from tccp.models.layers import ResnetBlock, Upsample
 from tccp.models.pretrained import Pretrained, with_config
 
 _EPSILON = 1e-6
+_PIXEL_CHANNELS = 16
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # before diffusers 0.16
 _SUPPORTED = {
     "down_block_types": "DownEncoderBlock2D",
@@ -137,10 +139,17 @@ class _Encoder(nn.Module):
 
 
 class _Decoder(nn.Module):
-    def __init__(self, out_channels: int, latent_channels: int, widths: Sequence[int], *shape: Any):
+    """folded: number of finest levels that are left out.
+
+    In their place, `conv_out` draws patches of 2^folded pixels with a few channels each, and `conv_pixels` makes the
+    picture of them. Patches of colours alone would blur thin strokes (docs/what_did_not_work.md).
+    """
+
+    def __init__(self, out_channels: int, latent_channels: int, widths: Sequence[int], folded: int, *shape: Any):
         super().__init__()
         blocks, groups, attention = shape
-        widths = widths[::-1]
+        widths = widths[::-1][: len(widths) - folded]
+        self.patch = 2**folded
         self.conv_in = nn.Conv2d(latent_channels, widths[0], 3, padding=1)
         self.mid_block = _Middle(widths[0], groups, attention)
         befores = [widths[0], *widths[:-1]]
@@ -149,13 +158,16 @@ class _Decoder(nn.Module):
             for level, (before, width) in enumerate(zip(befores, widths, strict=True))
         )
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=_EPSILON)
-        self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
+        drawn = max(_PIXEL_CHANNELS, out_channels) if folded else out_channels
+        self.conv_out = nn.Conv2d(widths[-1], drawn * self.patch**2, 3, padding=1)
+        self.conv_pixels = nn.Conv2d(drawn, out_channels, 3, padding=1) if folded else None
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c2 h2 w2"]:
         x = self.mid_block(self.conv_in(x))
         for level in self.up_blocks:
             x = level(x)
-        return self.conv_out(silu(self.conv_norm_out(x)))
+        x = self.conv_out(silu(self.conv_norm_out(x)))
+        return x if self.conv_pixels is None else self.conv_pixels(silu(pixel_shuffle(x, self.patch)))
 
 
 class AutoencoderNetwork(Pretrained):
@@ -175,11 +187,15 @@ class AutoencoderNetwork(Pretrained):
         mid_block_add_attention: bool = True,
         down_block_types: Sequence[str] = (),
         up_block_types: Sequence[str] = (),
+        decoder_folded_levels: int = 0,
     ):
         super().__init__()
+        levels = len(block_out_channels)
+        if not 0 <= decoder_folded_levels < levels:
+            raise ValueError(f"decoder_folded_levels is {decoder_folded_levels}, but there are {levels} levels")
         shape = layers_per_block, norm_num_groups, mid_block_add_attention
         self.encoder = _Encoder(in_channels, latent_channels, block_out_channels, *shape)
-        self.decoder = _Decoder(out_channels, latent_channels, block_out_channels, *shape)
+        self.decoder = _Decoder(out_channels, latent_channels, block_out_channels, decoder_folded_levels, *shape)
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
 
@@ -197,6 +213,24 @@ class AutoencoderNetwork(Pretrained):
             before, _, part = module.rpartition(".")
             if part in _OLD_NAMES and ".attentions." in name:
                 weights[f"{before}.{_OLD_NAMES[part]}.{last}"] = weights.pop(name)
+
+    def stored_config(self) -> dict[str, Any]:
+        """A full decoder is not mentioned: diffusers does not know the argument, and older files lack it."""
+        config = super().stored_config()
+        if not config["decoder_folded_levels"]:
+            del config["decoder_folded_levels"]
+        return config
+
+    def with_folded_decoder(self, folded_levels: int) -> AutoencoderNetwork:
+        """A copy with another number of folded levels. Parameters of equal name and shape keep their values.
+
+        That is all of the encoder, and of the decoder all levels that both have. The rest is random.
+        """
+        network = AutoencoderNetwork(**{**self.config, "decoder_folded_levels": folded_levels})
+        own, given = network.state_dict(), self.state_dict()
+        kept = {name: value for name, value in given.items() if name in own and own[name].shape == value.shape}
+        network.load_state_dict(own | kept)
+        return network.to(self.device)
 
     def encode(self, pictures: Float[Tensor, "n c h w"]) -> Posterior:
         return Posterior(self.quant_conv(self.encoder(pictures)))

@@ -97,10 +97,14 @@ class Pretrained(nn.Module):
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         return self
 
+    def stored_config(self) -> dict[str, Any]:
+        """The arguments of the constructor as `config.json` holds them."""
+        return dict(self.config)
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes the network. The folder is created."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        config = {"_class_name": self.class_name or type(self).__name__, **self.config}
+        config = {"_class_name": self.class_name or type(self).__name__, **self.stored_config()}
         (Path(folder) / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         save_file(weights, Path(folder) / WEIGHTS_FILE, metadata={"format": "pt"})

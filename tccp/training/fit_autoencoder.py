@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +19,7 @@ from tccp.clips.windows import view
 from tccp.config import AutoencoderSettings, Settings, TrainingSettings
 from tccp.errors import TccpError
 from tccp.inference.conditioning import picture_of
-from tccp.models.autoencoder import PictureAutoencoder, to_model
+from tccp.models.autoencoder import STATISTICS_FILE, PictureAutoencoder, to_model
 from tccp.models.variants import PICTURE_KINDS, PictureKind
 from tccp.seeds import rng_seed
 from tccp.training.averaged_weights import AveragedWeights
@@ -27,6 +29,8 @@ from tccp.training.precision import arithmetic
 from tccp.training.run_folder import Run, TransientRun
 from tccp.training.set_aside import readable
 from tccp.training.window_files import PictureBatch, TablePictures
+
+logger = logging.getLogger("tccp.training")
 
 STATISTICS_CLIPS = 64
 STATISTICS_FRAMES = 8
@@ -144,11 +148,40 @@ def new_autoencoder(settings: Settings) -> PictureAutoencoder:
     return PictureAutoencoder.from_settings(settings.autoencoder)
 
 
-def pretrained_autoencoder(settings: Settings, folder: Path) -> PictureAutoencoder:
-    """Loads a diffusers folder. Raises TccpError if downsampling or latent channels differ from the settings."""
+def pretrained_autoencoder(settings: Settings, folder: Path, *, any_decoder: bool = False) -> PictureAutoencoder:
+    """Loads a diffusers folder.
+
+    Raises TccpError if downsampling or latent channels differ from the settings, or, unless `any_decoder`, the decoder.
+    """
     autoencoder = PictureAutoencoder.load(folder)
     _check_shape(autoencoder, settings, folder)
+    if needs_decoder(settings, autoencoder) and not any_decoder:
+        raise TccpError(
+            f"autoencoder.decoder_folded_levels is {autoencoder.decoder_folded_levels} in {folder} and "
+            f"{settings.autoencoder.decoder_folded_levels} here: `tccp train autoencoder` can train another decoder, "
+            "this job cannot; give the same value"
+        )
     return autoencoder
+
+
+def needs_decoder(settings: Settings, autoencoder: PictureAutoencoder) -> bool:
+    """Whether the settings ask for another decoder than that of an existing auto-encoder."""
+    return autoencoder.decoder_folded_levels != settings.autoencoder.decoder_folded_levels
+
+
+def with_new_decoder(settings: Settings, autoencoder: PictureAutoencoder) -> PictureAutoencoder:
+    """A copy with the decoder of the settings, to be trained. Its encoder is frozen, so that latents stay the same.
+
+    Raises TccpError if the decoder would keep no level.
+    """
+    torch.manual_seed(rng_seed(settings.seed, "init", "decoder"))
+    try:
+        result = autoencoder.with_folded_decoder(settings.autoencoder.decoder_folded_levels)
+    except ValueError as error:
+        raise TccpError(f"{error} in the given auto-encoder: lower autoencoder.decoder_folded_levels") from None
+    result.vae.encoder.requires_grad_(False)
+    result.vae.quant_conv.requires_grad_(False)
+    return result
 
 
 def fit_autoencoder(
@@ -156,17 +189,21 @@ def fit_autoencoder(
     pictures: Pictures,
     run: Run | None,
     *,
+    start: PictureAutoencoder | None = None,
     device: torch.device | str = "cpu",
     stop_at: int | None = None,
     engine_of: Callable[[nn.Module, TrainingSettings], Engine] = TorchEngine,
 ) -> tuple[PictureAutoencoder | None, FitResult]:
     """Trains an auto-encoder and returns it with its EMA weights, on the CPU. Ranks above 0 get None in its place.
 
-    Call `fit_latent_statistics` on it before use.
+    start: the auto-encoder to train, in place of a new one; its frozen parameters stay as they are.
+    Call `fit_latent_statistics` on a new one before use.
     """
     run = run or TransientRun()
     training = autoencoder_training(settings)
-    losses = AutoencoderLoss(new_autoencoder(settings).to(device), settings, pictures, run.rank, run.num_ranks)
+    autoencoder = start if start is not None else new_autoencoder(settings)
+    trained = copy.deepcopy(autoencoder)  # now, because an engine may split the parameters among the ranks
+    losses = AutoencoderLoss(autoencoder.to(device), settings, pictures, run.rank, run.num_ranks)
     engine = engine_of(losses.module, training)
     losses.forward = engine.forward
     ema = AveragedWeights(engine.local_parameters(), decay=training.ema_decay)
@@ -183,7 +220,7 @@ def fit_autoencoder(
         waited_s=lambda: losses.waited_s,
     )
     weights = engine.gather(ema.weights)
-    return (with_weights(new_autoencoder(settings), weights) if run.rank == 0 else None), result
+    return (with_weights(trained, weights).requires_grad_() if run.rank == 0 else None), result
 
 
 def train_autoencoder(
@@ -197,14 +234,20 @@ def train_autoencoder(
 ) -> tuple[PictureAutoencoder, FitResult]:
     """Trains an auto-encoder in one process and fits its latent statistics to this data.
 
-    pretrained: a diffusers folder to use in place of a trained auto-encoder.
+    pretrained: a diffusers folder to use in place of a trained auto-encoder. If the settings ask for another decoder,
+      one is trained to its encoder. Then stored statistics stay, because networks may have been trained with them.
     """
-    if pretrained is not None:
-        autoencoder: PictureAutoencoder | None = pretrained_autoencoder(settings, pretrained).eval()
-        result = FitResult([])
+    source = TablePictures(table, settings)
+    if pretrained is None:
+        trained, result = fit_autoencoder(settings, source, run, device=device, stop_at=stop_at)
     else:
-        source = TablePictures(table, settings)
-        autoencoder, result = fit_autoencoder(settings, source, run, device=device, stop_at=stop_at)
-    assert autoencoder is not None
-    fit_latent_statistics(autoencoder.to(device), table, settings)
-    return autoencoder, result
+        trained, result = pretrained_autoencoder(settings, pretrained, any_decoder=True).eval(), FitResult([])
+        if needs_decoder(settings, trained):
+            logger.info("training a decoder to the encoder of %s", pretrained)
+            start = with_new_decoder(settings, trained)
+            trained, result = fit_autoencoder(settings, source, run, start=start, device=device, stop_at=stop_at)
+            if trained is not None and (pretrained / STATISTICS_FILE).exists():
+                return trained.to(device), result
+    assert trained is not None
+    fit_latent_statistics(trained.to(device), table, settings)
+    return trained, result

@@ -211,7 +211,7 @@ class Trainer:
         autoencoder, result = train_autoencoder(
             self.settings, self.table, run, pretrained=self.pretrained_autoencoder, device=self.device
         )
-        steps = 0 if self.pretrained_autoencoder else self.settings.autoencoder.max_steps
+        steps = self.settings.autoencoder.max_steps if result.seconds else 0  # 0: a pre-trained one, as it is
         provenance = self._provenance(steps, result.seconds, **_history(run))
         save_component(self.weights, "autoencoder", self.settings, autoencoder.save, provenance)
 

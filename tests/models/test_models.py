@@ -1,11 +1,15 @@
 """MVControlNet, its condition encoders and the auto-encoder, at tiny sizes."""
 
+import json
+
 import pytest
 import torch
 from tiny_networks import inputs, tiny
 from torch.utils.flop_counter import FlopCounterMode
 
 from tccp.config import AutoencoderSettings, load_settings, paper
+from tccp.errors import TccpError
+from tccp.inference.manifest import TOY_WEIGHTS
 from tccp.models.autoencoder import PictureAutoencoder, to_bytes, to_model
 from tccp.models.conditions import ConditionEncoders, Conditions
 from tccp.models.mvcontrolnet import MVControlNet
@@ -269,6 +273,97 @@ def test_latents_are_normalised_per_kind_and_channel(autoencoder, tmp_path):
         autoencoder.save(tmp_path)
         loaded = PictureAutoencoder.load(tmp_path).eval()
         assert torch.equal(loaded.encode(pictures["face"].unsqueeze(2), "face"), face)
+
+
+PAPER_SHAPE = AutoencoderSettings(
+    downsampling=8,
+    latent_channels=4,
+    block_channels=(8, 8, 8, 16),
+    layers_per_block=1,
+    norm_groups=4,
+)
+
+
+def with_decoder(folded, settings=PAPER_SHAPE):
+    return settings.model_copy(update={"decoder_folded_levels": folded})
+
+
+@pytest.mark.parametrize("folded", [0, 1, 3])
+def test_light_decoder_restores_whole_pictures_and_survives_its_folder(folded, tmp_path):
+    torch.manual_seed(0)
+    autoencoder = PictureAutoencoder.from_settings(with_decoder(folded)).eval()
+    assert autoencoder.downsampling == 8
+    assert len(autoencoder.vae.decoder.up_blocks) == 4 - folded
+    pictures = torch.rand(2, 3, 16, 24) * 2 - 1
+    raw = autoencoder.posterior(pictures).mean
+    restored = autoencoder.reconstruct(raw)
+    assert raw.shape == (2, 4, 2, 3)
+    assert restored.shape == pictures.shape
+    restored.sum().backward()
+    without = [name for name, p in autoencoder.vae.named_parameters() if p.grad is None or not p.grad.any()]
+    assert without == []
+
+    autoencoder.save(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored.get("decoder_folded_levels", "not stored") == (folded or "not stored")
+    loaded = PictureAutoencoder.load(tmp_path)
+    assert loaded.decoder_folded_levels == folded
+    assert torch.equal(loaded.reconstruct(raw), restored)
+
+
+def test_light_decoder_of_an_existing_autoencoder_keeps_encoder_and_shared_levels():
+    torch.manual_seed(0)
+    full = PictureAutoencoder.from_settings(PAPER_SHAPE).eval()
+    full.mean.normal_()
+    full.std.uniform_(1, 2)
+    light = full.with_folded_decoder(2).eval()
+    pictures = torch.rand(2, 3, 1, 16, 16) * 2 - 1
+    for kind in ("face", "landmark", "scene"):
+        assert torch.equal(light.encode(pictures, kind), full.encode(pictures, kind))
+    before, after = full.vae.state_dict(), light.vae.state_dict()
+    new = {name for name in after if name not in before or not torch.equal(before[name], after[name])}
+    assert new == {f"decoder.{name}.{kind}" for name in ("conv_out", "conv_pixels") for kind in ("weight", "bias")}
+    assert {name.split(".")[2] for name in after if name.startswith("decoder.up_blocks")} == {"0", "1"}
+    again = light.with_folded_decoder(0)
+    assert again.vae.state_dict().keys() == before.keys()
+
+
+def test_light_decoder_of_the_paper_is_several_times_cheaper():
+    def flops(folded):
+        with torch.device("meta"):
+            autoencoder = PictureAutoencoder.from_settings(with_decoder(folded, paper().autoencoder))
+            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                assert autoencoder.reconstruct(torch.empty(1, 16, 16, 16)).shape == (1, 3, 256, 256)
+        return counter.get_total_flops()
+
+    full, one, two = (flops(folded) for folded in range(3))
+    assert full > 2 * one
+    assert full > 3.5 * two
+
+
+def test_impossible_numbers_of_folded_levels_are_refused(tmp_path):
+    PictureAutoencoder.from_settings(with_decoder(1)).save(tmp_path)
+    config = tmp_path / "config.json"
+    for value in ("4", "-1", '"two"'):
+        config.write_text(config.read_text().replace('"decoder_folded_levels": 1', f'"decoder_folded_levels": {value}'))
+        with pytest.raises(TccpError, match=r"decoder_folded_levels|TypeError") as refusal:
+            PictureAutoencoder.load(tmp_path)
+        assert "\n" not in str(refusal.value)
+        config.write_text(config.read_text().replace(f'"decoder_folded_levels": {value}', '"decoder_folded_levels": 1'))
+    with pytest.raises(ValueError, match="4 levels"):
+        PictureAutoencoder.load(tmp_path).with_folded_decoder(4)
+
+
+def test_packaged_autoencoder_has_a_full_decoder_and_its_own_files(tmp_path):
+    packaged = TOY_WEIGHTS / "autoencoder"
+    autoencoder = PictureAutoencoder.load(packaged)
+    assert autoencoder.decoder_folded_levels == 0
+    autoencoder.save(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text()) == {
+        key: value
+        for key, value in json.loads((packaged / "config.json").read_text()).items()
+        if key in autoencoder.vae.config or key == "_class_name"
+    }
 
 
 def test_folder_without_an_autoencoder_is_refused(tmp_path):

@@ -18,6 +18,7 @@ from preprocessing.run import preprocess
 from tccp.errors import TccpError
 from tccp.inference.components import load_components
 from tccp.inference.manifest import MANIFEST, read_manifest
+from tccp.inference.pipeline_folder import export, write_untrained
 from tccp.models.variants import TWO_STAGE
 from tccp.processes import in_processes
 from tccp.roundtable import write_clips
@@ -125,6 +126,28 @@ def test_a_damaged_component_is_exported_again_when_its_training_is_resumed(data
     assert files_of(weights) == before
     provenance = json.loads((weights / MANIFEST).read_text())["components"]["autoencoder"]["provenance"]
     assert provenance["changes"][0]["settings"]["autoencoder.learning_rate"]["is"] == 1e-5
+
+
+def test_a_light_decoder_takes_the_place_of_a_full_one_in_a_copy_of_a_pipeline(data, tmp_path):
+    settings, weights, light = small(**SHORT), tmp_path / "w", tmp_path / "light"
+    write_untrained(weights, settings, ("face_first",))
+    export(weights, light, ("autoencoder", "lips", "face_first"))
+    trainer = Trainer(
+        data,
+        light,
+        small(**SHORT, **{"autoencoder.decoder_folded_levels": 1}),
+        tmp_path / "storage",
+        pretrained_autoencoder=weights / "autoencoder",
+    )
+    trainer.train(["autoencoder"])
+    pipelines = [load_components(folder, ("face_first",)) for folder in (weights, light)]
+    assert [pipeline.autoencoder.decoder_folded_levels for pipeline in pipelines] == [0, 1]
+    pictures = torch.rand(1, 3, 1, settings.picture_px, settings.picture_px) * 2 - 1
+    before, after = (pipeline.autoencoder.encode(pictures, "face") for pipeline in pipelines)
+    assert torch.equal(before, after)
+    assert read_manifest(light)["components"]["autoencoder"]["provenance"]["steps"] == 2
+    decoded = pipelines[1].autoencoder.decode(after, "face")
+    assert decoded.shape == pictures.shape
 
 
 def test_unknown_components_and_weights_of_other_settings_are_refused(data, tmp_path):

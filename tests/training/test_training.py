@@ -16,14 +16,14 @@ from tccp.diffusion.batching import run_windows
 from tccp.diffusion.sampling import start_window
 from tccp.errors import TccpError
 from tccp.inference.conditioning import picture_of
-from tccp.models.autoencoder import PictureAutoencoder, to_model
+from tccp.models.autoencoder import STATISTICS_FILE, PictureAutoencoder, to_model
 from tccp.models.mvcontrolnet import MVControlNet
 from tccp.models.variants import PICTURE_KINDS, VARIANTS
 from tccp.seeds import rng_seed
 from tccp.training import precision as precision_module
 from tccp.training.averaged_weights import AveragedWeights
 from tccp.training.engine import TorchEngine, learning_rate_factor
-from tccp.training.fit_autoencoder import fit_latent_statistics, train_autoencoder
+from tccp.training.fit_autoencoder import fit_latent_statistics, pretrained_autoencoder, train_autoencoder
 from tccp.training.fit_variant import VariantLoss, _NoisePrefetch, sample_noise, train_variant
 from tccp.training.latent_cache import LatentCache
 from tccp.training.lip_folds import open_lip_sources, train_liplets
@@ -543,3 +543,55 @@ def test_only_the_statistics_of_a_pretrained_autoencoder_change(data, tmp_path):
     assert not torch.equal(taken.std, given.std)
     with pytest.raises(TccpError, match="latent_channels 4, the settings 8"):
         train_autoencoder(small(**{"autoencoder.latent_channels": 8}), ClipTable(data), None, pretrained=tmp_path)
+
+
+@pytest.fixture
+def trained(data, tmp_path):
+    """The folder of an auto-encoder that was trained for networks, with statistics that no data would give."""
+    torch.manual_seed(5)
+    autoencoder = PictureAutoencoder.from_settings(small().autoencoder)
+    autoencoder.mean.fill_(0.5)
+    autoencoder.save(tmp_path / "trained")
+    return tmp_path / "trained"
+
+
+def test_only_the_decoder_is_trained_if_the_settings_ask_for_another(data, trained, tmp_path):
+    settings = small(
+        **{"autoencoder.decoder_folded_levels": 1, "autoencoder.max_steps": 12, "training.checkpoint_every": 5}
+    )
+    table, given = ClipTable(data), PictureAutoencoder.load(trained)
+
+    def light(run, **options):
+        return train_autoencoder(settings, table, run, pretrained=trained, **options)
+
+    whole, result = light(RunFolder.open(tmp_path / "whole", settings, "autoencoder", resume=False))
+    assert whole.decoder_folded_levels == 1
+    assert sum(result.losses[-3:]) < sum(result.losses[:3])
+    before, after = weights_of(given), weights_of(whole)
+    encoder = {name for name in before if not name.startswith(("vae.decoder", "vae.post_quant_conv"))}
+    assert {"mean", "std", "vae.quant_conv.weight"} < encoder
+    for name in after:
+        assert (name in before and torch.equal(before[name], after[name])) == (name in encoder), name
+    assert all(parameter.requires_grad for parameter in whole.parameters())
+
+    light(RunFolder.open(tmp_path / "cut", settings, "autoencoder", resume=False), stop_at=7)
+    resumed, _ = light(RunFolder.open(tmp_path / "cut", settings, "autoencoder", resume=True))
+    for (name, a), b in zip(after.items(), weights_of(resumed).values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_a_new_decoder_for_a_foreign_autoencoder_comes_with_statistics(data, trained):
+    (trained / STATISTICS_FILE).unlink()  # as diffusers writes it
+    settings = small(**{"autoencoder.decoder_folded_levels": 1, "autoencoder.max_steps": 1})
+    fitted, _ = train_autoencoder(settings, ClipTable(data), None, pretrained=trained)
+    assert fitted.mean.any()
+    assert not torch.equal(fitted.std, torch.ones_like(fitted.std))
+
+
+def test_a_decoder_that_cannot_be_is_refused_in_one_line(data, trained):
+    deeper = small(**{"autoencoder.block_channels": (8, 8, 8, 8), "autoencoder.patch": 1})
+    settings = override(deeper, {"autoencoder.decoder_folded_levels": 3})
+    with pytest.raises(TccpError, match=r"3, but there are 2 levels .*: lower autoencoder.decoder_folded_levels$"):
+        train_autoencoder(settings, ClipTable(data), None, pretrained=trained)
+    with pytest.raises(TccpError, match=r"is 0 in .* and 3 here: .*this job cannot"):
+        pretrained_autoencoder(settings, trained)
