@@ -79,6 +79,7 @@ def load_components(
             f"give the weights of {preset!r}, or --preset {settings.preset}"
         )
     autoencoder = PictureAutoencoder.load(verified(folder, "autoencoder"), dtype).to(device).eval()
+    autoencoder.vae.to_channels_last()  # a fifth less time for `paper` on a CPU
     lips = None
     if settings.lips.source != "none":
         lips = open_lip_source(settings.lips, lip_weights or verified(folder, "lips"), device)
