@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import pad, pixel_shuffle, scaled_dot_product_attention, silu
+from torch.nn.functional import pad, pixel_shuffle, silu
 
-from tccp.models.layers import ResnetBlock, Upsample
+from tccp.models.layers import ResnetBlock, Upsample, attend
 from tccp.models.pretrained import Pretrained, with_config
 
 _EPSILON = 1e-6
@@ -70,7 +70,7 @@ class _Attention(nn.Module):
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
         y = self.group_norm(x).flatten(2).transpose(1, 2)
         query, key, value = (layer(y).unsqueeze(1) for layer in (self.to_q, self.to_k, self.to_v))
-        y = self.to_out[0](scaled_dot_product_attention(query, key, value).squeeze(1))
+        y = self.to_out[0](attend(query, key, value).squeeze(1))
         return x + y.transpose(1, 2).unflatten(2, x.shape[2:])
 
 
