@@ -69,7 +69,7 @@ def toy() -> Settings:
             precision="bf16",
             checkpoint_every=250,
         ),
-        sampling=SamplingSettings(solver="dpmpp", steps=12, temperature=0.5),
+        sampling=SamplingSettings(solver="dpmpp", steps=2, temperature=0.5),
         lips=LipSettings(source="liplet", size_px=32, liplet_channels=16, liplet_steps=1200, liplet_learning_rate=3e-3),
         variant_overrides={
             "landmark_first": {
