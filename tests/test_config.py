@@ -257,7 +257,7 @@ def test_git_commit_reports_the_commit_and_local_changes(tmp_path: Path, monkeyp
     package.mkdir()
     source = Path(config.__file__).parent
     shutil.copytree(source, package / "config", ignore=shutil.ignore_patterns("__pycache__"))
-    for module in ("__init__.py", "errors.py", "strict_json.py", "threads.py"):
+    for module in ("__init__.py", "clock.py", "errors.py", "strict_json.py", "threads.py"):
         shutil.copy(source.parent / module, package)
     print_commit = [sys.executable, "-c", "import tccp.config; print(tccp.config.git_commit())"]
     assert output_of(print_commit, tmp_path) == "unknown"
