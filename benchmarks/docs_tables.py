@@ -174,11 +174,7 @@ def _paper(paper: Mapping[str, Any]) -> str:
 def light_decoder_table(record: Mapping[str, Any]) -> str:
     """Markdown tables of the record of benchmarks/light_decoder.py: cost of each decoder, quality of each trial."""
     rows = record["cost"]["rows"]
-    names = {
-        "gflop_per_frame": "GFLOP per frame",
-        "cpu_s_1_frames": "CPU seconds, 1 frame",
-        "cpu_s_8_frames": "8 frames",
-    }
+    names = {"gflop_per_frame": "GFLOP per frame", "cpu_s_1_frames": "CPU s, 1 frame", "cpu_s_8_frames": "8 frames"}
     kept = [key for key in names if key in rows[0]]
     lines = [["folded levels", "parameters", *(names[key] for key in kept)]]
     for row in rows:
