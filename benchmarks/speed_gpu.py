@@ -26,7 +26,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tccp.config import Settings, override, paper
-from tccp.diffusion.sampling import run_windows, start_window
+from tccp.diffusion.batching import run_windows
+from tccp.diffusion.sampling import start_window
 from tccp.diffusion.schedule import NoiseSchedule
 from tccp.inference.encoding import Encoder
 from tccp.inference.pipeline_folder import load_network, write_untrained
@@ -84,7 +85,7 @@ class Windows:
             )
             for i in range(len(control))
         ]
-        return torch.stack(run_windows(network, schedule, states, batch_size=len(states)))
+        return torch.stack(run_windows(network, schedule, states, limit=len(states)))
 
 
 def load(settings: Settings, device: torch.device, dtype: torch.dtype) -> Windows:

@@ -16,7 +16,7 @@ from typing import Any
 from speed_workers import serve
 
 from tccp import headbox
-from tccp.diffusion import sampling
+from tccp.diffusion import chains
 from tccp.inference import film_generation, generation
 from tccp.inference.encoding import Encoder
 from tccp.inference.film import FilmRequest
@@ -70,13 +70,13 @@ class Clock:
 
 def _watch(clock: Clock, pipeline: Pipeline) -> None:
     stage_of = {id(network): VARIANTS[name].generates for name, network in pipeline.networks.items()}
-    run_window, scene_frames = sampling.run_window, film_generation.scene_frames
+    run_windows, scene_frames = chains.run_windows, film_generation.scene_frames
 
-    def timed_window(model: Any, *given: Any) -> Any:
+    def timed_windows(model: Any, *given: Any) -> Any:
         kind = stage_of[id(getattr(model, "network", model))]
-        return clock.call("stage 1" if kind == "landmark" else "stage 2", run_window, model, *given)
+        return clock.call("stage 1" if kind == "landmark" else "stage 2", run_windows, model, *given)
 
-    sampling.run_window = timed_window
+    chains.run_windows = timed_windows
     film_generation.scene_frames = lambda *given: clock.items("read", scene_frames(*given))
     for name in ("masked_scenes", "mel_windows", "lip_pictures"):
         clock.wrap(generation, name, "masks, mel and lips")
