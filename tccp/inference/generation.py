@@ -31,7 +31,7 @@ from tccp.inference.conditioning import (
     masked_scenes,
 )
 from tccp.inference.frames import GeneratedFrame, SceneFrame
-from tccp.inference.shots import Shot, ShotReader
+from tccp.inference.shot_reader import Shot, ShotReader
 from tccp.media import AudioTrack
 from tccp.media.mel import mel_windows
 from tccp.models.variants import VARIANTS, ControlKind, VariantName

@@ -12,7 +12,7 @@ import math
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import gelu, interpolate, linear, pad, scaled_dot_product_attention, silu
+from torch.nn.functional import gelu, group_norm, interpolate, linear, pad, scaled_dot_product_attention, silu
 
 KeysValues = tuple[Float[Tensor, "_ _ _ _"], Float[Tensor, "_ _ _ _"]]
 """Keys and values of tokens: b, heads, tokens, channels of a head. Blocks differ in heads and channels."""
@@ -49,7 +49,7 @@ class GroupNorm(nn.GroupNorm):
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         if not _is_bf16_on_cpu(x):
             return super().forward(x)
-        return super().forward(x.float()).bfloat16()
+        return group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps).bfloat16()
 
 
 class Attention(nn.Module):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tccp.inference.frames import SceneFrame
-from tccp.inference.shots import ShotReader
+from tccp.inference.shot_reader import ShotReader
 
 PICTURE = np.zeros((2, 2, 3), np.uint8)
 BOX = np.array([0, 0, 1, 1], np.float32)
