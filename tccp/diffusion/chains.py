@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import islice
 
 import torch
 from jaxtyping import Float
@@ -44,13 +44,14 @@ def run_round(
 
     limit: of rows in an evaluation. check: called before each; it may raise.
     """
+    by_model: dict[int, list[int]] = {}
+    for number, window in enumerate(windows):
+        by_model.setdefault(id(window.model), []).append(number)
     latents: dict[int, Tensor] = {}
-    numbered = sorted(enumerate(windows), key=lambda item: id(item[1].model))  # the order has no effect on the result
-    for _, group in groupby(numbered, key=lambda item: id(item[1].model)):
-        own = list(group)
-        first = own[0][1]
-        results = run_windows(first.model, first.schedule, [window.state for _, window in own], limit, check)
-        latents.update(zip((number for number, _ in own), results, strict=True))
+    for numbers in by_model.values():
+        first = windows[numbers[0]]
+        results = run_windows(first.model, first.schedule, [windows[i].state for i in numbers], limit, check)
+        latents.update(zip(numbers, results, strict=True))
     return [latents[number] for number in range(len(windows))]
 
 
@@ -64,9 +65,10 @@ class Stage:
     first_settings: SamplingSettings
     settings: SamplingSettings
 
-    def _window(
+    def new_window(
         self, model: Network, frames: Sequence[FrameInputs], identity: Tensor, initial: Tensor | None, seed: int
     ) -> Window:
+        """A window of noise. initial: latents of the frame that it continues, its first one; None for a first frame."""
         settings = self.first_settings if initial is None else self.settings
         inputs = {"identity": identity[None]}
         for kind in model.config.condition_kinds:
@@ -112,8 +114,7 @@ class Stage:
         chains = [Chain(self, *clip) for clip in zip(identities, seeds, strict=True)]
         parts: list[list[Tensor]] = [[] for _ in chains]
         sources = [iter(clip) for clip in frames]
-        while new := [given for chain, source in zip(chains, sources, strict=True)
-                      if (given := list(islice(source, chain.room)))]:  # fmt: skip
+        while any(new := [list(islice(source, chain.room)) for chain, source in zip(chains, sources, strict=True)]):
             windows = [chain.window(given) for chain, given in zip(chains, new, strict=True)]
             for chain, part, latents in zip(chains, parts, run_round(windows, batch_size), strict=True):
                 part.append(chain.finish(latents))
@@ -133,7 +134,7 @@ class Stage:
         This is the ablation without the temporal network. Frame 0 equals that of `chain`.
         """
         windows = [
-            self._window(self.first, [frame], identity, None, rng_seed(seed, position))
+            self.new_window(self.first, [frame], identity, None, rng_seed(seed, position))
             for position, frame in enumerate(frames)
         ]
         return torch.cat(run_round(windows, batch_size), dim=1)
@@ -170,12 +171,12 @@ class Chain:
         self._new = list(new)
         if self._last is None:
             seed = rng_seed(self._seed, 0)
-            return self._stage._window(self._stage.first, self._new, self._identity, None, seed)
+            return self._stage.new_window(self._stage.first, self._new, self._identity, None, seed)
         inputs, latents = self._last
         self._position += len(new)
         frames = [inputs, *new, *[new[-1]] * (self.room - len(new))]
         seed = rng_seed(self._seed, self._position)
-        return self._stage._window(self._stage.sequence, frames, self._identity, latents, seed)
+        return self._stage.new_window(self._stage.sequence, frames, self._identity, latents, seed)
 
     def finish(self, latents: Float[Tensor, "c f h w"]) -> Float[Tensor, "c new h w"]:
         """Takes the latents of the last `window`, and returns those of its new frames."""

@@ -93,7 +93,7 @@ class _FilmFile:
         self._started = time.monotonic()
         self._open = ExitStack()
         self._writing = False
-        self._generated, self._reasons = 0, Counter[str]()
+        self.num_frames, self._generated, self._reasons = 0, 0, Counter[str]()
         self._film = VideoWriter(
             request.out,
             inputs.scene.width,
@@ -111,6 +111,7 @@ class _FilmFile:
             self._save = self._open.enter_context(landmark_writer(self.request.save_landmarks))
             self._writing = True
         self._film.write(frame.picture)
+        self.num_frames += 1
         self._save(frame)
         if self._on_frame is not None:
             self._on_frame(frame)
@@ -214,14 +215,18 @@ def write_films(
         events = generate(films(tasks), batch, all(request.overlap for request in requests))
         for film, event in working.enter_context(closing(events)):
             file, opened, share = files[film]
-            outcome = _taken(film, file, event)
-            tasks.advance(task, share if event is not None else 0)
+            failed = film.failed and not isinstance(event, TccpError)
+            outcome = None if failed else _taken(film, file, event)
+            if event is None:  # not before: stage 1 may still read the film
+                del files[film]
+                opened.close()
+            if isinstance(event, GeneratedFrame) and outcome is None:
+                tasks.advance(task, share)
             while refused:
                 tasks.advance(task)
                 yield refused.popleft()
             if outcome is not None:
-                del files[film]
-                opened.close()
+                tasks.advance(task, 1 - share * file.num_frames)
                 yield outcome
         yield from refused
 

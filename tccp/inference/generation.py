@@ -303,7 +303,7 @@ class _Piece:
 
 @dataclass
 class _Round:
-    """Windows that are generated together, the frames that were read for them, and films that end after them."""
+    """Windows that are generated together, the frames that were read for them, and films that are not read any more."""
 
     pieces: list[_Piece] = field(default_factory=list)
     frames: list[tuple[Film, list[SceneFrame]]] = field(default_factory=list)
@@ -311,7 +311,7 @@ class _Round:
 
 
 FilmEvent = tuple[Film, GeneratedFrame | TccpError | None]
-"""A film and its next frame; or why it ends early; or None at its end."""
+"""A film and its next frame; or why it ends early; or None, the last event of every film: it may be closed."""
 
 
 def generate(
@@ -319,9 +319,9 @@ def generate(
 ) -> collections.abc.Generator[FilmEvent, None, None]:
     """Generates films, up to `batch` windows at once: of different films, or of different shots of one film.
 
-    films: the next one is taken when there is room, in the thread of stage 1. A film that ends with an error leaves the
-    others as they are. The frames of each film come in order. With a batch of 1 a film comes out the same whatever
-    other films there are; otherwise it depends on them by rounding only.
+    films: the next one is taken when there is room, in the thread of stage 1. Set `failed` of a film to end it early;
+    that leaves the others as they are. The frames of each film come in order. With a batch of 1 a film comes out the
+    same whatever other films there are; otherwise it depends on them by rounding only.
     """
 
     def rounds(check: Callable[[], None]) -> Iterator[_Round]:
@@ -335,23 +335,29 @@ def generate(
                 new = piece.chains.faces.finish(latents)
                 piece.film.add_heads(piece, piece.film.generator.encoder.decode(new.transpose(0, 1), "face"))
             for film, frames in current.frames:
-                yield from _finished(film, frames)
-            for film, error in current.ended:
                 if not film.failed:
-                    assert error is not None or film.complete
-                    yield film, error
+                    yield from _finished(film, frames)
+            for film, error in current.ended:
+                if error is not None and not film.failed:
+                    yield from _failure(film, error)
+                assert film.failed or film.complete
+                yield film, None
 
 
 def _finished(film: Film, frames: list[SceneFrame]) -> Iterator[FilmEvent]:
-    if film.failed:
-        return
     film.add_frames(frames)
     try:
         for frame in film.finished():
             yield film, frame
+            if film.failed:
+                return
     except TccpError as error:
-        film.failed = True
-        yield film, error
+        yield from _failure(film, error)
+
+
+def _failure(film: Film, error: TccpError) -> Iterator[FilmEvent]:
+    film.failed = True
+    yield film, error
 
 
 def _rounds(
@@ -360,11 +366,12 @@ def _rounds(
     """The rounds of some films, with the inputs of stage 2. check: called before each step; it may raise."""
     active: list[Film] = []
     while True:
+        current = _Round(ended=[(film, None) for film in active if film.failed])
+        active = [film for film in active if not film.failed]
         while len(active) < batch and (film := next(films, None)) is not None:
             active.append(film)
-        if not active:
+        if not active and not current.ended:
             return
-        current = _Round()
         for number, film in enumerate(active):
             room = batch - len(current.pieces) - (len(active) - number - 1)  # one is kept for each of the others
             try:
@@ -377,9 +384,9 @@ def _rounds(
             if film.offered:
                 current.ended.append((film, None))
         _add_inputs(current.pieces, batch, check)
-        yield current
         ended = [film for film, _ in current.ended]
-        active = [film for film in active if film not in ended and not film.failed]
+        active = [film for film in active if film not in ended]
+        yield current
 
 
 def _add_inputs(pieces: Sequence[_Piece], batch: int, check: Callable[[], None]) -> None:

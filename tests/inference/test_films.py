@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +13,19 @@ import numpy as np
 import pytest
 from tiny import generated, pictures, request_of, tccp, write_track
 
+from tccp.config import override
 from tccp.errors import TccpError
 from tccp.inference.film import FilmRequest
 from tccp.inference.film_generation import FilmOutcome
 from tccp.inference.film_list import read_film_list
+from tccp.inference.frames import GeneratedFrame, SceneFrame
+from tccp.inference.generation import Film, Generator, generate
+from tccp.inference.head_tracks import HeadTrack
 from tccp.inference.pipeline import Pipeline, generate_films
-from tccp.media import write_audio_wav
-from tccp.roundtable import identity_path, read_truth
+from tccp.inference.scene import scene_frames
+from tccp.media import open_audio, probe, write_audio_wav
+from tccp.media.sandbox import Decoder
+from tccp.roundtable import identity_path, read_identity, read_truth
 
 pytest_plugins = ["tiny_fixtures"]
 
@@ -123,6 +132,32 @@ def test_a_film_that_cannot_be_made_leaves_the_others(film: Path, weights: Path,
     assert "0.wav" in (outcomes[2].error or "")
     assert len(pictures(tmp_path / "0.mp4")) == 5 and len(pictures(tmp_path / "3.mp4")) == 4
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_film_that_ends_early_is_closed_when_stage_one_has_let_go_of_it(film: Path, weights: Path) -> None:
+    """Its pictures cannot be read a second time. The other film comes out whole."""
+    pipeline = Pipeline.from_pretrained(weights)
+    pipeline = dataclasses.replace(pipeline, settings=override(pipeline.settings, {"sampling.steps": 1}))
+    track, info = HeadTrack(read_truth(film).head_box, frozenset({6})), probe(film)
+
+    def again() -> Iterator[SceneFrame]:
+        with Decoder() as second:
+            yield from islice(scene_frames(film, info, track, 25, "no", second), 3)
+        raise TccpError("the file is gone")
+
+    with open_audio(film) as audio, Decoder() as a, Decoder() as b:
+        generator = Generator(pipeline, audio, read_identity(film))
+        broken = Film(generator, scene_frames(film, info, track, 25, "no", a), again())
+        whole = Film(generator, scene_frames(film, info, track, 25, "no", b))
+        seen: dict[Film, list[object]] = {broken: [], whole: []}
+        for made, event in generate([broken, whole], batch=2):
+            seen[made].append(event.index if isinstance(event, GeneratedFrame) else event)
+            if event is None:
+                made.close()
+    error, end = seen[broken].pop(-2), seen[broken].pop()
+    assert seen[broken] == [0, 1, 2] and end is None
+    assert isinstance(error, TccpError) and "gone" in str(error)
+    assert seen[whole] == [*range(25), None]
 
 
 def test_films_that_are_not_finished_leave_nothing(film: Path, weights: Path, tmp_path: Path) -> None:
