@@ -168,8 +168,11 @@ def films(
         restart: also make the films again that are finished.
     """
     check_device(device)
-    from tccp.inference.film_list import FilmRecord, read_film_list
+    with importing():
+        from tccp.inference.film import check_batch
+        from tccp.inference.film_list import FilmRecord, read_film_list
 
+    check_batch(batch)
     check_writable_folder("--out", out)
     requests = read_film_list(
         listed,

@@ -46,7 +46,7 @@ from tccp.roundtable import truth_path
 logger = logging.getLogger(__name__)
 
 OnFrame = Callable[[GeneratedFrame], object]
-MAX_BATCH = 64
+_MAX_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -253,14 +253,19 @@ def _check_weights(request: FilmRequest) -> None:
     with_sampling(settings, request)
 
 
+def check_batch(batch: int) -> None:
+    """Raises TccpError for a number of windows that is out of range."""
+    if not 1 <= batch <= _MAX_BATCH:
+        raise TccpError(f"--batch {batch}: give 1 to {_MAX_BATCH} windows")
+
+
 def _check_options(request: FilmRequest) -> None:
     """Refuses contradicting options, outputs that would overwrite a file in use, and those that cannot be written."""
     if sum((request.mask is not None, request.box is not None, request.truth)) > 1:
         raise TccpError("--mask, --box and --truth all give the head's position: give only one of them")
     if request.person is not None and (request.mask is not None or request.box is not None or request.truth):
         raise TccpError("--person chooses among faces that a detector finds: give it without --mask, --box and --truth")
-    if not 1 <= request.batch <= MAX_BATCH:
-        raise TccpError(f"--batch {request.batch}: give 1 to {MAX_BATCH} windows")
+    check_batch(request.batch)
     if request.preset is not None and request.preset not in PRESETS:
         raise TccpError(f"unknown preset {request.preset!r}: choose one of {', '.join(PRESETS)}")
     if request.one_stage and (request.landmarks or request.save_landmarks or request.redraw):

@@ -20,7 +20,7 @@ import torch
 
 from tccp.errors import TccpError
 from tccp.inference.components import Components, load_components
-from tccp.inference.film import MAX_BATCH, FilmInputs, FilmRequest, FilmResult, OnFrame
+from tccp.inference.film import FilmInputs, FilmRequest, FilmResult, OnFrame, check_batch
 from tccp.inference.film_generation import FilmOutcome, check_requests, film_frames, write_film, write_films
 from tccp.inference.frames import GeneratedFrame
 from tccp.inference.pipeline_folder import check_network, load_network
@@ -165,8 +165,7 @@ def generate_films(
     `generate_film` with `batch` 1, and up to rounding with others.
     Raises TccpError if `batch` is out of range or two requests write the same file.
     """
-    if not 1 <= batch <= MAX_BATCH:
-        raise TccpError(f"batch {batch}: give 1 to {MAX_BATCH} windows")
+    check_batch(batch)
     requests = [dataclasses.replace(request, weights=pipeline.source, batch=batch) for request in requests]
     check_requests(requests)
     by_networks: dict[tuple[VariantName, ...], list[FilmRequest]] = {}
