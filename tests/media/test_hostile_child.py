@@ -5,13 +5,13 @@ from __future__ import annotations
 import array
 import contextlib
 import json
-import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from descriptors import open_descriptors
 from hostility import Outcome, face, hostile_children
 
 from tccp.media.sandbox import Decoder
@@ -32,22 +32,22 @@ def test_each_malformed_message_ends_in_one_media_error(film: Path, tmp_path: Pa
         for number in range(72):
             choose(number)
             face(number, film, outcome)
-            before = before or len(os.listdir("/proc/self/fd"))
+            before = before or len(open_descriptors())
     assert outcome.accepted == [] and outcome.reasons.total() == 72
     assert set(outcome.reasons) <= {"decoder_crashed", "too_slow", "corrupt"}
-    assert outcome.longest_s < 30 and len(os.listdir("/proc/self/fd")) == before
+    assert outcome.longest_s < 30 and len(open_descriptors()) == before
 
 
 def test_descriptors_from_the_child_are_closed_and_refused() -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
-        before = len(os.listdir("/proc/self/fd"))
+        before = open_descriptors()
         for count in (1, 2, 100):
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0] * count))]
             theirs.sendmsg([b'{"kind": "end", "id": 1}'], rights)
             with pytest.raises(ValueError, match="with descriptors"):
                 Channel(ours).receive(parse_answer, 1.0)
-            assert len(os.listdir("/proc/self/fd")) == before
+            assert open_descriptors() == before
         theirs.send(b'{"kind": "end", "id": 1}')
         assert Channel(ours).receive(parse_answer, 1.0).id == 1
 

@@ -18,6 +18,7 @@ import av
 import numpy as np
 import pytest
 from av.audio import AudioStream
+from descriptors import open_descriptors
 from mutations import mutated, write_films
 
 from tccp.errors import TccpError
@@ -444,7 +445,7 @@ def test_no_descriptors_processes_or_files_are_leaked(
 ) -> None:
     """Decodes fifty films, closing some early, and probes a missing one each time."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    before = children(), sorted(os.listdir("/proc/self/fd"))
+    before = children(), open_descriptors()
     with Decoder(recycle=30) as decoder:
         for number in range(50):
             path = films[KINDS[number % len(KINDS)]]
@@ -456,10 +457,10 @@ def test_no_descriptors_processes_or_files_are_leaked(
             with pytest.raises(MediaError):
                 decoder.probe(tmp_path / "missing.mp4")
             if number == 1:
-                held = len(os.listdir("/proc/self/fd"))
-        assert len(os.listdir("/proc/self/fd")) <= held
+                held = len(open_descriptors())
+        assert len(open_descriptors()) <= held
         assert len(children() - before[0]) == 1
-    assert (children(), sorted(os.listdir("/proc/self/fd"))) == before
+    assert (children(), open_descriptors()) == before
     assert not list(tmp_path.iterdir())
 
 
@@ -643,7 +644,7 @@ def test_probe_answer_beyond_the_limits_is_invalid(
 def test_mutated_films_are_decoded_or_give_a_one_line_error(films: dict[str, Path], tmp_path: Path) -> None:
     """The error names the file, and the next film is decoded normally."""
     outcomes, texts = [], []
-    before = children(), len(os.listdir("/proc/self/fd"))
+    before = children(), open_descriptors()
     with Decoder() as decoder:
         for seed in range(30):
             kind = KINDS[seed % len(KINDS)]
@@ -664,7 +665,7 @@ def test_mutated_films_are_decoded_or_give_a_one_line_error(films: dict[str, Pat
     assert all(text.startswith(f"{path}: ") and "\n" not in text for path, text in texts)
     assert {"decoded", "corrupt"} <= set(outcomes)
     assert not {"too_slow", "decoder_crashed"} & set(outcomes)
-    assert (children(), len(os.listdir("/proc/self/fd"))) == before
+    assert (children(), open_descriptors()) == before
 
 
 @pytest.mark.slow
