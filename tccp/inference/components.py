@@ -18,6 +18,7 @@ from tccp.inference.encoding import Encoder
 from tccp.inference.manifest import read_settings
 from tccp.inference.pipeline_folder import check_network, load_network, verified
 from tccp.models.autoencoder import PictureAutoencoder
+from tccp.models.layers import join_weights
 from tccp.models.lip_sources import LipSource, open_lip_source
 from tccp.models.mvcontrolnet import MVControlNet
 from tccp.models.traced import TracedNetwork
@@ -80,6 +81,7 @@ def load_components(
         )
     autoencoder = PictureAutoencoder.load(verified(folder, "autoencoder"), dtype).to(device).eval()
     autoencoder.vae.to_channels_last()  # a fifth less time for `paper` on a CPU
+    join_weights(autoencoder.vae)
     lips = None
     if settings.lips.source != "none":
         lips = open_lip_source(settings.lips, lip_weights or verified(folder, "lips"), device)

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tccp.models.conditions import Conditions
+from tccp.models.layers import join_weights
 from tccp.models.mvcontrolnet import MVControlNet, Prepared
 from tccp.models.pretrained import Config
 
@@ -32,6 +33,7 @@ class TracedNetwork:
 
     def __init__(self, network: MVControlNet):
         self.network = network.requires_grad_(False)  # a recording holds the weights as constants
+        join_weights(network)
         self._recordings: dict[torch.Size, Callable[..., Tensor]] = {}
         self._calls: Counter[torch.Size] = Counter()
         self._lock = threading.Lock()

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from tccp.models.layers import (
-    Attention,
+    CrossAttention,
     Downsample,
     FeedForward,
     FrameConv,
     GroupNorm,
     KeysValues,
     ResnetBlock,
+    SelfAttention,
     TimeMlp,
     Upsample,
     as_picture,
@@ -61,11 +62,11 @@ class SpaceTimeTransformer(nn.Module):
         super().__init__()
         heads = max(1, channels // head_dim)
         self.norm_space = nn.LayerNorm(channels)
-        self.space = Attention(channels, heads, dropout)
+        self.space = SelfAttention(channels, heads, dropout)
         self.norm_time = nn.LayerNorm(channels)
-        self.time = Attention(channels, heads, dropout)
+        self.time = SelfAttention(channels, heads, dropout)
         self.norm_cross = nn.LayerNorm(channels)
-        self.cross = Attention(channels, heads, dropout, condition_dim)
+        self.cross = CrossAttention(channels, condition_dim, heads, dropout)
         self.norm_feed = nn.LayerNorm(channels)
         self.feed = FeedForward(channels, dropout)
 
@@ -82,9 +83,11 @@ class SpaceTimeTransformer(nn.Module):
 
     def attend_over_time(self, x: Float[Tensor, "bf p c"], num_frames: int) -> Float[Tensor, "bf p c"]:
         """Each position attends to itself in the other frames of its window."""
-        positions = x.shape[1]
-        y = self.norm_time(x).unflatten(0, (-1, num_frames)).transpose(1, 2).flatten(0, 1)
-        y = self.time(y + frame_positions(num_frames, int(y.shape[-1]), y.device, y.dtype))
+        positions, channels = x.shape[1:]
+        y = self.norm_time(x).unflatten(0, (-1, num_frames))
+        y = y + frame_positions(num_frames, int(channels), x.device, x.dtype)[:, None]
+        # Without a copy, one window would be multiplied position by position, which takes three times as long.
+        y = self.time(y.transpose(1, 2).flatten(0, 1).contiguous())
         return y.unflatten(0, (-1, positions)).transpose(1, 2).flatten(0, 1)
 
     def cross_attend(self, x: Float[Tensor, "bf p c"], conditions: KeysValues) -> Float[Tensor, "bf p c"]:

@@ -18,16 +18,19 @@ from torch import nn
 from tccp.models.autoencoder_network import AutoencoderNetwork
 from tccp.models.conditions import Conditions
 from tccp.models.layers import (
-    Attention,
+    Conv,
+    CrossAttention,
     Downsample,
     FeedForward,
     FrameConv,
     GroupNorm,
     Pointwise,
     ResnetBlock,
+    SelfAttention,
     TimeMlp,
     Upsample,
     attend,
+    join_weights,
     time_sinusoids,
 )
 from tccp.models.mvcontrolnet import MVControlNet, Prepared
@@ -58,17 +61,22 @@ def pair(lean: nn.Module, general: nn.Module) -> None:
 @pytest.mark.parametrize("tokens", [None, 24])
 def test_attention_equals_the_general_one(tokens: int | None) -> None:
     torch.manual_seed(0)
-    lean = Attention(32, 4, 0.0, tokens)
     general = GeneralAttention(32, cross_attention_dim=tokens, heads=4, dim_head=8)
-    pair(lean, general)
-    x, source = torch.randn(3, 10, 32), None if tokens is None else torch.randn(3, 7, tokens)
-    given = None if source is None else lean.keys_values(source)
-    torch.testing.assert_close(lean(x, given), general(x, encoder_hidden_states=source), **TOLERANCE)
+    x = torch.randn(3, 10, 32)
+    if tokens is None:
+        own = SelfAttention(32, 4, 0.0)
+        pair(own, general)
+        torch.testing.assert_close(own(x), general(x), **TOLERANCE)
+        return
+    cross, source = CrossAttention(32, tokens, 4, 0.0), torch.randn(3, 7, tokens)
+    pair(cross, general)
+    expected = general(x, encoder_hidden_states=source)
+    torch.testing.assert_close(cross(x, cross.keys_values(source)), expected, **TOLERANCE)
 
 
 def test_fused_projections_equal_separate_ones() -> None:
     torch.manual_seed(0)
-    layer, x = Attention(32, 4, 0.0), torch.randn(3, 10, 32)
+    layer, x = SelfAttention(32, 4, 0.0), torch.randn(3, 10, 32)
     with torch.no_grad():
         fused = layer(x)
     torch.testing.assert_close(fused, layer(x).detach(), **TOLERANCE)
@@ -106,6 +114,35 @@ def test_convolutions_as_products_of_matrices_equal_convolutions() -> None:
     over_frames, frames = FrameConv(6), torch.randn(2, 7, 20, 6)
     expected = nn.functional.conv2d(frames.permute(0, 3, 1, 2), over_frames.weight, over_frames.bias, padding=(1, 0))
     torch.testing.assert_close(over_frames(frames), expected.permute(0, 2, 3, 1), **TOLERANCE)
+    for height, width in ((2, 2), (1, 3), (5, 4)):  # the last has too many positions for a product of matrices
+        conv, x = Conv(48, 16).to(memory_format=torch.channels_last), torch.randn(3, 48, height, width)
+        expected = nn.functional.conv2d(x, conv.weight, conv.bias, padding=1)
+        torch.testing.assert_close(conv(x), expected, **TOLERANCE)
+
+
+@torch.no_grad()
+def test_joined_weights_give_the_same_numbers() -> None:
+    torch.manual_seed(0)
+    for layer, x in (
+        (Upsample(8), torch.randn(2, 8, 5, 7)),
+        (FrameConv(8), torch.randn(2, 6, 3, 8)),
+        (SelfAttention(8, 2, 0.0), torch.randn(2, 6, 8)),
+    ):
+        expected = layer(x)
+        join_weights(layer)
+        assert layer.joined is not None
+        torch.testing.assert_close(layer(x), expected, **TOLERANCE)
+        nn.init.zeros_(next(layer.parameters()))
+        torch.testing.assert_close(layer(x), expected, **TOLERANCE)  # what was joined is in use
+    network, latents, t, conditions, control = network_and_inputs()
+    for parameter in network.parameters():
+        if not parameter.any():  # convolutions that start at zero
+            nn.init.normal_(parameter, std=0.1)
+    expected = network(latents, t, conditions, control)
+    names = set(network.state_dict())
+    join_weights(network)
+    torch.testing.assert_close(network(latents, t, conditions, control), expected, **TOLERANCE)
+    assert set(network.state_dict()) == names
 
 
 @pytest.mark.parametrize("attention", [True, False])
