@@ -1,8 +1,8 @@
 """How few sampling steps each network needs: `python benchmarks/sampling_steps.py OUT.json --weights toy`.
 
 Samples the held-out clips with one network's solver, number of steps, spacing of the steps or guidance changed; the
-other networks sample as before. A figure is worse if it is farther from the truth's than the far end of the 95%
-interval of today's sampling. Trials that are in OUT.json are not run again, so the run can be stopped and started.
+other networks sample as their pipeline does. A figure is worse if it is farther from the truth's than the far end of
+the 95% interval with 12 steps. Trials that are in OUT.json are not run again, so the run can be stopped and started.
 """
 
 from __future__ import annotations
@@ -33,11 +33,13 @@ from tccp.progress import progress
 BATCH = 16
 ORDER: tuple[VariantName, ...] = ("landmark_sequence", "face_sequence", "landmark_first", "face_first")
 Change = dict[str, Any]
+REFERENCE = "12 steps"
+"""The sampling of the packaged weights before this benchmark."""
 
 
 def changes(temperature: float) -> dict[str, Change]:
     """The trials of a network with this temperature, by name."""
-    named: dict[str, Change] = {"today": {}}
+    named: dict[str, Change] = {REFERENCE: {"steps": 12}}
     for steps in (6, 4, 3, 2):
         named[f"{steps} steps"] = {"steps": steps}
     for steps, power in ((4, 0.7), (4, 1.4)):
@@ -137,7 +139,7 @@ def main() -> None:
             task = bar.add_task(variant, total=len(trials))
             for name, change in trials.items():
                 if name not in rows:
-                    rows[name] = _row(table, variant, settings, change, record["truth"], rows.get("today"))
+                    rows[name] = _row(table, variant, settings, change, record["truth"], rows.get(REFERENCE))
                     note()
                 bar.advance(task)
     for pool in pools:
@@ -145,24 +147,26 @@ def main() -> None:
 
 
 def _row(
-    table: Any, variant: VariantName, settings: Settings, change: Change, truth: Any, today: Any
+    table: Any, variant: VariantName, settings: Settings, change: Change, truth: Any, reference: Any
 ) -> dict[str, Any]:
     own = settings.variant_overrides.get(variant, {})
     sampling = {f"sampling.{key}": value for key, value in change.items()}
     began = time.monotonic()
     figures = table(_figures, variant, override(settings, {f"variant_overrides.{variant}": {**own, **sampling}}))
     row: dict[str, Any] = {"change": change, "seconds": round(time.monotonic() - began, 1)}
-    if today is not None:
-        row["worse"] = sorted(name for name in figures if _worse(figures[name], today["figures"][name], truth[name]))
-    row["figures"] = figures if today is None else {k: v and v["mean"] for k, v in figures.items()}
+    if reference is not None:
+        row["worse"] = sorted(
+            name for name in figures if _worse(figures[name], reference["figures"][name], truth[name])
+        )
+    row["figures"] = figures if reference is None else {k: v and v["mean"] for k, v in figures.items()}
     return row
 
 
-def _worse(cell: Any, today: Any, truth: Any) -> bool:
-    """Whether a mean is farther from the truth's than today's interval reaches."""
-    if cell is None or today is None or truth is None or today["low"] is None:
+def _worse(cell: Any, reference: Any, truth: Any) -> bool:
+    """Whether a mean is farther from the truth's than the reference's interval reaches."""
+    if cell is None or reference is None or truth is None or reference["low"] is None:
         return False
-    far = max(abs(today["low"] - truth["mean"]), abs(today["high"] - truth["mean"]))
+    far = max(abs(reference["low"] - truth["mean"]), abs(reference["high"] - truth["mean"]))
     return abs(cell["mean"] - truth["mean"]) > far
 
 
