@@ -115,8 +115,6 @@ class SelfAttention(Attention, JoinsWeights):
         super().__init__(channels, channels, heads, dropout)
 
     def forward(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
-        if torch.is_grad_enabled():
-            return self.project(attend(*(self.split(layer(x)) for layer in (self.to_q, self.to_k, self.to_v))))
         joined = self.join() if self.joined is None else self.joined  # one product of matrices instead of three
         return self.project(attend(*map(self.split, linear(x, joined).chunk(3, dim=-1))))
 

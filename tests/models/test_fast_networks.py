@@ -74,14 +74,6 @@ def test_attention_equals_the_general_one(tokens: int | None) -> None:
     torch.testing.assert_close(cross(x, cross.keys_values(source)), expected, **TOLERANCE)
 
 
-def test_fused_projections_equal_separate_ones() -> None:
-    torch.manual_seed(0)
-    layer, x = SelfAttention(32, 4, 0.0), torch.randn(3, 10, 32)
-    with torch.no_grad():
-        fused = layer(x)
-    torch.testing.assert_close(fused, layer(x).detach(), **TOLERANCE)
-
-
 @torch.no_grad()
 def test_other_layers_equal_the_general_ones() -> None:
     torch.manual_seed(0)
