@@ -151,11 +151,17 @@ def _parts(stages: Mapping[str, Any]) -> str:
 
 
 def _evaluations(networks: Mapping[str, Any]) -> str:
-    lines = [["", "windows at once", "CPU time", "share of the core's rate of matrix products"]]
+    lines = [
+        ["", "windows at once", "CPU time", "share of the core's rate of matrix products", "the same with AVX2 alone"]
+    ]
     for name, row in networks["evaluations"].items():
         tree, way, _, batch = name.split("_")
         label = tree if tree == "before" else f"{tree}, {way}"
-        lines.append([label, batch, f"{row['evaluation_ms']:.1f} ms", f"{100 * row['share_of_matmul']:.0f}%"])
+        shares = [
+            f"{100 * found[name]['share_of_matmul']:.0f}%"
+            for found in (networks["evaluations"], networks["evaluations_avx2"])
+        ]
+        lines.append([label, batch, f"{row['evaluation_ms']:.1f} ms", *shares])
     step = networks["training_step_ms"]
     text = f"A training step takes {step['before']:,.0f} ms before and {step['now']:,.0f} ms now"
     return f"{_markdown(lines)}\n\n{text} ({step['times_as_fast']:g} times as fast)."

@@ -35,6 +35,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SHORT_S, LONG_S = 0.32, 2.32  # one window and one frame; fifty frames more
 FPS = 25
 _SPIN = "while True: pass"
+AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+"""The environment that keeps PyTorch from wider instructions."""
 PARTS = ("stages", "networks", "paper", "films")
 STEPS = 20  # of each stage in `paper`, as LatentSync's default
 PAPER_WINDOW = 8
@@ -108,25 +110,30 @@ def stages(place: Path, tiny: bool) -> dict[str, Any]:
 def networks(trees: dict[str, Path], turns: int, tiny: bool) -> dict[str, Any]:
     """Of the toy preset's `face_sequence`: evaluations with one and four windows, and a training step."""
     given = {"preset": "toy", "changes": _changes("toy", tiny), "variant": "face_sequence"}
-    records: dict[str, list[dict[str, float]]] = {}
+    evaluations = {"evaluations": {}, "evaluations_avx2": AVX2}
+    records: dict[str, dict[str, list[dict[str, float]]]] = {name: {} for name in evaluations}
     steps: dict[str, list[float]] = {name: [] for name in trees}
-    with ExitStack() as opened:
-        workers = {name: opened.enter_context(Worker("speed_networks.py", tree)) for name, tree in trees.items()}
-        for _ in range(2 * turns):
-            for batch in (1, 4):
-                for name, recorded in (("before", False), ("now", False), ("now", True)):
-                    row = workers[name](
-                        "evaluation", **given, batch=batch, recorded=recorded, repeats=2 if tiny else 15
-                    )
-                    label = f"{name}_{'recorded' if recorded else 'eager'}_batch_{batch}"
-                    records.setdefault(label, []).append(row)
-        for _ in range(turns):
-            for name, worker in workers.items():
-                steps[name].append(worker("training_step", **given, repeats=1 if tiny else 3)["step_ms"])
-    evaluations = {name: median_of(rows, 4) for name, rows in records.items()}
+    for kind, environment in evaluations.items():
+        with ExitStack() as opened:
+            workers = {
+                name: opened.enter_context(Worker("speed_networks.py", tree, **environment))
+                for name, tree in trees.items()
+            }
+            for _ in range(2 * turns):
+                for batch in (1, 4):
+                    for name, recorded in (("before", False), ("now", False), ("now", True)):
+                        row = workers[name](
+                            "evaluation", **given, batch=batch, recorded=recorded, repeats=2 if tiny else 15
+                        )
+                        label = f"{name}_{'recorded' if recorded else 'eager'}_batch_{batch}"
+                        records[kind].setdefault(label, []).append(row)
+            for _ in range(turns if kind == "evaluations" else 0):
+                for name, worker in workers.items():
+                    steps[name].append(worker("training_step", **given, repeats=1 if tiny else 3)["step_ms"])
     training: dict[str, float] = {name: round(statistics.median(times), 1) for name, times in steps.items()}
     training["times_as_fast"] = _ratio(training["before"], training["now"])
-    return {"evaluations": evaluations, "training_step_ms": training}
+    medians = {kind: {name: median_of(rows, 4) for name, rows in found.items()} for kind, found in records.items()}
+    return {**medians, "training_step_ms": training}
 
 
 def paper(trees: dict[str, Path], turns: int, tiny: bool) -> dict[str, Any]:
@@ -158,9 +165,9 @@ def paper(trees: dict[str, Path], turns: int, tiny: bool) -> dict[str, Any]:
             row["latentsync"] = latentsync["evaluation_ms"]
             peers.append(row)
             _progress(turn, "peers", row)
-        gflop |= {name: workers["now"]("autoencoder_gflop", **given | {"changes": changes}) for name, changes in
-                  {"now": given["changes"], **light}.items()}  # fmt: skip
-        gflop["before"] = gflop["now"]
+        gflop["before"] = workers["before"]("autoencoder_gflop", **given)
+        for name, changes in {"now": given["changes"], **light}.items():
+            gflop[name] = workers["now"]("autoencoder_gflop", **given | {"changes": changes})
     rows = _peer_rows(median_of(peers), gflop["peers"])
     for name, records in measured.items():
         rows[name] = _own_row(median_of(records, 4), gflop[name], rows["wav2lip"])

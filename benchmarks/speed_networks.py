@@ -26,6 +26,17 @@ try:
     from tccp.inference.pipeline_folder import load_network, write_untrained
 except ImportError:
     from tccp.pipeline import load_network, write_untrained  # type: ignore[import-not-found,no-redef]
+try:
+    from tccp.inference.pipeline_folder import load_autoencoder
+    from tccp.models.layers import join_weights
+except ImportError:
+
+    def load_autoencoder(folder: Path) -> PictureAutoencoder:
+        return PictureAutoencoder.load(folder / "autoencoder").eval()
+
+    def join_weights(network: torch.nn.Module) -> None:
+        pass
+
 
 MATMUL = 2048
 """Side of the matrices whose product measures the core's rate."""
@@ -39,17 +50,19 @@ def _settings(preset: str, changes: str) -> Settings:
 
 @functools.cache
 def _network(preset: str, changes: str, variant: str) -> MVControlNet:
-    """A network as a command loads it."""
+    """A network as a command loads and samples with it."""
     with tempfile.TemporaryDirectory() as folder:
         write_untrained(Path(folder), _settings(preset, changes), (variant,))  # type: ignore[arg-type]
-        return load_network(Path(folder), variant)  # type: ignore[arg-type]
+        network = load_network(Path(folder), variant)  # type: ignore[arg-type]
+    join_weights(network)
+    return network
 
 
 @functools.cache
 def _autoencoder(preset: str, changes: str) -> PictureAutoencoder:
     with tempfile.TemporaryDirectory() as folder:
         write_untrained(Path(folder), _settings(preset, changes), ())
-        return PictureAutoencoder.load(Path(folder) / "autoencoder").eval()
+        return load_autoencoder(Path(folder))
 
 
 @functools.cache
@@ -163,6 +176,7 @@ def autoencoder_gflop(preset: str, changes: str) -> dict[str, float]:
     settings = _settings(preset, changes)
     with torch.device("meta"):
         model = PictureAutoencoder.from_settings(settings.autoencoder).eval()
+        join_weights(model.vae)
         pictures = torch.empty(1, 3, 1, settings.picture_px, settings.picture_px)
         latents = torch.empty(1, model.latent_channels, 1, settings.latent_px, settings.latent_px)
         return {

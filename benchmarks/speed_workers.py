@@ -27,10 +27,10 @@ def clean_environment(tree: Path) -> dict[str, str]:
 class Worker:
     """A script of benchmarks/ in a process of its own, with one thread. Use as a context manager."""
 
-    def __init__(self, script: str, tree: Path):
+    def __init__(self, script: str, tree: Path, **environment: str):
         self._process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name(script))],
-            env=clean_environment(tree) | ONE_THREAD,
+            env=clean_environment(tree) | ONE_THREAD | environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

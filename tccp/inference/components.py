@@ -16,9 +16,8 @@ from tccp.diffusion.schedule import NoiseSchedule
 from tccp.errors import TccpError
 from tccp.inference.encoding import Encoder
 from tccp.inference.manifest import read_settings
-from tccp.inference.pipeline_folder import check_network, load_network, verified
+from tccp.inference.pipeline_folder import check_network, load_autoencoder, load_network, verified
 from tccp.models.autoencoder import PictureAutoencoder
-from tccp.models.layers import join_weights
 from tccp.models.lip_sources import LipSource, open_lip_source
 from tccp.models.mvcontrolnet import MVControlNet
 from tccp.models.traced import TracedNetwork
@@ -79,9 +78,7 @@ def load_components(
             f"{folder} holds weights of preset {settings.preset!r}, not {preset!r}: "
             f"give the weights of {preset!r}, or --preset {settings.preset}"
         )
-    autoencoder = PictureAutoencoder.load(verified(folder, "autoencoder"), dtype).to(device).eval()
-    autoencoder.vae.to_channels_last()  # a fifth less time for `paper` on a CPU
-    join_weights(autoencoder.vae)
+    autoencoder = load_autoencoder(folder, device, dtype)
     lips = None
     if settings.lips.source != "none":
         lips = open_lip_source(settings.lips, lip_weights or verified(folder, "lips"), device)

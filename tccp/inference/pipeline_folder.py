@@ -40,6 +40,7 @@ from tccp.inference.manifest import (
     read_settings,
 )
 from tccp.models.autoencoder import PictureAutoencoder
+from tccp.models.layers import join_weights
 from tccp.models.lip_sources import LipletSource
 from tccp.models.liplet import Liplet
 from tccp.models.mvcontrolnet import MVControlNet
@@ -260,6 +261,16 @@ def _remedy(folder: Path, name: str) -> str:
     if (folder / f".{name}{_REPLACED}").exists():
         return f"its replacement was interrupted; give the command that trained {name} again, with --resume"
     return f"copy it again or retrain {name}"
+
+
+def load_autoencoder(
+    folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> PictureAutoencoder:
+    """Loads the auto-encoder in evaluation mode, to be used and not trained. Raises TccpError as `load_network`."""
+    autoencoder = PictureAutoencoder.load(verified(folder, "autoencoder"), dtype).to(device).eval()
+    autoencoder.vae.to_channels_last()  # a fifth less time for `paper` on a CPU
+    join_weights(autoencoder.vae)
+    return autoencoder
 
 
 def load_network(

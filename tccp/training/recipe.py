@@ -19,8 +19,13 @@ from tccp.config import Settings, VariantName
 from tccp.errors import TccpError
 from tccp.files import Folder
 from tccp.inference.manifest import check_settings, default_components, has_component
-from tccp.inference.pipeline_folder import load_network, restore_replaced, save_component, verified
-from tccp.models.autoencoder import PictureAutoencoder
+from tccp.inference.pipeline_folder import (
+    load_autoencoder,
+    load_network,
+    restore_replaced,
+    save_component,
+    verified,
+)
 from tccp.models.variants import FIRST_OF, VARIANTS
 from tccp.processes import end_with_parent, forking_context, in_processes
 from tccp.progress import ProgressHandler, progress_handler, set_progress_handler
@@ -251,7 +256,7 @@ class Trainer:
         names = tuple(names)
         source = self.settings.lips.source
         needs_lips = any("lips" in VARIANTS[name].conditions_with(source) for name in VARIANTS if name in names)
-        autoencoder = PictureAutoencoder.load(verified(self.weights, "autoencoder")).to(self.device).eval()
+        autoencoder = load_autoencoder(self.weights, self.device)
         lips = self._lip_sources() if needs_lips else None
         return LatentCache(self.storage, self.table, self.settings, autoencoder, lips, names)
 

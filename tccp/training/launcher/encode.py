@@ -14,10 +14,9 @@ from tccp.cluster import data_settings, dataset, max_resources
 from tccp.config import Settings, VariantName
 from tccp.errors import DamagedData
 from tccp.files import Folder
-from tccp.inference.pipeline_folder import verified
-from tccp.models.autoencoder import PictureAutoencoder
+from tccp.inference.pipeline_folder import load_autoencoder
 from tccp.training.latent_cache import LatentCache
-from tccp.training.launcher.job import AUTOENCODER, Allocation
+from tccp.training.launcher.job import Allocation
 from tccp.training.lip_folds import LipPlace
 
 
@@ -34,7 +33,7 @@ class ClipEncoder:
 
     def cache(self, device: str) -> LatentCache:
         with self.pipeline.as_local() as place:
-            autoencoder = PictureAutoencoder.load(verified(place, AUTOENCODER)).to(device).eval()
+            autoencoder = load_autoencoder(place, device)
         sources = self.lips.open(device) if self.lips else None
         table = ClipTable(self.table)
         return LatentCache(self.storage, table, self.settings, autoencoder, sources, [self.variant])

@@ -22,7 +22,7 @@ from tccp.clips.clip_table import ClipTable
 from tccp.config import Settings, TrainingSettings, VariantName
 from tccp.errors import TccpError
 from tccp.files import storage_retries, sync_tree
-from tccp.inference.pipeline_folder import load_network, verified
+from tccp.inference.pipeline_folder import load_autoencoder, load_network
 from tccp.models.autoencoder import PictureAutoencoder
 from tccp.models.mvcontrolnet import MVControlNet
 from tccp.models.variants import FIRST_OF
@@ -278,7 +278,7 @@ def _train_variant(
             start_from = load_network(place, name)
     if job.latents == "in-step":
         with job.pipeline.as_local() as place:
-            encoder = PictureAutoencoder.load(verified(place, AUTOENCODER)).to(device).eval()
+            encoder = load_autoencoder(place, device)
     windows = _windows(job, run, name, started, encoder)
     network, result = train_variant(
         name,
