@@ -58,11 +58,12 @@ SHAPE: dict[str, Any] = {
 """The latents of `toy` and the structure of `paper`, with an eighth of its channels and one level less."""
 TRIALS: dict[str, tuple[int, int, bool]] = {
     "full": (0, 2400, False),
-    "light": (2, 2400, False),
+    "light, one folded level": (1, 2400, False),
+    "light, two folded levels": (2, 2400, False),
     "full, trained on": (0, 500, True),
-    "light, fitted": (2, 500, True),
-    "light, fitted twice as long": (2, 1000, True),
     "light, one folded level, fitted": (1, 500, True),
+    "light, two folded levels, fitted": (2, 500, True),
+    "light, two folded levels, fitted twice as long": (2, 1000, True),
 }
 """Number of folded levels, steps, and whether only a decoder is trained, to the encoder of `full`."""
 Kinds = dict[str, UInt8[np.ndarray, "n s s 3"]]

@@ -1,8 +1,9 @@
 """Speed and memory of `tccp preprocess`: one process and Ray with one and two workers; a short film and a long one.
 
-`python benchmarks/preprocess.py` prints JSON. Each run is a separate process, as for users, with an empty output
-folder. Ratios compare measurements of the same call. The footage is RoundTable's. It needs the detector's weights:
---weights, or TCCP_WEIGHTS. With the default lengths, the long film takes most of the time.
+With --against COMMIT, also one process of that commit's program and of this one, with and without steps that overlap,
+in turns. `python benchmarks/preprocess.py` prints JSON. Each run is a separate process, as for users, with an empty
+output folder. Ratios compare measurements of the same call. The footage is RoundTable's. It needs the detector's
+weights: --weights, or TCCP_WEIGHTS. With the default lengths, the long film takes most of the time.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from speed_workers import ROOT, worktree
 
 from tccp import media
 from tccp.config import FPS, git_commit
@@ -118,11 +121,11 @@ def _memory_kib(pid: int) -> tuple[int, int]:
     return sizes["Pss"], sizes["Rss"]
 
 
-def run(source: Path, out: Path, flags: tuple[str, ...], weights: Path | None) -> dict[str, Any]:
+def run(source: Path, out: Path, flags: tuple[str, ...], weights: Path | None, tree: Path = ROOT) -> dict[str, Any]:
     """Runs `tccp preprocess` on a film or folder. Returns wall-clock seconds, peak memory, clip seconds per second,
     steps.
 
-    cpu_seconds: of all processes that the command has waited for. That excludes Ray's.
+    tree: folder with the program. cpu_seconds: of all processes that the command has waited for. That excludes Ray's.
     """
     command = [sys.executable, "-m", "tccp.cli", "preprocess", str(source), str(out), *flags]
     if weights is not None:
@@ -130,7 +133,11 @@ def run(source: Path, out: Path, flags: tuple[str, ...], weights: Path | None) -
     with tempfile.TemporaryFile("w+") as errors:
         started, cpu = time.monotonic(), _cpu_of_children()
         process = subprocess.Popen(
-            command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=errors
+            command,
+            cwd=tree,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(tree)},
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
         )
         with TreeMemory(process.pid, _SAMPLE_RAY_S if "--ray" in flags else _SAMPLE_S) as memory:
             code = process.wait()
@@ -196,6 +203,29 @@ def measure_workers(folder: Path, films: int, film_s: float, weights: Path | Non
     return {"films": films, "film_s": film_s, "runs": runs, "over_plain": ratios}
 
 
+def measure_trees(folder: Path, films: int, film_s: float, weights: Path | None, commit: str) -> dict[str, Any]:
+    """One process of an earlier program and of this one, in three turns: medians of wall-clock and CPU time."""
+    source = folder / "turns"
+    source.mkdir()
+    for number in range(films):
+        write_reel(source / f"{number}.mp4", plan_shots(number, film_s, _SHOT_S, people=2), _WIDTH, _HEIGHT)
+    found: dict[str, list[dict[str, Any]]] = {}
+    with worktree(commit, folder / "before") as before:
+        for turn in range(3):
+            for name, flags, tree in (
+                ("before", (), before),
+                ("now_without_overlap", ("--no-overlap",), ROOT),
+                ("now", (), ROOT),
+            ):
+                found.setdefault(name, []).append(run(source, folder / f"{name}-{turn}", flags, weights, tree))
+    rows = {
+        name: {what: round(statistics.median(one[what] for one in runs), 2) for what in ("seconds", "cpu_seconds")}
+        for name, runs in found.items()
+    }
+    faster = {name: round(rows["before"]["seconds"] / row["seconds"], 3) for name, row in rows.items()}
+    return {"commit": commit, "films": films, "film_s": film_s, "rows": rows, "times_as_fast": faster}
+
+
 def measure_lengths(folder: Path, short_s: float, times: int, weights: Path | None) -> dict[str, Any]:
     """One film and the same film repeated, in one process.
 
@@ -223,6 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--film-s", type=float, default=20.0, help="length of each of these films in seconds")
     parser.add_argument("--short-s", type=float, default=60.0, help="length of the short film in seconds")
     parser.add_argument("--times", type=int, default=10, help="long film length / short film length; 0 skips it")
+    parser.add_argument("--against", metavar="COMMIT", help="commit to compare with, in three turns")
     parser.add_argument("--weights", type=Path, help="folder of the detector's weights (default: TCCP_WEIGHTS)")
     parser.add_argument("--out", type=Path, help="JSON file to write as well")
     given = parser.parse_args(arguments)
@@ -230,6 +261,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         if given.films:
             found["workers"] = measure_workers(Path(folder), given.films, given.film_s, given.weights)
+        if given.against:
+            trees = measure_trees(Path(folder), max(given.films, 2), given.film_s, given.weights, given.against)
+            found["against"] = trees
         if given.times:
             found["lengths"] = measure_lengths(Path(folder), given.short_s, given.times, given.weights)
     text = json.dumps(found, indent=2)

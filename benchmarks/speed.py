@@ -29,9 +29,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from speed_workers import Worker, clean_environment, median_of
+from speed_workers import ROOT, Worker, clean_environment, median_of, worktree
 
-ROOT = Path(__file__).resolve().parent.parent
 SHORT_S, LONG_S = 0.32, 2.32  # one window and one frame; fifty frames more
 FPS = 25
 _SPIN = "while True: pass"
@@ -80,7 +79,7 @@ def main() -> None:
     }
     with ExitStack() as opened:
         place = Path(opened.enter_context(tempfile.TemporaryDirectory()))
-        before = given.tree or opened.enter_context(_worktree(given.against, place / "before"))
+        before = given.tree or opened.enter_context(worktree(given.against, place / "before"))
         trees = {"before": before.absolute(), "now": ROOT}
         measure: dict[str, Callable[[], Any]] = {
             "stages": lambda: stages(place, given.tiny),
@@ -343,15 +342,6 @@ def _busy(count: int) -> Iterator[None]:
         for process in processes:
             process.kill()
             process.wait()
-
-
-@contextmanager
-def _worktree(commit: str, place: Path) -> Iterator[Path]:
-    subprocess.run(["git", "worktree", "add", "-q", "--detach", place, commit], cwd=ROOT, check=True)
-    try:
-        yield place
-    finally:
-        subprocess.run(["git", "worktree", "remove", "--force", place], cwd=ROOT, check=True)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,12 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parent.parent
 ONE_THREAD = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")} | {"OPENCV_FOR_THREADS_NUM": "1"}
 
 
@@ -75,3 +77,13 @@ def cpu_seconds(call: Callable[[], object], repeats: int = 1) -> float:
 def median_of(records: list[dict[str, float]], digits: int = 2) -> dict[str, float]:
     """The median of each figure over repeated measurements."""
     return {name: round(statistics.median(record[name] for record in records), digits) for name in records[0]}
+
+
+@contextmanager
+def worktree(commit: str, place: Path) -> Iterator[Path]:
+    """Within the block, `place` holds the files of a commit."""
+    subprocess.run(["git", "worktree", "add", "-q", "--detach", place, commit], cwd=ROOT, check=True)
+    try:
+        yield place
+    finally:
+        subprocess.run(["git", "worktree", "remove", "--force", place], cwd=ROOT, check=True)
