@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from preprocessing.analysis.detectors import MOST_DETECTORS
 from preprocessing.frame_progress import FrameProgress, ReelKey
 from preprocessing.lip_step import AddLips, LipWork, RenderLips
 from preprocessing.plan import Plan
@@ -29,6 +30,7 @@ from tccp.cluster import data_settings, dataset, max_resources, num_nodes
 from tccp.config import Settings
 from tccp.errors import TccpError
 from tccp.files import Folder, check_shared
+from tccp.threads import usable_cores
 
 # In this process
 
@@ -38,7 +40,8 @@ def in_this_process(
 ) -> Iterator[dict[str, Any]]:
     """Rows of RESULT_SCHEMA in the order of the listing, without Ray. frames: is told of every reel and frame.
 
-    overlap: look at the next reel, in a thread, while the clips of this one are cut. The rows are the same without.
+    overlap: look at the next reel, in a thread, while the clips of this one are cut, and at several frames at once if
+    the detector can. The rows are the same without.
     """
     yield from _chained(listing, work, CutClips, lambda table: table.to_pylist(), frames, overlap)
 
@@ -79,7 +82,8 @@ def _chained(
     overlap: bool = True,
 ) -> Iterator[Any]:
     looking, cutting = _OwnFrames(frames), _OwnFrames(frames)
-    find, look, cut = FindReels(work), Look(work, looking), last(work, cutting)
+    detectors = min(usable_cores(), MOST_DETECTORS) if overlap else 1
+    find, look, cut = FindReels(work), Look(work, looking, detectors), last(work, cutting)
     try:
         reels = (reel for row in range(listing.num_rows) for reel in find(listing.slice(row, 1)))
         begun = (_begin(frames, reel) for reel in reels)

@@ -185,10 +185,8 @@ def _hash(*parts: object) -> str:
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
-def detector_of(plan: Plan) -> faces.FaceBackend | None:
-    """The face detector of a plan; None for `truth`. Raises TccpError if this machine has another version of it."""
-    if plan.backend == "truth":
-        return None
+def detector_of(plan: Plan) -> faces.FaceBackend:
+    """The face detector of a plan other than `truth`. Raises TccpError if this machine has another version of it."""
     detector = faces.open_backend(plan.backend, plan.weights.get("backend"))
     if detector.key != plan.backend_key:
         detector.close()

@@ -69,7 +69,8 @@ def preprocess(
 
     workers: processes that look at films (default: this process alone); more than one needs Ray. on_ray: use Ray in any
     case, by default with as many workers as the cluster has CPUs for. lips: also render the lip references of the
-    clips, into `out/lips`. overlap: without Ray, look at the next reel while the clips of this one are cut.
+    clips, into `out/lips`. overlap: without Ray, look at the next reel while the clips of this one are cut, with
+    several detectors.
 
     Work of an earlier run with the same plan and versions is not repeated; an existing table stays until the new one is
     complete. A source that cannot be used, or still not be fetched at the last attempt, is set aside with a reason and

@@ -16,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 import pyarrow as pa
 
 from preprocessing import parts
+from preprocessing.analysis.detectors import Detectors
 from preprocessing.analysis.look import look
 from preprocessing.analysis.select import Networks, select
 from preprocessing.frame_progress import ReelKey
@@ -129,9 +130,11 @@ class FindReels(_Step):
 class Look(_Step):
     """From reels to reels with cuts and faces. Results of earlier runs are read from the folder."""
 
-    def __init__(self, work: Work, listener: FrameListener | None = None) -> None:
+    def __init__(self, work: Work, listener: FrameListener | None = None, detectors: int = 1) -> None:
+        """detectors: at most so many work side by side."""
         super().__init__(work, listener)
-        self._detector = detector_of(work.plan)
+        has_one = work.plan.backend != "truth"
+        self._detectors = Detectors(lambda: detector_of(work.plan), detectors) if has_one else None
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         for reel in reels_from_table(batch):
@@ -147,15 +150,15 @@ class Look(_Step):
         name = self.plan.look_name(reel.span)
         if keeps and (known := parts.read_look(self.folder, name, reel)) is not None:  # type: ignore[arg-type]
             return known
-        looked = look(reel, self.plan, self.decoder, self._detector, self.listener.on_frame)
+        looked = look(reel, self.plan, self.decoder, self._detectors, self.listener.on_frame)
         if keeps and looked.span.reason is None:
             parts.write_look(self.folder, name, looked)  # type: ignore[arg-type]
         return looked
 
     def close(self) -> None:
         super().close()
-        if self._detector is not None:
-            self._detector.close()
+        if self._detectors is not None:
+            self._detectors.close()
 
 
 RESULT_SCHEMA = pa.schema(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import posixpath
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +13,11 @@ import cv2
 import numpy as np
 from jaxtyping import UInt8
 
+from preprocessing.analysis.detectors import Detectors
 from preprocessing.plan import Plan
 from preprocessing.reels import CHIP_PX, SPEECH_CHIP_PX, Faces, Reel, chip_box
 from tccp.errors import TccpError
-from tccp.faces import Face, FaceBackend
+from tccp.faces import Face
 from tccp.files import redacted
 from tccp.media import MediaError
 from tccp.media.remote import local_copy
@@ -31,9 +34,7 @@ _PATIENCE_FRAMES = 12
 _STRIDE_WITHOUT_FACES = 3
 
 
-def look(
-    reel: Reel, plan: Plan, decoder: Decoder, detector: FaceBackend | None, on_frame: Callable[[], object]
-) -> Reel:
+def look(reel: Reel, plan: Plan, decoder: Decoder, detectors: Detectors | None, on_frame: Callable[[], object]) -> Reel:
     """The reel with its cuts and faces. If it cannot be decoded, the whole reel is set aside with the reason.
 
     on_frame: called after each frame, for progress.
@@ -42,47 +43,79 @@ def look(
         if plan.backend == "truth":
             return _with_truth(reel)
         with local_copy(reel.span.path) as path:
-            assert detector is not None
-            return _with_faces(reel, plan, path, decoder, detector, on_frame)
+            assert detectors is not None
+            return _with_faces(reel, plan, path, decoder, detectors, on_frame)
     except MediaError as error:
         text = f"{redacted(reel.span.path)}: {error.problem}"
         return replace(reel, span=reel.span.set_aside(error.reason, text), sound=None)
 
 
 def _with_faces(
-    reel: Reel, plan: Plan, path: Path, decoder: Decoder, detector: FaceBackend, on_frame: Callable[[], object]
+    reel: Reel, plan: Plan, path: Path, decoder: Decoder, detectors: Detectors, on_frame: Callable[[], object]
 ) -> Reel:
     cutter, cuts = CutFinder(), []
-    frames: list[int] = []
-    faces: list[Face] = []
-    chips: dict[int, bytes] = {}
-    last_seen = reel.start_frame
+    search = _Search(plan, detectors, reel.start_frame)
     first = max(reel.start_frame - CONTEXT_FRAMES, reel.usable[0])
     stop = min(reel.stop_frame + CONTEXT_FRAMES, reel.usable[1])
     for frame, picture in enumerate(decoder.frames(path, first, stop - first, copy=False), start=first):
         cuts += [first + cut for cut in cutter.add(picture)]
-        if not reel.start_frame <= frame < reel.stop_frame:
-            continue
-        if frame - last_seen <= _PATIENCE_FRAMES or frame % _STRIDE_WITHOUT_FACES == 0:
-            for face in detector.detect(picture):
-                last_seen = frame
-                if plan.speech_chips or frame % CHIP_EVERY == 0:
-                    chips[len(faces)] = encode_chip(picture, face, SPEECH_CHIP_PX if plan.speech_chips else CHIP_PX)
-                frames.append(frame)
-                faces.append(face)
-        on_frame()
+        if reel.start_frame <= frame < reel.stop_frame:
+            search.add(frame, picture)
+            on_frame()
     cuts += [first + cut for cut in cutter.finish()]
-    missing = np.full((68, 2), np.nan, np.float32)
-    found = Faces(
-        frame=np.array(frames, np.int32),
-        box=np.array([face.box for face in faces], np.float32).reshape(-1, 4),
-        landmarks=np.array(
-            [missing if face.landmarks_px is None else face.landmarks_px for face in faces], np.float32
-        ).reshape(-1, 68, 2),
-        confidence=np.array([face.confidence for face in faces], np.float32),
-        chips=chips,
+    return replace(
+        reel, cuts=tuple(cut for cut in cuts if reel.start_frame < cut < reel.stop_frame), faces=search.finish()
     )
-    return replace(reel, cuts=tuple(cut for cut in cuts if reel.start_frame < cut < reel.stop_frame), faces=found)
+
+
+class _Search:
+    """Looks for faces in the frames of a reel, in as many at once as there are detectors."""
+
+    def __init__(self, plan: Plan, detectors: Detectors, start_frame: int):
+        self._plan = plan
+        self._detectors = detectors
+        self._last_seen = start_frame
+        self._begun: deque[tuple[int, UInt8[np.ndarray, "h w 3"], Future[list[Face]] | None]] = deque()
+        self._frames: list[int] = []
+        self._faces: list[Face] = []
+        self._chips: dict[int, bytes] = {}
+
+    def _is_due(self, frame: int) -> bool:
+        return frame - self._last_seen <= _PATIENCE_FRAMES or frame % _STRIDE_WITHOUT_FACES == 0
+
+    def add(self, frame: int, picture: UInt8[np.ndarray, "h w 3"]) -> None:
+        """picture: may change after the call."""
+        if self._detectors.count > 1:
+            picture = picture.copy()
+        found = self._detectors.detect(picture) if self._is_due(frame) else None
+        self._begun.append((frame, picture, found))
+        if len(self._begun) >= self._detectors.count:
+            self._take()
+
+    def _take(self) -> None:
+        frame, picture, found = self._begun.popleft()
+        if found is None and self._is_due(frame):  # a frame before this one showed a face after all
+            found = self._detectors.detect(picture)
+        for face in [] if found is None else found.result():
+            self._last_seen = frame
+            if self._plan.speech_chips or frame % CHIP_EVERY == 0:
+                side = SPEECH_CHIP_PX if self._plan.speech_chips else CHIP_PX
+                self._chips[len(self._faces)] = encode_chip(picture, face, side)
+            self._frames.append(frame)
+            self._faces.append(face)
+
+    def finish(self) -> Faces:
+        while self._begun:
+            self._take()
+        missing = np.full((68, 2), np.nan, np.float32)
+        points = [missing if face.landmarks_px is None else face.landmarks_px for face in self._faces]
+        return Faces(
+            frame=np.array(self._frames, np.int32),
+            box=np.array([face.box for face in self._faces], np.float32).reshape(-1, 4),
+            landmarks=np.array(points, np.float32).reshape(-1, 68, 2),
+            confidence=np.array([face.confidence for face in self._faces], np.float32),
+            chips=self._chips,
+        )
 
 
 def encode_chip(picture: UInt8[np.ndarray, "h w 3"], face: Face, side_px: int) -> bytes:

@@ -71,9 +71,7 @@ class Networks:
             return []  # `persons.matches` raises the error
         missing = [picture for picture in pictures if picture not in self._references]
         if missing:
-            detector = detector_of(self._plan)
-            assert detector is not None
-            with contextlib.closing(detector):
+            with contextlib.closing(detector_of(self._plan)) as detector:
                 for picture in missing:
                     with local_copy(picture) as path:
                         self._references[picture] = embedder.embed_reference(path, detector, redacted(picture))

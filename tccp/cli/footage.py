@@ -128,8 +128,8 @@ def preprocess(
         workers: processes that analyse films (default: only this one). Several workers run on Ray, on the cluster that
             RAY_ADDRESS names if it is set.
         ray: always use Ray. Without --workers, it uses as many workers as there are CPUs for.
-        overlap: without Ray, look at the next reel, in a thread, while the clips of this one are cut. The table is the
-            same without.
+        overlap: without Ray, look at the next reel, in a thread, while the clips of this one are cut, and let several
+            MediaPipe detectors work at once. The table is the same without.
         dry_run: measure a sample of the films and print the estimated time, storage and cost for all; write nothing.
         sample: with --dry-run, number of films to measure.
         price_per_cpu_hour: with --dry-run, price for the estimate of the cost.

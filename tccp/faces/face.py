@@ -36,10 +36,14 @@ class Face:
 
 @runtime_checkable
 class FaceBackend(Protocol):
-    """key: everything that the results depend on, in one line: backend, version of its package, weights."""
+    """key: everything that the results depend on, in one line: backend, version of its package, weights.
+
+    works_beside_others: several in one process work at the same time, each with one thread.
+    """
 
     name: str
     key: str
+    works_beside_others: bool
 
     def detect(self, frame: UInt8[np.ndarray, "h w 3"]) -> list[Face]:
         """The faces of an RGB frame, largest first; the list may be empty. Frames do not influence each other."""

@@ -27,6 +27,7 @@ class FanBackend:
     """Returns S3FD's boxes, from forehead to chin, as the speech networks expect them."""
 
     name = "fan"
+    works_beside_others = False
 
     def __init__(self, fan: Path, s3fd: Path) -> None:
         """Loads the published files or others of the same layout. Uses the first CUDA device if there is one."""

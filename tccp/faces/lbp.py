@@ -18,6 +18,7 @@ class LbpBackend:
     """scikit-image's local-binary-pattern cascade: boxes of frontal faces, with occasional false positives."""
 
     name = "lbp"
+    works_beside_others = False
 
     def __init__(self) -> None:
         from skimage import data

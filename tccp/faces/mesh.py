@@ -85,6 +85,7 @@ class MediapipeBackend:
     """MediaPipe's FaceLandmarker on single pictures."""
 
     name = "mediapipe"
+    works_beside_others = True
 
     def __init__(self, weights: Path) -> None:
         import mediapipe

@@ -74,9 +74,9 @@ def reels_of(path: Path, decoder: Decoder, plan: Plan | None = None) -> list[Ree
     return list(probe_source(Span(str(path), path.name), 0, plan or truth_plan(), decoder))
 
 
-def reels_with_faces(path: Path, plan: Plan, decoder: Decoder) -> list[Reel]:
+def reels_with_faces(path: Path, plan: Plan, decoder: Decoder, detectors: int = 1) -> list[Reel]:
     """The reels of a film after face detection."""
-    step = Look(Work(plan, None))
+    step = Look(Work(plan, None), detectors=detectors)
     try:
         return [
             r
@@ -550,6 +550,20 @@ def test_looking_ahead_gives_the_same_parts(footage: Path, tmp_path: Path) -> No
         parts = sorted((tmp_path / str(overlap)).rglob("*.parquet"))
         found.append({str(part.relative_to(tmp_path / str(overlap))): part.read_bytes() for part in parts})
     assert found[0] == found[1] and len(found[0]) == 3  # a part for each film, and the index
+
+
+@pytest.mark.slow
+def test_detectors_side_by_side_find_what_one_finds(shared_clips: Path, shared_weights: Path, decoder: Decoder) -> None:
+    """The face goes, so that most frames are skipped, and comes back."""
+    plan = make_plan(TOY.picture_px, "mediapipe", shared_weights)
+    one, several = (reels_with_faces(shared_clips / "face_gap.mp4", plan, decoder, count) for count in (1, 3))
+    for a, b in zip(one, several, strict=True):
+        assert a.faces is not None and b.faces is not None
+        for name in ("frame", "box", "landmarks", "confidence"):
+            np.testing.assert_array_equal(getattr(a.faces, name), getattr(b.faces, name))
+        assert a.faces.chips == b.faces.chips and a.cuts == b.cuts
+    seen = np.concatenate([reel.faces.frame for reel in one if reel.faces is not None])
+    assert 90 < len(seen) < 110 and np.diff(seen).max() > 40
 
 
 def test_an_error_comes_after_the_reels_before_it_and_a_stopped_caller_ends_the_look_ahead() -> None:
