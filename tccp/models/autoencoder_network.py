@@ -23,6 +23,7 @@ from tccp.models.pretrained import Pretrained, with_config
 
 _EPSILON = 1e-6
 _LEAST_PIXEL_CHANNELS = 16
+_PIXEL_BLOCKS = 2
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # before diffusers 0.16
 _SUPPORTED = {
     "down_block_types": "DownEncoderBlock2D",
@@ -142,8 +143,8 @@ class _Encoder(nn.Module):
 class _Decoder(nn.Module):
     """folded: number of finest levels that are left out.
 
-    In their place, `conv_out` draws patches of 2^folded pixels with a few channels each, and one narrow residual block
-    makes the picture of them. Without it, thin strokes blur (docs/what_did_not_work.md).
+    In their place, `conv_out` draws patches of 2^folded pixels with a few channels each, and narrow residual blocks make
+    the picture of them. Without those, thin strokes blur (docs/what_did_not_work.md).
     """
 
     def __init__(self, out_channels: int, latent_channels: int, widths: Sequence[int], folded: int, *shape: Any):
@@ -163,8 +164,8 @@ class _Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], drawn * self.patch**2, 3, padding=1)
         self.pixels = None
         if folded:
-            block = ResnetBlock(drawn, drawn, None, 0.0, math.gcd(groups, drawn))
-            self.pixels = nn.Sequential(block, nn.SiLU(), nn.Conv2d(drawn, out_channels, 3, padding=1))
+            narrow = [ResnetBlock(drawn, drawn, None, 0.0, math.gcd(groups, drawn)) for _ in range(_PIXEL_BLOCKS)]
+            self.pixels = nn.Sequential(*narrow, nn.SiLU(), nn.Conv2d(drawn, out_channels, 3, padding=1))
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c2 h2 w2"]:
         x = self.mid_block(self.conv_in(x))
