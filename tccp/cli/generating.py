@@ -197,7 +197,7 @@ def films(
             record.add(outcome.request, outcome.result, outcome.error)
             if outcome.error is not None:
                 failed.append(outcome.error)
-                note(f"not made: {outcome.error}")
+                note(f"{outcome.request.out} was not made: {outcome.error}")
     counts = {"listed": len(requests), "made": len(due) - len(failed), "made_before": len(requests) - len(due)}
     text = f"{out}: {counts['made']} films made, {counts['made_before']} made before, {len(failed)} not made"
     emit(json, {**counts, "not_made": failed, "record": str(record.path)}, text)

@@ -45,7 +45,7 @@ def read_film_list(path: Path, out: Path, **options: Any) -> list[FilmRequest]:
     """The requests of a CSV file: a column for each field of `FilmRequest` that a film has of its own.
 
     Columns: scene, audio and identity; optional: out and others, whose empty cells mean the default. Inputs are
-    relative to the list's folder, outputs to the folder `out`. The default out is the number of the row: 0001.mp4.
+    relative to the list's folder; outputs are in the folder `out`. The default out is the number of the row: 0001.mp4.
     options: fields of all requests. Raises TccpError for a list that cannot be read, naming row and column, and for
     outputs that would overwrite an input or each other.
     """
@@ -59,16 +59,14 @@ def read_film_list(path: Path, out: Path, **options: Any) -> list[FilmRequest]:
         raise TccpError(f"{path} lists no film: give a line with {', '.join(_NEEDED)}, and a line for each film")
     _check_columns(path, list(rows[0]))
     requests = [_request(path, out, number, row, options) for number, row in enumerate(rows, 1)]
-    outputs = {name: [file for one in requests if (file := getattr(one, name)) is not None] for name in _OUTPUTS}
-    inputs: dict[str, list[Path | str]] = {}
-    for request in requests:
+    outputs: dict[str, Any] = {"the record": out / RECORD}
+    inputs: dict[str, Any] = {"the list": path, "--weights": request_inputs(requests[0])["--weights"]}
+    for number, request in enumerate(requests, 1):
+        outputs |= {f"{name} of row {number}": getattr(request, name) for name in _OUTPUTS}
         for option, given in request_inputs(request).items():
-            if option != "--weights" and given is not None:
-                inputs.setdefault(option, []).extend(given if isinstance(given, list) else [given])
-    weights = {"--weights": request_inputs(requests[0])["--weights"]}
-    record = {"the record": out / RECORD}
-    named = {f"--{name.replace('_', '-')}": files for name, files in outputs.items()}
-    check_outputs({**record, **named}, {"the list": path, **inputs, **weights})
+            if option != "--weights":
+                inputs[f"{option.removeprefix('--')} of row {number}"] = given
+    check_outputs(outputs, inputs)
     return requests
 
 
@@ -93,6 +91,10 @@ def _request(path: Path, out: Path, number: int, row: Mapping[str, str | None], 
             raise TccpError(f"{path}: row {number} has no {name}: every film needs {', '.join(_NEEDED)}")
     for name, value in given.items():
         if name in _OUTPUTS:
+            if Path(value).is_absolute() or ".." in Path(value).parts:
+                raise TccpError(
+                    f"{path}: row {number}, {name}: {value} is not in {out}: give a path within that folder"
+                )
             given[name] = out / value
         elif isinstance(value, Path):
             given[name] = path.parent / value

@@ -143,8 +143,8 @@ class _Encoder(nn.Module):
 class _Decoder(nn.Module):
     """folded: number of finest levels that are left out.
 
-    In their place, `conv_out` draws patches of 2^folded pixels with a few channels each, and narrow residual blocks make
-    the picture of them. Without those, thin strokes blur (docs/what_did_not_work.md).
+    In their place, `conv_out` draws patches of 2^folded pixels with a few channels each, and narrow residual blocks
+    make the picture of them. Without those, thin strokes blur (docs/what_did_not_work.md).
     """
 
     def __init__(self, out_channels: int, latent_channels: int, widths: Sequence[int], folded: int, *shape: Any):

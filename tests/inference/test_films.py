@@ -214,8 +214,10 @@ def test_a_list_gives_the_fields_of_its_columns(tmp_path: Path) -> None:
         (["scene,audio,identity", "a,b,c", "a,b"], "row 2 has another number of cells"),
         (["scene,audio,identity", "a,b,c,d"], "row 1 has more cells"),
         (["scene,audio,identity", "a,b,c", "a,,c"], "row 2 has no audio"),
-        (["scene,audio,identity,out", "a,b,c,x.mp4", "a,b,c,x.mp4"], "which it would overwrite"),
-        (["scene,audio,identity,out", "out/x.mp4,b,c,x.mp4"], "which it would overwrite"),
+        (["scene,audio,identity,out", "a,b,c,x.mp4", "a,b,c,x.mp4"], "^out of row 2 .* is out of row 1"),
+        (["scene,audio,identity,out", "out/x.mp4,b,c,x.mp4"], "^out of row 1 .* is scene of row 1"),
+        (["scene,audio,identity,out", "a,b,c,../x.mp4"], "row 1, out: ../x.mp4 is not in .*: give a path within"),
+        (["scene,audio,identity,out", "a,b,c,/x.mp4"], "row 1, out: /x.mp4 is not in .*: give a path within"),
     ],
 )
 def test_lists_that_cannot_be_used_are_refused(tmp_path: Path, lines: list[str], message: str) -> None:
