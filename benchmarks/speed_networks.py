@@ -73,7 +73,7 @@ def _matrices(side: int) -> tuple[Tensor, Tensor]:
 def matmul_gflops(side: int = MATMUL) -> float:
     """The core's rate of fp32 matrix products, in GFLOP per second of CPU time."""
     a, b = _matrices(side)
-    return 2 * side**3 / cpu_seconds(lambda: a @ b) / 1e9
+    return 2 * side**3 / cpu_seconds(lambda: a @ b, 3) / 1e9
 
 
 def _inputs(network: MVControlNet, batch: int) -> tuple[Tensor, Tensor, Conditions, Tensor]:
@@ -106,15 +106,15 @@ def evaluation(
     """One evaluation as sampling makes it at each step.
 
     recorded: from a recording (`tccp.models.traced`), as generation does after the first evaluations. Returns the CPU
-    time, the operations, and the rate of matrix products before and after. prepare_ms: what is computed once for a
-    window; earlier commits compute it in each evaluation.
+    time, the operations, and the higher of the rates of matrix products before and after. prepare_ms: what is computed
+    once for a window; earlier commits compute it in each evaluation.
     """
     network = _network(preset, changes, variant)
     latents, times, conditions, control = _inputs(network, batch)
     prepare_s = 0.0
     if hasattr(network, "prepare"):
         frames = latents.shape[2]
-        prepare_s = cpu_seconds(lambda: network.prepare(conditions, control, frames))
+        prepare_s = cpu_seconds(lambda: network.prepare(conditions, control, frames), repeats)
         given: tuple[Any, ...] = (network.prepare(conditions, control, frames),)
     else:
         given = (conditions, control)
@@ -125,7 +125,7 @@ def evaluation(
         called(latents, times, *given)
     rate = matmul_gflops()
     seconds = cpu_seconds(lambda: called(latents, times, *given), repeats)
-    rate = (rate + matmul_gflops()) / 2
+    rate = max(rate, matmul_gflops())
     return {
         "evaluation_ms": 1000 * seconds,
         "prepare_ms": 1000 * prepare_s,
