@@ -104,7 +104,7 @@ _FRAMES_OF_PAPER = {
 def speed_tables(record: Mapping[str, Any]) -> str:
     """Markdown tables of the record of benchmarks/speed.py: one for each part that it holds."""
     shown = {
-        "films": ("A film with the packaged weights, before and now", _films),
+        "films": ("A film with the packaged weights: before / now with 12 steps as before / now with 2", _films),
         "stages": ("CPU time of a frame with the packaged weights, one thread", _parts),
         "networks": ("Evaluations of `face_sequence` (`toy`), one thread", _evaluations),
         "paper": ("CPU time of a frame at 256 px with random weights, one thread", _paper),
@@ -114,34 +114,26 @@ def speed_tables(record: Mapping[str, Any]) -> str:
 
 
 def _films(rows: list[Mapping[str, Any]]) -> str:
-    def pair(row: Mapping[str, Any], key: str, unit: str) -> str:
+    def cells(row: Mapping[str, Any], key: str, unit: str) -> str:
         shown = []
-        for name in ("before", "now"):
-            limit = row[name].get("not_finished_after_s")
-            shown.append(f"{row[name][key]:,.3g}" if limit is None else f"over {limit:g} s a film")
+        for name in ("before", "now_same_steps", "now"):
+            if name in row:
+                limit = row[name].get("not_finished_after_s")
+                shown.append(f"{row[name][key]:,.3g}" if limit is None else f"over {limit:g} s a film")
+            else:
+                shown.append("-")
         return f"{' / '.join(shown)} {unit}"
 
-    return _markdown(
-        [
-            [
-                "busy processes beside it",
-                "a further frame",
-                "its CPU time",
-                "film of 8 frames, with the start",
-                "memory",
-            ],
-            *(
-                [
-                    str(row["busy_processes"]),
-                    pair(row, "wall_ms_per_frame", "ms"),
-                    pair(row, "cpu_ms_per_frame", "ms"),
-                    pair(row, "short_film_wall_s", "s"),
-                    pair(row, "peak_mib", "MiB"),
-                ]
-                for row in rows
-            ),
-        ]
-    )
+    columns = {
+        "a further frame": ("wall_ms_per_frame", "ms"),
+        "its CPU time": ("cpu_ms_per_frame", "ms"),
+        "film of 8 frames, with the start": ("short_film_wall_s", "s"),
+        "memory": ("peak_mib", "MiB"),
+    }
+    lines = [["cores", "busy processes beside it", *columns]]
+    for row in rows:
+        lines.append([str(row["cores"]), str(row["busy_processes"]), *(cells(row, *what) for what in columns.values())])
+    return _markdown(lines)
 
 
 def _parts(stages: Mapping[str, Any]) -> str:

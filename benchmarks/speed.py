@@ -37,6 +37,7 @@ _SPIN = "while True: pass"
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 """The environment that keeps PyTorch from wider instructions."""
 PARTS = ("stages", "networks", "paper", "films")
+STEPS_BEFORE = 12  # of the packaged weights, until they took 2
 STEPS = 20  # of each stage in `paper`, as LatentSync's default
 PAPER_WINDOW = 8
 GROUP = 16  # LatentSync's frames in an evaluation
@@ -251,22 +252,33 @@ def _ratio(over: float, under: float, digits: int = 2) -> float:
 
 
 def films(trees: dict[str, Path], place: Path, given: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row per number of busy processes."""
+    """One row per number of busy processes, and one for a single core."""
     made = {seconds: _film(place, seconds) for seconds in (SHORT_S, 2 * SHORT_S if given.tiny else LONG_S)}
-    return [_film_row(trees, made, given.turns if not busy else 1, busy, given) for busy in given.busy]
+    rows = [(busy, given.cores) for busy in given.busy]
+    if given.cores > 1 and not given.tiny:
+        rows.append((0, 1))
+    return [_film_row(trees, made, busy, cores, given) for busy, cores in rows]
 
 
 def _film_row(
-    trees: dict[str, Path], made: dict[float, Path], turns: int, busy: int, given: argparse.Namespace
+    trees: dict[str, Path], made: dict[float, Path], busy: int, cores: int, given: argparse.Namespace
 ) -> dict[str, Any]:
-    costs: dict[str, list[tuple[Cost | None, Cost | None]]] = {name: [] for name in trees}
+    tiny = ("--steps", "1") if given.tiny else ()
+    programs: dict[str, tuple[Path, Sequence[str]]] = {
+        "before": (trees["before"], tiny),
+        "now_same_steps": (trees["now"], tiny or ("--steps", str(STEPS_BEFORE))),
+        "now": (trees["now"], tiny),
+    }
+    if busy:
+        del programs["now_same_steps"]
+    costs: dict[str, list[tuple[Cost | None, Cost | None]]] = {name: [] for name in programs}
     with _busy(busy):
-        for _ in range(turns):
-            for name, tree in trees.items():
-                short, long = (_cost(tree, film, given) for film in made.values())
+        for _ in range(given.turns if not busy else 1):
+            for name, (tree, options) in programs.items():
+                short, long = (_cost(tree, film, cores, options, given.limit) for film in made.values())
                 costs[name].append((short, long))
     more_frames = round((max(made) - min(made)) * FPS)
-    row: dict[str, Any] = {"busy_processes": busy, "cores": given.cores}
+    row: dict[str, Any] = {"busy_processes": busy, "cores": cores}
     for name, pairs in costs.items():
         both = [(short, long) for short, long in pairs if short is not None and long is not None]
         if len(both) < len(pairs):
@@ -279,12 +291,13 @@ def _film_row(
             "short_film_cpu_s": _median(short.cpu_s for short, _ in both),
             "peak_mib": _median(long.peak_mib for _, long in both),
         }
-    if all("peak_mib" in row[name] for name in trees):
-        row["times_as_fast"] = {
-            what: _ratio(row["before"][what], row["now"][what])
-            for what in ("wall_ms_per_frame", "cpu_ms_per_frame", "short_film_wall_s", "short_film_cpu_s")
-        }
-        row["peak_ratio"] = _ratio(row["now"]["peak_mib"], row["before"]["peak_mib"])
+    for name in programs:
+        if name != "before" and all("peak_mib" in row[one] for one in ("before", name)):
+            row[f"{name}_times_as_fast"] = {
+                what: _ratio(row["before"][what], row[name][what])
+                for what in ("wall_ms_per_frame", "cpu_ms_per_frame", "short_film_wall_s", "short_film_cpu_s")
+            }
+            row[f"{name}_peak_ratio"] = _ratio(row[name]["peak_mib"], row["before"]["peak_mib"])
     print(json.dumps(row), file=sys.stderr, flush=True)
     return row
 
@@ -293,14 +306,13 @@ def _median(values: Iterator[float]) -> float:
     return round(statistics.median(values), 2)
 
 
-def _cost(tree: Path, film: Path, given: argparse.Namespace) -> Cost | None:
+def _cost(tree: Path, film: Path, cores: int, options: Sequence[str], limit_s: float) -> Cost | None:
     """The cost of generating a film into itself, with its truth file, in a process. None: stopped at the limit."""
     command: Sequence[str | Path] = (
         *(sys.executable, "-m", "tccp.cli", "generate", "--scene", film, "--audio", film, "--identity", film),
-        *("--truth", "--weights", "toy", "--out", film.with_name("out.mp4"), "--device", "cpu"),
-        *(("--steps", "1") if given.tiny else ()),
+        *("--truth", "--weights", "toy", "--out", film.with_name("out.mp4"), "--device", "cpu", *options),
     )
-    allowed = sorted(os.sched_getaffinity(0))[: given.cores]
+    allowed = sorted(os.sched_getaffinity(0))[:cores]
     began = time.monotonic()
     with subprocess.Popen(
         command,
@@ -314,7 +326,7 @@ def _cost(tree: Path, film: Path, given: argparse.Namespace) -> Cost | None:
             pid, status, used = os.wait4(process.pid, os.WNOHANG)
             if pid:
                 break
-            if time.monotonic() - began > given.limit:
+            if time.monotonic() - began > limit_s:
                 process.kill()
                 return None
             time.sleep(0.01)
