@@ -86,7 +86,7 @@ class SpaceTimeTransformer(nn.Module):
         positions, channels = x.shape[1:]
         y = self.norm_time(x).unflatten(0, (-1, num_frames))
         y = y + frame_positions(num_frames, int(channels), x.device, x.dtype)[:, None]
-        # Without a copy, one window would be multiplied position by position, which takes three times as long.
+        # Without a copy, one window would be multiplied position by position, which takes more than twice as long.
         y = self.time(y.transpose(1, 2).flatten(0, 1).contiguous())
         return y.unflatten(0, (-1, positions)).transpose(1, 2).flatten(0, 1)
 
