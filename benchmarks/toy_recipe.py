@@ -29,6 +29,7 @@ from tccp.training.recipe import Trainer
 
 PLAIN_RATE = {"training.learning_rate": 2e-4, "training.schedule": "constant", "training.warmup_steps": 0}
 NOISE_PREDICTION = {"diffusion.prediction": "epsilon", "diffusion.zero_terminal_snr": False}
+TRUE_FRAMES = {"training.initial_frames": "truth"}
 TRIALS: dict[VariantName, dict[str, dict[str, Any]]] = {
     "landmark_first": {
         "toy": {},
@@ -43,17 +44,23 @@ TRIALS: dict[VariantName, dict[str, dict[str, Any]]] = {
         "condition_dropout=0": {"training.condition_dropout": 0.0},
         "dropout=0.1": {"network.dropout": 0.1},
     },
+    "landmark_sequence": {"toy": {}, "another seed": {"seed": 1}, "initial_frames=truth": TRUE_FRAMES},
     "face_first": {"toy": {}, "another seed": {"seed": 1}, "surround=off": {"surround": False}},
     "face_sequence": {
         "toy": {},
         "another seed": {"seed": 1},
         "start_from_first=off": {"training.start_from_first": False},
-        "initial_frames=truth": {"training.initial_frames": "truth"},
+        "initial_frames=truth": TRUE_FRAMES,
         "first_frame_channels=off": {"network.first_frame_channels": False},
         "initial_frame_noise=0": {"training.initial_frame_noise": 0.0},
     },
 }
-STEPS: dict[VariantName, int] = {"landmark_first": 600, "face_first": 500, "face_sequence": 500}
+STEPS: dict[VariantName, int] = {
+    "landmark_first": 600,
+    "landmark_sequence": 500,
+    "face_first": 500,
+    "face_sequence": 500,
+}
 CLIPS, FRAMES = 32, 36
 EVERY = 5  # frames of a clip that a first-frame network makes
 

@@ -224,6 +224,7 @@ class Known:
 
     name = "known"
     key = "known"
+    works_beside_others = False
 
     def __init__(self, found: list[list[faces.Face]]):
         self._found = iter(found)
