@@ -266,10 +266,10 @@ def _film_row(
     tiny = ("--steps", "1") if given.tiny else ()
     programs: dict[str, tuple[Path, Sequence[str]]] = {
         "before": (trees["before"], tiny),
-        "now_same_steps": (trees["now"], tiny or ("--steps", str(STEPS_BEFORE))),
+        "now_same_steps": (trees["now"], ("--steps", str(STEPS_BEFORE))),
         "now": (trees["now"], tiny),
     }
-    if busy:
+    if busy or given.tiny:
         del programs["now_same_steps"]
     costs: dict[str, list[tuple[Cost | None, Cost | None]]] = {name: [] for name in programs}
     with _busy(busy):
