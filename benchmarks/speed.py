@@ -119,7 +119,7 @@ def networks(trees: dict[str, Path], turns: int, tiny: bool) -> dict[str, Any]:
                 name: opened.enter_context(Worker("speed_networks.py", tree, **environment))
                 for name, tree in trees.items()
             }
-            for _ in range(2 * turns):
+            for _ in range(1 if tiny else 2 * turns):
                 for batch in (1, 4):
                     for name, recorded in (("before", False), ("now", False), ("now", True)):
                         row = workers[name](
