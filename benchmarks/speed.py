@@ -1,4 +1,4 @@
-"""Speed of generation: `python benchmarks/speed.py --out FILE.json`, about a quarter of an hour on two quiet cores.
+"""Speed of generation: `python benchmarks/speed.py --out FILE.json`, about twenty minutes on two quiet cores.
 
 Compares this tree with an earlier commit (in a git worktree of its own) and with networks of peers' published shapes,
 all in one run and in turns, because machines differ and their speed changes. Parts:

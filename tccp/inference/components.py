@@ -42,7 +42,9 @@ class Components:
     def _network(self, name: VariantName, traced: bool) -> Network:
         if not traced:
             return self.networks[name]
-        return self._traced.setdefault(name, TracedNetwork(self.networks[name]))
+        if name not in self._traced:
+            self._traced[name] = TracedNetwork(self.networks[name])
+        return self._traced[name]
 
     def stage(self, sequence: VariantName, traced: bool = False) -> Stage:
         """The chain of the first-frame network and then the network `sequence`.
