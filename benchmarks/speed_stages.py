@@ -17,11 +17,12 @@ from speed_workers import serve
 
 from tccp import headbox
 from tccp.diffusion import chains
-from tccp.inference import film_generation, generation
+from tccp.inference import film_generation, film_windows
 from tccp.inference.encoding import Encoder
 from tccp.inference.film import FilmRequest
 from tccp.inference.pipeline import Pipeline, generate_film
 from tccp.media import VideoWriter
+from tccp.models.lip_sources import LipSource
 from tccp.models.variants import VARIANTS
 
 
@@ -78,8 +79,9 @@ def _watch(clock: Clock, pipeline: Pipeline) -> None:
 
     chains.run_windows = timed_windows
     film_generation.scene_frames = lambda *given: clock.items("read", scene_frames(*given))
-    for name in ("masked_scenes", "mel_windows", "lip_pictures"):
-        clock.wrap(generation, name, "masks, mel and lips")
+    for name in ("masked_scenes", "mel_windows"):
+        clock.wrap(film_windows, name, "masks, mel and lips")
+    clock.wrap(LipSource, "lips", "masks, mel and lips")
     clock.wrap(Encoder, "encode", "encode")
     clock.wrap(Encoder, "decode", "decode")
     clock.wrap(headbox, "paste", "paste")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 
 from jaxtyping import Float
@@ -14,24 +14,26 @@ from tccp.diffusion.schedule import NoiseSchedule
 
 
 class SamplingJob:
-    """A window in a `Sampler`. state: as far as it is sampled."""
+    """A window in a `Sampler`. state: as far as it is sampled. owner: whose it is, for turns that are fair."""
 
-    def __init__(self, state: WindowState):
+    def __init__(self, state: WindowState, owner: object = None):
         self.state = state
+        self.owner = owner
         self.cancelled = False
 
 
 class Sampler:
     """Samples windows with one network. Each `step` advances all running windows with one evaluation.
 
-    Windows wait in the order of `submit`, join when there is room, and leave when they are finished or cancelled. The
-    result of a window depends on the others only by rounding. `submit` and `cancel` may be called from any thread,
-    `step` from one thread at a time.
+    Windows join when there is room: next comes one of the owner that has fewest rows running, of these the one that
+    waits longest. They leave when they are finished or cancelled. The result of a window depends on the others only by
+    rounding. `submit` and `cancel` may be called from any thread, `step` from one thread at a time.
     """
 
-    def __init__(self, model: Network | Denoiser, schedule: NoiseSchedule, limit: int):
+    def __init__(self, model: Network | Denoiser, schedule: NoiseSchedule, limit: int, continuous: bool = True):
         """limit: of rows in an evaluation. A window with guidance takes two; it may run alone where these are more.
 
+        continuous: without it, windows join only when none is running, so that they begin and finish together.
         Raises ValueError for a limit below 1.
         """
         if limit < 1:
@@ -39,13 +41,14 @@ class Sampler:
         self.model = model
         self.schedule = schedule
         self.limit = limit
+        self.continuous = continuous
         self._waiting: deque[SamplingJob] = deque()
         self._running: list[SamplingJob] = []
         self._lock = threading.Lock()
 
-    def submit(self, state: WindowState) -> SamplingJob:
-        """Queues a window that is not finished."""
-        job = SamplingJob(state)
+    def submit(self, state: WindowState, owner: object = None) -> SamplingJob:
+        """Queues a window that is not finished. owner: whose it is, such as a film."""
+        job = SamplingJob(state, owner)
         with self._lock:
             self._waiting.append(job)
         return job
@@ -55,6 +58,21 @@ class Sampler:
         with self._lock:
             job.cancelled = job.cancelled or not job.state.finished
             return job.cancelled
+
+    @property
+    def owners(self) -> set[object]:
+        """Of the windows that wait or run."""
+        with self._lock:
+            self._drop_cancelled()
+            return {job.owner for job in (*self._running, *self._waiting)}
+
+    def cancel_all(self, owner: object) -> list[SamplingJob]:
+        """Drops all windows of an owner; returns them."""
+        with self._lock:
+            own = [job for job in (*self._running, *self._waiting) if job.owner == owner and not job.state.finished]
+            for job in own:
+                job.cancelled = True
+            return own
 
     @property
     def busy(self) -> bool:
@@ -86,10 +104,21 @@ class Sampler:
         self._waiting = deque(job for job in self._waiting if not job.cancelled)
 
     def _join(self) -> None:
-        room = self.limit - sum(job.state.num_rows for job in self._running)
-        while self._waiting and (self._waiting[0].state.num_rows <= room or not self._running):
-            job = self._waiting.popleft()
+        if self._running and not self.continuous:
+            return
+        rows: Counter[object] = Counter()
+        for job in self._running:
+            rows[job.owner] += job.state.num_rows
+        room = self.limit - rows.total()
+        while self._waiting:
+            # Owners are few, and so are waiting windows: a search through them costs nothing beside an evaluation.
+            position = min(range(len(self._waiting)), key=lambda i: (rows[self._waiting[i].owner], i))
+            job = self._waiting[position]
+            if job.state.num_rows > room and self._running:
+                return
+            del self._waiting[position]
             self._running.append(job)
+            rows[job.owner] += job.state.num_rows
             room -= job.state.num_rows
 
 

@@ -140,6 +140,15 @@ class Stage:
         return torch.cat(run_round(windows, batch_size), dim=1)
 
 
+@dataclass(frozen=True)
+class ChainState:
+    """Where a chain goes on. position: of its last frame. inputs, latents: of that frame."""
+
+    position: int
+    inputs: FrameInputs
+    latents: Float[Tensor, "c h w"]
+
+
 class Chain:
     """The windows of one uninterrupted chain of a stage, one after the other.
 
@@ -148,18 +157,19 @@ class Chain:
     turns.
     """
 
-    def __init__(self, stage: Stage, identity: Float[Tensor, "3 h w"], seed: int):
+    def __init__(self, stage: Stage, identity: Float[Tensor, "3 h w"], seed: int, state: ChainState | None = None):
+        """state: of the same chain, made earlier, to go on from there."""
         self._stage = stage
         self._identity = identity
         self._seed = seed
-        self._last: tuple[FrameInputs, Tensor] | None = None  # inputs and latents of the last frame
-        self._position = 0
+        self.state = state
+        """None before the first frame."""
         self._new: list[FrameInputs] = []
 
     @property
     def room(self) -> int:
         """The most frames that the next window can add."""
-        return 1 if self._last is None else self._stage.sequence.config.num_frames - 1
+        return 1 if self.state is None else self._stage.sequence.config.num_frames - 1
 
     def window(self, new: Sequence[FrameInputs]) -> Window:
         """The window that adds these frames. Where they do not fill it, the last inputs are repeated.
@@ -169,18 +179,16 @@ class Chain:
         if not 0 < len(new) <= self.room:
             raise ValueError(f"{len(new)} frames for a window: give 1 to {self.room}")
         self._new = list(new)
-        if self._last is None:
+        if self.state is None:
             seed = rng_seed(self._seed, 0)
             return self._stage.new_window(self._stage.first, self._new, self._identity, None, seed)
-        inputs, latents = self._last
-        self._position += len(new)
-        frames = [inputs, *new, *[new[-1]] * (self.room - len(new))]
-        seed = rng_seed(self._seed, self._position)
-        return self._stage.new_window(self._stage.sequence, frames, self._identity, latents, seed)
+        frames = [self.state.inputs, *new, *[new[-1]] * (self.room - len(new))]
+        seed = rng_seed(self._seed, self.state.position + len(new))
+        return self._stage.new_window(self._stage.sequence, frames, self._identity, self.state.latents, seed)
 
     def finish(self, latents: Float[Tensor, "c f h w"]) -> Float[Tensor, "c new h w"]:
         """Takes the latents of the last `window`, and returns those of its new frames."""
-        start = 0 if self._last is None else 1
+        start, position = (0, 0) if self.state is None else (1, self.state.position + len(self._new))
         new = latents[:, start : start + len(self._new)]
-        self._last = self._new[-1], new[:, -1]
+        self.state = ChainState(position, self._new[-1], new[:, -1])
         return new

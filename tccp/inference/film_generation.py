@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections.abc
 import dataclasses
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -14,11 +14,10 @@ from pathlib import Path
 from tccp.errors import TccpError
 from tccp.inference.components import Components
 from tccp.inference.film import FilmInputs, FilmRequest, FilmResult, OnFrame, find_head, identity_of, with_sampling
+from tccp.inference.finishing import FilmFile
 from tccp.inference.frames import GeneratedFrame
 from tccp.inference.generation import Film, Generator, generate
-from tccp.inference.landmark_file import landmark_writer
-from tccp.inference.scene import num_shots, scene_frames
-from tccp.media import VideoWriter, mark_generated
+from tccp.inference.scene import scene_frames, shots
 from tccp.media.sandbox import Decoder
 from tccp.models.variants import TWO_STAGE
 from tccp.progress import ProgressHandler, Tasks, progress
@@ -50,7 +49,7 @@ def _film(
     )
     given = request.scene, inputs.scene, track, inputs.num_frames, request.extend
     again = None
-    if request.batch > 1 and num_shots(*given) > 1:
+    if request.batch > 1 and len(shots(*given)) > 1:
         again = scene_frames(*given, opened.enter_context(Decoder()))
     return opened.enter_context(closing(Film(generator, scene_frames(*given, inputs.decoder), again)))
 
@@ -81,54 +80,10 @@ def film_frames(
                     tasks.advance(task)
 
 
-class _FilmFile:
-    """The written film of a request, and what is counted for its result."""
-
-    def __init__(self, inputs: FilmInputs, on_frame: OnFrame | None = None):
-        """Nothing is written before the first frame."""
-        request = inputs.request
-        assert request.out is not None
-        self.request, self.inputs, self.out = request, inputs, request.out
-        self._on_frame = on_frame
-        self._started = time.monotonic()
-        self._open = ExitStack()
-        self._writing = False
-        self.num_frames, self._generated, self._reasons = 0, 0, Counter[str]()
-        self._film = VideoWriter(
-            request.out,
-            inputs.scene.width,
-            inputs.scene.height,
-            inputs.sound_decoder.film_sound(request.audio),
-            lossless=request.lossless,
-            exact_size=request.exact_size,
-            metadata=mark_generated(seed=str(request.seed), weights=Path(request.weights).absolute().name),
-        )
-
-    def write(self, frame: GeneratedFrame) -> None:
-        if not self._writing:  # by now, every input is checked; create the folder only then
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            self._open.enter_context(self._film)
-            self._save = self._open.enter_context(landmark_writer(self.request.save_landmarks))
-            self._writing = True
-        self._film.write(frame.picture)
-        self.num_frames += 1
-        self._save(frame)
-        if self._on_frame is not None:
-            self._on_frame(frame)
-        self._generated += frame.face is not None
-        self._reasons.update([frame.reason] if frame.reason else [])
-
-    def complete(self) -> FilmResult:
-        """Gives the film its name."""
-        self._open.close()
-        frames, warnings = self.inputs.num_frames, tuple(self.inputs.warnings)
-        seconds = round(time.monotonic() - self._started, 2)
-        passed_through = frames - self._generated
-        return FilmResult(self.out, frames, self._generated, passed_through, seconds, warnings, dict(self._reasons))
-
-    def discard(self, error: BaseException) -> None:
-        """Leaves nothing under the film's name."""
-        self._open.__exit__(type(error), error, error.__traceback__)
+def _film_file(inputs: FilmInputs, on_frame: OnFrame | None = None) -> FilmFile:
+    request = inputs.request
+    sound = inputs.sound_decoder.film_sound(request.audio)
+    return FilmFile(request, inputs.scene, sound, inputs.num_frames, inputs.warnings, on_frame)
 
 
 def write_film(
@@ -152,7 +107,7 @@ def write_film(
         if inputs is None:
             inputs = opened.enter_context(FilmInputs(request, loaded))
         tasks = opened.enter_context(progress(on_progress))
-        film = _FilmFile(inputs, on_frame)
+        film = _film_file(inputs, on_frame)
         with progress(on_progress) as loading:
             loading.add_task("loading the networks")
             components = load(request)
@@ -189,14 +144,14 @@ def write_films(
         if request.out is None or request.variants != requests[0].variants:
             raise ValueError("films that are made together need an out each, and the same networks")
     refused: deque[FilmOutcome] = deque()
-    files: dict[Film, tuple[_FilmFile, ExitStack, float]] = {}
+    files: dict[Film, tuple[FilmFile, ExitStack, float]] = {}
 
     def films(tasks: Tasks) -> Iterator[Film]:
         for request in requests:
             with ExitStack() as opening:
                 try:
                     inputs = opening.enter_context(FilmInputs(request, loaded=True))
-                    file = _FilmFile(inputs)
+                    file = _film_file(inputs)
                     film = _film(components, inputs, tasks, opening, request.save_landmarks is not None)
                 except TccpError as error:
                     refused.append(FilmOutcome(request, error=str(error)))
@@ -231,7 +186,7 @@ def write_films(
         yield from refused
 
 
-def _taken(film: Film, file: _FilmFile, event: GeneratedFrame | TccpError | None) -> FilmOutcome | None:
+def _taken(film: Film, file: FilmFile, event: GeneratedFrame | TccpError | None) -> FilmOutcome | None:
     """Writes a frame, or ends the film: then it returns what became of it."""
     try:
         if isinstance(event, TccpError):

@@ -12,74 +12,26 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float, Float32, UInt8
-from torch import Tensor
+from jaxtyping import UInt8
 
-from tccp import headbox
 from tccp.diffusion.chains import Chain, FrameInputs, run_round
 from tccp.errors import TccpError
 from tccp.inference.ahead import ahead
 from tccp.inference.components import Components
-from tccp.inference.conditioning import (
-    LandmarkReader,
-    identity_picture,
-    landmark_pictures,
-    lip_pictures,
-    masked_scenes,
-)
+from tccp.inference.conditioning import LandmarkReader
+from tccp.inference.film_networks import FilmNetworks
+from tccp.inference.film_windows import LandmarkSource, LandmarkWindow, SceneWindow, scene_window
+from tccp.inference.finishing import Head, finished_frame
 from tccp.inference.frames import GeneratedFrame, SceneFrame
 from tccp.inference.shot_reader import Shot, ShotReader
 from tccp.media import AudioTrack
-from tccp.media.mel import mel_windows
-from tccp.models.variants import VARIANTS, ControlKind, VariantName
-from tccp.seeds import rng_seed
 
 _READ_AHEAD_BYTES = 64 * 2**20  # of the inputs and heads of frames that are read before earlier ones are finished
 
 
-@runtime_checkable
-class LandmarkSource(Protocol):
-    """A source of given landmarks, such as `tccp.inference.landmark_file.LandmarkFile`."""
-
-    def read(self, frame: int) -> tuple[Float32[np.ndarray, "68 2"], float]:
-        """Points in 0..1 of the head box, and confidence. Called with frame numbers in ascending order."""
-
-
-@dataclass(frozen=True)
-class _SceneWindow:
-    """The inputs of the frames that a window adds to its chain. landmarks: where they are given."""
-
-    masked_scene: UInt8[np.ndarray, "f s s 3"]
-    mask_box: Float32[np.ndarray, "f 4"]
-    mel: Float32[np.ndarray, "f 80 16"]
-    lips: UInt8[np.ndarray, "f l l 3"] | None
-    landmarks: _LandmarkWindow | None
-
-
-@dataclass(frozen=True)
-class _LandmarkWindow:
-    """The landmarks of the frames of a `_SceneWindow`: stage 2 takes their pictures."""
-
-    pictures: UInt8[np.ndarray, "f s s 3"]
-    points: Float32[np.ndarray, "f 68 2"]
-    confidence: Float32[np.ndarray, " f"]
-
-
-@dataclass(frozen=True)
-class _Head:
-    """A generated head, and what `GeneratedFrame` tells of its inputs."""
-
-    face: UInt8[np.ndarray, "s s 3"]
-    masked_scene: UInt8[np.ndarray, "s s 3"]
-    landmark_picture: UInt8[np.ndarray, "s s 3"] | None
-    points: Float32[np.ndarray, "68 2"] | None
-    confidence: float | None
-
-
-class Generator:
+class Generator(FilmNetworks):
     """Generates one person's head for one sound. The same inputs and seed give the same frames."""
 
     def __init__(
@@ -97,27 +49,24 @@ class Generator:
         overlap: bool = True,
         traced: bool = False,
     ):
-        """identity: a head crop of any size. landmark_points: given landmarks, which replace stage 1.
+        """landmark_points: given landmarks, which replace stage 1. Others: as of `FilmNetworks`.
 
-        redraw: read landmarks from stage 1's pictures and draw them again for stage 2; None: as in the settings.
-        color_match: match the head's colours to the ring around the mask. read_landmarks: decode the landmark pictures
-        and read them, for the landmark fields of the frames. overlap: run stage 1 ahead of stage 2, in a thread; the
-        frames are the same without. traced: record networks that are evaluated often (`Components.stage`).
+        color_match: match the head's colours to the ring around the mask. read_landmarks: fill the landmark fields of
+        the frames. overlap: run stage 1 ahead of stage 2, in a thread; the frames are the same without.
         """
-        self.components = components
-        self.encoder = components.encoder
+        super().__init__(
+            components,
+            identity,
+            seed,
+            one_stage=one_stage,
+            redraw=redraw,
+            read_landmarks=read_landmarks,
+            traced=traced,
+        )
         self.audio = audio
-        self.seed = seed
-        self.one_stage = one_stage
         self.landmark_points = landmark_points
-        self.redraw = components.settings.sampling.redraw_landmarks if redraw is None else redraw
         self.color_match = color_match
-        self.read_landmarks = read_landmarks
         self.overlap = overlap
-        self.traced = traced
-        self.size_px = components.settings.picture_px
-        self.identity_picture = identity_picture(identity, self.size_px)
-        self.identity = self.encoder.tensor(self.identity_picture)
 
     def frames(
         self, scene: Iterable[SceneFrame], again: Iterable[SceneFrame] | None = None, batch: int = 1
@@ -134,60 +83,9 @@ class Generator:
                 if event is not None:
                     yield event
 
-    def scene_window(self, frames: list[SceneFrame]) -> _SceneWindow:
+    def scene_window(self, frames: list[SceneFrame]) -> SceneWindow:
         """The inputs of the frames that a window adds."""
-        boxes = np.stack([frame.box for frame in frames if frame.box is not None])
-        masked, mask_box = masked_scenes(np.stack([frame.picture for frame in frames]), boxes, self.size_px)
-        start, source, lips = frames[0].index, self.components.lips, None
-        if source is not None:
-            lips = lip_pictures(source, self.audio, start, len(frames), self.identity_picture)
-        given = self._given_landmarks(start, len(frames))
-        return _SceneWindow(masked, mask_box, mel_windows(self.audio, start, len(frames)), lips, given)
-
-    def chain(self, sequence: VariantName, first_frame: int) -> Chain:
-        """The chain of a stage for the shot that starts at this frame."""
-        seed = rng_seed(self.seed, "run", first_frame)
-        if not self.one_stage:
-            seed = rng_seed(seed, VARIANTS[sequence].generates)
-        return Chain(self.components.stage(sequence, self.traced), self.identity, seed)
-
-    @property
-    def face_variant(self) -> VariantName:
-        return "one_stage_sequence" if self.one_stage else "face_sequence"
-
-    def _given_landmarks(self, first: int, count: int) -> _LandmarkWindow | None:
-        if self.landmark_points is None:
-            return None
-        read = [self.landmark_points.read(number) for number in range(first, first + count)]
-        points = np.stack([points for points, _ in read])
-        confidence = np.array([confidence for _, confidence in read], np.float32)
-        return _LandmarkWindow(landmark_pictures(points, self.size_px), points, confidence)
-
-    def generated_landmarks(
-        self, latents: Float[Tensor, "f c h w"], reader: LandmarkReader
-    ) -> tuple[_LandmarkWindow | None, Float[Tensor, "f c h w"] | None]:
-        """Stage 1's landmarks as pictures and points, where somebody reads them, and as latents unless redrawn."""
-        if not (self.read_landmarks or self.redraw):
-            return None, latents
-        pictures = self.encoder.decode(latents, "landmark")
-        points, confidence = reader.read(pictures)
-        if self.redraw:
-            pictures = landmark_pictures(points, self.size_px)
-        return _LandmarkWindow(pictures, points, confidence), None if self.redraw else latents
-
-    def inputs(
-        self,
-        variant: VariantName,
-        window: _SceneWindow,
-        landmarks: _LandmarkWindow | None = None,
-        landmark_latents: Float[Tensor, "f c h w"] | None = None,
-    ) -> list[FrameInputs]:
-        """The inputs of a network, frame by frame. landmark_latents: those generated, instead of encoded pictures."""
-        fields = {"masked_scene": window.masked_scene, "mask_box": window.mask_box}
-        if landmarks is not None:
-            fields["landmark_pictures"] = landmarks.pictures
-        known: dict[ControlKind, Tensor] = {} if landmark_latents is None else {"landmark": landmark_latents}
-        return self.encoder.inputs(VARIANTS[variant], fields, window.mel, window.lips, known)
+        return scene_window(frames, self.audio, self.components.settings, self.landmark_points)
 
 
 @dataclass
@@ -215,10 +113,10 @@ class Film:
         self._reader = ShotReader(
             scene, settings.window, generator.scene_window, horizon=_READ_AHEAD_BYTES // frame_bytes
         )
-        self._chains: dict[Shot[_SceneWindow], _ShotChains] = {}
+        self._chains: dict[Shot[SceneWindow], _ShotChains] = {}
         self._again = None if again is None else iter(again)
         self._unpasted: deque[SceneFrame] = deque()
-        self._heads: dict[int, _Head] = {}
+        self._heads: dict[int, Head] = {}
 
     @property
     def offered(self) -> bool:
@@ -261,7 +159,7 @@ class Film:
     def add_heads(self, piece: _Piece, faces: UInt8[np.ndarray, "f s s 3"]) -> None:
         for i, face in enumerate(faces):
             landmarks = piece.landmarks
-            self._heads[piece.first + i] = _Head(
+            self._heads[piece.first + i] = Head(
                 face,
                 piece.window.masked_scene[i],
                 None if landmarks is None else landmarks.pictures[i],
@@ -277,15 +175,9 @@ class Film:
             if not self._unpasted:
                 return
             frame = self._unpasted[0]
-            if frame.box is None:
-                yield GeneratedFrame(frame.index, frame.picture, reason=frame.reason)
-            elif frame.index in self._heads:
-                head = self._heads.pop(frame.index)
-                match = self.generator.color_match
-                picture = headbox.paste(frame.picture, head.face, frame.box, color_match=match)
-                yield GeneratedFrame(index=frame.index, picture=picture, box=frame.box, **vars(head))
-            else:
+            if frame.box is not None and frame.index not in self._heads:
                 return
+            yield finished_frame(frame, self._heads.pop(frame.index, None), self.generator.color_match)
             self._unpasted.popleft()
 
 
@@ -296,8 +188,8 @@ class _Piece:
     film: Film
     chains: _ShotChains
     first: int
-    window: _SceneWindow
-    landmarks: _LandmarkWindow | None = None
+    window: SceneWindow
+    landmarks: LandmarkWindow | None = None
     inputs: list[FrameInputs] = field(default_factory=list)
 
 

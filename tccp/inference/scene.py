@@ -68,21 +68,26 @@ def _scene_pictures(path: Path, indices: Iterable[int], decoder: Decoder) -> Ite
 
 
 def scene_frames(
-    path: Path, info: MediaInfo, track: HeadTrack, num_frames: int, extend: Extend, decoder: Decoder
+    path: Path, info: MediaInfo, track: HeadTrack, num_frames: int, extend: Extend, decoder: Decoder, first: int = 0
 ) -> Iterator[SceneFrame]:
-    """The frames to generate, in order. `decoder` can do nothing else meanwhile."""
+    """The frames to generate, in order, from frame `first` on. `decoder` can do nothing else meanwhile."""
     indices = list(scene_indices(info.num_frames, num_frames, extend, path))
     starts = _shot_starts(indices, track)
-    for i, picture in enumerate(_scene_pictures(path, indices, decoder)):
+    for i, picture in enumerate(_scene_pictures(path, indices[first:], decoder), first):
         yield SceneFrame(i, picture, track.box(indices[i]), starts[i], track.reason(indices[i]))
 
 
-def num_shots(path: Path, info: MediaInfo, track: HeadTrack, num_frames: int, extend: Extend) -> int:
-    """The number of uninterrupted stretches of the film that show the person."""
+def shots(path: Path, info: MediaInfo, track: HeadTrack, num_frames: int, extend: Extend) -> list[range]:
+    """The uninterrupted stretches of the film that show the person: each becomes a chain of windows."""
     indices = list(scene_indices(info.num_frames, num_frames, extend, path))
-    present = [False, *(track.box(index) is not None for index in indices)]
-    starts = _shot_starts(indices, track)
-    return sum(now and (start or not before) for start, (before, now) in zip(starts, pairwise(present), strict=True))
+    present = [track.box(index) is not None for index in indices]
+    found: list[range] = []
+    for i, start in enumerate(_shot_starts(indices, track)):
+        if present[i] and (start or not present[i - 1]):
+            found.append(range(i, i + 1))
+        elif present[i]:
+            found[-1] = range(found[-1].start, i + 1)
+    return found
 
 
 def _shot_starts(indices: list[int], track: HeadTrack) -> list[bool]:
