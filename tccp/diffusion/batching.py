@@ -31,7 +31,8 @@ class Sampler:
     """
 
     def __init__(self, model: Network | Denoiser, schedule: NoiseSchedule, limit: int, continuous: bool = True):
-        """limit: of rows in an evaluation. A window with guidance takes two; it may run alone where these are more.
+        """limit: of rows in an evaluation; it may be changed. A window with guidance takes two, and may run alone where
+        these are more.
 
         continuous: without it, windows join only when none is running, so that they begin and finish together.
         Raises ValueError for a limit below 1.
@@ -44,6 +45,8 @@ class Sampler:
         self.continuous = continuous
         self._waiting: deque[SamplingJob] = deque()
         self._running: list[SamplingJob] = []
+        self.last: list[SamplingJob] = []
+        """The windows of the last evaluation."""
         self._lock = threading.Lock()
 
     def submit(self, state: WindowState, owner: object = None) -> SamplingJob:
@@ -89,7 +92,7 @@ class Sampler:
         with self._lock:
             self._drop_cancelled()
             self._join()
-            running = list(self._running)
+            running = self.last = list(self._running)
         states = advance(self.model, self.schedule, [job.state for job in running])
         with self._lock:
             for job, state in zip(running, states, strict=True):
@@ -109,6 +112,10 @@ class Sampler:
         rows: Counter[object] = Counter()
         for job in self._running:
             rows[job.owner] += job.state.num_rows
+        while rows.total() > self.limit and len(self._running) > 1:  # the limit was lowered
+            job = self._running.pop()
+            rows[job.owner] -= job.state.num_rows
+            self._waiting.appendleft(job)
         room = self.limit - rows.total()
         while self._waiting:
             # Owners are few, and so are waiting windows: a search through them costs nothing beside an evaluation.

@@ -160,8 +160,9 @@ class LandmarkReader:
     A frame whose picture shows no readable face gets the points of the frame before it, or NaN if no face was read yet.
     """
 
-    def __init__(self) -> None:
-        self._last = np.full((landmarks.NUM_POINTS, 2), np.nan, np.float32)
+    def __init__(self, last: Float32[np.ndarray, "68 2"] | None = None) -> None:
+        """last: the points of the frame before the first one, to go on with a chain."""
+        self.last = np.full((landmarks.NUM_POINTS, 2), np.nan, np.float32) if last is None else last
 
     def read(
         self, pictures: UInt8[np.ndarray, "f s s 3"]
@@ -171,6 +172,6 @@ class LandmarkReader:
         points = rounded(found)
         for index in range(len(points)):
             if np.isfinite(found[index]).all():
-                self._last = points[index]
-            points[index] = self._last
+                self.last = points[index].copy()
+            points[index] = self.last
         return points, confidence

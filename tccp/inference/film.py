@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,7 +38,7 @@ from tccp.inference.manifest import has_component, pipeline_files, read_manifest
 from tccp.inference.pipeline_source import is_remote
 from tccp.inference.scene import Extend, scene_indices
 from tccp.media import MediaError, MediaInfo
-from tccp.media.sandbox import Decoder
+from tccp.media.sandbox import Decoder, Limits
 from tccp.models.variants import TWO_STAGE, VariantName
 from tccp.progress import Tasks
 from tccp.roundtable import truth_path
@@ -150,10 +150,14 @@ class FilmInputs:
     Opening checks everything that can be checked without the networks; raises TccpError or MediaError.
     """
 
-    def __init__(self, request: FilmRequest, loaded: bool = False):
-        """loaded: the networks are loaded already, so that it does not matter where their weights are."""
+    def __init__(self, request: FilmRequest, loaded: bool = False, limits: Limits | None = None):
+        """loaded: the networks are loaded already, so that it does not matter where their weights are.
+
+        limits: for the decoding of the files.
+        """
         self.request = request
         self.loaded = loaded
+        self._limits = limits
         self.warnings: list[str] = []
         self._open = ExitStack()
 
@@ -161,9 +165,9 @@ class FilmInputs:
         request = self.request
         _check_options(request)
         with ExitStack() as opened:
-            self.decoder = opened.enter_context(Decoder())
+            self.decoder = opened.enter_context(Decoder(self._limits))
             self._check(request, opened)
-            self.sound_decoder = opened.enter_context(Decoder())
+            self.sound_decoder = opened.enter_context(Decoder(self._limits))
             if request.out is not None:
                 self.sound_decoder.start()  # while torch is imported
             self._open = opened.pop_all()
@@ -304,10 +308,17 @@ def request_inputs(request: FilmRequest) -> dict[str, Path | list[Path] | None]:
     }
 
 
+SAMPLING_OPTIONS = ("solver", "steps", "time_power", "guidance_scale", "guidance_interval", "temperature")
+"""Fields of `FilmRequest` that change the pipeline's settings."""
+
+
 def with_sampling(settings: Settings, request: FilmRequest) -> Settings:
     """The pipeline's settings with the sampling options of the request, which also override those of variants."""
-    names = ("solver", "steps", "time_power", "guidance_scale", "guidance_interval", "temperature")
-    given = {name: getattr(request, name) for name in names}
+    return with_sampling_options(settings, {name: getattr(request, name) for name in SAMPLING_OPTIONS})
+
+
+def with_sampling_options(settings: Settings, given: Mapping[str, Any]) -> Settings:
+    """As `with_sampling`, for options by name. None: as in the settings."""
     changes = {f"sampling.{name}": value for name, value in given.items() if value is not None}
     settings = override(settings, changes)
     for variant, own in settings.variant_overrides.items():

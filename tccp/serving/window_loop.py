@@ -1,0 +1,366 @@
+"""A stage of the server: windows of many films share evaluations of its networks.
+
+One thread does all arithmetic of a stage. Windows join it at any step and leave when they are done. Before every
+evaluation it asks which of its jobs still hold, and drops the windows of the others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import threading
+import time
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tccp.diffusion.batching import Sampler, SamplingJob
+from tccp.diffusion.chains import Chain, ChainState, FrameInputs
+from tccp.errors import TccpError
+from tccp.inference.components import Components
+from tccp.inference.conditioning import LandmarkReader
+from tccp.inference.film import with_sampling_options
+from tccp.inference.film_networks import FilmNetworks
+from tccp.inference.film_windows import LandmarkWindow
+from tccp.models.variants import VARIANTS, VariantName
+from tccp.serving.work import ChainPoint, FacesDone, FilmKey, JobLost, LandmarksDone, StageKind, Task
+
+logger = logging.getLogger(__name__)
+
+Done = LandmarksDone | FacesDone
+_MOST_FILMS = 64  # of which identity and settings are kept
+_COUNTED_JOBS = 1024
+
+
+@dataclass(eq=False)
+class _Window:
+    task: Task
+    done: Future[Done]
+    networks: FilmNetworks | None = None
+    chain: Chain | None = None
+    reader: LandmarkReader = field(default_factory=LandmarkReader)
+    job: SamplingJob | None = None
+    started: float = field(default_factory=time.monotonic)
+
+
+@dataclass
+class LoopCounts:
+    """What a loop has done. evaluations: per job, each evaluation counted once for every job that is in it."""
+
+    windows: int = 0
+    evaluations: int = 0
+    rows: int = 0
+    busy_s: float = 0.0
+    evaluations_of: Counter[str] = field(default_factory=Counter)
+    by_size: Counter[int] = field(default_factory=Counter)
+
+
+class WindowLoop:
+    """The thread of a stage. `submit` may be called from any thread."""
+
+    def __init__(
+        self,
+        kind: StageKind,
+        load: Callable[[str], Components],
+        still_held: Callable[[Mapping[str, int]], set[str]],
+        limit: int = 8,
+        continuous: bool = True,
+        most_models: int = 2,
+    ):
+        """load: loads the components of a version of weights; called in the thread, once for each version.
+
+        still_held: of jobs with their fences, those that may go on. limit: rows in one evaluation. continuous: windows
+        join at any step; without it, only when no window is running. most_models: versions of weights kept in memory.
+        """
+        self.kind = kind
+        self.limit = limit
+        self.counts = LoopCounts()
+        self._load, self._still_held = load, still_held
+        self._continuous, self._most_models = continuous, most_models
+        self._models: OrderedDict[str, Components] = OrderedDict()
+        self._films: OrderedDict[tuple[str, int, str], FilmNetworks] = OrderedDict()
+        self._samplers: dict[int, Sampler] = {}
+        self._running: dict[SamplingJob, _Window] = {}
+        self._new: deque[_Window | _Preload] = deque()
+        self._wake = threading.Condition()
+        self._closed = False
+        self._beat = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name=f"{kind} stage", daemon=True)
+        self._thread.start()
+
+    def submit(self, task: Task) -> Future[Done]:
+        """Queues a window. The future raises `JobLost` if its job does not hold any more.
+
+        Cancelling the future drops the window: no further evaluation contains it.
+        """
+        window = _Window(task, Future())
+        with self._wake:
+            if self._closed:
+                raise RuntimeError("the stage is closed")
+            self._new.append(window)
+            self._wake.notify()
+        return window.done
+
+    def preload(self, version: str) -> Future[None]:
+        """Loads a version of weights ahead of its first window."""
+        done: Future[None] = Future()
+        with self._wake:
+            self._new.append(_Preload(version, done))
+            self._wake.notify()
+        return done
+
+    @property
+    def stuck_s(self) -> float:
+        """How long the thread has been in the step that it is in; 0 if it waits for work."""
+        with self._wake:
+            idle = not self._new and not self._running
+        return 0.0 if idle else time.monotonic() - self._beat
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    @property
+    def load(self) -> int:
+        """Windows that wait or run."""
+        with self._wake:
+            return len(self._new) + len(self._running)
+
+    def close(self) -> None:
+        """Drops all windows and ends the thread."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                while not self._new and not self._running and not self._closed:
+                    self._wake.wait()
+                new, self._new = list(self._new), deque()
+                closed = self._closed
+            self._beat = time.monotonic()
+            if closed:
+                for window in [*new, *self._running.values()]:
+                    _fail(window.done, JobLost("the stage is closed"))
+                return
+            for item in new:
+                if isinstance(item, _Preload):
+                    self._preload(item)
+                else:
+                    self._begin(item)
+            for sampler in list(self._samplers.values()):
+                if sampler.busy:
+                    self._step(sampler)
+            self._samplers = {key: sampler for key, sampler in self._samplers.items() if sampler.busy}
+            self.counts.busy_s += time.monotonic() - self._beat
+
+    # One window
+
+    def _begin(self, window: _Window) -> None:
+        """Encodes the inputs of a window and queues it for its network."""
+        if window.done.cancelled():
+            return
+        try:
+            task = window.task
+            if not self._still_held({task.film.job_id: task.film.fence}):
+                raise JobLost(f"{task.film.job_id} is not to go on")
+            networks = self._film(task.film)
+            variant = self._variant(networks)
+            state = None if task.point is None else _state(task.point, networks)
+            chain = networks.chain(variant, task.shot, state)
+            landmarks, latents = self._landmarks(task, networks)
+            started = chain.window(networks.inputs(variant, task.window, landmarks, latents))
+            sampler = self._samplers.get(id(started.model))
+            if sampler is None:
+                sampler = Sampler(started.model, started.schedule, self.limit, self._continuous)
+                self._samplers[id(started.model)] = sampler
+            window.networks, window.chain = networks, chain
+            if task.point is not None and task.point.points is not None:
+                window.reader = LandmarkReader(task.point.points)
+            window.job = sampler.submit(started.state, task.film.job_id)
+            self._running[window.job] = window
+        except Exception as error:
+            _fail(window.done, error)
+
+    def _preload(self, item: _Preload) -> None:
+        try:
+            self._components(item.version)
+        except Exception as error:
+            _fail(item.done, error)
+        else:
+            with contextlib.suppress(InvalidStateError):
+                item.done.set_result(None)
+
+    def _landmarks(self, task: Task, networks: FilmNetworks) -> tuple[LandmarkWindow | None, Tensor | None]:
+        """What stage 2 is given of stage 1, or of a landmark file."""
+        if self.kind == "landmark":
+            return None, None
+        if task.landmarks is None:
+            return task.window.landmarks, None
+        latents = task.landmarks.latents
+        device = networks.components.device
+        return task.landmarks.landmarks, None if latents is None else torch.from_numpy(latents).to(device)
+
+    def _variant(self, networks: FilmNetworks) -> VariantName:
+        return "landmark_sequence" if self.kind == "landmark" else networks.face_variant
+
+    def _step(self, sampler: Sampler) -> None:
+        """One evaluation, without windows that are not to go on."""
+        own = [window for job, window in self._running.items() if job.owner in sampler.owners]
+        try:
+            held = self._still_held({window.task.film.job_id: window.task.film.fence for window in own})
+        except Exception as error:  # the store: without its word nothing goes on
+            for window in own:
+                self._drop(sampler, window, error)
+            return
+        for window in own:
+            if window.done.cancelled() or window.task.film.job_id not in held:
+                self._drop(sampler, window, JobLost(f"{window.task.film.job_id} is not to go on"))
+        if not sampler.busy:
+            return
+        try:
+            finished = sampler.step()
+        except torch.OutOfMemoryError as error:
+            if sampler.limit > 1:
+                self.limit = sampler.limit = max(1, len(sampler.last) // 2)
+                logger.warning("out of memory: from now on at most %d rows in one evaluation", self.limit)
+                return
+            self._fail_all(sampler, error)
+            return
+        except Exception as error:
+            self._fail_all(sampler, error)
+            return
+        self._count(sampler)
+        for job in finished:
+            self._finish(self._running.pop(job))
+
+    def _count(self, sampler: Sampler) -> None:
+        counts = self.counts
+        counts.evaluations += 1
+        rows = sum(job.state.num_rows for job in sampler.last)
+        counts.rows += rows
+        counts.by_size[rows] += 1
+        counts.evaluations_of.update({str(job.owner) for job in sampler.last})
+        if len(counts.evaluations_of) > _COUNTED_JOBS:
+            counts.evaluations_of = Counter(dict(list(counts.evaluations_of.items())[-_COUNTED_JOBS // 2 :]))
+
+    def _fail_all(self, sampler: Sampler, error: Exception) -> None:
+        for window in [window for job, window in self._running.items() if job.owner in sampler.owners]:
+            self._drop(sampler, window, error)
+
+    def _drop(self, sampler: Sampler, window: _Window, error: Exception) -> None:
+        assert window.job is not None
+        sampler.cancel(window.job)
+        del self._running[window.job]
+        _fail(window.done, error)
+
+    def _finish(self, window: _Window) -> None:
+        """Decodes a finished window."""
+        assert window.job is not None and window.chain is not None and window.networks is not None
+        try:
+            new = window.chain.finish(window.job.state.latents).transpose(0, 1)
+            assert window.chain.state is not None
+            if self.kind == "landmark":
+                landmarks, latents = window.networks.generated_landmarks(new, window.reader)
+                point = _point(window.chain.state, window.reader)
+                done: Done = LandmarksDone(point, None if latents is None else _numpy(latents), landmarks)
+            else:
+                faces = window.networks.encoder.decode(new, "face")
+                done = FacesDone(_point(window.chain.state), faces)
+            self.counts.windows += 1
+        except Exception as error:
+            _fail(window.done, error)
+        else:
+            with contextlib.suppress(InvalidStateError):  # it was cancelled
+                window.done.set_result(done)
+
+    # Models
+
+    def _components(self, version: str) -> Components:
+        if version not in self._models:
+            in_use = {window.task.film.weights for window in self._running.values()}
+            for old in [one for one in self._models if one not in in_use][: len(self._models) + 1 - self._most_models]:
+                del self._models[old]
+                self._films = OrderedDict((key, film) for key, film in self._films.items() if key[2] != old)
+            self._models[version] = self._load(version)
+        self._models.move_to_end(version)
+        return self._models[version]
+
+    def _film(self, key: FilmKey) -> FilmNetworks:
+        """The networks with a film's settings. They are kept for its next windows."""
+        name = (key.job_id, key.fence, key.weights)
+        if name not in self._films:
+            components = self._components(key.weights)
+            if key.sampling:
+                settings = with_sampling_options(components.settings, key.sampling)
+                components = dataclasses.replace(components, settings=settings)
+            self._films[name] = FilmNetworks(
+                components,
+                key.identity,
+                key.seed,
+                one_stage=key.one_stage,
+                redraw=key.redraw,
+                read_landmarks=key.read_landmarks,
+                traced=True,
+            )
+            while len(self._films) > _MOST_FILMS:
+                self._films.popitem(last=False)
+        self._films.move_to_end(name)
+        return self._films[name]
+
+
+@dataclass(eq=False)
+class _Preload:
+    version: str
+    done: Future[None]
+
+
+def stage_variants(kind: StageKind) -> tuple[VariantName, ...]:
+    """The networks of a stage: what it generates, in two stages."""
+    return tuple(
+        name
+        for name in ("landmark_first", "landmark_sequence", "face_first", "face_sequence")
+        if VARIANTS[name].generates == kind
+    )
+
+
+def _fail(future: Future[Any], error: Exception) -> None:
+    with contextlib.suppress(InvalidStateError):  # it was cancelled
+        future.set_exception(error)
+
+
+def _numpy(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().float().cpu().numpy()
+
+
+def _point(state: ChainState, reader: LandmarkReader | None = None) -> ChainPoint:
+    inputs = state.inputs
+    return ChainPoint(
+        state.position,
+        _numpy(inputs.control),
+        _numpy(state.latents),
+        None if inputs.audio is None else _numpy(inputs.audio),
+        None if inputs.lips is None else _numpy(inputs.lips),
+        None if reader is None else reader.last,
+    )
+
+
+def _state(point: ChainPoint, networks: FilmNetworks) -> ChainState:
+    device = networks.components.device
+
+    def tensor(array: np.ndarray | None) -> Tensor | None:
+        return None if array is None else torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+    control, latents = tensor(point.control), tensor(point.latents)
+    if control is None or latents is None:
+        raise TccpError("a chain cannot go on without the inputs of its last frame")
+    return ChainState(point.position, FrameInputs(control, tensor(point.audio), tensor(point.lips)), latents)
