@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -38,7 +38,7 @@ from tccp.inference.manifest import has_component, pipeline_files, read_manifest
 from tccp.inference.pipeline_source import is_remote
 from tccp.inference.scene import Extend, scene_indices
 from tccp.media import MediaError, MediaInfo
-from tccp.media.sandbox import Decoder, Limits
+from tccp.media.sandbox import Decoder
 from tccp.models.variants import TWO_STAGE, VariantName
 from tccp.progress import Tasks
 from tccp.roundtable import truth_path
@@ -150,14 +150,16 @@ class FilmInputs:
     Opening checks everything that can be checked without the networks; raises TccpError or MediaError.
     """
 
-    def __init__(self, request: FilmRequest, loaded: bool = False, limits: Limits | None = None):
-        """loaded: the networks are loaded already, so that it does not matter where their weights are.
-
-        limits: for the decoding of the files.
-        """
+    def __init__(
+        self,
+        request: FilmRequest,
+        loaded: bool = False,
+        open_decoder: Callable[[], AbstractContextManager[Decoder]] = Decoder,
+    ):
+        """loaded: the networks are loaded already, so that it does not matter where their weights are."""
         self.request = request
         self.loaded = loaded
-        self._limits = limits
+        self._open_decoder = open_decoder
         self.warnings: list[str] = []
         self._open = ExitStack()
 
@@ -165,9 +167,9 @@ class FilmInputs:
         request = self.request
         _check_options(request)
         with ExitStack() as opened:
-            self.decoder = opened.enter_context(Decoder(self._limits))
+            self.decoder = opened.enter_context(self._open_decoder())
             self._check(request, opened)
-            self.sound_decoder = opened.enter_context(Decoder(self._limits))
+            self.sound_decoder = opened.enter_context(self._open_decoder())
             if request.out is not None:
                 self.sound_decoder.start()  # while torch is imported
             self._open = opened.pop_all()

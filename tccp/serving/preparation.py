@@ -27,8 +27,9 @@ from tccp.inference.manifest import read_settings
 from tccp.inference.pipeline_source import pipeline_folder
 from tccp.inference.scene import scene_frames, shots
 from tccp.media import MediaInfo
-from tccp.media.sandbox import Decoder, Limits, SoundFile
+from tccp.media.sandbox import Limits, SoundFile
 from tccp.progress import ProgressEvent, progress
+from tccp.serving.decoders import Decoders
 from tccp.serving.job_folder import JobFolder, Plan, PlanCache, Shot
 from tccp.serving.publishing import PreparedWindow, preview_scene
 from tccp.serving.spec import Role, VideoSpec
@@ -46,7 +47,8 @@ class Preparation:
     """storage: of the server. limits: for the sandbox. detector_weights: file or folder of the face detector's."""
 
     def __init__(self, storage: Folder, limits: Limits | None = None, detector_weights: Path | None = None):
-        self._storage, self._limits, self._detector_weights = storage, limits, detector_weights
+        self._storage, self._detector_weights = storage, detector_weights
+        self._decoders = Decoders(limits)
         self._open: OrderedDict[str, _OpenFilm] = OrderedDict()
         self._plans = PlanCache()
         self._lock = threading.Lock()
@@ -56,6 +58,7 @@ class Preparation:
             films, self._open = list(self._open.values()), OrderedDict()
         for film in films:
             film.close()
+        self._decoders.close()
 
     def analyse(
         self,
@@ -86,7 +89,7 @@ class Preparation:
         with folder.local_inputs(roles) as files:
             request = spec.film_request(files, "", self._detector_weights)
             settings = with_sampling(self._settings(weights), request)
-            with FilmInputs(request, loaded=True, limits=self._limits) as inputs, progress(on_event) as tasks:
+            with FilmInputs(request, True, self._decoders.borrowed) as inputs, progress(on_event) as tasks:
                 seconds = inputs.num_frames / 25
                 if seconds > max_film_s:
                     raise TccpError(f"the sound lasts {seconds:.1f} s: give at most {max_film_s:g} s")
@@ -136,7 +139,7 @@ class Preparation:
             film = self._open.get(job_id)
             if film is None:
                 folder = JobFolder(self._storage, job_id)
-                film = self._open[job_id] = _OpenFilm(folder, self._plans.of(folder), spec, roles, self._limits)
+                film = self._open[job_id] = _OpenFilm(folder, self._plans.of(folder), spec, roles, self._decoders)
                 while len(self._open) > _MOST_OPEN:
                     closed.append(self._open.popitem(last=False)[1])
             self._open.move_to_end(job_id)
@@ -148,17 +151,17 @@ class Preparation:
 class _OpenFilm:
     """The scene and the sound of a job. Its windows are read in any order, fastest in the order of the film."""
 
-    def __init__(self, folder: JobFolder, plan: Plan, spec: VideoSpec, roles: list[Role], limits: Limits | None):
+    def __init__(self, folder: JobFolder, plan: Plan, spec: VideoSpec, roles: list[Role], decoders: Decoders):
         self.lock = threading.Lock()
-        self._plan, self._spec, self._limits = plan, spec, limits
+        self._plan, self._spec, self._decoders = plan, spec, decoders
         self._opened = ExitStack()
         with ExitStack() as opening:
             self._files = opening.enter_context(folder.local_inputs(roles))
-            decoder = opening.enter_context(Decoder(limits))
-            self._scene: MediaInfo = decoder.probe(self._files["scene"])
-            self._sound: SoundFile = opening.enter_context(decoder.sound(self._files["audio"]))
+            with decoders.borrowed() as decoder:
+                self._scene: MediaInfo = decoder.probe(self._files["scene"])
+                self._sound: SoundFile = opening.enter_context(decoder.sound(self._files["audio"]))
             self._opened = opening.pop_all()
-        # By the number of the next frame. The first one goes on with the decoder that is open already.
+        # By the number of the next frame.
         self._readers: OrderedDict[int, tuple[ExitStack, Iterator[SceneFrame]]] = OrderedDict()
 
     def close(self) -> None:
@@ -184,7 +187,7 @@ class _OpenFilm:
 
     def _reader(self, first: int) -> tuple[ExitStack, Iterator[SceneFrame]]:
         with ExitStack() as opening:
-            decoder = opening.enter_context(Decoder(self._limits))
+            decoder = opening.enter_context(self._decoders.borrowed())
             plan, scene = self._plan, self._files["scene"]
             extend = self._spec.extend
             frames = scene_frames(scene, self._scene, plan.track, plan.num_frames, extend, decoder, first)

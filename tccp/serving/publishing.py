@@ -24,7 +24,8 @@ from tccp.inference.film_windows import SceneWindow
 from tccp.inference.finishing import FilmFile, Head, finished_frame
 from tccp.inference.frames import SceneFrame
 from tccp.inference.scene import scene_frames
-from tccp.media.sandbox import Decoder, Limits
+from tccp.media.sandbox import Limits
+from tccp.serving.decoders import Decoders
 from tccp.serving.job_folder import JobFolder, Plan
 from tccp.serving.spec import Role, VideoSpec
 from tccp.serving.work import KeptWindow
@@ -76,7 +77,11 @@ class Publishing:
     """Makes the films of jobs whose windows are all kept."""
 
     def __init__(self, storage: Folder, limits: Limits | None = None):
-        self._storage, self._limits = storage, limits
+        self._storage = storage
+        self._decoders = Decoders(limits)
+
+    def close(self) -> None:
+        self._decoders.close()
 
     def finish(
         self,
@@ -101,7 +106,7 @@ class Publishing:
             landmarks = made / LANDMARKS if spec.save_landmarks and not spec.one_stage else None
             request = spec.film_request(files, model, None, out=made / FILM)
             request = dataclasses.replace(request, save_landmarks=landmarks)
-            with Decoder(self._limits) as decoder, Decoder(self._limits) as sound_decoder:
+            with self._decoders.borrowed() as decoder, self._decoders.borrowed() as sound_decoder:
                 scene = decoder.probe(request.scene)
                 sound = sound_decoder.film_sound(request.audio)
                 film = FilmFile(request, scene, sound, plan.num_frames, plan.warnings)

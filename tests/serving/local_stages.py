@@ -42,6 +42,7 @@ class LocalStages:
         for loop in self.loops.values():
             loop.close()
         self.preparation.close()
+        self.publishing.close()
 
     async def analyse(self, order: WorkOrder) -> AsyncIterator[tuple[str, float]]:
         given = (order.job_id, order.spec, list(order.roles), order.weights, 60.0)
