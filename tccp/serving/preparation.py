@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
+from tccp import faces, headbox
 from tccp.config import Settings
 from tccp.errors import TccpError
 from tccp.files import Folder
@@ -26,16 +27,17 @@ from tccp.inference.landmark_file import LandmarkFile
 from tccp.inference.manifest import read_settings
 from tccp.inference.pipeline_source import pipeline_folder
 from tccp.inference.scene import scene_frames, shots
-from tccp.media import MediaInfo
+from tccp.media import MediaError, MediaInfo
 from tccp.media.sandbox import Limits, SoundFile
 from tccp.progress import ProgressEvent, progress
 from tccp.serving.decoders import Decoders
 from tccp.serving.job_folder import JobFolder, Plan, PlanCache, Shot
-from tccp.serving.publishing import PreparedWindow, preview_scene
+from tccp.serving.publishing import PreparedWindow, jpeg_of, preview_scene
 from tccp.serving.spec import Role, VideoSpec
 from tccp.serving.weight_versions import place
 
 _MOST_OPEN = 8  # films
+_LOOKED_AT = 5  # frames of a film in which heads are looked for
 _MOST_READERS = 4  # of one film, for shots that are generated at once
 
 
@@ -123,6 +125,31 @@ class Preparation:
         with film.lock:
             return film.window(self._settings(weights), first, num_frames)
 
+    def heads(self, name: str) -> tuple[int, int, bytes, list[list[float]]]:
+        """Width and height of a film in the storage, a frame of it as JPEG, and the boxes of the heads in that frame.
+
+        The frame is the one of a few with most heads. Raises MediaError, and TccpError if there is no detector.
+        """
+        with self._storage.local_file(name) as path, self._decoders.borrowed() as decoder:
+            info = decoder.probe(path)
+            if not info.has_video:
+                raise MediaError(path, "no_video", "the file has no pictures; scene needs a film with a video track")
+            count = min(_LOOKED_AT, info.num_frames)
+            pictures = [
+                picture for _, picture in decoder.frames_at(path, [k * info.num_frames // count for k in range(count)])
+            ]
+        found: list[list[float]] = []
+        shown = pictures[0]
+        backend = faces.open_backend("mediapipe", self._detector_weights)
+        try:
+            for picture in pictures:
+                boxes = [_head_box(face) for face in backend.detect(picture)]
+                if len(boxes) > len(found):
+                    found, shown = boxes, picture
+        finally:
+            backend.close()
+        return info.width, info.height, jpeg_of(shown), found
+
     def forget(self, job_id: str) -> None:
         """Closes a job's films."""
         with self._lock:
@@ -193,6 +220,12 @@ class _OpenFilm:
             frames = scene_frames(scene, self._scene, plan.track, plan.num_frames, extend, decoder, first)
             opening.enter_context(closing(frames))  # type: ignore[type-var]
             return opening.pop_all(), frames
+
+
+def _head_box(face: faces.Face) -> list[float]:
+    if face.landmarks_px is not None:
+        return [float(edge) for edge in headbox.head_boxes(face.landmarks_px[None])[0]]
+    return [float(edge) for edge in faces.head_boxes_from_faces([face])[0]]
 
 
 class _Points:

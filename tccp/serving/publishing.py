@@ -58,7 +58,7 @@ def preview_scene(frame: SceneFrame) -> PreviewScene:
     scale = min(1.0, _PREVIEW_PX / max(height, width))
     small = cv2.resize(frame.picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
     assert frame.box is not None
-    return PreviewScene(frame.index, _jpeg(small), (frame.box * scale).astype(np.float32))
+    return PreviewScene(frame.index, jpeg_of(small), (frame.box * scale).astype(np.float32))
 
 
 def preview(scene: PreviewScene, face: UInt8[np.ndarray, "s s 3"], color_match: bool) -> bytes:
@@ -66,10 +66,11 @@ def preview(scene: PreviewScene, face: UInt8[np.ndarray, "s s 3"], color_match: 
     decoded = cv2.imdecode(np.frombuffer(scene.jpeg, np.uint8), cv2.IMREAD_COLOR)
     assert decoded is not None  # `preview_scene` has made it
     picture = np.asarray(cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB), np.uint8)
-    return _jpeg(headbox.paste(picture, face, scene.box, color_match=color_match))
+    return jpeg_of(headbox.paste(picture, face, scene.box, color_match=color_match))
 
 
-def _jpeg(picture: UInt8[np.ndarray, "h w 3"]) -> bytes:
+def jpeg_of(picture: UInt8[np.ndarray, "h w 3"]) -> bytes:
+    """The JPEG of an RGB picture."""
     return bytes(cv2.imencode(".jpg", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), _JPEG)[1])
 
 
