@@ -292,11 +292,12 @@ class ServeStages:
 class ConductorReplica(_Part):
     """Leads jobs through the stages, and removes what nobody needs any more."""
 
-    async def __init__(self, settings: ServerSettings, handles: dict[str, DeploymentHandle]) -> None:
-        _Part.__init__(self, settings)
+    def __init__(self, settings: ServerSettings, handles: dict[str, DeploymentHandle]):
+        super().__init__(settings)
         rules = Rules(settings.slots, settings.chains, settings.lease_s, settings.most_failures)
         self._conductor = Conductor(self.store, self.storage, ServeStages(handles), rules)
-        self._tasks = [asyncio.create_task(self._conductor.run()), asyncio.create_task(self._clean())]
+        loop = asyncio.get_running_loop()  # Serve makes replicas in the loop in which their methods run
+        self._tasks = [loop.create_task(self._conductor.run()), loop.create_task(self._clean())]
 
     async def __del__(self) -> None:
         for task in self._tasks:

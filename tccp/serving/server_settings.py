@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tccp.config import storage_root
 from tccp.errors import TccpError
@@ -59,6 +60,18 @@ class ServerSettings(BaseModel):
     max_bytes_per_owner: int = Field(default=8 << 30, ge=1)
     webhooks: bool = False
     webhook_secret: str | None = None
+
+    @classmethod
+    def given(cls, values: Mapping[str, object]) -> ServerSettings:
+        """Settings from names and values, which may be text. Raises TccpError that names what is wrong."""
+        try:
+            return cls.model_validate(values, strict=False)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(map(str, first["loc"]))
+            if first["type"] == "extra_forbidden":
+                raise TccpError(f"unknown setting {name}: choose one of {', '.join(cls.model_fields)}") from None
+            raise TccpError(f"setting {name} {first['input']!r}: {first['msg']}") from None
 
     @property
     def store_url(self) -> str:
