@@ -82,7 +82,7 @@ def submit(environment: dict[str, str], arguments: list[str], log: Path) -> subp
     return trainings.start([*job, *relative], log, **environment)
 
 
-def test_jobs_submitted_to_a_cluster_train_a_pipeline_through_the_loss_of_their_driver(
+def test_jobs_submitted_to_a_cluster_train_a_pipeline_through_the_loss_of_their_driver_and_a_worker(
     data: tuple[Path, Path],
     head: dict[str, str],
     film: Path,
@@ -99,7 +99,10 @@ def test_jobs_submitted_to_a_cluster_train_a_pipeline_through_the_loss_of_their_
     driver.kill()
     assert trainings.ended(job) not in (0, None), log.read_text()
     assert 4 <= committed(first) < JOB_STEPS
-    assert trainings.ended(submit(head, [*stage1, "--resume"], log)) == 0, log.read_text()
+    resumed = submit(head, [*stage1, "--resume"], log)
+    assert trainings.wait_for(first, 8, resumed), log.read_text()
+    trainings.kill_rank(os.getpid(), random.Random(0))
+    assert trainings.ended(resumed) == 0, log.read_text()
     plain = trainings.plain_trace("landmark_first", clips, untrained, tmp_path / "plain", JOB_STEPS)
     assert_same_trace(trace(first), plain)
     for run in (first, run_folder(storage, "landmark_sequence")):
@@ -164,6 +167,7 @@ def is_driver(process: psutil.Process, storage: Path) -> bool:
     return False
 
 
+@pytest.mark.soak
 def test_a_training_survives_its_workers_and_machines(data: tuple[Path, Path], tmp_path: Path) -> None:
     from ray.cluster_utils import Cluster
 
