@@ -23,12 +23,14 @@ if TYPE_CHECKING:
     from tccp.inference.frames import GeneratedFrame
     from tccp.inference.pipeline import Pipeline, generate_film, generate_films
     from tccp.progress import ProgressEvent
+    from tccp.serving.client import Client
 
 __version__ = "0.1.0"
 
 wait_passively()
 
 _HOME = {
+    "Client": "tccp.serving.client",
     "FilmOutcome": "tccp.inference.film_generation",
     "FilmRequest": "tccp.inference.film",
     "FilmResult": "tccp.inference.film",
@@ -42,6 +44,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Client",
     "FilmOutcome",
     "FilmRequest",
     "FilmResult",

@@ -14,6 +14,7 @@ from tccp.cli.footage import inspect, preprocess, synth, weights
 from tccp.cli.generating import demo, doctor, films, generate
 from tccp.cli.networks import describe, evaluate, export, train
 from tccp.cli.options import deferred, note
+from tccp.cli.serving import cancel, fetch, serve, submit, watch
 from tccp.errors import StorageError, TccpError
 from tccp.files import is_storage_failure
 
@@ -26,6 +27,11 @@ VERBS: dict[str, Callable[..., None]] = {
     "export": export,
     "generate": generate,
     "films": films,
+    "serve": serve,
+    "submit": submit,
+    "watch": watch,
+    "fetch": fetch,
+    "cancel": cancel,
     "evaluate": evaluate,
     "describe": describe,
     "doctor": doctor,
