@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from tccp.cli.options import Device, Json, Storage, check_device, device_of, emit, importing, note
 from tccp.config import storage_root
-from tccp.files import check_writable_folder
+from tccp.errors import TccpError
+from tccp.files import Folder, check_writable_folder
 from tccp.progress import progress
+
+if TYPE_CHECKING:
+    from tccp.inference.film import FilmRequest
+    from tccp.inference.film_generation import FilmOutcome
 
 
 def generate(
@@ -140,7 +146,7 @@ def generate(
 
 def films(
     listed: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="LIST.csv")],
-    out: Path,
+    out: str,
     weights: str = "toy",
     detector: Literal["mediapipe", "fan", "lbp"] = "mediapipe",
     detector_weights: Path | None = None,
@@ -148,6 +154,8 @@ def films(
     batch: int = 4,
     overlap: bool = True,
     restart: bool = False,
+    ray: bool = False,
+    workers: int | None = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
@@ -166,17 +174,25 @@ def films(
         batch: the most windows of different films and shots that are generated at once.
         overlap: run stage 1 ahead of stage 2, in a thread. The films are the same without.
         restart: also make the films again that are finished.
+        ray: make them on the Ray cluster of RAY_ADDRESS, else on a new Ray of this machine.
+        workers: with --ray, processes that generate (default: one for each GPU, or for each two CPUs).
     """
-    check_device(device)
+    if not ray:
+        check_device(device)
     with importing():
         from tccp.inference.film import check_batch
         from tccp.inference.film_list import FilmRecord, read_film_list
 
     check_batch(batch)
-    check_writable_folder("--out", out)
+    if workers is not None and (not ray or workers < 1):
+        raise TccpError(f"--workers {workers}: give at least 1, together with --ray")
+    folder = Folder(out).local
+    if folder is None:
+        raise TccpError(f"--out {out} is not a folder of this machine: films are written to a folder")
+    check_writable_folder("--out", folder)
     requests = read_film_list(
         listed,
-        out,
+        folder,
         weights=weights,
         detector=detector,
         detector_weights=detector_weights,
@@ -184,16 +200,12 @@ def films(
         batch=batch,
         overlap=overlap,
     )
-    record = FilmRecord(out)
+    record = FilmRecord(folder)
     due = [request for request in requests if restart or not record.made(request)]
     failed: list[str] = []
     if due:
-        with progress() as bar:
-            bar.add_task("loading torch")  # after the checks, because it takes seconds
-            with importing():
-                from tccp.inference.pipeline import Pipeline, generate_films
-            pipeline = Pipeline.from_pretrained(weights, device=device_of(device), lip_weights=lip_weights)
-        for outcome in generate_films(due, pipeline=pipeline, batch=batch):
+        given: dict[str, Any] = {"weights": weights, "device": device, "lip_weights": lip_weights, "batch": batch}
+        for outcome in _on_ray(due, out, workers, **given) if ray else _made_here(due, **given):
             record.add(outcome.request, outcome.result, outcome.error)
             if outcome.error is not None:
                 failed.append(outcome.error)
@@ -203,6 +215,27 @@ def films(
     emit(json, {**counts, "not_made": failed, "record": str(record.path)}, text)
     if failed:
         raise SystemExit(1)
+
+
+def _made_here(
+    due: Sequence[FilmRequest], weights: str, device: str, lip_weights: Path | None, batch: int
+) -> Iterator[FilmOutcome]:
+    with progress() as bar:
+        bar.add_task("loading torch")  # after the checks, because it takes seconds
+        with importing():
+            from tccp.inference.pipeline import Pipeline, generate_films
+        pipeline = Pipeline.from_pretrained(weights, device=device_of(device), lip_weights=lip_weights)
+    yield from generate_films(due, pipeline=pipeline, batch=batch)
+
+
+def _on_ray(due: Sequence[FilmRequest], out: str, workers: int | None, **given: Any) -> Iterator[FilmOutcome]:
+    from tccp.serving.films_on_ray import generate_films_on_ray
+
+    with progress() as bar:
+        task = bar.add_task("films", total=len(due))
+        for outcome in generate_films_on_ray(due, out, workers=workers, **given):
+            bar.advance(task)
+            yield outcome
 
 
 def demo(

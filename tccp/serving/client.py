@@ -54,7 +54,8 @@ class Video:
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Video:
         known = ("id", "status", "progress", "stage", "queue_position", "eta_s", "error")
-        return cls(**{name: record.get(name) for name in known if record.get(name) is not None}, record=record)
+        values: dict[str, Any] = {name: record[name] for name in known if record.get(name) is not None}
+        return cls(**values, record=record)
 
     @property
     def ended(self) -> bool:
