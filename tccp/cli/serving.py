@@ -106,7 +106,7 @@ def run_server(settings: ServerSettings, host: str, port: int, detach: bool = Fa
 
         ray_serve.start(http_options={"host": host, "port": port})
         try:
-            ray_serve.run(app(settings), name="tccp", route_prefix="/")
+            ray_serve.run(app(settings), name="tccp", route_prefix="/", logging_config={"encoding": "JSON"})
             shown = f"[{host}]" if ":" in host else host
             note(f"serving at http://{shown}:{port} (page: /, API: /docs); Ctrl-C ends it")
             if detach:

@@ -165,6 +165,7 @@ class Conductor:
 
     async def _work(self, claim: Claim) -> None:
         """One attempt of a job."""
+        logger.info("attempt %d of %s begins", claim.fence, claim.id, extra={"job": claim.id})
         try:
             how = await _Attempt(claim, self._store, self._storage, self._stages, self._rules).run()
         except asyncio.CancelledError:
@@ -179,7 +180,8 @@ class Conductor:
             held = await asyncio.to_thread(self._store.refuse, claim, code_of(error), text)
             how = "failed" if held else "lost"
         except Exception as error:
-            logger.warning("an attempt of %s failed: %s", claim.id, error, exc_info=not isinstance(error, StorageError))
+            known = isinstance(error, StorageError)
+            logger.warning("an attempt of %s failed: %s", claim.id, error, exc_info=not known, extra={"job": claim.id})
             text = message_for_client(error, self._storage) if isinstance(error, StorageError) else type(error).__name__
             try:
                 most = self._rules.most_failures
@@ -187,6 +189,7 @@ class Conductor:
             except StorageError:
                 logger.warning("%s: its lease will run out", claim.id)
             how = "retried"
+        logger.info("attempt %d of %s: %s", claim.fence, claim.id, how, extra={"job": claim.id})
         self._on_ended(claim.id, how)
 
 

@@ -36,6 +36,7 @@ logger = logging.getLogger("ray.serve")
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 _HEALTH_S = 5.0
 _DRAIN_S = 30.0
+_REPORT_S = 2.0
 
 
 def _explained(method: _Method) -> _Method:
@@ -49,6 +50,14 @@ def _explained(method: _Method) -> _Method:
     return call  # type: ignore[return-value]
 
 
+def _log_as_serve() -> None:
+    """Writes log lines of this package where those of Ray Serve go, as it writes them."""
+    own = logging.getLogger("tccp")
+    own.handlers = logger.handlers
+    own.setLevel(logging.INFO)
+    own.propagate = False
+
+
 class _Part:
     """What all deployments have: the storage, and the store of jobs."""
 
@@ -56,6 +65,7 @@ class _Part:
         from tccp.threads import wait_passively
 
         wait_passively()
+        _log_as_serve()
         self.settings = settings
         self.storage = Folder(settings.storage)
 
@@ -150,9 +160,39 @@ class _StagePart(_Part):
         self.service = StageService(self.loop, self.storage)
         for version in dict.fromkeys(settings.versions.values()):
             self.loop.preload(version).result()
+        self._reports = asyncio.get_running_loop().create_task(self._report())
 
     def __del__(self) -> None:
+        self._reports.cancel()
         self.loop.close()
+
+    async def _report(self) -> None:
+        """Hands the counts of the loop to Ray's metrics, which Prometheus reads on every machine.
+
+        Counters only: Ray estimates the sum of a histogram from the middles of its buckets.
+        """
+        from ray.util.metrics import Counter, Gauge
+
+        tags = {"stage": self.kind}
+        names = {
+            "windows": "Windows that a stage has finished.",
+            "evaluations": "Evaluations of the networks of a stage.",
+            "rows": "Rows in these evaluations.",
+            "busy_s": "Seconds in which a stage computed.",
+        }
+        counters = {
+            name: Counter(f"tccp_stage_{name}", description=text, tag_keys=("stage",)) for name, text in names.items()
+        }
+        load = Gauge("tccp_stage_load", description="Windows that wait or run in a stage.", tag_keys=("stage",))
+        before = dict.fromkeys(names, 0.0)
+        while True:
+            for name, counter in counters.items():
+                value = float(getattr(self.loop.counts, name))
+                if value > before[name]:
+                    counter.inc(value - before[name], tags=tags)
+                before[name] = value
+            load.set(self.loop.load, tags=tags)
+            await asyncio.sleep(_REPORT_S)
 
     def check_health(self) -> None:
         """Serve starts the replica again if this raises."""
@@ -295,7 +335,16 @@ class ConductorReplica(_Part):
     def __init__(self, settings: ServerSettings, handles: dict[str, DeploymentHandle]):
         super().__init__(settings)
         rules = Rules(settings.slots, settings.chains, settings.lease_s, settings.most_failures)
-        self._conductor = Conductor(self.store, self.storage, ServeStages(handles), rules)
+        from ray.util.metrics import Counter
+
+        attempts = Counter("tccp_attempts", description="Attempts of jobs, by how they ended.", tag_keys=("how",))
+        self._conductor = Conductor(
+            self.store,
+            self.storage,
+            ServeStages(handles),
+            rules,
+            on_ended=lambda job_id, how: attempts.inc(1, tags={"how": how}),
+        )
         loop = asyncio.get_running_loop()  # Serve makes replicas in the loop in which their methods run
         self._tasks = [loop.create_task(self._conductor.run()), loop.create_task(self._clean())]
 
