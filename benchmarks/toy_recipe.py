@@ -29,7 +29,8 @@ from tccp.training.recipe import Trainer
 
 PLAIN_RATE = {"training.learning_rate": 2e-4, "training.schedule": "constant", "training.warmup_steps": 0}
 NOISE_PREDICTION = {"diffusion.prediction": "epsilon", "diffusion.zero_terminal_snr": False}
-TRUE_FRAMES = {"training.initial_frames": "truth"}
+DENOISED = {"training.initial_frames": "denoised"}
+"""As the preset was when these trials were made."""
 TRIALS: dict[VariantName, dict[str, dict[str, Any]]] = {
     "landmark_first": {
         "toy": {},
@@ -44,15 +45,19 @@ TRIALS: dict[VariantName, dict[str, dict[str, Any]]] = {
         "condition_dropout=0": {"training.condition_dropout": 0.0},
         "dropout=0.1": {"network.dropout": 0.1},
     },
-    "landmark_sequence": {"toy": {}, "another seed": {"seed": 1}, "initial_frames=truth": TRUE_FRAMES},
+    "landmark_sequence": {
+        "toy": {},
+        "initial_frames=denoised": DENOISED,
+        "initial_frames=denoised, another seed": {**DENOISED, "seed": 1},
+    },
     "face_first": {"toy": {}, "another seed": {"seed": 1}, "surround=off": {"surround": False}},
     "face_sequence": {
         "toy": {},
-        "another seed": {"seed": 1},
-        "start_from_first=off": {"training.start_from_first": False},
-        "initial_frames=truth": TRUE_FRAMES,
-        "first_frame_channels=off": {"network.first_frame_channels": False},
-        "initial_frame_noise=0": {"training.initial_frame_noise": 0.0},
+        "initial_frames=denoised": DENOISED,
+        "initial_frames=denoised, another seed": {**DENOISED, "seed": 1},
+        "initial_frames=denoised, start_from_first=off": {**DENOISED, "training.start_from_first": False},
+        "initial_frames=denoised, first_frame_channels=off": {**DENOISED, "network.first_frame_channels": False},
+        "initial_frames=denoised, initial_frame_noise=0": {**DENOISED, "training.initial_frame_noise": 0.0},
     },
 }
 STEPS: dict[VariantName, int] = {

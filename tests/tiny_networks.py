@@ -61,4 +61,4 @@ def small(**overrides):
     return override(plain, SMALL | overrides)
 
 
-AS_TOY = {"training.initial_frames": "denoised", "training.start_from_first": True, "training.precision": "bf16"}
+WITH_DENOISED = {"training.initial_frames": "denoised", "training.start_from_first": True, "training.precision": "bf16"}

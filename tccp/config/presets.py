@@ -63,7 +63,6 @@ def toy() -> Settings:
             gradient_clip=1.0,
             ema_decay=0.998,
             condition_dropout=0.1,
-            initial_frames="denoised",
             start_from_first=True,
             initial_frame_noise=0.25,
             precision="bf16",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_networks import AS_TOY, small
+from tiny_networks import WITH_DENOISED, small
 
 from preprocessing.plan import make_plan
 from preprocessing.run import preprocess
@@ -59,7 +59,8 @@ def test_components_come_after_those_they_need():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "changes", [pytest.param({}, id="plain"), pytest.param(AS_TOY, id="as toy", marks=pytest.mark.soak)]
+    "changes",
+    [pytest.param({}, id="plain"), pytest.param(WITH_DENOISED, id="denoised initial frames", marks=pytest.mark.soak)],
 )
 def test_parallel_training_gives_the_same_weights(data, tmp_path, changes):
     settings = small(**SHORT, **changes)

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from tiny_networks import AS_TOY, small
+from tiny_networks import WITH_DENOISED, small
 
 from tccp import headbox
 from tccp.clips.clip_table import ClipTable
@@ -70,7 +70,7 @@ def weights_of(model):
 
 
 @pytest.mark.parametrize(
-    ("accumulation", "changes"), [(1, {}), (2, {}), (1, {"training.precision": "bf16"}), (1, AS_TOY)]
+    ("accumulation", "changes"), [(1, {}), (2, {}), (1, {"training.precision": "bf16"}), (1, WITH_DENOISED)]
 )
 def test_resumed_training_is_the_same_run_bit_for_bit(cache, tmp_path, accumulation, changes):
     settings = small(
