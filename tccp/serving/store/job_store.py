@@ -269,7 +269,10 @@ class JobStore:
         newest_first: bool = True,
         batch: str | None = None,
     ) -> list[Job]:
-        """Jobs that an owner sees (None: all jobs, hidden ones too), by arrival. after: the id of the last one of the page before."""
+        """Jobs that an owner sees (None: all jobs, hidden ones too), by arrival.
+
+        after: the id of the last one of the page before.
+        """
         query = select(*_JOB_COLUMNS)
         if owner is not None:
             query = query.where(_visible_to(owner))
