@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import socket
 import threading
 import time
@@ -16,7 +17,8 @@ import uvicorn
 from tccp.errors import TccpError
 from tccp.files import Folder
 from tccp.serving.api import Server, create_app
-from tccp.serving.store import JobStore
+from tccp.serving.job_folder import JobFolder
+from tccp.serving.store import Job, JobStore
 
 CONSENT = "drawn people: nobody needs to agree"
 FILES = {"scene": ("scene.mp4", b"scene"), "audio": ("sound.wav", b"sound"), "identity": ("face.png", b"face")}
@@ -71,3 +73,21 @@ def error_of(response: requests.Response) -> dict[str, Any]:
     assert list(error) == ["message", "type", "code", "param"]
     assert error["message"] and "\n" not in error["message"]
     return error
+
+
+def complete(store: JobStore, storage: Folder, film: bytes) -> Job:
+    """Claims the job whose turn it is, and completes it with a film that is not one."""
+    claim = store.claim("tester", 60.0, 5)
+    assert claim is not None
+    folder = JobFolder(storage, claim.id)
+    folder.write_preview(0, b"\xff\xd8 a frame")
+    assert store.update(claim, frames=100, windows=4) and store.add_windows(claim, 4, 1)
+    files = {}
+    for name, content in {"film.mp4": film, "landmarks.jsonl": b"{}\n", "report.json": b"{}"}.items():
+        storage.write(f"{folder.film_folder(claim.fence)}/{name}", content)
+        files[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    result = {"folder": folder.film_folder(claim.fence), "files": files, "width": 64, "height": 48, "seconds": 4.0}
+    assert store.complete(claim, result)
+    job = store.get(claim.id)
+    assert job is not None
+    return job

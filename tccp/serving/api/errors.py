@@ -83,7 +83,7 @@ def not_found(kind: str, name: str) -> ApiError:
     return ApiError(404, "not_found", f"there is no {kind} {shown(name)}")
 
 
-def busy(message: str, retry_after_s: float = 5) -> ApiError:
+def busy(message: str, retry_after_s: float = 5.0) -> ApiError:
     return ApiError(429, "too_many", message, headers={"Retry-After": f"{retry_after_s:.0f}"})
 
 

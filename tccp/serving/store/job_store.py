@@ -507,7 +507,7 @@ class JobStore:
         with self._transaction() as db:
             own = db.scalar(select(func.sum(files.c.bytes)).where(files.c.owner == new.owner)) or 0
             if own + new.bytes > most_bytes_of_owner:
-                raise Full(f"your files hold {own:,} bytes, and {most_bytes_of_owner:,} are allowed: delete some", 60)
+                raise Full(f"your files hold {own:,} bytes, and {most_bytes_of_owner:,} are allowed: delete some", 60.0)
             now = self._now(db)
             row = {name: getattr(new, name) for name in ("id", "owner", "name", "purpose", "bytes", "sha256")}
             row |= {"number": _next(db, "files"), "created_at": now, "expires_at": now + expires_in_s}
@@ -639,9 +639,9 @@ def _check_room(
     total = db.scalar(select(func.count()).where(running)) or 0
     own = db.scalar(select(func.count()).where(running, jobs.c.owner == owner)) or 0
     if own >= most_of_owner:
-        raise Full(f"{own} of your jobs wait or run, and {most_of_owner} may: wait for one to end", 10)
+        raise Full(f"{own} of your jobs wait or run, and {most_of_owner} may: wait for one to end", 10.0)
     if total >= most_waiting:
-        raise Full(f"{total} jobs wait or run, and {most_waiting} may: try again later", 30)
+        raise Full(f"{total} jobs wait or run, and {most_waiting} may: try again later", 30.0)
     if most_bytes is not None:
         kept = sa.and_(jobs.c.owner == owner, jobs.c.removed_at.is_(None))
         held = int(db.scalar(select(func.sum(jobs.c.input_bytes)).where(kept)) or 0)
@@ -649,7 +649,7 @@ def _check_room(
             raise Full(
                 f"the inputs of your videos hold {held:,} bytes, this one has {input_bytes:,}, and {most_bytes:,} are "
                 "allowed: delete videos that have ended",
-                60,
+                60.0,
             )
 
 
