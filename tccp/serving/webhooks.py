@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import errno
 import hashlib
 import hmac
 import ipaddress
@@ -135,7 +136,7 @@ def _guard(allow_loopback: bool) -> Any:
     def made(address: Any) -> socket.socket:
         family, kind, protocol, _, place = address
         if not is_public(place[0]) and not (allow_loopback and ipaddress.ip_address(place[0]).is_loopback):
-            raise RefusedAddress(f"{place[0]} is no address of the public internet")
+            raise RefusedAddress(errno.EACCES, f"{place[0]} is no address of the public internet")
         return socket.socket(family=family, type=kind, proto=protocol)
 
     return made

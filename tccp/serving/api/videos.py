@@ -37,6 +37,11 @@ _KEY = {
     "schema": {"type": "string", "minLength": 1, "maxLength": 200, "pattern": "^[ -~]+$"},
     "description": "The same request with the same key gives the same video, however often it is sent.",
 }
+_EVENT = {
+    "type": "object",
+    "properties": {name: {"type": "string"} for name in ("event", "id", "data")},
+    "description": "data: the object of the video as JSON",
+}
 _BYTES: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
 
 
@@ -241,7 +246,7 @@ async def _preview(request: Request, server: Server, job: Job, number: int) -> R
     responses={
         200: {
             "description": "`video` at every change; at last `end`, `reconnect` or `error`.",
-            "content": {"text/event-stream": {"schema": {"type": "string"}}},
+            "content": {"text/event-stream": {"schema": _EVENT}},
         },
         **documented(404),
     },
