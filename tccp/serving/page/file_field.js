@@ -128,29 +128,32 @@ export class FileField {
     this.uploading.catch(() => null); // said beside the field; `uploaded` throws it again
   }
 
-  showThumb() {
+  /** A frame of the film that is chosen, as the browser shows it; null if it cannot. */
+  frame(width) {
+    if (!this.address) return Promise.resolve(null);
+    const film = make("video", { muted: true, preload: "auto", playsInline: true, src: this.address });
+    return new Promise((resolve) => {
+      film.onerror = () => resolve(null);
+      film.onloadeddata = () => {
+        if (!film.videoWidth) return resolve(null); // sound only
+        const scale = Math.min(1, width / film.videoWidth);
+        const canvas = make("canvas", { width: film.videoWidth * scale, height: film.videoHeight * scale });
+        canvas.getContext("2d").drawImage(film, 0, 0, canvas.width, canvas.height);
+        resolve({ width: film.videoWidth, height: film.videoHeight, frame: canvas.toDataURL("image/jpeg", 0.9) });
+      };
+    });
+  }
+
+  async showThumb() {
     const thumb = this.field.querySelector(".thumb");
     show(thumb, false);
     this.address = URL.createObjectURL(this.file);
     if (!PREVIEWED.test(this.file.type)) return;
-    if (this.file.type.startsWith("image/")) {
-      thumb.onload = () => show(thumb);
-      thumb.onerror = () => show(thumb, false); // a kind that this browser cannot show, such as HEIC
-      thumb.src = this.address;
-      return;
-    }
-    const film = make("video", { muted: true, preload: "auto", playsInline: true, src: this.address });
+    thumb.onload = () => show(thumb);
+    thumb.onerror = () => show(thumb, false); // a kind that this browser cannot show, such as HEIC
     const { address } = this;
-    film.onloadeddata = () => {
-      if (this.address !== address || !film.videoWidth) return;
-      const canvas = make("canvas", { width: 96, height: Math.round((96 * film.videoHeight) / film.videoWidth) });
-      canvas.getContext("2d").drawImage(film, 0, 0, canvas.width, canvas.height);
-      canvas.toBlob((blob) => {
-        if (!blob || this.address !== address) return;
-        thumb.onload = () => (URL.revokeObjectURL(thumb.src), show(thumb));
-        thumb.src = URL.createObjectURL(blob);
-      }, "image/jpeg");
-    };
+    const source = this.file.type.startsWith("image/") ? address : (await this.frame(160))?.frame;
+    if (source && this.address === address) thumb.src = source;
   }
 }
 

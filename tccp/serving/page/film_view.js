@@ -56,8 +56,7 @@ export class FilmView {
   close() {
     this.stop?.();
     this.player?.close();
-    if (this.sceneAddress) URL.revokeObjectURL(this.sceneAddress);
-    Object.assign(this, { stop: null, player: null, sceneAddress: null, video: null, id: null });
+    Object.assign(this, { stop: null, player: null, video: null, id: null });
     if (this.remixField.file) this.remixField.clear();
   }
 
@@ -141,13 +140,11 @@ export class FilmView {
   drawPlayer(object) {
     if (this.player) return;
     const place = byId("film-player");
-    const scene = this.scenes.get(object.id);
-    this.sceneAddress = scene ? URL.createObjectURL(scene) : null;
     show(place);
     this.player = new Player(place, {
       film: contentOf(object.id, "film"),
-      scene: this.sceneAddress ?? contentOf(object.id, "scene"),
-      extend: object.extend,
+      scene: this.scenes.get(object.id) ?? null,
+      extend: call("GET", contentOf(object.id, "report")).then((report) => report.spec.extend),
       title: `${titleOf(object)}, AI-generated`,
     });
   }

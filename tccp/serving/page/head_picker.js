@@ -27,9 +27,9 @@ export class HeadPicker {
     this.drawn.addEventListener("keydown", (event) => this.key(event));
   }
 
-  /** found: the answer of POST /v1/heads. */
-  open({ width, height, frame, heads }) {
-    Object.assign(this, { width, height, heads: heads.map((head) => head.box), box: null });
+  /** found: the answer of POST /v1/heads. searched: whether the server has looked for heads. */
+  open({ width, height, frame, heads }, searched = true) {
+    Object.assign(this, { width, height, heads: heads.map((head) => head.box), box: null, searched });
     this.picture.src = frame;
     this.frame.style.aspectRatio = `${width} / ${height}`;
     this.frame.style.maxWidth = `min(100%, calc(60vh * ${width / height}))`;
@@ -41,9 +41,10 @@ export class HeadPicker {
     this.frame.replaceChildren(this.picture, ...this.marks, this.drawn);
     const one = this.heads.length === 1;
     const radios = this.heads.map((_, i) => this.radio(`${i}`, `head-${i}`, one ? "The head that was found" : `Head ${i + 1}`));
+    if (!searched) radios.push(this.radio("auto", "head-auto", "The server finds it when it makes the film"));
     radios.push(this.radio("draw", "head-draw", "Draw a box"));
     this.choices.replaceChildren(...radios);
-    this.choose(one ? "0" : null);
+    this.choose(one ? "0" : searched ? null : "auto");
   }
 
   radio(value, id, text) {
@@ -69,7 +70,7 @@ export class HeadPicker {
   get options() {
     if (this.choice === null) return null;
     if (this.choice === "draw") return { box: this.box.join(",") };
-    if (this.heads.length === 1) return {};
+    if (this.choice === "auto" || this.heads.length === 1) return {};
     const [x0, y0, x1, y1] = this.heads[Number(this.choice)];
     return { person: [(x0 + x1) / 2, (y0 + y1) / 2] };
   }
@@ -175,6 +176,7 @@ export class HeadPicker {
 
   /** What a line above the picture says. */
   get summary() {
+    if (!this.searched) return "The server could not look for heads now. It does so when it makes the film, or you draw a box.";
     if (this.heads.length === 1) return "One head is found. If it is the wrong place, draw a box on the picture.";
     if (this.heads.length > 1) return `${this.heads.length} heads are found. Pick the one to replace, or draw a box.`;
     return "No head is found in this frame. Draw a box around the head to replace.";

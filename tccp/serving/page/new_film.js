@@ -111,12 +111,25 @@ export class NewFilm {
       this.picker.say(this.picker.summary);
     } catch (error) {
       if (error.name === "AbortError") return;
-      if (error.status === 404 && error.param !== null) this.scene.lost();
-      const sceneIsWrong = error.status === 400 || error.status === 413 || error.status === 422;
-      fieldError(sceneIsWrong ? this.scene.field : byId("head-field"), error.message);
-      this.picker.say("The server has not looked for heads.");
-      show(byId("head-retry"), !sceneIsWrong);
+      if (error.param === "scene") {
+        fieldError(this.scene.field, error.message);
+        return show(byId("head-field"), false);
+      }
+      await this.offerFrame(error, looking.signal);
     }
+  }
+
+  /** Without the server's help, a box can be drawn on the frame that the browser shows. */
+  async offerFrame(error, signal) {
+    const shown = await this.scene.frame(1280);
+    if (signal.aborted) return;
+    fieldError(byId("head-field"), error.message);
+    show(byId("head-retry"));
+    if (!shown) return this.picker.say("The server finds the head when it makes the film.");
+    this.picker.open({ ...shown, heads: [] }, false);
+    fieldError(byId("head-field"), error.message);
+    show(byId("head-picker"));
+    this.picker.say(this.picker.summary);
   }
 
   /** The options that differ from the server's own. Raises ApiError for the first field that is wrong. */
@@ -182,7 +195,7 @@ export class NewFilm {
       this.onMade(video, this.scene.file);
     } catch (error) {
       if (!(error instanceof ApiError)) throw error;
-      if (error.status === 404) this.fields[error.param]?.lost();
+      if (error.code === "no_such_file") this.fields[error.param]?.lost();
       placeError(this.form, error, byId("form-error"));
     } finally {
       this.busy = false;

@@ -1,4 +1,5 @@
 // The film beside its scene, or wiped against it, in step. The sound is the film's.
+// The scene is the file that was chosen in this tab; after a reload, it can be chosen again.
 
 import { byId, make, setText, show } from "./dom.js";
 
@@ -16,11 +17,11 @@ export function sceneTime(time, duration, extend) {
 }
 
 export class Player {
-  /** film, scene: addresses. A scene that the browser cannot play leaves the film alone. */
+  /** film: its address. scene: a file, or null. extend: promise of what was done where the scene is too short. */
   constructor(place, { film, scene, extend, title }) {
-    this.extend = extend;
+    extend.then((value) => (this.extend = value), () => null);
     this.film = make("video", { src: film, playsInline: true, preload: "auto", "aria-label": title });
-    this.scene = make("video", { src: scene, playsInline: true, preload: "auto", muted: true, "aria-label": "The scene before" });
+    this.scene = make("video", { playsInline: true, preload: "auto", muted: true, "aria-label": "The scene before" });
     this.pictures = make(
       "div",
       { className: "pictures" },
@@ -44,16 +45,31 @@ export class Player {
       this.modes.append(button);
     }
     this.problem = make("p", { className: "notice", hidden: true, role: "status" });
+    const again = make("input", { type: "file", accept: "video/*,.mkv,.mov,.avi,.ts", id: "scene-again" });
+    again.addEventListener("change", () => again.files.length && this.showScene(again.files[0]));
+    this.again = make("div", { className: "field" },
+      make("label", { for: "scene-again" }, "To compare it with the scene, choose the scene here"), again);
     place.replaceChildren(
       this.problem,
       this.pictures,
       make("div", { className: "controls" }, this.play, this.back, this.next, this.seek, this.clock, this.mute),
       this.wipeLine,
       this.modes,
+      this.again,
     );
     this.listen();
-    this.setMode("beside");
     this.setWipe();
+    this.showScene(scene);
+  }
+
+  showScene(file) {
+    if (this.address) URL.revokeObjectURL(this.address);
+    this.address = file ? URL.createObjectURL(file) : null;
+    show(this.problem, false);
+    show(this.again, !file);
+    show(this.modes, Boolean(file));
+    if (file) this.scene.src = this.address;
+    this.setMode(file ? "beside" : "film");
   }
 
   listen() {
@@ -72,7 +88,11 @@ export class Player {
       film.addEventListener(name, () => this.follow());
     }
     scene.addEventListener("loadeddata", () => this.follow());
-    scene.addEventListener("error", () => this.without("The scene cannot be shown in this browser; the film can."));
+    scene.addEventListener("error", () => {
+      if (!this.address) return;
+      this.showScene(null);
+      this.say("This browser cannot show the scene; the film it can.");
+    });
     film.addEventListener("error", () => {
       show(this.pictures, false);
       this.say("This browser cannot play the film. Download it and open it in another player.");
@@ -88,12 +108,6 @@ export class Player {
   say(text) {
     setText(this.problem, text);
     show(this.problem);
-  }
-
-  without(text) {
-    this.say(text);
-    this.setMode("film");
-    show(this.modes, false);
   }
 
   setMode(mode) {
@@ -137,6 +151,8 @@ export class Player {
   }
 
   close() {
+    if (this.address) URL.revokeObjectURL(this.address);
+    this.address = null;
     for (const one of [this.film, this.scene]) {
       one.pause();
       one.removeAttribute("src");
