@@ -76,7 +76,7 @@ export class FilmView {
       `consent: ${object.consent}`,
       object.remixed_from_video_id ? "made from edited landmarks" : null,
     ];
-    setText(byId("film-about"), about.filter(Boolean).join(" · "));
+    notice(byId("film-about"), about.filter(Boolean).join(" · "));
     notice(byId("film-problem"), object.error?.message);
     show(byId("film-warnings"), object.warnings.length > 0);
     byId("film-warnings").replaceChildren(...object.warnings.map((text) => make("li", {}, text)));

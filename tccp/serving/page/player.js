@@ -4,7 +4,8 @@
 import { byId, make, setText, show } from "./dom.js";
 
 const FRAME_S = 1 / 25;
-const MOST_APART_S = 0.06;
+const IN_STEP_S = 0.02; // closer than a frame; further apart, the scene plays a little faster or slower
+const MOST_APART_S = 0.2; // further apart, it jumps
 const MODES = { beside: "Side by side", wipe: "Wipe", film: "Film only" };
 
 /** The moment of the scene that is shown at a moment of the film; the scene may be shorter than the film. */
@@ -35,8 +36,7 @@ export class Player {
     this.seek = make("input", { type: "range", min: 0, max: 1, step: FRAME_S, value: 0, "aria-label": "Time" });
     this.clock = make("span", { className: "clock" });
     this.mute = make("button", { type: "button" }, "Mute");
-    this.wipe = make("input", { type: "range", min: 0, max: 100, value: 50, id: "wipe" });
-    this.wipeLine = make("label", { className: "wipe-line", for: "wipe" }, "Before", this.wipe, "After");
+    this.wipe = make("input", { type: "range", min: 0, max: 100, value: 50, className: "wipe" });
     this.wipe.setAttribute("aria-label", "Place of the seam between before and after");
     this.modes = make("div", { className: "modes", role: "group", "aria-label": "Show" });
     for (const [mode, text] of Object.entries(MODES)) {
@@ -52,8 +52,8 @@ export class Player {
     place.replaceChildren(
       this.problem,
       this.pictures,
+      this.wipe,
       make("div", { className: "controls" }, this.play, this.back, this.next, this.seek, this.clock, this.mute),
-      this.wipeLine,
       this.modes,
       this.again,
     );
@@ -113,7 +113,7 @@ export class Player {
   setMode(mode) {
     this.mode = mode;
     this.pictures.dataset.mode = mode;
-    show(this.wipeLine, mode === "wipe");
+    show(this.wipe, mode === "wipe");
     for (const button of this.modes.children) button.setAttribute("aria-pressed", String(button.value === mode));
     this.follow();
   }
@@ -143,9 +143,9 @@ export class Player {
     if (this.mode === "film" || scene.readyState < 1) return void scene.pause();
     const wanted = sceneTime(film.currentTime, scene.duration, this.extend);
     const inStep = !film.paused && wanted === film.currentTime;
-    if (Math.abs(scene.currentTime - wanted) > (film.paused ? FRAME_S / 4 : MOST_APART_S) && !scene.seeking) {
-      scene.currentTime = wanted;
-    }
+    const apart = wanted - scene.currentTime;
+    if (Math.abs(apart) > (inStep ? MOST_APART_S : FRAME_S / 4) && !scene.seeking) scene.currentTime = wanted;
+    scene.playbackRate = inStep && Math.abs(apart) > IN_STEP_S ? (apart > 0 ? 1.25 : 0.8) : 1;
     if (inStep && scene.paused) scene.play().catch(() => null);
     if (!inStep && !scene.paused) scene.pause();
   }
