@@ -179,6 +179,24 @@ class Folder:
                 yield temporary
             self.upload_file(temporary, name)
 
+    def copy(self, name: str, target: str) -> None:
+        """Copies a file within it, in one step; its content must never change. Raises FileNotFoundError."""
+        if self.local is not None:
+            source = self.local / name
+            with atomic_path(self.local / target) as temporary:
+                temporary.unlink()
+                if not _linked(source, temporary):
+                    shutil.copyfile(source, temporary)
+            return
+
+        def copied() -> None:
+            key = self._key(target)
+            if not self.in_object_store:
+                self._fs.makedirs(key.rsplit("/", 1)[0], exist_ok=True)
+            self._fs.cp_file(self._key(name), key)
+
+        self._tried("copy", name, copied)
+
     def upload(self, tree: Path, name: str) -> None:
         """Copies a local folder into it under a name; files that exist there stay or are replaced."""
         for path in sorted(tree.rglob("*")):

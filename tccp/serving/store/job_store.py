@@ -42,7 +42,10 @@ class KeyReused(TccpError):
 
 @dataclass(frozen=True)
 class NewJob:
-    """What a job is made of. inputs: by role, what is known of the file. weights: the version that it must use."""
+    """What a job is made of. inputs: by role, what is known of the file. weights: the version that it must use.
+
+    input_bytes: of all inputs.
+    """
 
     id: str
     owner: str
@@ -56,6 +59,7 @@ class NewJob:
     batch: tuple[str, int] | None = None
     remix_of: str | None = None
     webhook: str | None = None
+    input_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,7 @@ class Job:
     completed_at: float | None
     expires_at: float
     removed_at: float | None
+    hidden: int
     frames: int
     windows: int
     windows_done: int
@@ -180,10 +185,13 @@ class JobStore:
 
     # For clients
 
-    def add(self, new: NewJob, *, most_waiting: int, most_of_owner: int) -> tuple[Job, bool]:
+    def add(
+        self, new: NewJob, *, most_waiting: int, most_of_owner: int, most_bytes_of_owner: int | None = None
+    ) -> tuple[Job, bool]:
         """Adds a job; returns it, and whether it is new. With an Idempotency-Key that is known, it returns that job.
 
-        most_waiting, most_of_owner: jobs that may wait or run, of all and of this owner.
+        most_waiting, most_of_owner: jobs that may wait or run, of all and of this owner. most_bytes_of_owner: in the
+        inputs of all jobs of this owner whose files are kept.
         Raises Full if there are as many, KeyReused if the key came with another request.
         """
         with self._transaction() as db:
@@ -191,13 +199,7 @@ class JobStore:
                 known = _by_key(db, new.owner, new.idempotency_key)
                 if known is not None:
                     return self._same_request(known, new), False
-            running = jobs.c.status.in_(RUNNING)
-            total = db.scalar(select(func.count()).where(running)) or 0
-            own = db.scalar(select(func.count()).where(running, jobs.c.owner == new.owner)) or 0
-            if own >= most_of_owner:
-                raise Full(f"{own} of your jobs wait or run, and {most_of_owner} may: wait for one to end", 10)
-            if total >= most_waiting:
-                raise Full(f"{total} jobs wait or run, and {most_waiting} may: try again later", 30)
+            _check_room(db, new.owner, new.input_bytes, most_waiting, most_of_owner, most_bytes_of_owner)
             waiting = db.scalar(select(func.count()).where(jobs.c.status == "queued", jobs.c.owner == new.owner)) or 0
             now = self._now(db)
             row = {
@@ -216,6 +218,8 @@ class JobStore:
                 "status": "queued",
                 "created_at": now,
                 "expires_at": now + new.expires_in_s,
+                "hidden": 0,
+                "input_bytes": new.input_bytes,
                 "frames": 0,
                 "windows": 0,
                 "windows_done": 0,
@@ -231,6 +235,13 @@ class JobStore:
             inserted = db.execute(jobs.insert().values(row).returning(*_JOB_COLUMNS)).one()
             return _job(inserted), True
 
+    def check_room(
+        self, owner: str, input_bytes: int, *, most_waiting: int, most_of_owner: int, most_bytes_of_owner: int | None
+    ) -> None:
+        """Raises Full if `add` would refuse another job with so many bytes now."""
+        with self._transaction(writes=False) as db:
+            _check_room(db, owner, input_bytes, most_waiting, most_of_owner, most_bytes_of_owner)
+
     def _same_request(self, known: Job, new: NewJob) -> Job:
         if known.request_hash != new.request_hash:
             raise KeyReused(
@@ -244,10 +255,10 @@ class JobStore:
             return _by_key(db, owner, key)
 
     def get(self, job_id: str, owner: str | None = None) -> Job | None:
-        """A job; None if there is none, or if it is of another owner."""
+        """A job; None if there is none. For an owner: None also if it is another's, or hidden."""
         with self._transaction(writes=False) as db:
             query = select(*_JOB_COLUMNS).where(jobs.c.id == job_id)
-            row = db.execute(query if owner is None else query.where(jobs.c.owner == owner)).first()
+            row = db.execute(query if owner is None else query.where(_visible_to(owner))).first()
             return None if row is None else _job(row)
 
     def listed(
@@ -258,10 +269,13 @@ class JobStore:
         newest_first: bool = True,
         batch: str | None = None,
     ) -> list[Job]:
-        """Jobs of an owner (None: of all), by arrival. after: the id of the last one of the page before."""
+        """Jobs that an owner sees (None: all jobs, hidden ones too), by arrival.
+
+        after: the id of the last one of the page before.
+        """
         query = select(*_JOB_COLUMNS)
         if owner is not None:
-            query = query.where(jobs.c.owner == owner)
+            query = query.where(_visible_to(owner))
         if batch is not None:
             query = query.where(jobs.c.batch_id == batch)
         if after is not None:
@@ -291,7 +305,7 @@ class JobStore:
 
         Once this has returned, nobody's claim of it holds, and it never completes.
         """
-        mine = jobs.c.id == job_id if owner is None else sa.and_(jobs.c.id == job_id, jobs.c.owner == owner)
+        mine = jobs.c.id == job_id if owner is None else sa.and_(jobs.c.id == job_id, _visible_to(owner))
         with self._transaction() as db:
             changed = db.execute(
                 update(jobs)
@@ -311,6 +325,12 @@ class JobStore:
                 return _job(changed)
             row = db.execute(select(*_JOB_COLUMNS).where(mine)).first()
             return None if row is None else _job(row)
+
+    def hide(self, job_id: str, owner: str) -> bool:
+        """Hides a job that has ended from its owner. Returns whether it was there, and had ended."""
+        with self._transaction() as db:
+            mine = sa.and_(jobs.c.id == job_id, _visible_to(owner), jobs.c.status.not_in(RUNNING))
+            return bool(db.execute(update(jobs).where(mine).values(hidden=1)).rowcount)
 
     # For those who work
 
@@ -469,11 +489,10 @@ class JobStore:
             return db.execute(update(jobs).where(over).values(status="expired", result=None)).rowcount
 
     def removable(self, limit: int = 100) -> list[Job]:
-        """Jobs whose files are still there and that nobody needs: expired, failed or cancelled ones."""
+        """Jobs whose files are still there and that nobody needs: expired, failed, cancelled or hidden ones."""
+        unneeded = sa.or_(jobs.c.status.in_(("expired", "failed", "canceled")), jobs.c.hidden == 1)
         with self._transaction(writes=False) as db:
-            query = select(*_JOB_COLUMNS).where(
-                jobs.c.status.in_(("expired", "failed", "canceled")), jobs.c.removed_at.is_(None)
-            )
+            query = select(*_JOB_COLUMNS).where(unneeded, jobs.c.removed_at.is_(None))
             return [_job(row) for row in db.execute(query.limit(limit))]
 
     def removed(self, job_id: str) -> None:
@@ -488,7 +507,7 @@ class JobStore:
         with self._transaction() as db:
             own = db.scalar(select(func.sum(files.c.bytes)).where(files.c.owner == new.owner)) or 0
             if own + new.bytes > most_bytes_of_owner:
-                raise Full(f"your files hold {own:,} bytes, and {most_bytes_of_owner:,} are allowed: delete some", 60)
+                raise Full(f"your files hold {own:,} bytes, and {most_bytes_of_owner:,} are allowed: delete some", 60.0)
             now = self._now(db)
             row = {name: getattr(new, name) for name in ("id", "owner", "name", "purpose", "bytes", "sha256")}
             row |= {"number": _next(db, "files"), "created_at": now, "expires_at": now + expires_in_s}
@@ -500,6 +519,7 @@ class JobStore:
             return None if row is None else StoredFile(**row._mapping)
 
     def files_of(self, owner: str, limit: int, after: str | None = None) -> list[StoredFile]:
+        """The files of an owner, newest first. after: the id of the last one of the page before."""
         query = select(*_FILE_COLUMNS).where(files.c.owner == owner)
         if after is not None:
             query = query.where(files.c.number < select(files.c.number).where(files.c.id == after).scalar_subquery())
@@ -528,13 +548,22 @@ class JobStore:
             db.execute(batches.insert().values(row | {"rows": [dict(one) for one in rows]}))
             return now
 
+    def set_batch_rows(self, batch_id: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Replaces what is known of a batch's rows."""
+        with self._transaction() as db:
+            db.execute(update(batches).where(batches.c.id == batch_id).values(rows=[dict(one) for one in rows]))
+
     def batch(self, batch_id: str, owner: str) -> dict[str, Any] | None:
         with self._transaction(writes=False) as db:
             row = db.execute(select(batches).where(batches.c.id == batch_id, batches.c.owner == owner)).first()
             return None if row is None else dict(row._mapping)
 
-    def batches_of(self, owner: str, limit: int) -> list[dict[str, Any]]:
+    def batches_of(self, owner: str, limit: int, after: str | None = None) -> list[dict[str, Any]]:
+        """The batches of an owner, newest first. after: the id of the last one of the page before."""
         query = select(batches).where(batches.c.owner == owner).order_by(batches.c.number.desc()).limit(limit)
+        if after is not None:
+            last = select(batches.c.number).where(batches.c.id == after).scalar_subquery()
+            query = query.where(batches.c.number < last)
         with self._transaction(writes=False) as db:
             return [dict(row._mapping) for row in db.execute(query)]
 
@@ -597,6 +626,31 @@ def new_id(kind: str) -> str:
 
 def _held(job_id: str, fence: int) -> ColumnElement[bool]:
     return sa.and_(jobs.c.id == job_id, jobs.c.fence == fence, jobs.c.status == "in_progress")
+
+
+def _visible_to(owner: str) -> ColumnElement[bool]:
+    return sa.and_(jobs.c.owner == owner, jobs.c.hidden == 0)
+
+
+def _check_room(
+    db: Connection, owner: str, input_bytes: int, most_waiting: int, most_of_owner: int, most_bytes: int | None
+) -> None:
+    running = jobs.c.status.in_(RUNNING)
+    total = db.scalar(select(func.count()).where(running)) or 0
+    own = db.scalar(select(func.count()).where(running, jobs.c.owner == owner)) or 0
+    if own >= most_of_owner:
+        raise Full(f"{own} of your jobs wait or run, and {most_of_owner} may: wait for one to end", 10.0)
+    if total >= most_waiting:
+        raise Full(f"{total} jobs wait or run, and {most_waiting} may: try again later", 30.0)
+    if most_bytes is not None:
+        kept = sa.and_(jobs.c.owner == owner, jobs.c.removed_at.is_(None))
+        held = int(db.scalar(select(func.sum(jobs.c.input_bytes)).where(kept)) or 0)
+        if held + input_bytes > most_bytes:
+            raise Full(
+                f"the inputs of your videos hold {held:,} bytes, this one has {input_bytes:,}, and {most_bytes:,} are "
+                "allowed: delete videos that have ended",
+                60.0,
+            )
 
 
 def _job(row: sa.Row[Any]) -> Job:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sqlalchemy import JSON, Column, Float, Index, Integer, MetaData, String, Table, Text
+from sqlalchemy import JSON, BigInteger, Column, Float, Index, Integer, MetaData, String, Table, Text
 
 metadata = MetaData()
 
@@ -28,6 +28,8 @@ jobs = Table(
     Column("completed_at", Float),
     Column("expires_at", Float, nullable=False),
     Column("removed_at", Float),  # when its files were removed
+    Column("hidden", Integer, nullable=False),  # 1: its owner has deleted it
+    Column("input_bytes", BigInteger, nullable=False),
     Column("frames", Integer, nullable=False),
     Column("windows", Integer, nullable=False),
     Column("windows_done", Integer, nullable=False),

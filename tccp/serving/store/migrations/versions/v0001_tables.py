@@ -76,6 +76,8 @@ def upgrade() -> None:
         sa.Column("completed_at", sa.Float(), nullable=True),
         sa.Column("expires_at", sa.Float(), nullable=False),
         sa.Column("removed_at", sa.Float(), nullable=True),
+        sa.Column("hidden", sa.Integer(), nullable=False),
+        sa.Column("input_bytes", sa.BigInteger(), nullable=False),
         sa.Column("frames", sa.Integer(), nullable=False),
         sa.Column("windows", sa.Integer(), nullable=False),
         sa.Column("windows_done", sa.Integer(), nullable=False),
