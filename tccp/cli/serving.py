@@ -74,8 +74,8 @@ def serve(
         "dtype": dtype,
         "batch": batch,
         "detector_weights": None if detector_weights is None else str(detector_weights.absolute()),
-        "max_film_s": max_film_s,
-        "max_upload_bytes": max_upload_mib << 20,
+        "limits.max_film_s": max_film_s,
+        "limits.max_upload_bytes": max_upload_mib << 20,
         "webhooks": webhooks,
         "tokens_file": None if tokens is None else str(tokens.absolute()),
     }

@@ -28,6 +28,7 @@ from tccp.serving.publishing import PreparedWindow, Publishing, preview
 from tccp.serving.server_settings import ServerSettings
 from tccp.serving.stage_service import StageService, WindowMade
 from tccp.serving.store import JobStore
+from tccp.serving.webhooks import deliver_forever
 from tccp.serving.weight_versions import place
 from tccp.serving.work import ChainPoint, FilmKey, JobLost, LandmarksDone, StageKind
 
@@ -89,7 +90,7 @@ class PreparationReplica(_Part):
 
     async def analyse(self, order: WorkOrder) -> AsyncIterator[tuple[str, float]]:
         """Yields what is done and the share that is done, about once a second."""
-        given = (order.job_id, order.spec, list(order.roles), order.weights, self.settings.max_film_s)
+        given = (order.job_id, order.spec, list(order.roles), order.weights, self.settings.limits.max_film_s)
         latest: dict[str, Any] = {"text": "checking the inputs", "share": 0.0, "held_at": time.monotonic()}
         stop = threading.Event()
 
@@ -347,6 +348,8 @@ class ConductorReplica(_Part):
         )
         loop = asyncio.get_running_loop()  # Serve makes replicas in the loop in which their methods run
         self._tasks = [loop.create_task(self._conductor.run()), loop.create_task(self._clean())]
+        if settings.webhooks and settings.webhook_secret is not None:
+            self._tasks.append(loop.create_task(deliver_forever(self.store, settings.webhook_secret)))
 
     async def __del__(self) -> None:
         for task in self._tasks:
@@ -406,7 +409,17 @@ def ingress_app(settings: ServerSettings, handles: dict[str, DeploymentHandle]) 
                     found.append(f"{name} is {one.status}")
         return found
 
-    return create_app(Server.from_settings(settings, store, storage, find_heads, problems))
+    server = Server(
+        store,
+        storage,
+        settings.versions,
+        find_heads,
+        problems,
+        settings.limits,
+        settings.owners,
+        settings.webhook_secret if settings.webhooks else None,
+    )
+    return create_app(server)
 
 
 class IngressReplica:
@@ -462,9 +475,12 @@ def parts(settings: ServerSettings) -> tuple[dict[str, Any], Any]:
     return handles, conductor.options(num_replicas=settings.conductors).bind(settings, handles)
 
 
-def app(settings: ServerSettings) -> Application:
-    """Builds the application. `serve build` and config files name it as `tccp.serving.deployments:app`."""
-    settings = settings.pinned()
+def app(settings: ServerSettings | dict[str, Any]) -> Application:
+    """Builds the application. Config files of Serve name it as `tccp.serving.deployments:app`.
+
+    settings: Serve hands over the arguments of a config file as a dict. Raises TccpError for settings that are wrong.
+    """
+    settings = (settings if isinstance(settings, ServerSettings) else ServerSettings.given(settings)).pinned()
     handles, conductor = parts(settings)
     ingress = _deployment(serve.ingress()(IngressReplica), "Ingress", 200, 0.2)
     built: Application = ingress.bind(settings, handles, conductor)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -12,7 +14,9 @@ from tccp.config import storage_root
 from tccp.errors import TccpError
 from tccp.files import Folder, is_url
 from tccp.media.sandbox import Limits
+from tccp.serving.api.server import ServerLimits
 from tccp.serving.weight_versions import pin
+from tccp.strict_json import parse_json
 
 
 class ServerSettings(BaseModel):
@@ -25,6 +29,8 @@ class ServerSettings(BaseModel):
 
     slots: jobs that a conductor works on. chains: shots of a job at once. batch: rows in one evaluation.
     stuck_s: after so long in one step, a replica is started again.
+    webhooks: whether clients may name an address that is called when a job ends. webhook_secret signs these calls; None:
+    one is made and kept in the storage. owners: by token, from tokens_file (`pinned`).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -45,27 +51,32 @@ class ServerSettings(BaseModel):
     most_failures: int = Field(default=5, ge=1)
     stuck_s: float = Field(default=300.0, gt=0)
     clean_every_s: float = Field(default=30.0, gt=0)
-    keep_s: float = Field(default=7 * 24 * 3600.0, gt=0)
     stage_cpus: float = Field(default=0.5, ge=0)
     gpus_per_stage: float = Field(default=0.0, ge=0)
     min_replicas: int = Field(default=1, ge=0)
     max_replicas: int = Field(default=1, ge=1)
     cpu_replicas: int = Field(default=1, ge=1)
     conductors: int = Field(default=1, ge=1)
-    max_upload_bytes: int = Field(default=512 << 20, ge=1)
-    max_film_s: float = Field(default=600.0, gt=0)
-    max_pixels: int = Field(default=3840 * 2160, ge=1)
-    max_waiting: int = Field(default=1000, ge=1)
-    max_jobs_per_owner: int = Field(default=200, ge=1)
-    max_bytes_per_owner: int = Field(default=8 << 30, ge=1)
+    limits: ServerLimits = ServerLimits()
     webhooks: bool = False
-    webhook_secret: str | None = None
+    webhook_secret: str | None = Field(default=None, repr=False)
+    owners: dict[str, str] | None = Field(default=None, repr=False)
 
     @classmethod
     def given(cls, values: Mapping[str, object]) -> ServerSettings:
-        """Settings from names and values, which may be text. Raises TccpError that names what is wrong."""
+        """Settings from names and values, which may be text; `limits.NAME` is one of the limits.
+
+        Raises TccpError that names what is wrong.
+        """
+        nested: dict[str, Any] = {}
+        for name, value in values.items():
+            group, dot, inner = name.partition(".")
+            if dot:
+                nested.setdefault(group, {})[inner] = value
+            else:
+                nested[name] = value
         try:
-            return cls.model_validate(values, strict=False)
+            return cls.model_validate(nested)
         except ValidationError as error:
             first = error.errors()[0]
             name = ".".join(map(str, first["loc"]))
@@ -87,9 +98,9 @@ class ServerSettings(BaseModel):
     def decoding_limits(self) -> Limits:
         """Limits on what clients' files may ask for."""
         return Limits(
-            max_pixels=self.max_pixels,
-            max_duration_s=max(60.0, 4 * self.max_film_s),
-            max_file_bytes=self.max_upload_bytes,
+            max_pixels=self.limits.max_pixels,
+            max_duration_s=max(60.0, 4 * self.limits.max_film_s),
+            max_file_bytes=self.limits.max_upload_bytes,
             memory_bytes=2 << 30,
         )
 
@@ -97,8 +108,20 @@ class ServerSettings(BaseModel):
     def detector_weights_path(self) -> Path | None:
         return None if self.detector_weights is None else Path(self.detector_weights)
 
+    def _read_tokens(self) -> dict[str, str] | None:
+        if self.tokens_file is None:
+            return None
+        shape = 'a JSON object, token to owner, such as {"TOKEN": "ann"}'
+        try:
+            found = parse_json(Path(self.tokens_file).read_bytes())
+        except (OSError, ValueError) as error:
+            raise TccpError(f"--tokens {self.tokens_file} cannot be read ({error}): give {shape}") from None
+        if not isinstance(found, dict) or not found or not all(isinstance(one, str) and one for one in found.values()):
+            raise TccpError(f"--tokens {self.tokens_file}: give {shape}")
+        return found
+
     def pinned(self) -> ServerSettings:
-        """With an absolute storage, and the versions of the weights copied into it.
+        """With an absolute storage, the versions of the weights copied into it, and a secret for webhooks.
 
         Raises TccpError for weights that are missing or incomplete.
         """
@@ -108,4 +131,17 @@ class ServerSettings(BaseModel):
         if not is_url(place):
             place = str(Path(place).absolute())
         versions = {name: pin(source, Folder(place)) for name, source in self.weights.items()}
-        return self.model_copy(update={"storage": place, "versions": versions})
+        update: dict[str, Any] = {"storage": place, "versions": versions, "owners": self._read_tokens()}
+        if self.webhooks and self.webhook_secret is None:
+            update["webhook_secret"] = _kept_secret(Folder(place))
+        return self.model_copy(update=update)
+
+
+def _kept_secret(storage: Folder) -> str:
+    """The secret of this storage, made once."""
+    name = "webhook-secret"
+    if not storage.exists(name):
+        storage.write(name, f"whsec_{base64.b64encode(secrets.token_bytes(32)).decode()}".encode())
+        if storage.local is not None:
+            (storage.local / name).chmod(0o600)
+    return storage.read(name).decode()
