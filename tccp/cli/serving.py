@@ -5,8 +5,6 @@ from __future__ import annotations
 import json as json_module
 import os
 import secrets
-import signal
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -19,7 +17,6 @@ from tccp.progress import progress
 
 if TYPE_CHECKING:
     from tccp.serving.client import Client, Video
-    from tccp.serving.server_settings import ServerSettings
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -82,40 +79,20 @@ def serve(
     settings = ServerSettings.given({**given, **dict(_pair(item) for item in set)}).pinned()
     if settings.tokens_file is None and host not in _LOOPBACK:
         settings = settings.model_copy(update={"tokens_file": str(_new_tokens(settings.storage))})
-    run_server(settings, host, port, detach)
-
-
-def run_server(settings: ServerSettings, host: str, port: int, detach: bool = False) -> None:
-    """Runs the server until the process is told to end. settings: pinned. detach: return once it is up.
-
-    Raises TccpError for `detach` without a cluster.
-    """
-    from tccp.cluster import ray_cluster
-
     if detach and not os.environ.get("RAY_ADDRESS"):
         raise TccpError("--detach needs a running cluster: set RAY_ADDRESS, or submit ray_jobs/serve.py as a job")
+    from tccp.serving.running import run_server
 
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
     note("starting (this takes about half a minute) ...")
-    with ray_cluster(extra="serve", worker_logs=False):
-        from ray import serve as ray_serve
-
-        from tccp.serving.deployments import app
-
-        ray_serve.start(http_options={"host": host, "port": port})
-        try:
-            ray_serve.run(app(settings), name="tccp", route_prefix="/", logging_config={"encoding": "JSON"})
-            shown = f"[{host}]" if ":" in host else host
-            note(f"serving at http://{shown}:{port} (page: /, API: /docs); Ctrl-C ends it")
-            if detach:
-                return
-            stop.wait()
-            note("ending: jobs in work are kept, and a server that starts again goes on with them")
-        finally:
-            if not detach:
-                ray_serve.shutdown()
+    shown = f"[{host}]" if ":" in host else host
+    run_server(
+        settings,
+        host,
+        port,
+        detach,
+        on_ready=lambda: note(f"serving at http://{shown}:{port} (page: /, API: /docs); Ctrl-C ends it"),
+        on_end=lambda: note("ending: jobs in work are kept, and a server that starts again goes on with them"),
+    )
 
 
 _Server = Annotated[str, tyro.conf.arg(help="address of the server (default: TCCP_SERVER, else this machine's)")]

@@ -29,8 +29,8 @@ class ServerSettings(BaseModel):
 
     slots: jobs that a conductor works on. chains: shots of a job at once. batch: rows in one evaluation.
     stuck_s: after so long in one step, a replica is started again.
-    webhooks: whether clients may name an address that is called when a job ends. webhook_secret signs these calls; None:
-    one is made and kept in the storage. owners: by token, from tokens_file (`pinned`).
+    webhooks: whether clients may name an address that is called when a job ends. webhook_secret signs these calls;
+    None: one is made and kept in the storage. owners: by token, from tokens_file (`pinned`).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
