@@ -30,7 +30,7 @@ from tccp.serving.work import StageKind
 
 SIZES = (1, 2, 4, 8, 16, 32)
 SLACK = 0.05
-_REPEATS = 5
+REPEATS = 5
 _FOLDER = "step_curves"
 
 
@@ -99,21 +99,23 @@ def measure_steps(components: Components, kind: StageKind, sizes: Sequence[int] 
     wait for that.
     """
     network = components.stage("landmark_sequence" if kind == "landmark" else "face_sequence", traced=True).sequence
-    return growing(functools.partial(_step_s, network, components.device), sizes)
+    return growing(functools.partial(step_seconds, network, components.device), sizes)
 
 
 @torch.no_grad()
-def _step_s(network: Network, device: torch.device, rows: int) -> float:
-    """Median seconds of an evaluation of so many rows."""
+def step_seconds(
+    network: Network, device: torch.device, rows: int, untimed: int = EAGER_CALLS + 2, repeats: int = REPEATS
+) -> float:
+    """Median seconds of an evaluation of so many rows. untimed: evaluations before, of which the last is recorded."""
     latents, times, conditions, control = _inputs(network, rows, device)
     prepared = network.prepare(conditions, control, latents.shape[2])
     taken = []
-    for call in range(EAGER_CALLS + 2 + _REPEATS):
+    for call in range(untimed + repeats):
         _wait(device)
         start = time.perf_counter()
         network(latents, times, prepared)
         _wait(device)
-        if call >= EAGER_CALLS + 2:  # the last calls before are those that record it and run the recording first
+        if call >= untimed:
             taken.append(time.perf_counter() - start)
     return statistics.median(taken)
 
