@@ -17,7 +17,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENCV_
 PYTEST     := $(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak check mlflow clean setup toy-weights ablation-weights
+.PHONY: help demo test soak serve check mlflow clean setup toy-weights ablation-weights
 MAKEFLAGS += --no-print-directory
 
 help:  ## list the targets
@@ -36,6 +36,9 @@ soak: $(READY)  ## run the long tests, about an hour; continues after an interru
 	@$(ONE_THREAD) $(BIN)/python benchmarks/hostile_child.py --count 10000 --out docs/soak/hostile_child.json
 	@$(ONE_THREAD) $(BIN)/python benchmarks/training_kills.py --kills 10 --out docs/soak/training_kills.json
 	@$(ONE_THREAD) $(BIN)/python benchmarks/storage_outages.py --out docs/soak/storage.json
+
+serve: $(READY)  ## serve generation over HTTP with a page, at http://127.0.0.1:8000 or PORT=...; Ctrl-C ends it
+	@$(BIN)/tccp serve --port $(or $(PORT),8000)
 
 mlflow: $(READY)  ## show training runs in a browser: those recorded in the storage (TCCP_STORAGE, else ~/.tccp)
 	@MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow ui --host 127.0.0.1 --port $(or $(PORT),5000) \

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tccp.serving.server_settings import ServerSettings
 from tccp.training.launcher.job import Allocation
 from tccp.training.launcher.sizing import GPU_WORKER_CPUS, allocate
 
@@ -88,7 +90,29 @@ def test_service_configuration_is_valid_for_ray_serve() -> None:
     schema = pytest.importorskip("ray.serve.schema")
     spec = load("deploy/rayservice.yaml")["spec"]
     config = schema.ServeDeploySchema.model_validate(yaml.safe_load(spec["serveConfigV2"]))
-    assert [one.import_path for one in config.applications] == ["tccp.serving:app"]
+    (application,) = config.applications
+    module, name = application.import_path.split(":")
+    assert callable(getattr(importlib.import_module(module), name))
+    settings = ServerSettings.given(application.args)
+    most = settings.max_replicas * settings.gpus_per_stage * 2  # of both stages
+    (workers,) = spec["rayClusterConfig"]["workerGroupSpecs"]
+    assert most > workers["minReplicas"], "the stages may grow beyond one machine"
+    assert settings.store_url.startswith("postgresql://"), "several machines share the store"
+
+
+def test_dashboard_and_alerts_name_metrics_that_the_server_reports() -> None:
+    deployments = (ROOT / "tccp" / "serving" / "deployments.py").read_text()
+    operation = (ROOT / "tccp" / "serving" / "api" / "operation.py").read_text()
+    known = {"tccp_videos", "ray_tccp_attempts_total", "ray_tccp_stage_load"}
+    known |= {f"ray_tccp_stage_{name}_total" for name in ("windows", "evaluations", "rows", "busy_s")}
+    assert all(
+        name.removeprefix("ray_").removesuffix("_total") in deployments + operation
+        for name in ("tccp_videos", "ray_tccp_attempts_total", "ray_tccp_stage_load")
+    )
+    queries = [target["expr"] for panel in load("deploy/grafana.json")["panels"] for target in panel["targets"]]
+    queries += [rule["expr"] for group in load("deploy/alerts.yaml")["groups"] for rule in group["rules"]]
+    named = {name for query in queries for name in re.findall(r"\b(?:ray_)?tccp_\w+", query)}
+    assert named and named <= known
 
 
 def test_ray_versions_and_system_libraries_agree() -> None:
