@@ -150,9 +150,11 @@ class Conductor:
 
     async def _extend(self) -> None:
         """Extends the leases, and stops work on jobs that are lost."""
-        held = await asyncio.to_thread(self._store.extend, self.holder, self._rules.lease_s)
-        for job_id, (task, fence) in list(self._tasks.items()):
-            if held.get(job_id) != fence:
+        tasks = dict(self._tasks)
+        fences = {job_id: fence for job_id, (_, fence) in tasks.items()}
+        held = await asyncio.to_thread(self._store.extend, fences, self._rules.lease_s)
+        for job_id, (task, _) in tasks.items():
+            if job_id not in held:
                 task.cancel()
 
     async def _let_go(self) -> None:

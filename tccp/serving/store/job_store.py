@@ -18,7 +18,7 @@ import sqlalchemy as sa
 from sqlalchemy import ColumnElement, Connection, Engine, event, func, select, update
 
 from tccp.errors import StorageError, TccpError
-from tccp.serving.scheduling import first_turn, gives_way, retry_after_s
+from tccp.serving.scheduling import CLAIM_COSTS, first_turn, gives_way, retry_after_s
 from tccp.serving.store.migrating import migrate
 from tccp.serving.store.schema import batches, counters, deliveries, files, jobs
 
@@ -26,6 +26,7 @@ Status = Literal["queued", "in_progress", "completed", "failed", "canceled", "ex
 Stage = Literal["preparing", "generating", "finishing"]
 RUNNING = ("queued", "in_progress")
 _BUSY_S = 30.0  # how long a transaction waits for another one of SQLite
+_CONNECT_S = 10  # how long a connection to PostgreSQL may take
 
 
 class Full(TccpError):
@@ -140,6 +141,7 @@ class Delivery:
 
 
 _JOB_COLUMNS = [jobs.c[name] for name in Job.__dataclass_fields__]
+_AT_WORK = sa.and_(jobs.c.status == "in_progress", jobs.c.holder.is_not(None))
 _FILE_COLUMNS = [files.c[name] for name in StoredFile.__dataclass_fields__]
 
 
@@ -167,11 +169,24 @@ class JobStore:
             else:
                 if parsed.drivername == "postgresql":
                     parsed = parsed.set(drivername="postgresql+psycopg")
-                self._engine = sa.create_engine(parsed, pool_pre_ping=True, pool_size=4, max_overflow=12)
-        except (sa.exc.ArgumentError, sa.exc.NoSuchModuleError, ImportError) as error:
+                wait = {} if "connect_timeout" in parsed.query else {"connect_timeout": _CONNECT_S}
+                self._engine = sa.create_engine(
+                    parsed, connect_args=wait, pool_pre_ping=True, pool_size=4, max_overflow=12
+                )
+        except TccpError:
+            raise
+        except (sa.exc.ArgumentError, ImportError, OSError) as error:
             raise TccpError(f"the job store cannot be used ({error}): give sqlite:///PATH or postgresql://") from None
-        with _storage_errors(self._engine):
-            migrate(self._engine)
+        except ValueError:  # its text has a part of the URL, which may be one of the password
+            raise TccpError(
+                "the job store's URL has no valid port: give a number, and special characters of a password as %XX"
+            ) from None
+        try:
+            with _storage_errors(self._engine):
+                migrate(self._engine)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         self._engine.dispose()
@@ -195,6 +210,7 @@ class JobStore:
         Raises Full if there are as many, KeyReused if the key came with another request.
         """
         with self._transaction() as db:
+            _lock(db, "jobs")  # what is counted here must hold until the job is added
             if new.idempotency_key is not None:
                 known = _by_key(db, new.owner, new.idempotency_key)
                 if known is not None:
@@ -317,6 +333,8 @@ class JobStore:
                     holder=None,
                     lease_until=0.0,
                     completed_at=self._now(db),
+                    error_code=None,
+                    error_message=None,
                 )
                 .returning(*_JOB_COLUMNS)
             ).first()
@@ -356,6 +374,7 @@ class JobStore:
                         started_at=func.coalesce(jobs.c.started_at, now),
                         fence=jobs.c.fence + 1,
                         failures=jobs.c.failures + sa.case((lost, 1), else_=0),
+                        virtual_time=jobs.c.virtual_time + CLAIM_COSTS,
                         holder=holder,
                         lease_until=now + lease_s,
                     )
@@ -364,32 +383,35 @@ class JobStore:
                 if row is None:
                     return None
                 job = _job(row)
+                _raise_counter(db, "virtual_time", job.virtual_time)
                 if job.failures >= most_failures:
                     text = f"it was given up after {job.failures} attempts: the last one ended without an answer"
                     self._end(db, job.id, job.fence, "failed", code="worker_lost", message=text)
                     continue
-                _raise_counter(db, "virtual_time", job.virtual_time)
                 return Claim(job, job.fence)
 
-    def extend(self, holder: str, lease_s: float) -> dict[str, int]:
-        """Makes all leases of a holder last `lease_s` from now; returns the fences of the jobs that it still holds."""
+    def extend(self, fences: Mapping[str, int], lease_s: float) -> set[str]:
+        """Makes claims with these fences last `lease_s` from now; returns the jobs whose claims still hold.
+
+        fences: of the jobs at which somebody works. Others run out, whoever holds them.
+        """
+        if not fences:
+            return set()
         with self._transaction() as db:
             rows = db.execute(
                 update(jobs)
-                .where(jobs.c.holder == holder, jobs.c.status == "in_progress")
+                .where(sa.tuple_(jobs.c.id, jobs.c.fence).in_(list(fences.items())), _AT_WORK)
                 .values(lease_until=self._now(db) + lease_s)
-                .returning(jobs.c.id, jobs.c.fence)
+                .returning(jobs.c.id)
             )
-            return {row[0]: row[1] for row in rows}
+            return set(rows.scalars())
 
     def still_held(self, fences: Mapping[str, int]) -> set[str]:
         """Those of these jobs whose claims with these fences still hold."""
         if not fences:
             return set()
         with self._transaction(writes=False) as db:
-            rows = db.execute(
-                select(jobs.c.id, jobs.c.fence).where(jobs.c.id.in_(fences), jobs.c.status == "in_progress")
-            )
+            rows = db.execute(select(jobs.c.id, jobs.c.fence).where(jobs.c.id.in_(fences), _AT_WORK))
             return {job_id for job_id, fence in rows if fences[job_id] == fence}
 
     def update(self, claim: Claim, **values: Any) -> bool:
@@ -399,13 +421,21 @@ class JobStore:
 
     def add_windows(self, claim: Claim, windows: int, previews: int = 0) -> bool:
         """Counts windows that were generated. Returns whether the claim holds."""
-        return self.update(
-            claim,
-            windows_done=jobs.c.windows_done + windows,
-            previews=jobs.c.previews + previews,
-            virtual_time=jobs.c.virtual_time + windows,
-            failures=0,
-        )
+        with self._transaction() as db:
+            row = db.execute(
+                update(jobs)
+                .where(_held(claim.id, claim.fence))
+                .values(
+                    windows_done=jobs.c.windows_done + windows,
+                    previews=jobs.c.previews + previews,
+                    virtual_time=jobs.c.virtual_time + windows,
+                    failures=0,
+                )
+                .returning(jobs.c.virtual_time)
+            ).first()
+            if row is not None:
+                _raise_counter(db, "virtual_time", float(row.virtual_time))
+            return row is not None
 
     def gives_way(self, claim: Claim, since_claim: int) -> bool:
         """Whether a job that has got so many windows since it was claimed must let others go on."""
@@ -505,13 +535,15 @@ class JobStore:
     def add_file(self, new: StoredFile, expires_in_s: float, most_bytes_of_owner: int) -> StoredFile:
         """Adds a file whose content is stored already. Raises Full if the owner would have more bytes than allowed."""
         with self._transaction() as db:
+            _lock(db, "files")
             own = db.scalar(select(func.sum(files.c.bytes)).where(files.c.owner == new.owner)) or 0
             if own + new.bytes > most_bytes_of_owner:
                 raise Full(f"your files hold {own:,} bytes, and {most_bytes_of_owner:,} are allowed: delete some", 60.0)
             now = self._now(db)
             row = {name: getattr(new, name) for name in ("id", "owner", "name", "purpose", "bytes", "sha256")}
             row |= {"number": _next(db, "files"), "created_at": now, "expires_at": now + expires_in_s}
-            return StoredFile(**row if db.execute(files.insert().values(row)).rowcount else {})
+            db.execute(files.insert().values(row))
+            return StoredFile(**row)
 
     def file(self, file_id: str, owner: str) -> StoredFile | None:
         with self._transaction(writes=False) as db:
@@ -587,13 +619,14 @@ class JobStore:
             if self.backend == "postgresql":
                 turn = turn.with_for_update(skip_locked=True)
             names = [deliveries.c[name] for name in Delivery.__dataclass_fields__]
+            ids = list(db.scalars(turn))
             rows = db.execute(
                 update(deliveries)
-                .where(deliveries.c.id.in_(turn.scalar_subquery()), due)
+                .where(deliveries.c.id.in_(ids))
                 .values(attempts=deliveries.c.attempts + 1, next_at=now + wait_s)
                 .returning(*names)
             )
-            return [Delivery(**row._mapping) for row in rows]
+            return [Delivery(**_values(row, names)) for row in rows]
 
     def delivered(self, delivery_id: str) -> None:
         with self._transaction() as db:
@@ -625,7 +658,8 @@ def new_id(kind: str) -> str:
 
 
 def _held(job_id: str, fence: int) -> ColumnElement[bool]:
-    return sa.and_(jobs.c.id == job_id, jobs.c.fence == fence, jobs.c.status == "in_progress")
+    """Whether the claim with this fence holds: neither lost nor given back."""
+    return sa.and_(jobs.c.id == job_id, jobs.c.fence == fence, _AT_WORK)
 
 
 def _visible_to(owner: str) -> ColumnElement[bool]:
@@ -654,11 +688,15 @@ def _check_room(
 
 
 def _job(row: sa.Row[Any]) -> Job:
+    return Job(**_values(row, _JOB_COLUMNS))
+
+
+def _values(row: sa.Row[Any], columns: Iterable[sa.Column[Any]]) -> dict[str, Any]:
     values = dict(row._mapping)
-    for column in _JOB_COLUMNS:  # SQLite's RETURNING gives whole numbers of a FLOAT column as integers
+    for column in columns:  # SQLite's RETURNING gives whole numbers of a FLOAT column as integers
         if isinstance(column.type, sa.Float) and values[column.name] is not None:
             values[column.name] = float(values[column.name])
-    return Job(**values)
+    return values
 
 
 def _by_key(db: Connection, owner: str, key: str) -> Job | None:
@@ -675,6 +713,11 @@ def _raise_counter(db: Connection, name: str, value: float) -> None:
     db.execute(update(counters).where(own).values(value=value))
 
 
+def _lock(db: Connection, name: str) -> None:
+    """Others that call it wait until this transaction ends. On SQLite all transactions that write do so anyway."""
+    db.execute(select(counters.c.value).where(counters.c.name == name).with_for_update())
+
+
 def _next(db: Connection, name: str) -> int:
     """The next number of a table."""
     row = db.execute(
@@ -684,10 +727,10 @@ def _next(db: Connection, name: str) -> int:
 
 
 def _prepare_sqlite(connection: Any, _: object) -> None:
-    """Readers do not wait for a writer; a transaction survives a crash of the process, and a power cut at its end."""
+    """Readers do not wait for a writer. What is written survives a crash of the process, and a power cut."""
     connection.isolation_level = None  # so that `_begin_sqlite` begins transactions, not the driver
     connection.execute("PRAGMA journal_mode=WAL")
-    connection.execute("PRAGMA synchronous=NORMAL")
+    connection.execute("PRAGMA synchronous=FULL")
 
 
 def _begin_sqlite(connection: Connection) -> None:
@@ -701,9 +744,11 @@ def _storage_errors(engine: Engine) -> Iterator[None]:
     """Raises StorageError for a database that fails or cannot be reached."""
     try:
         yield
-    except (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError) as error:
+    except (sa.exc.DBAPIError, sa.exc.TimeoutError) as error:
+        if isinstance(error, sa.exc.IntegrityError | sa.exc.DataError):  # not the database's fault
+            raise
         reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
-        place = engine.url.render_as_string(hide_password=True)
+        place = engine.url.difference_update_query(["password"]).render_as_string(hide_password=True)
         raise StorageError(f"the job store {place} failed ({reason}): check the database", reason) from None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -15,6 +16,7 @@ from tccp.errors import TccpError
 
 _FOLDER = Path(__file__).parent / "migrations"
 _LOCK = 0x7CC9
+_one_at_a_time = threading.Lock()  # Alembic keeps the migration at work in a global variable
 
 
 def migrate(engine: Engine) -> None:
@@ -25,7 +27,7 @@ def migrate(engine: Engine) -> None:
     config = Config()
     config.set_main_option("script_location", str(_FOLDER))
     script = ScriptDirectory.from_config(config)
-    with engine.begin() as connection:
+    with _one_at_a_time, engine.begin() as connection:
         if connection.dialect.name == "postgresql":
             connection.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
         version = version_of(connection)
