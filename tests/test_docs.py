@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import functools
 import inspect
 import json
 import re
@@ -9,10 +11,12 @@ import runpy
 import shlex
 import shutil
 import string
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
+from urllib.parse import parse_qsl, urlsplit
 
 import pytest
 import tiny
@@ -23,9 +27,12 @@ from ray_jobs import preprocess as preprocess_job
 from ray_jobs import train_command
 from tccp.cli import VERBS, main, parse
 from tccp.clips.clip_table import ClipTable
+from tccp.files import Folder
 from tccp.inference.pipeline_folder import write_untrained
 from tccp.media import VideoWriter, open_audio, probe, read_frames, write_audio_wav
 from tccp.roundtable import identity_path, read_truth, truth_path, write_clips
+from tccp.serving.api import Server, create_app
+from tccp.serving.store import JobStore
 
 ROOT = tiny.ROOT
 README = ROOT / "README.md"
@@ -155,11 +162,56 @@ def check(words: tuple[str, ...]) -> None:
         _check_ray(arguments)
     elif program == ".":
         assert arguments == [".venv/bin/activate"], "only the environment that make creates"
+    elif program == "curl":
+        _check_curl(arguments)
     elif program == "kubectl":
         assert arguments[:2] == ["apply", "-f"]
         assert (ROOT / arguments[2]).is_file()
     else:
         assert program == "export", f"no test knows the program {program}"
+
+
+@functools.cache
+def _operations() -> dict[str, Any]:
+    """The paths of the server's API, with their operations."""
+
+    async def unused(*given: Any) -> Any:
+        raise AssertionError
+
+    with tempfile.TemporaryDirectory() as place:
+        store = JobStore(f"sqlite:///{place}/jobs.db")
+        try:
+            return create_app(Server(store, Folder(place), {}, unused, unused)).openapi()["paths"]
+        finally:
+            store.close()
+
+
+def _check_curl(arguments: list[str]) -> None:
+    """The server has the operation, and its fields."""
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    for name in ("-X", "-o", "--json"):
+        parser.add_argument(name)
+    for name in ("-F", "-H"):
+        parser.add_argument(name, action="append", default=[])
+    parser.add_argument("-N", action="store_true")
+    parser.add_argument("url")
+    given = parser.parse_args(arguments)
+    url = urlsplit(given.url)
+    fields = [part.partition("=")[0] for part in given.F]
+    method = (given.X or ("POST" if given.json or fields else "GET")).lower()
+    (operation,) = [
+        operations[method]
+        for path, operations in _operations().items()
+        if method in operations and re.fullmatch(re.sub(r"{\w+}", "[^/]+", path), url.path)
+    ]
+    names = {parameter["name"] for parameter in operation.get("parameters", [])}
+    assert {name for name, _ in parse_qsl(url.query)} | {head.partition(":")[0] for head in given.H} <= names
+    if not given.json and not fields:
+        return
+    kind = "application/json" if given.json else "multipart/form-data"
+    schema = operation["requestBody"]["content"][kind]["schema"]
+    assert {*fields, *json.loads(given.json or "{}")} <= schema["properties"].keys()
+    assert set(schema.get("required", [])) <= {*fields, *json.loads(given.json or "{}")}
 
 
 def _check_ray(arguments: list[str]) -> None:
@@ -221,6 +273,7 @@ PARSED_ONLY = {
     r"tccp preprocess .*--workers [2-9]": "starts Ray; tests/preprocessing/test_graph_on_ray.py runs it",
     r"python ray_jobs/": "starts Ray; tests/training/ and tests/preprocessing/test_graph_on_ray.py run it",
     r"ray |kubectl ": "needs a cluster",
+    r"curl ": "needs a server; tests/serving/test_api_*.py talk to one",
     r"tccp train all --data DATA128": "made small, it is the same work as the training before it",
     r"tccp describe": "counts six networks of full size; tests/cli/test_cli.py runs it",
     r"tccp generate .*--detector lbp": "lbp finds few of RoundTable's faces; tests/faces/test_faces.py runs it",

@@ -14,7 +14,16 @@ from starlette.concurrency import run_in_threadpool
 from tccp.serving.api.access import Owner, TheServer
 from tccp.serving.api.errors import ApiError, documented, invalid, not_found, shown
 from tccp.serving.api.objects import ID_PATTERN, Batch, BatchList, is_id, page, video
-from tccp.serving.api.requests import FIELDS, check_roles, checked_spec, given_in, json_body, key_of, parsed
+from tccp.serving.api.requests import (
+    FIELDS,
+    check_roles,
+    checked_spec,
+    given_in,
+    json_body,
+    key_of,
+    key_parameter,
+    parsed,
+)
 from tccp.serving.api.server import Server
 from tccp.serving.api.submission import Order, file_place, sources_of, submit
 from tccp.serving.store import Full, Job, KeyReused
@@ -41,16 +50,11 @@ _BODY = {
             }
         },
     },
-    "parameters": [
-        {
-            "name": "Idempotency-Key",
-            "in": "header",
-            "required": False,
-            "schema": {"type": "string", "minLength": 1, "maxLength": 200, "pattern": "^[ -~]+$"},
-            "description": "A batch that is sent again with its key goes on where it was cut off.",
-        }
-    ],
+    "parameters": [key_parameter("A batch that is sent again with its key goes on where it was cut off.")],
 }
+After = Annotated[
+    str | None, Query(pattern=ID_PATTERN["batch"], description="The id of the last batch of the page before")
+]
 
 
 @router.post("", response_model=Batch, responses=documented(408, 409, 429), openapi_extra=_BODY)
@@ -138,11 +142,9 @@ async def list_batches(
     server: TheServer,
     owner: Owner,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
-    after: Annotated[str | None, Query(description="The id of the last batch of the page before")] = None,
+    after: After = None,
 ) -> dict[str, Any]:
     """The batches of this owner, newest first."""
-    if after is not None and not is_id("batch", after):
-        raise invalid("after", "give the id of a batch")
 
     def listed() -> dict[str, Any]:
         return page([_object(server, one) for one in server.store.batches_of(owner, limit + 1, after)], limit)

@@ -11,7 +11,7 @@ from starlette.datastructures import UploadFile
 from tccp.errors import StorageError
 from tccp.serving.api.access import Owner, TheServer
 from tccp.serving.api.errors import documented, invalid, not_found
-from tccp.serving.api.objects import DeletedFile, File, FileList, is_id, page, stored_file
+from tccp.serving.api.objects import ID_PATTERN, DeletedFile, File, FileList, is_id, page, stored_file
 from tccp.serving.api.requests import body_of
 from tccp.serving.api.server import Server
 from tccp.serving.api.submission import cleaned_name, file_place, stored
@@ -37,6 +37,9 @@ _BODY = {
         },
     }
 }
+After = Annotated[
+    str | None, Query(pattern=ID_PATTERN["file"], description="The id of the last file of the page before")
+]
 
 
 @router.post("", response_model=File, responses=documented(408, 415, 429), openapi_extra=_BODY)
@@ -77,11 +80,9 @@ async def list_files(
     server: TheServer,
     owner: Owner,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
-    after: Annotated[str | None, Query(description="The id of the last file of the page before")] = None,
+    after: After = None,
 ) -> dict[str, Any]:
     """The files of this owner, newest first."""
-    if after is not None and not is_id("file", after):
-        raise invalid("after", "give the id of a file")
     rows = await run_in_threadpool(server.store.files_of, owner, limit + 1, after)
     return page([stored_file(row) for row in rows], limit)
 

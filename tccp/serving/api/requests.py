@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from fastapi import Request
 from pydantic import ValidationError
+from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, UploadFile
 
 from tccp.serving.api.errors import ApiError, invalid, of_validation, shown
@@ -28,6 +29,7 @@ _NOT_OFFERED = {
 }
 _MAX_FIELDS = 64
 _MAX_URL = 2000
+_MAX_KEY = 200
 FIELDS = (*ROLES, *_ALIASES, *VideoSpec.model_fields, "webhook_url")
 
 
@@ -59,7 +61,7 @@ async def body_of(request: Request) -> AsyncIterator[dict[str, Any]]:
 
 async def json_body(request: Request) -> dict[str, Any]:
     """A JSON object."""
-    value = parsed(await request.body(), "the body")
+    value = await run_in_threadpool(parsed, await request.body(), "the body")  # some have thousands of rows
     if not isinstance(value, dict):
         raise invalid(None, "the body is no JSON object: send {...}")
     return value
@@ -170,9 +172,21 @@ def _webhook(value: object, server: Server) -> str:
 def key_of(request: Request) -> str | None:
     """The header Idempotency-Key."""
     key = request.headers.get("idempotency-key")
-    if key is not None and not (1 <= len(key) <= 200 and key.isascii() and key.isprintable()):
-        raise invalid("Idempotency-Key", "give 1 to 200 printable ASCII characters")
+    if key is not None and not (1 <= len(key) <= _MAX_KEY and key.isascii() and key.isprintable()):
+        raise invalid("Idempotency-Key", f"give 1 to {_MAX_KEY} printable ASCII characters")
     return key
+
+
+def key_parameter(description: str) -> dict[str, Any]:
+    """The documentation of the header Idempotency-Key."""
+    schema = {"type": "string", "minLength": 1, "maxLength": _MAX_KEY, "pattern": "^[ -~]+$"}
+    return {
+        "name": "Idempotency-Key",
+        "in": "header",
+        "required": False,
+        "schema": schema,
+        "description": description,
+    }
 
 
 def body_schema(*, needed: bool, multipart: bool = True, remix: bool = False) -> dict[str, Any]:

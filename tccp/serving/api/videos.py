@@ -12,8 +12,17 @@ from tccp.serving.api.access import Owner, TheServer
 from tccp.serving.api.content import file_response
 from tccp.serving.api.errors import ApiError, documented, invalid, not_found
 from tccp.serving.api.events import events_of
-from tccp.serving.api.objects import DeletedVideo, Video, VideoList, is_id, is_running, page, video
-from tccp.serving.api.requests import Given, body_of, body_schema, check_roles, checked_spec, given_in, key_of
+from tccp.serving.api.objects import ID_PATTERN, DeletedVideo, Video, VideoList, is_id, is_running, page, video
+from tccp.serving.api.requests import (
+    Given,
+    body_of,
+    body_schema,
+    check_roles,
+    checked_spec,
+    given_in,
+    key_of,
+    key_parameter,
+)
 from tccp.serving.api.server import Server
 from tccp.serving.api.submission import Kept, Order, Source, check_room, sources_of, submit
 from tccp.serving.job_folder import JobFolder
@@ -30,13 +39,10 @@ _FILES = {
     "report": (REPORT, "application/json", "json"),
 }
 _ALIASES = {"video": "film", "thumbnail": "preview"}
-_KEY = {
-    "name": "Idempotency-Key",
-    "in": "header",
-    "required": False,
-    "schema": {"type": "string", "minLength": 1, "maxLength": 200, "pattern": "^[ -~]+$"},
-    "description": "The same request with the same key gives the same video, however often it is sent.",
-}
+_KEY = key_parameter("The same request with the same key gives the same video, however often it is sent.")
+After = Annotated[
+    str | None, Query(pattern=ID_PATTERN["video"], description="The id of the last video of the page before")
+]
 _EVENT = {
     "type": "object",
     "properties": {name: {"type": "string"} for name in ("event", "id", "data")},
@@ -84,12 +90,10 @@ async def list_videos(
     server: TheServer,
     owner: Owner,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
-    after: Annotated[str | None, Query(description="The id of the last video of the page before")] = None,
+    after: After = None,
     order: Literal["asc", "desc"] = "desc",
 ) -> dict[str, Any]:
     """The videos of this owner, newest first."""
-    if after is not None and not is_id("video", after):
-        raise invalid("after", "give the id of a video")
 
     def listed() -> dict[str, Any]:
         jobs = server.store.listed(owner, limit + 1, after, newest_first=order == "desc")
