@@ -130,7 +130,7 @@ export class FileField {
 
   /** A frame of the film that is chosen, as the browser shows it; null if it cannot. */
   frame(width) {
-    if (!this.address) return Promise.resolve(null);
+    if (!this.file?.size) return Promise.resolve(null);
     const film = make("video", { muted: true, preload: "auto", playsInline: true, src: this.address });
     return new Promise((resolve) => {
       film.onerror = () => resolve(null);
@@ -148,7 +148,7 @@ export class FileField {
     const thumb = this.field.querySelector(".thumb");
     show(thumb, false);
     this.address = URL.createObjectURL(this.file);
-    if (!PREVIEWED.test(this.file.type)) return;
+    if (!this.file.size || !PREVIEWED.test(this.file.type)) return;
     thumb.onload = () => show(thumb);
     thumb.onerror = () => show(thumb, false); // a kind that this browser cannot show, such as HEIC
     const { address } = this;

@@ -41,7 +41,8 @@ export class FilmView {
     if (scene) this.scenes.set(id, scene);
     this.id = id;
     this.spoken = "";
-    this.shown = 0;
+    this.shown = 0; // frames that were asked for
+    this.latest = 0; // number of the large one
     byId("film-frames").replaceChildren();
     show(byId("film-latest"), false);
     for (const part of ["film-work", "film-player", "film-files", "film-remix", "film-delete"]) show(byId(part), false);
@@ -117,10 +118,17 @@ export class FilmView {
     const latest = byId("film-latest");
     const from = Math.max(this.shown, object.previews - FRAMES_SHOWN);
     for (let number = from; number < object.previews; number++) {
-      const source = previewOf(object.id, number);
-      frames.append(make("li", {}, make("img", { src: source, alt: `Frame ${number + 1} of those made`, width: 96 })));
-      latest.src = source;
-      latest.onload = () => show(latest);
+      const picture = make("img", { alt: `Frame ${number + 1} of those made`, width: 96 });
+      const item = make("li", {}, picture);
+      picture.onload = () => {
+        if (this.id !== object.id || number < this.latest) return;
+        this.latest = number;
+        latest.src = picture.src;
+        show(latest);
+      };
+      picture.onerror = () => item.remove();
+      picture.src = previewOf(object.id, number);
+      frames.append(item);
     }
     this.shown = Math.max(this.shown, object.previews);
     while (frames.children.length > FRAMES_SHOWN) frames.firstElementChild.remove();
