@@ -23,7 +23,9 @@ import tiny
 import trainings
 from test_ground import make_targets
 
+from ray_jobs import generate as generate_job
 from ray_jobs import preprocess as preprocess_job
+from ray_jobs import serve as serve_job
 from ray_jobs import train_command
 from tccp.cli import VERBS, main, parse
 from tccp.clips.clip_table import ClipTable
@@ -151,6 +153,8 @@ def check(words: tuple[str, ...]) -> None:
             parse(arguments)
     elif program == "python" and arguments[0] == "ray_jobs/preprocess.py":
         parse(preprocess_job.arguments(arguments[1:]))
+    elif program == "python" and (job := re.fullmatch(r"ray_jobs/(serve|generate)\.py", arguments[0])):
+        parse({"serve": serve_job, "generate": generate_job}[job[1]].arguments(arguments[1:]))
     elif program == "python" and (job := re.fullmatch(r"ray_jobs/train_(\w+)\.py", arguments[0])):
         assert job[1] in get_args(train_command.Stage)
         train_command.parse(job[1], arguments[1:])
@@ -277,6 +281,7 @@ PARSED_ONLY = {
     r"tccp train all --data DATA128": "made small, it is the same work as the training before it",
     r"tccp describe": "counts six networks of full size; tests/cli/test_cli.py runs it",
     r"tccp generate .*--detector lbp": "lbp finds few of RoundTable's faces; tests/faces/test_faces.py runs it",
+    r"tccp (serve|submit|watch|fetch|cancel) ": "needs a server; tests/serving/ run one",
     r"tccp evaluate": "takes minutes; tests/evaluation/test_evaluation.py runs it on a tiny pipeline",
     r"python benchmarks/speed": "takes a quarter of an hour, or a GPU; tests/test_speed.py runs it at tiny size",
     r"python benchmarks/docs_tables\.py": "rewrites the pages; the test of the tables compares them",
