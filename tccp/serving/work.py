@@ -114,7 +114,14 @@ def to_bytes(window: KeptWindow) -> bytes:
 
 
 def from_bytes(content: bytes, faces: bool = True) -> KeptWindow:
-    """A stored window. faces: without them, they are left empty. Raises ValueError, KeyError or OSError if damaged."""
+    """A stored window. faces: without them, heads and landmarks are left out. Raises ValueError if it is damaged."""
+    try:
+        return _read(content, faces)
+    except Exception as error:  # numpy and zipfile raise a dozen kinds for what is damaged
+        raise ValueError(f"{type(error).__name__}: {error}") from None
+
+
+def _read(content: bytes, faces: bool) -> KeptWindow:
     with np.load(io.BytesIO(content), allow_pickle=False) as stored:
         points: dict[str, ChainPoint | None] = {}
         for name in _POINTS:
@@ -122,7 +129,7 @@ def from_bytes(content: bytes, faces: bool = True) -> KeptWindow:
             if known:
                 known["position"] = int(known["position"])
             points[name] = ChainPoint(**known) if known else None
-        rest = {name: stored[name] for name in ("points", "confidence") if name in stored.files}
+        rest = {name: stored[name] for name in ("points", "confidence") if faces and name in stored.files}
         heads = stored["faces"] if faces else np.zeros((0, 1, 1, 3), np.uint8)
         face_point = points["face_point"]
         if face_point is None:
