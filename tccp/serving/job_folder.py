@@ -73,6 +73,8 @@ class Plan:
 
 
 def _plan(record: dict[str, Any], arrays: dict[str, np.ndarray]) -> Plan:
+    if sorted(arrays) != record["arrays"]:
+        raise ValueError("a part is missing")
     cuts = None if record["cuts"] is None else frozenset(record["cuts"])
     reasons = {int(frame): reason for frame, reason in record["reasons"].items()}
     return Plan(
@@ -122,6 +124,7 @@ class JobFolder:
         self.storage.write(f"{self._root}/plan.npz", content.getvalue())
         record = {name: getattr(plan, name) for name in ("num_frames", "width", "height", "window", "picture_px")}
         record |= {"shots": [asdict(shot) for shot in plan.shots], "warnings": list(plan.warnings)}
+        record["arrays"] = sorted(arrays)
         record["cuts"] = None if plan.track.cuts is None else sorted(plan.track.cuts)
         record["reasons"] = {str(frame): reason for frame, reason in plan.track.reasons.items()}
         self.storage.write(f"{self._root}/plan.json", json.dumps(record).encode())  # last: it says that both are there

@@ -108,8 +108,10 @@ def to_bytes(window: KeptWindow) -> bytes:
         for field in fields(ChainPoint) if point is not None else ():
             value = getattr(point, field.name)
             arrays[f"{name}.{field.name}"] = np.int64(value) if field.name == "position" else value
+    given = {name: array for name, array in arrays.items() if array is not None}
+    given["names"] = np.array(list(given))  # a damaged directory of the file can lose parts without a word
     content = io.BytesIO()
-    np.savez(content, allow_pickle=False, **{name: array for name, array in arrays.items() if array is not None})
+    np.savez(content, allow_pickle=False, **given)
     return content.getvalue()
 
 
@@ -123,6 +125,8 @@ def from_bytes(content: bytes, faces: bool = True) -> KeptWindow:
 
 def _read(content: bytes, faces: bool) -> KeptWindow:
     with np.load(io.BytesIO(content), allow_pickle=False) as stored:
+        if stored.files != [*stored["names"].tolist(), "names"]:
+            raise ValueError("a part is missing")
         points: dict[str, ChainPoint | None] = {}
         for name in _POINTS:
             known = {key.partition(".")[2]: stored[key] for key in stored.files if key.startswith(f"{name}.")}
