@@ -62,13 +62,6 @@ class Sampler:
             job.cancelled = job.cancelled or not job.state.finished
             return job.cancelled
 
-    @property
-    def owners(self) -> set[object]:
-        """Of the windows that wait or run."""
-        with self._lock:
-            self._drop_cancelled()
-            return {job.owner for job in (*self._running, *self._waiting)}
-
     def cancel_all(self, owner: object) -> list[SamplingJob]:
         """Drops all windows of an owner; returns them."""
         with self._lock:
@@ -107,8 +100,6 @@ class Sampler:
         self._waiting = deque(job for job in self._waiting if not job.cancelled)
 
     def _join(self) -> None:
-        if self._running and not self.continuous:
-            return
         rows: Counter[object] = Counter()
         for job in self._running:
             rows[job.owner] += job.state.num_rows
@@ -116,6 +107,8 @@ class Sampler:
             job = self._running.pop()
             rows[job.owner] -= job.state.num_rows
             self._waiting.appendleft(job)
+        if self._running and not self.continuous:
+            return
         room = self.limit - rows.total()
         while self._waiting:
             # Owners are few, and so are waiting windows: a search through them costs nothing beside an evaluation.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -23,11 +24,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, UInt8
 
-from tccp.errors import TccpError
+from tccp.errors import StorageError, TccpError
 from tccp.files import Folder
 from tccp.inference.head_tracks import HeadTrack
 from tccp.serving.spec import Role
 from tccp.serving.work import KeptWindow, from_bytes, to_bytes
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,26 @@ class Plan:
         return sum(len(shot.windows(self.window)) for shot in self.shots)
 
 
+def _plan(record: dict[str, Any], arrays: dict[str, np.ndarray]) -> Plan:
+    if sorted(arrays) != record["arrays"]:
+        raise ValueError("a part is missing")
+    cuts = None if record["cuts"] is None else frozenset(record["cuts"])
+    reasons = {int(frame): reason for frame, reason in record["reasons"].items()}
+    return Plan(
+        num_frames=record["num_frames"],
+        width=record["width"],
+        height=record["height"],
+        window=record["window"],
+        picture_px=record["picture_px"],
+        shots=tuple(Shot(**shot) for shot in record["shots"]),
+        warnings=tuple(record["warnings"]),
+        track=HeadTrack(arrays["boxes"], cuts, reasons),
+        identity=arrays["identity"],
+        points=arrays.get("points"),
+        confidence=arrays.get("confidence"),
+    )
+
+
 class JobFolder:
     """The files of one job. `storage`: of the server."""
 
@@ -81,12 +104,16 @@ class JobFolder:
 
     @contextmanager
     def local_inputs(self, roles: list[Role]) -> Iterator[dict[Role, Path]]:
-        """The inputs as files of this machine."""
+        """The inputs as files of this machine. Raises TccpError if one is gone."""
         with ExitStack() as opened:
-            try:
-                yield {role: opened.enter_context(self.storage.local_file(self.input_name(role))) for role in roles}
-            except FileNotFoundError as error:
-                raise TccpError(f"an input of {self.job_id} is gone: {error.filename}") from None
+            files = {}
+            for role in roles:
+                try:
+                    files[role] = opened.enter_context(self.storage.local_file(self.input_name(role)))
+                    files[role].stat()
+                except FileNotFoundError:
+                    raise TccpError(f"an input of {self.job_id} is gone: {role}") from None
+            yield files
 
     def write_plan(self, plan: Plan) -> None:
         arrays: dict[str, Any] = {"boxes": plan.track.boxes, "identity": plan.identity}
@@ -97,32 +124,24 @@ class JobFolder:
         self.storage.write(f"{self._root}/plan.npz", content.getvalue())
         record = {name: getattr(plan, name) for name in ("num_frames", "width", "height", "window", "picture_px")}
         record |= {"shots": [asdict(shot) for shot in plan.shots], "warnings": list(plan.warnings)}
+        record["arrays"] = sorted(arrays)
         record["cuts"] = None if plan.track.cuts is None else sorted(plan.track.cuts)
         record["reasons"] = {str(frame): reason for frame, reason in plan.track.reasons.items()}
         self.storage.write(f"{self._root}/plan.json", json.dumps(record).encode())  # last: it says that both are there
 
     def read_plan(self) -> Plan | None:
-        """The plan; None if there is none yet."""
+        """The plan; None if there is none yet. A damaged one is removed, as if there were none."""
         try:
-            record = json.loads(self.storage.read(f"{self._root}/plan.json"))
-            arrays = dict(np.load(io.BytesIO(self.storage.read(f"{self._root}/plan.npz")), allow_pickle=False))
+            record = self.storage.read(f"{self._root}/plan.json")
+            arrays = self.storage.read(f"{self._root}/plan.npz")
         except FileNotFoundError:
             return None
-        cuts = None if record["cuts"] is None else frozenset(record["cuts"])
-        reasons = {int(frame): reason for frame, reason in record["reasons"].items()}
-        return Plan(
-            num_frames=record["num_frames"],
-            width=record["width"],
-            height=record["height"],
-            window=record["window"],
-            picture_px=record["picture_px"],
-            shots=tuple(Shot(**shot) for shot in record["shots"]),
-            warnings=tuple(record["warnings"]),
-            track=HeadTrack(arrays["boxes"], cuts, reasons),
-            identity=arrays["identity"],
-            points=arrays.get("points"),
-            confidence=arrays.get("confidence"),
-        )
+        try:
+            return _plan(json.loads(record), dict(np.load(io.BytesIO(arrays), allow_pickle=False)))
+        except Exception as error:  # numpy and zipfile raise a dozen kinds for what is damaged
+            logger.warning("the plan of %s is damaged (%s: %s)", self.job_id, type(error).__name__, error)
+            self.storage.remove(f"{self._root}/plan.json")
+            return None
 
     def kept_windows(self) -> set[int]:
         """First frames of the windows that are finished."""
@@ -132,13 +151,13 @@ class JobFolder:
         self.storage.write(self._window(window.first), to_bytes(window))
 
     def read_window(self, first: int, faces: bool = True) -> KeptWindow:
-        """Raises FileNotFoundError, and TccpError if the file is damaged."""
+        """Raises FileNotFoundError, and StorageError if the file is damaged: it is removed, to be made again."""
         content = self.storage.read(self._window(first))
         try:
             return from_bytes(content, faces)
-        except (ValueError, KeyError, OSError) as error:
+        except ValueError as error:
             self.storage.remove(self._window(first))
-            raise TccpError(f"{self._window(first)} is damaged ({error}); the window is made again") from None
+            raise StorageError(f"{self._window(first)} is damaged ({error}): the window is made again") from None
 
     def _window(self, first: int) -> str:
         return f"{self._root}/windows/{first:08d}.npz"
@@ -173,14 +192,14 @@ class PlanCache:
         self._lock = threading.Lock()
 
     def of(self, folder: JobFolder) -> Plan:
-        """Raises TccpError if the job has no plan."""
+        """Raises StorageError if the job has no plan: another attempt makes one."""
         with self._lock:
             if folder.job_id in self._plans:
                 self._plans.move_to_end(folder.job_id)
                 return self._plans[folder.job_id]
         plan = folder.read_plan()
         if plan is None:
-            raise TccpError(f"{folder.job_id} is not prepared")
+            raise StorageError(f"{folder.job_id} is not prepared, or its plan was damaged")
         with self._lock:
             self._plans[folder.job_id] = plan
             while len(self._plans) > self._most:

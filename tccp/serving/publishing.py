@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 
 from tccp import headbox
-from tccp.errors import TccpError
+from tccp.errors import StorageError
 from tccp.files import Folder
 from tccp.inference.film_windows import SceneWindow
 from tccp.inference.finishing import FilmFile, Head, finished_frame
@@ -96,12 +96,13 @@ class Publishing:
         """Writes the film of an attempt into its folder in the storage; returns what the job's result says.
 
         on_progress: called with frames done and all; it may raise, and then nothing is published.
-        Raises TccpError for a film that cannot be written, FileNotFoundError if a window is not kept.
+        Raises TccpError for a film that cannot be written, FileNotFoundError if a window is not kept, StorageError if
+        one is damaged or there is no plan.
         """
         folder = JobFolder(self._storage, job_id)
         plan = folder.read_plan()
         if plan is None:
-            raise TccpError(f"{job_id} is not prepared")
+            raise StorageError(f"{job_id} is not prepared, or its plan was damaged")
         with tempfile.TemporaryDirectory(prefix="tccp-film-") as place, folder.local_inputs(roles) as files:
             made = Path(place)
             landmarks = made / LANDMARKS if spec.save_landmarks and not spec.one_stage else None

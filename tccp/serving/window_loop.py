@@ -46,8 +46,8 @@ class _Window:
     networks: FilmNetworks | None = None
     chain: Chain | None = None
     reader: LandmarkReader = field(default_factory=LandmarkReader)
+    sampler: Sampler | None = None
     job: SamplingJob | None = None
-    started: float = field(default_factory=time.monotonic)
 
 
 @dataclass
@@ -91,7 +91,8 @@ class WindowLoop:
         self._new: deque[_Window | _Preload] = deque()
         self._wake = threading.Condition()
         self._closed = False
-        self._beat = time.monotonic()
+        self._beat: float | None = None
+        """Since when the thread has been in its step; None while it waits for work."""
         self._thread = threading.Thread(target=self._run, name=f"{kind} stage", daemon=True)
         self._thread.start()
 
@@ -112,16 +113,17 @@ class WindowLoop:
         """Loads a version of weights ahead of its first window."""
         done: Future[None] = Future()
         with self._wake:
+            if self._closed:
+                raise RuntimeError("the stage is closed")
             self._new.append(_Preload(version, done))
             self._wake.notify()
         return done
 
     @property
     def stuck_s(self) -> float:
-        """How long the thread has been in the step that it is in; 0 if it waits for work."""
-        with self._wake:
-            idle = not self._new and not self._running
-        return 0.0 if idle else time.monotonic() - self._beat
+        """How long the thread has been loading weights, or in the encoding or evaluation that it is in; 0 if idle."""
+        beat = self._beat
+        return 0.0 if beat is None else time.monotonic() - beat
 
     @property
     def alive(self) -> bool:
@@ -141,27 +143,39 @@ class WindowLoop:
         self._thread.join()
 
     def _run(self) -> None:
-        while True:
-            with self._wake:
-                while not self._new and not self._running and not self._closed:
-                    self._wake.wait()
-                new, self._new = list(self._new), deque()
-                closed = self._closed
+        while self._wait():
+            started = time.monotonic()
+            self._turn()
+            self.counts.busy_s += time.monotonic() - started
+        with self._wake:
+            windows = [*self._new, *self._running.values()]
+        for window in windows:
+            _fail(window.done, JobLost("the stage is closed"))
+
+    def _wait(self) -> bool:
+        """Waits for work. Returns whether there is some; otherwise the loop is closed."""
+        with self._wake:
+            self._beat = None
+            while not self._new and not self._running and not self._closed:
+                self._wake.wait()
             self._beat = time.monotonic()
-            if closed:
-                for window in [*new, *self._running.values()]:
-                    _fail(window.done, JobLost("the stage is closed"))
-                return
-            for item in new:
-                if isinstance(item, _Preload):
-                    self._preload(item)
-                else:
-                    self._begin(item)
-            for sampler in list(self._samplers.values()):
-                if sampler.busy:
-                    self._step(sampler)
-            self._samplers = {key: sampler for key, sampler in self._samplers.items() if sampler.busy}
-            self.counts.busy_s += time.monotonic() - self._beat
+            return not self._closed
+
+    def _turn(self) -> None:
+        """Begins the windows that have come, and makes one evaluation with each network that has windows."""
+        for _ in range(len(self._new)):
+            with self._wake:
+                item = self._new.popleft()
+            self._beat = time.monotonic()
+            if isinstance(item, _Preload):
+                self._preload(item)
+            else:
+                self._begin(item)
+        for sampler in list(self._samplers.values()):
+            self._beat = time.monotonic()
+            if sampler.busy:
+                self._step(sampler)
+        self._samplers = {key: sampler for key, sampler in self._samplers.items() if sampler.busy}
 
     # One window
 
@@ -183,7 +197,7 @@ class WindowLoop:
             if sampler is None:
                 sampler = Sampler(started.model, started.schedule, self.limit, self._continuous)
                 self._samplers[id(started.model)] = sampler
-            window.networks, window.chain = networks, chain
+            window.networks, window.chain, window.sampler = networks, chain, sampler
             if task.point is not None and task.point.points is not None:
                 window.reader = LandmarkReader(task.point.points)
             window.job = sampler.submit(started.state, task.film.job_id)
@@ -215,23 +229,28 @@ class WindowLoop:
 
     def _step(self, sampler: Sampler) -> None:
         """One evaluation, without windows that are not to go on."""
-        own = [window for job, window in self._running.items() if job.owner in sampler.owners]
+        own = self._windows(sampler)
         try:
             held = self._still_held({window.task.film.job_id: window.task.film.fence for window in own})
         except Exception as error:  # the store: without its word nothing goes on
-            for window in own:
-                self._drop(sampler, window, error)
+            self._fail_all(sampler, error)
             return
         for window in own:
-            if window.done.cancelled() or window.task.film.job_id not in held:
-                self._drop(sampler, window, JobLost(f"{window.task.film.job_id} is not to go on"))
+            if window.task.film.job_id not in held:
+                self._films.pop(_name(window.task.film), None)
+                self._drop(window, JobLost(f"{window.task.film.job_id} is not to go on"))
+            elif window.done.cancelled():
+                self._drop(window, JobLost("nobody waits for the window"))
         if not sampler.busy:
             return
         try:
             finished = sampler.step()
         except torch.OutOfMemoryError as error:
             if sampler.limit > 1:
-                self.limit = sampler.limit = max(1, len(sampler.last) // 2)
+                rows = sum(job.state.num_rows for job in sampler.last)
+                self.limit = max(1, min(rows, sampler.limit) // 2)
+                for one in self._samplers.values():
+                    one.limit = min(one.limit, self.limit)
                 logger.warning("out of memory: from now on at most %d rows in one evaluation", self.limit)
                 return
             self._fail_all(sampler, error)
@@ -254,12 +273,15 @@ class WindowLoop:
             counts.evaluations_of = Counter(dict(list(counts.evaluations_of.items())[-_COUNTED_JOBS // 2 :]))
 
     def _fail_all(self, sampler: Sampler, error: Exception) -> None:
-        for window in [window for job, window in self._running.items() if job.owner in sampler.owners]:
-            self._drop(sampler, window, error)
+        for window in self._windows(sampler):
+            self._drop(window, error)
 
-    def _drop(self, sampler: Sampler, window: _Window, error: Exception) -> None:
-        assert window.job is not None
-        sampler.cancel(window.job)
+    def _windows(self, sampler: Sampler) -> list[_Window]:
+        return [window for window in self._running.values() if window.sampler is sampler]
+
+    def _drop(self, window: _Window, error: Exception) -> None:
+        assert window.job is not None and window.sampler is not None
+        window.sampler.cancel(window.job)
         del self._running[window.job]
         _fail(window.done, error)
 
@@ -288,7 +310,8 @@ class WindowLoop:
     def _components(self, version: str) -> Components:
         if version not in self._models:
             in_use = {window.task.film.weights for window in self._running.values()}
-            for old in [one for one in self._models if one not in in_use][: len(self._models) + 1 - self._most_models]:
+            too_many = max(0, len(self._models) + 1 - self._most_models)
+            for old in [one for one in self._models if one not in in_use][:too_many]:
                 del self._models[old]
                 self._films = OrderedDict((key, film) for key, film in self._films.items() if key[2] != old)
             self._models[version] = self._load(version)
@@ -297,9 +320,9 @@ class WindowLoop:
 
     def _film(self, key: FilmKey) -> FilmNetworks:
         """The networks with a film's settings. They are kept for its next windows."""
-        name = (key.job_id, key.fence, key.weights)
+        name = _name(key)
+        components = self._components(key.weights)
         if name not in self._films:
-            components = self._components(key.weights)
             if key.sampling:
                 settings = with_sampling_options(components.settings, key.sampling)
                 components = dataclasses.replace(components, settings=settings)
@@ -331,6 +354,10 @@ def stage_variants(kind: StageKind) -> tuple[VariantName, ...]:
         for name in ("landmark_first", "landmark_sequence", "face_first", "face_sequence")
         if VARIANTS[name].generates == kind
     )
+
+
+def _name(key: FilmKey) -> tuple[str, int, str]:
+    return key.job_id, key.fence, key.weights
 
 
 def _fail(future: Future[Any], error: Exception) -> None:

@@ -108,21 +108,32 @@ def to_bytes(window: KeptWindow) -> bytes:
         for field in fields(ChainPoint) if point is not None else ():
             value = getattr(point, field.name)
             arrays[f"{name}.{field.name}"] = np.int64(value) if field.name == "position" else value
+    given = {name: array for name, array in arrays.items() if array is not None}
+    given["names"] = np.array(list(given))  # a damaged directory of the file can lose parts without a word
     content = io.BytesIO()
-    np.savez(content, allow_pickle=False, **{name: array for name, array in arrays.items() if array is not None})
+    np.savez(content, allow_pickle=False, **given)
     return content.getvalue()
 
 
 def from_bytes(content: bytes, faces: bool = True) -> KeptWindow:
-    """A stored window. faces: without them, they are left empty. Raises ValueError, KeyError or OSError if damaged."""
+    """A stored window. faces: without them, heads and landmarks are left out. Raises ValueError if it is damaged."""
+    try:
+        return _read(content, faces)
+    except Exception as error:  # numpy and zipfile raise a dozen kinds for what is damaged
+        raise ValueError(f"{type(error).__name__}: {error}") from None
+
+
+def _read(content: bytes, faces: bool) -> KeptWindow:
     with np.load(io.BytesIO(content), allow_pickle=False) as stored:
+        if stored.files != [*stored["names"].tolist(), "names"]:
+            raise ValueError("a part is missing")
         points: dict[str, ChainPoint | None] = {}
         for name in _POINTS:
             known = {key.partition(".")[2]: stored[key] for key in stored.files if key.startswith(f"{name}.")}
             if known:
                 known["position"] = int(known["position"])
             points[name] = ChainPoint(**known) if known else None
-        rest = {name: stored[name] for name in ("points", "confidence") if name in stored.files}
+        rest = {name: stored[name] for name in ("points", "confidence") if faces and name in stored.files}
         heads = stored["faces"] if faces else np.zeros((0, 1, 1, 3), np.uint8)
         face_point = points["face_point"]
         if face_point is None:

@@ -118,3 +118,95 @@ def test_an_evaluation_that_fails_leaves_the_windows_where_they_are() -> None:
 def test_a_limit_without_room_is_an_error() -> None:
     with pytest.raises(ValueError, match="limit of 0"):
         Sampler(Denoiser(), SCHEDULE, limit=0)
+
+
+def finished_in_order(sampler: Sampler) -> list[list[object]]:
+    """Owners of the windows that each step finishes."""
+    finished = []
+    while sampler.busy:
+        finished.append([job.owner for job in sampler.step()])
+    return finished
+
+
+def test_owners_take_turns() -> None:
+    """The owner that has fewest rows running is next; of one owner, the window that waits longest."""
+    sampler = Sampler(Denoiser(), SCHEDULE, limit=2)
+    jobs = [sampler.submit(window(seed, steps=2), "many") for seed in range(4)]
+    jobs += [sampler.submit(window(9, steps=2), "one")]
+    ended: list[int] = []
+    while sampler.busy:
+        ended += [jobs.index(job) for job in sampler.step()]
+    assert ended == [0, 4, 1, 2, 3]
+
+
+def test_rows_count_for_turns_and_not_windows() -> None:
+    """A window with guidance takes two rows: its owner has had its turn for longer."""
+    sampler = Sampler(Denoiser(), SCHEDULE, limit=4)
+    for owner, guidance in (("guided", 2.0), ("plain", 1.0), ("guided", 2.0), ("plain", 1.0), ("plain", 1.0)):
+        sampler.submit(window(0, guidance=guidance), owner)
+    sampler.step()
+    assert [job.owner for job in sampler.last] == ["guided", "plain", "plain"]
+
+
+def test_a_window_with_two_rows_is_not_overtaken_for_ever() -> None:
+    """There is room for one row again and again, and windows with one row keep coming."""
+    sampler = Sampler(Denoiser(), SCHEDULE, limit=2)
+    sampler.submit(window(0, steps=3), "a")
+    sampler.submit(window(1, steps=2), "b")
+    guided = sampler.submit(window(2, steps=2, guidance=2.0), "guided")
+    for number in range(6):
+        sampler.submit(window(3, steps=2), f"late {number}")
+        sampler.step()
+    assert guided.state.finished
+
+
+def test_a_lower_limit_holds_from_the_next_evaluation_and_loses_no_step() -> None:
+    for continuous in (True, False):
+        denoiser = Denoiser()
+        sampler = Sampler(denoiser, SCHEDULE, limit=4, continuous=continuous)
+        states = [window(seed, steps=3) for seed in range(4)]
+        jobs = [sampler.submit(state, seed) for seed, state in enumerate(states)]
+        sampler.step()
+        sampler.limit = 2
+        while sampler.busy:
+            sampler.step()
+        assert denoiser.sizes == [4, 2, 2, 2, 2], "windows keep their step while they wait"
+        for job, state in zip(jobs, states, strict=True):
+            torch.testing.assert_close(job.state.latents, alone(state), rtol=0, atol=1e-6)
+
+
+def test_a_limit_below_a_window_runs_it_alone() -> None:
+    denoiser = Denoiser()
+    sampler = Sampler(denoiser, SCHEDULE, limit=4)
+    for seed in range(2):
+        sampler.submit(window(seed, steps=2, guidance=2.0), seed)
+    sampler.step()
+    sampler.limit = 1
+    assert finished_in_order(sampler) == [[0], [1]]
+    assert denoiser.sizes == [4, 2, 2]
+
+
+def test_without_continuous_batching_windows_begin_and_finish_together() -> None:
+    denoiser = Denoiser()
+    sampler = Sampler(denoiser, SCHEDULE, limit=2, continuous=False)
+    for seed, steps in enumerate((3, 1, 2, 1)):
+        sampler.submit(window(seed, steps=steps), seed)
+    assert finished_in_order(sampler) == [[1], [], [0], [3], [2]]
+    assert denoiser.sizes == [2, 1, 1, 2, 1], "a place that is free stays free"
+
+
+def test_all_windows_of_an_owner_are_cancelled() -> None:
+    denoiser = Denoiser()
+    sampler = Sampler(denoiser, SCHEDULE, limit=3)
+    ended = sampler.submit(window(0, steps=1), "gone")
+    own = [sampler.submit(window(seed), "gone") for seed in (1, 2)]
+    other = sampler.submit(window(3), "stays")
+    sampler.step()
+    assert ended.state.finished
+    assert sampler.cancel_all("unknown") == []
+    assert set(sampler.cancel_all("gone")) == set(own), "not what has finished"
+    assert all(job.cancelled for job in own) and not ended.cancelled
+    assert finished_in_order(sampler)[-1] == ["stays"]
+    assert other.state.finished and not any(job.state.finished for job in own)
+    assert set(denoiser.sizes[1:]) == {1}
+    assert sampler.cancel_all("gone") == []
