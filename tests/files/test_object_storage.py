@@ -139,7 +139,7 @@ def test_every_operation_survives_an_outage(
     with outage(server, at), caplog.at_level(logging.WARNING):
         operation(folder, tmp_path / "here")
     assert "storage: cannot" in caplog.text and "next attempt in" in caplog.text
-    expected = {"write": ["a", "b"], "upload": ["a", "c/file"], "remove": []}
+    expected = {"write": ["a", "b"], "copy": ["a", "b"], "upload": ["a", "c/file"], "remove": []}
     assert folder.tree() == expected.get(name, ["a"])
 
 
