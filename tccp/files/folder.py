@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tccp.errors import TccpError
-from tccp.files.atomic import atomic_path, write_atomic
+from tccp.files.atomic import atomic_path, sync, write_atomic
 from tccp.files.cache import remote_copy
 from tccp.files.retry import first_line, retried, translated_errors
 from tccp.files.urls import is_url, local_path, open_filesystem, redacted
@@ -180,13 +180,18 @@ class Folder:
             self.upload_file(temporary, name)
 
     def copy(self, name: str, target: str) -> None:
-        """Copies a file within it, in one step; its content must never change. Raises FileNotFoundError."""
+        """Copies a file within it, in one step. Neither may change later: on this machine they may share their content.
+
+        Raises FileNotFoundError.
+        """
         if self.local is not None:
-            source = self.local / name
-            with atomic_path(self.local / target) as temporary:
-                temporary.unlink()
-                if not _linked(source, temporary):
-                    shutil.copyfile(source, temporary)
+            source, path = self.local / name, self.local / target
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if _linked(source, path):
+                sync(path.parent)
+                return
+            with atomic_path(path) as temporary:
+                shutil.copyfile(source, temporary)
             return
 
         def copied() -> None:

@@ -104,7 +104,12 @@ def test_folder_on_s3_behaves_like_a_local_folder(place: str, tmp_path: Path) ->
                 folder.read(name)
             with pytest.raises(FileNotFoundError):
                 folder.open(name)
+            with pytest.raises(FileNotFoundError):
+                folder.copy(name, "copied")
+        folder.copy("up/one", "copies/of/one")
         folder.remove("up")
+        assert folder.read("copies/of/one") == b"1"
+        folder.remove("copies")
         assert folder.tree() == [] and not folder.exists("up/one")
     assert seen[0] == seen[1]
 
@@ -114,6 +119,7 @@ OPERATIONS: dict[str, tuple[str, Callable[[Folder, Path], Any]]] = {
     "names": ("^GET", lambda folder, here: folder.names()),
     "read": ("^GET", lambda folder, here: folder.read("a")),
     "write": ("^PUT", lambda folder, here: folder.write("b", b"b")),
+    "copy": ("^PUT", lambda folder, here: folder.copy("a", "b")),
     "upload": ("^PUT", lambda folder, here: folder.upload(here, "c")),
     "remove": ("^POST", lambda folder, here: folder.remove("a")),
     "as_local": ("^GET .*/a", lambda folder, here: folder.as_local().__enter__()),
@@ -133,7 +139,7 @@ def test_every_operation_survives_an_outage(
     with outage(server, at), caplog.at_level(logging.WARNING):
         operation(folder, tmp_path / "here")
     assert "storage: cannot" in caplog.text and "next attempt in" in caplog.text
-    expected = {"write": ["a", "b"], "upload": ["a", "c/file"], "remove": []}
+    expected = {"write": ["a", "b"], "copy": ["a", "b"], "upload": ["a", "c/file"], "remove": []}
     assert folder.tree() == expected.get(name, ["a"])
 
 

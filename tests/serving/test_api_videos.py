@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import requests
 from api_server import CONSENT, FILES, complete, error_of, post_video, server_for, serving
+from object_storage import object_storage
 
 from tccp.files import Folder
 from tccp.serving.api import ServerLimits
@@ -339,3 +340,26 @@ def test_events_end_in_time_and_when_the_store_fails(store: JobStore, server_sto
         answer = requests.get(f"{url}/v1/videos")
         assert answer.status_code == 503 and error_of(answer)["type"] == "server_error"
         assert requests.get(f"{url}/healthz").status_code == 200
+
+
+def test_a_storage_may_be_a_url(store: JobStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TCCP_CACHE", str(tmp_path / "cache"))
+    with object_storage(tmp_path / "log") as remote:
+        kept = Folder(f"{remote.url}/server")
+        with serving(server_for(store, kept)) as url:
+            file = uploaded(url, b"scene")
+            answer = requests.post(
+                f"{url}/v1/videos",
+                data={"consent": CONSENT, "scene": file},
+                files={role: FILES[role] for role in ("audio", "identity")},
+            )
+            assert answer.status_code == 200, answer.text
+            job = complete(store, kept, FILM)
+            content = f"{url}/v1/videos/{job.id}/content"
+            assert requests.get(content).content == FILM
+            part = requests.get(content, headers={"Range": "bytes=10-19"})
+            assert part.status_code == 206 and part.content == FILM[10:20]
+            remix = requests.post(f"{url}/v1/videos/{job.id}/remix", json={"seed": 2}).json()
+            assert kept.read(f"jobs/{remix['id']}/inputs/scene") == b"scene"
+            assert requests.delete(f"{url}/v1/videos/{job.id}").status_code == 200
+            assert requests.get(content).status_code == 404 and not kept.tree(f"films/{job.id}")

@@ -77,8 +77,10 @@ def _create(server: Server, owner: str, key: str | None, body: dict[str, Any]) -
         server.store.add_batch(batch_id, owner, notes)
     elif known["rows"][0]["digest"] != digest:
         raise KeyReused(f"Idempotency-Key {key} came before with another batch: use a new key for it")
+    taken = set() if known is None else set(_jobs(server, known))
     for number, row in enumerate(rows):
-        notes[number]["error"] = _submitted(server, owner, batch_id, number, row)
+        if number not in taken:
+            notes[number]["error"] = _submitted(server, owner, batch_id, number, row)
     server.store.set_batch_rows(batch_id, notes)
     return _object(server, batch_of(server, owner, batch_id))
 
@@ -118,10 +120,8 @@ def _custom_id(row: Any) -> str | None:
 
 
 def _submitted(server: Server, owner: str, batch_id: str, number: int, row: Any) -> dict[str, str] | None:
-    """Asks for the video of a row, unless that was done before; returns why it was refused."""
+    """Asks for the video of a row; returns why it was refused. Asking again gives the same video."""
     key = f"{batch_id}/{number}"
-    if server.store.known_key(owner, key) is not None:
-        return None
     try:
         if not isinstance(row, dict):
             raise invalid(None, f"the row is no JSON object with fields of a video, which are {', '.join(FIELDS)}")

@@ -39,7 +39,7 @@ class ServerLimits(BaseModel):
     max_input_bytes_of_owner: int = Field(default=50 * _GIB, gt=0)
     max_file_bytes_of_owner: int = Field(default=20 * _GIB, gt=0)
     max_uploads: int = Field(default=64, gt=0)
-    max_batch_rows: int = Field(default=1000, gt=0)
+    max_batch_rows: int = Field(default=500, gt=0)
     max_heads: int = Field(default=4, gt=0)
     heads_s: float = Field(default=30.0, gt=0)
     keep_videos_s: float = Field(default=7 * 86400.0, gt=0)
