@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
-from tccp.serving.api.errors import ApiError
+from tccp.serving.api.error_answers import ApiError
 from tccp.serving.api.server import Server
 
 COOKIE = "tccp_session"

@@ -12,8 +12,8 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tccp import __version__
-from tccp.serving.api import batches, errors, files, heads, operation, videos
-from tccp.serving.api.body import BodyLimits, Places
+from tccp.serving.api import batches, error_answers, heads, operation, uploaded_files, videos
+from tccp.serving.api.request_body import BodyLimits, Places
 from tccp.serving.api.server import Server
 
 PAGE = Path(__file__).parent.parent / "page"
@@ -28,10 +28,10 @@ def create_app(server: Server, page: Path = PAGE) -> FastAPI:
     app.state.server = server
     app.state.uploads = Places(server.limits.max_uploads, "receives uploads")
     app.state.heads = Places(server.limits.max_heads, "looks for heads")
-    errors.add_handlers(app)
+    error_answers.add_handlers(app)
     app.add_middleware(BodyLimits, limits=server.limits)
     app.add_middleware(_SafeHeaders)
-    for module in (videos, files, batches, heads, operation):
+    for module in (videos, uploaded_files, batches, heads, operation):
         app.include_router(module.router)
     if (page / "index.html").is_file():
         app.mount("/page", StaticFiles(directory=page))

@@ -12,7 +12,7 @@ from fastapi.responses import Response
 from starlette.concurrency import run_in_threadpool
 
 from tccp.serving.api.access import Owner, TheServer
-from tccp.serving.api.errors import ApiError, documented, invalid, not_found, shown
+from tccp.serving.api.error_answers import ApiError, documented, invalid, not_found, shown
 from tccp.serving.api.objects import ID_PATTERN, Batch, BatchList, is_id, page, video
 from tccp.serving.api.requests import (
     FIELDS,

@@ -11,7 +11,7 @@ from fastapi.responses import Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from tccp.files import Folder
-from tccp.serving.api.errors import ApiError
+from tccp.serving.api.error_answers import ApiError
 
 _CHUNK = 1 << 18
 

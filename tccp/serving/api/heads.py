@@ -15,7 +15,7 @@ from starlette.datastructures import UploadFile
 
 from tccp.errors import TccpError
 from tccp.serving.api.access import Owner, TheServer
-from tccp.serving.api.errors import documented, invalid, shown, unavailable
+from tccp.serving.api.error_answers import documented, invalid, shown, unavailable
 from tccp.serving.api.objects import ID_PATTERN, Heads, is_id
 from tccp.serving.api.requests import body_of
 from tccp.serving.api.server import FoundHeads, Server

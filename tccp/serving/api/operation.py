@@ -11,7 +11,7 @@ from starlette.concurrency import run_in_threadpool
 
 from tccp.errors import StorageError
 from tccp.serving.api.access import COOKIE, SESSION_S, TheServer, check_origin, owner_with_token, session_of
-from tccp.serving.api.errors import ApiError, documented
+from tccp.serving.api.error_answers import ApiError, documented
 from tccp.serving.store.job_store import RUNNING
 
 router = APIRouter()

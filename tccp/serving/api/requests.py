@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, UploadFile
 
-from tccp.serving.api.errors import ApiError, invalid, of_validation, shown
+from tccp.serving.api.error_answers import ApiError, invalid, of_validation, shown
 from tccp.serving.api.objects import ID_PATTERN
 from tccp.serving.api.server import Server
 from tccp.serving.spec import NEEDED_ROLES, ROLES, Role, VideoSpec

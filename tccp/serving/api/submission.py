@@ -12,7 +12,7 @@ from starlette.datastructures import UploadFile
 
 from tccp.errors import StorageError
 from tccp.files import Folder
-from tccp.serving.api.errors import ApiError, invalid, shown
+from tccp.serving.api.error_answers import ApiError, invalid, shown
 from tccp.serving.api.objects import is_id
 from tccp.serving.api.requests import Given
 from tccp.serving.api.server import Server

@@ -10,7 +10,7 @@ from starlette.concurrency import run_in_threadpool
 
 from tccp.serving.api.access import Owner, TheServer
 from tccp.serving.api.content import file_response
-from tccp.serving.api.errors import ApiError, documented, invalid, not_found
+from tccp.serving.api.error_answers import ApiError, documented, invalid, not_found
 from tccp.serving.api.events import events_of
 from tccp.serving.api.objects import ID_PATTERN, DeletedVideo, Video, VideoList, is_id, is_running, page, video
 from tccp.serving.api.requests import (

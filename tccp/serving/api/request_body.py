@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tccp.serving.api.errors import ApiError, busy, response
+from tccp.serving.api.error_answers import ApiError, busy, response
 from tccp.serving.api.server import ServerLimits
 
 _DRAIN_S = 5.0

@@ -10,7 +10,7 @@ from starlette.datastructures import UploadFile
 
 from tccp.errors import StorageError
 from tccp.serving.api.access import Owner, TheServer
-from tccp.serving.api.errors import documented, invalid, not_found
+from tccp.serving.api.error_answers import documented, invalid, not_found
 from tccp.serving.api.objects import ID_PATTERN, DeletedFile, File, FileList, is_id, page, stored_file
 from tccp.serving.api.requests import body_of
 from tccp.serving.api.server import Server
