@@ -12,6 +12,7 @@ from tccp.media import MediaError
 from tccp.serving.work import JobLost
 
 _OPTION = re.compile(r"--([a-z][a-z-]*[a-z])")
+_FOLDERS = re.compile(r"(?<![\w:/.])/(?:[^\s/'\"]+/)+")  # of an absolute path; not of a URL
 
 
 def code_of(error: BaseException) -> str:
@@ -22,12 +23,11 @@ def code_of(error: BaseException) -> str:
 
 
 def message_for_client(error: BaseException, storage: Folder) -> str:
-    """The message without paths of this machine; options of the command line become fields of the API."""
+    """The message without folders of this machine; options of the command line become fields of the API."""
     text = " ".join(str(error).split())
-    roots = {storage.place, str(storage.local or storage.place)}
-    for root in sorted(roots, key=len, reverse=True):
-        text = re.sub(re.escape(root.rstrip("/")) + r"/(?:[\w.-]+/)*", "", text)
-    return _OPTION.sub(lambda option: option[1].replace("-", "_"), text)
+    if storage.local is None:
+        text = text.replace(storage.place.rstrip("/") + "/", "")
+    return _OPTION.sub(lambda option: option[1].replace("-", "_"), _FOLDERS.sub("", text))
 
 
 class Refused(TccpError):
