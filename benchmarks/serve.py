@@ -2,7 +2,7 @@
 
 Three policies play the same traces of jobs (Poisson arrivals, mixed lengths and steps, some with guidance) through the
 server's store, conductor and stage loops: continuous batching; batches whose windows begin and end together; and no
-batching. Each has a process of its own, and they take turns. Load 1 is the capacity of continuous batching: the windows
+batching. They take turns. Load 1 is the capacity of continuous batching: the windows
 per second that it makes while jobs wait all the time. A run takes some 8 minutes on 2 cores.
 
 `--measure-only` measures step curves and nothing else, also on a GPU and for other weights; benchmarks/serve_scale.py
@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import statistics
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from speed_workers import ROOT, Worker
 
 POLICIES = {"continuous": True, "request level": False, "none": True}
 LOADS = (0.5, 0.9, 1.2)
-SLOTS = 8
+SLOTS = 16
+"""Jobs at once: enough that batches are full where jobs wait."""
 
 
 def waiting(trace: list[TraceJob]) -> list[dict[str, Any]]:
@@ -36,34 +38,40 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, float]:
     latencies = sorted(latency for run in runs for latency in run["latencies_s"])
     return {
         "windows_s": round(statistics.median(run["windows_s"] for run in runs), 3),
+        "windows_per_cpu_s": round(statistics.median(run["windows"] / run["cpu_s"] for run in runs), 3),
         "p50_s": round(percentile(latencies, 50), 2),
         "p95_s": round(percentile(latencies, 95), 2),
         "rows_per_evaluation": round(statistics.mean(run["rows_per_evaluation"] for run in runs), 2),
     }
 
 
+def _say(what: str, runs: list[dict[str, Any]]) -> None:
+    print(f"{what}: {summary(runs)}", file=sys.stderr, flush=True)
+
+
 def measure(given: argparse.Namespace) -> dict[str, Any]:
     plain = {"weights": given.weights, "device": given.device}
-    workers = {name: Worker("serve_worker.py", ROOT) for name in POLICIES}
-    try:
-        networks = workers["continuous"]("networks", **plain, longest_step_s=given.longest_step)
+    with Worker("serve_worker.py", ROOT) as worker:
+        networks = worker("networks", **plain, longest_step_s=given.longest_step)
         found: dict[str, Any] = {"weights": given.weights, "cores": os.cpu_count(), "networks": networks}
         if given.measure_only:
             return found
         limit = given.limit or max(networks["landmark_limit"], networks["face_limit"])
         found |= {"limit": limit, "slots": SLOTS, "load_average_at_start": round(os.getloadavg()[0], 2)}
         limits = {name: 1 if name == "none" else limit for name in POLICIES}
-        for name, worker in workers.items():
-            worker("record", **plain, limit=max(2, limits[name]))
+        worker("record", **plain, limit=max(2, limit))
 
         def play(name: str, trace: list[dict[str, Any]], during_s: float | None = None) -> dict[str, Any]:
             own = {"limit": limits[name], "continuous": POLICIES[name], "slots": SLOTS}
-            return workers[name]("play", **plain, **own, trace=trace, during_s=during_s)
+            return worker("play", **plain, **own, trace=trace, during_s=during_s)
 
         # Enough jobs that the last ones, with fewer beside them, count little.
         jobs = poisson_trace(given.calibration_jobs, 1.0, seed=0)
         found["calibration_trace"] = waiting(jobs)
-        found["calibration"] = {name: play(name, found["calibration_trace"]) for name in POLICIES}
+        found["calibration"] = {}
+        for name in POLICIES:
+            found["calibration"][name] = play(name, found["calibration_trace"])
+            _say(f"all jobs waiting, {name}", [found["calibration"][name]])
         capacity = found["capacity_windows_s"] = found["calibration"]["continuous"]["windows_s"]
         found["loads"] = []
         for number, load in enumerate(given.loads):
@@ -75,6 +83,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
                 names = list(POLICIES)
                 for name in names[turn % 3 :] + names[: turn % 3]:
                     runs[name].append(play(name, jobs_given, trace[-1].arrival_s))
+                    _say(f"load {load}, {name}", runs[name][-1:])
             found["loads"].append(
                 {
                     "load": load,
@@ -84,9 +93,6 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
                 }
             )
         return found
-    finally:
-        for worker in workers.values():
-            worker.__exit__()
 
 
 def table(found: dict[str, Any]) -> str:
