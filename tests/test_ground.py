@@ -112,7 +112,7 @@ def imported_packages(files: list[Path]) -> dict[str, Path]:
             else:
                 continue
             packages.update((name.partition(".")[0], file.relative_to(ROOT)) for name in names)
-    ours = {folder.name for folder in (*CODE, ROOT / "tests")} | {file.stem for file in files}
+    ours = {folder.name for folder in (*CODE, ROOT / "tests", ROOT / "benchmarks")} | {file.stem for file in files}
     return {name: file for name, file in packages.items() if name not in sys.stdlib_module_names and name not in ours}
 
 
