@@ -349,7 +349,7 @@ async def _group() -> AsyncIterator[asyncio.TaskGroup]:
     try:
         async with asyncio.TaskGroup() as group:
             yield group
-    except* Exception as errors:
+    except BaseExceptionGroup as errors:  # what is raised in `except*` comes in a group again
         error: BaseException = errors
         while isinstance(error, BaseExceptionGroup):
             error = error.exceptions[0]
