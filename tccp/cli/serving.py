@@ -30,7 +30,7 @@ def serve(
     tokens: Path | None = None,
     device: Device = "auto",
     dtype: str = "float32",
-    batch: int = 8,
+    batch: int | None = None,
     detector_weights: Path | None = None,
     max_film_s: float = 600.0,
     max_upload_mib: int = 512,
@@ -52,7 +52,8 @@ def serve(
             addresses a token is made, shown, and kept in the storage.
         device: where networks run; auto uses a GPU if there is one.
         dtype: float32, bfloat16 or float16, for the networks.
-        batch: the most windows that share an evaluation; with 1, films equal those of `tccp generate` to the bit.
+        batch: the most windows that share an evaluation; with 1, films equal those of `tccp generate` to the bit
+            (default: measured when a stage starts for the first time).
         detector_weights: file or folder of the face detector's weights.
         max_film_s: longest sound of a job, in seconds.
         max_upload_mib: most MiB of a request.

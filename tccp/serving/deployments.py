@@ -38,6 +38,7 @@ _Method = TypeVar("_Method", bound=Callable[..., Any])
 _HEALTH_S = 5.0
 _DRAIN_S = 30.0
 _REPORT_S = 2.0
+_UNMEASURED_BATCH = 8
 
 
 def _explained(method: _Method) -> _Method:
@@ -139,7 +140,9 @@ class _StagePart(_Part):
     def __init__(self, settings: ServerSettings):
         super().__init__(settings)
         from tccp.inference.components import Components, load_components
+        from tccp.inference.manifest import has_component
         from tccp.inference.pipeline_source import component_names, pipeline_folder
+        from tccp.serving.batch_limit import kept_steps, limit_of
         from tccp.serving.window_loop import WindowLoop, stage_variants
         from tccp.threads import num_threads
 
@@ -155,9 +158,16 @@ class _StagePart(_Part):
         def load(version: str) -> Components:
             variants = stage_variants(self.kind)
             folder = pipeline_folder(place(version, self.storage), component_names(variants))
-            return load_components(folder, variants, device=device, dtype=getattr(torch, settings.dtype))
+            variants = tuple(name for name in variants if has_component(folder, name))
+            components = load_components(folder, variants, device=device, dtype=getattr(torch, settings.dtype))
+            if settings.batch is None:
+                curve = kept_steps(components, self.kind, version, self.storage)
+                self.loop.limit = limit_of(curve, settings.longest_step_s)
+                logger.info("the %s stage takes up to %d rows in one evaluation", self.kind, self.loop.limit)
+            return components
 
-        self.loop = WindowLoop(self.kind, load, self.store.still_held, settings.batch, settings.continuous)
+        first = settings.batch or _UNMEASURED_BATCH
+        self.loop = WindowLoop(self.kind, load, self.store.still_held, first, settings.continuous)
         self.service = StageService(self.loop, self.storage)
         for version in dict.fromkeys(settings.versions.values()):
             self.loop.preload(version).result()
@@ -212,6 +222,7 @@ class _StagePart(_Part):
             "by_size": dict(counts.by_size),
             "evaluations_of": dict(counts.evaluations_of),
             "load": self.loop.load,
+            "limit": self.loop.limit,
         }
 
 
@@ -460,7 +471,7 @@ def parts(settings: ServerSettings) -> tuple[dict[str, Any], Any]:
         stage_options["autoscaling_config"] = {
             "min_replicas": settings.min_replicas,
             "max_replicas": settings.max_replicas,
-            "target_ongoing_requests": max(1.0, 1.5 * settings.batch),
+            "target_ongoing_requests": 1.5 * (settings.batch or _UNMEASURED_BATCH),
             "upscale_delay_s": 10.0,
             "downscale_delay_s": 120.0,
         }

@@ -24,7 +24,7 @@ from tccp.inference.film import FilmInputs, find_head, identity_of, with_samplin
 from tccp.inference.film_windows import scene_window
 from tccp.inference.frames import SceneFrame
 from tccp.inference.landmark_file import LandmarkFile
-from tccp.inference.manifest import read_settings
+from tccp.inference.manifest import has_component, read_settings
 from tccp.inference.pipeline_source import pipeline_folder
 from tccp.inference.scene import scene_frames, shots
 from tccp.media import MediaError, MediaInfo
@@ -91,6 +91,9 @@ class Preparation:
         with folder.local_inputs(roles) as files:
             request = spec.film_request(files, "", self._detector_weights)
             settings = with_sampling(self._settings(weights), request)
+            for name in request.variants:
+                if not has_component(self._pipeline(weights), name):
+                    raise TccpError(f"the model has no network {name}: name another model, or leave out one_stage")
             with FilmInputs(request, True, self._decoders.borrowed) as inputs, progress(on_event) as tasks:
                 seconds = inputs.num_frames / 25
                 if seconds > max_film_s:
@@ -158,7 +161,11 @@ class Preparation:
             film.close()
 
     def _settings(self, weights: str) -> Settings:
-        return read_settings(pipeline_folder(place(weights, self._storage), ()))
+        return read_settings(self._pipeline(weights))
+
+    def _pipeline(self, weights: str) -> Path:
+        """A local folder with at least the manifest of the pipeline."""
+        return pipeline_folder(place(weights, self._storage), ())
 
     def _film(self, job_id: str, spec: VideoSpec, roles: list[Role]) -> _OpenFilm:
         closed = []

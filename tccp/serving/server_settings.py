@@ -27,7 +27,8 @@ class ServerSettings(BaseModel):
     versions: those that the names meant when the server started (`pinned`). tokens_file: JSON, token to owner; None:
     everybody is one owner, which only a server on this machine's own address may do.
 
-    slots: jobs that a conductor works on. chains: shots of a job at once. batch: rows in one evaluation.
+    slots: jobs that a conductor works on. chains: shots of a job at once. batch: rows in one evaluation; None: as many
+    as make it most efficient, measured for each stage, if an evaluation takes no longer than longest_step_s then.
     stuck_s: after so long in one step, a replica is started again.
     webhooks: whether clients may name an address that is called when a job ends. webhook_secret signs these calls;
     None: one is made and kept in the storage. owners: by token, from tokens_file (`pinned`).
@@ -43,7 +44,8 @@ class ServerSettings(BaseModel):
     detector_weights: str | None = None
     device: str = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    batch: int = Field(default=8, ge=1, le=256)
+    batch: int | None = Field(default=None, ge=1, le=256)
+    longest_step_s: float = Field(default=1.0, gt=0)
     continuous: bool = True
     slots: int = Field(default=8, ge=1, le=1024)
     chains: int = Field(default=2, ge=1, le=64)

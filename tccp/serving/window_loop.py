@@ -348,12 +348,8 @@ class _Preload:
 
 
 def stage_variants(kind: StageKind) -> tuple[VariantName, ...]:
-    """The networks of a stage: what it generates, in two stages."""
-    return tuple(
-        name
-        for name in ("landmark_first", "landmark_sequence", "face_first", "face_sequence")
-        if VARIANTS[name].generates == kind
-    )
+    """The networks that a stage may need: all that generate its kind of pictures, those of one stage with the faces."""
+    return tuple(name for name, row in VARIANTS.items() if row.generates == kind)
 
 
 def _name(key: FilmKey) -> tuple[str, int, str]:
