@@ -68,6 +68,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         # Enough jobs that the last ones, with fewer beside them, count little.
         jobs = poisson_trace(given.calibration_jobs, 1.0, seed=0)
         found["calibration_trace"] = waiting(jobs)
+        play("continuous", found["calibration_trace"][:3])  # threads and caches are warm from then on
         found["calibration"] = {}
         for name in POLICIES:
             found["calibration"][name] = play(name, found["calibration_trace"])
@@ -76,7 +77,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         found["loads"] = []
         for number, load in enumerate(given.loads):
             rate = load * capacity / statistics.mean(windows_of(job) for job in poisson_trace(10_000, 1.0, seed=1))
-            trace = poisson_trace(max(2, round(rate * given.seconds)), rate, seed=2 + number)
+            trace = poisson_trace(given.jobs, rate, seed=2 + number)
             jobs_given = [asdict(job) for job in trace]
             runs: dict[str, list[dict[str, Any]]] = {name: [] for name in POLICIES}
             for turn in range(given.turns):
@@ -117,9 +118,9 @@ def main() -> None:
     parser.add_argument("--longest-step", type=float, default=0.5, help="seconds that an evaluation may take")
     parser.add_argument("--limit", type=int, help="rows in one evaluation; default: from the measured step times")
     parser.add_argument("--loads", type=float, nargs="+", default=LOADS)
-    parser.add_argument("--seconds", type=float, default=25.0, help="how long jobs arrive in each run")
+    parser.add_argument("--jobs", type=int, default=24, help="in each run")
     parser.add_argument("--turns", type=int, default=1)
-    parser.add_argument("--calibration-jobs", type=int, default=24)
+    parser.add_argument("--calibration-jobs", type=int, default=16)
     given = parser.parse_args()
     found = measure(given)
     text = json.dumps(found, indent=1) + "\n"
