@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import jobs
 import numpy as np
+import psutil
 import pytest
 import tiny
 
@@ -55,19 +57,17 @@ def ended(store: JobStore, made: list[Job], timeout_s: float) -> list[Job]:
 
 def kill_a_replica(rng: np.random.Generator) -> str:
     """Kills the process of a replica, as a lack of memory does."""
-    import os
-    import signal
-
-    from ray.util.state import list_actors
-
-    alive = [
-        actor
-        for actor in list_actors(filters=[("state", "=", "ALIVE")], limit=1000)
-        if actor.name and actor.name.startswith("SERVE_REPLICA::") and actor.pid
-    ]
-    one = alive[int(rng.integers(len(alive)))]
-    os.kill(one.pid, signal.SIGKILL)
-    return str(one.name)
+    replicas: dict[str, psutil.Process] = {}
+    deadline = time.monotonic() + 60
+    while not replicas and time.monotonic() < deadline:
+        for one in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                name = " ".join(one.cmdline())
+                if name.startswith("ray::ServeReplica:tccp:"):
+                    replicas[name] = one
+    name = sorted(replicas)[int(rng.integers(len(replicas)))]
+    replicas[name].kill()
+    return name
 
 
 def film_of(settings: ServerSettings, job: Job) -> Any:
